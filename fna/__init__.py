@@ -1,0 +1,36 @@
+"""Fast Nyström Attention for Vision Transformers: PyTorch, ONNX and TensorRT.
+
+Names are imported on first use, so that `fna --help` does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fna.attention import fast_nystrom_attention as fast_nystrom_attention
+    from fna.landmarks import landmark_bias as landmark_bias
+    from fna.landmarks import select_landmarks as select_landmarks
+    from fna.patching import patch as patch
+    from fna.patching import unpatch as unpatch
+    from fna.plan import Plan as Plan
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "fast_nystrom_attention": "fna.attention",
+    "select_landmarks": "fna.landmarks",
+    "landmark_bias": "fna.landmarks",
+    "Plan": "fna.plan",
+    "patch": "fna.patching",
+    "unpatch": "fna.patching",
+}
+
+__all__ = ["Plan", "__version__", "fast_nystrom_attention", "landmark_bias", "patch", "select_landmarks", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fna' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

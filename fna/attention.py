@@ -1,0 +1,219 @@
+"""Fast Nyström Attention (FNA, arXiv 2507.16018) in plain PyTorch, and as a `torch.library` operator.
+
+`fast_nystrom_attention` checks its arguments and calls the operator `fna::attention`, which `torch.compile` and
+`torch.export` see as one node. `nystrom_attention_reference` is the arithmetic itself, and the twin that every kernel of
+this project is compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
+from fna.errors import UnsupportedAttentionError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+NEWTON_SCHULZ_ITERATIONS = 6
+"""Part of the method's definition: it regularises, so more iterations are not closer to exact attention."""
+
+
+def fast_nystrom_attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S], int32 or int64
+    *,
+    landmark_bias: Tensor | None = None,  # [B, S] or [1, S]
+    scale: float | None = None,
+    iterations: int = NEWTON_SCHULZ_ITERATIONS,
+    exact_rows: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # [B, H, N, D]
+    """Approximate softmax self-attention through S landmark tokens, in time linear in the number of tokens N.
+
+    Args:
+        query: queries, fp16, bf16, fp32 or fp64; the result has this type. Sums and softmax are fp32 (fp64 for fp64).
+        key: keys, of the query's type and shape.
+        value: values, of the query's type and shape.
+        landmarks: indices of the landmark tokens, shared by all heads; distinct within a row.
+        landmark_bias: added to the scores of each landmark column, `log(weight)`; see `fna.landmarks.landmark_bias`.
+            None is the published method.
+        scale: factor on the scores; `D ** -0.5` if None.
+        iterations: Newton-Schulz iterations. Six are the definition of the method.
+        exact_rows: write the exactly known output of the landmark tokens over their approximation.
+        attn_mask: must be None. Accepted so that a call ported from `scaled_dot_product_attention` is refused by name.
+
+    Returns:
+        The attention output, `[B, H, N, D]`, of the query's type.
+
+    Raises:
+        InvalidShapeError, InvalidDtypeError, InvalidLandmarksError, InvalidArgumentError: naming what was given.
+        UnsupportedAttentionError: for a mask.
+    """
+    if attn_mask is not None:
+        raise UnsupportedAttentionError(
+            f"attn_mask of shape {list(attn_mask.shape)} was given, but FNA approximates unmasked self-attention only; "
+            "use exact attention for masked, causal or padded blocks"
+        )
+    _check_inputs(query, key, value, landmarks, landmark_bias)
+    if iterations < 1:
+        raise InvalidArgumentError(f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)")
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return torch.ops.fna.attention(
+        query, key, value, landmarks.to(torch.int32), landmark_bias, factor, int(iterations), bool(exact_rows)
+    )
+
+
+def nystrom_attention_reference(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S]
+    landmark_bias: Tensor | None,  # [B, S] or [1, S]
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+) -> Tensor:  # [B, H, N, D]
+    """Compute FNA from checked arguments; the formula of `fast_nystrom_attention`, nothing else."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query_full, key_full, value_full = query.to(dtype), key.to(dtype), value.to(dtype)
+    index = landmarks.long()[:, None, :, None].expand(query.shape[0], query.shape[1], -1, query.shape[3])
+    query_landmarks = query_full.gather(2, index)  # [B, H, S, D]
+    key_landmarks = key_full.gather(2, index) * scale
+    bias = 0.0 if landmark_bias is None else landmark_bias.to(dtype)[:, None, None, :]
+
+    core = torch.softmax(query_landmarks @ key_landmarks.mT + bias, dim=-1)  # A: [B, H, S, S]
+    exact = torch.softmax((query_landmarks * scale) @ key_full.mT, dim=-1) @ value_full  # Bv: [B, H, S, D]
+    mixed = apply_newton_schulz(core, exact, iterations)
+    out = torch.softmax(query_full @ key_landmarks.mT + bias, dim=-1) @ mixed
+    if exact_rows:
+        out = out.scatter(2, index, exact)
+    return out.to(query.dtype)
+
+
+def apply_newton_schulz(
+    core: Tensor,  # [B, H, S, S]
+    exact: Tensor,  # [B, H, S, D]
+    iterations: int,
+) -> Tensor:  # [B, H, S, D]
+    """Return `Z @ exact`, with Z the Newton-Schulz iterate of `core` (third order, eq. 11 of arXiv 2102.03902).
+
+    The last iteration is applied to `exact` directly: `S * S * D` products instead of `S * S * S` three times.
+    """
+    inverse = core.mT / core.sum(dim=-2).amax(dim=-1)[..., None, None]
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    for _ in range(iterations - 1):
+        product = core @ inverse
+        inner = 15 * identity - product @ (7 * identity - product)
+        inverse = 0.25 * inverse @ (13 * identity - product @ inner)
+    product = core @ inverse
+    step = 7 * exact - product @ exact
+    step = 15 * exact - product @ step
+    step = 13 * exact - product @ step
+    return 0.25 * inverse @ step
+
+
+@torch.library.custom_op("fna::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    landmark_bias: Tensor | None,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+) -> Tensor:
+    check_index_range(landmarks, query.shape[2])
+    return nystrom_attention_reference(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
+
+
+@_attention_op.register_fake
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    landmark_bias: Tensor | None,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(query, key, value, landmarks, *([bias] if ctx.has_bias else []))
+
+
+def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    query, key, value, landmarks, *rest = ctx.saved_tensors
+    bias = rest[0].detach().requires_grad_(True) if ctx.has_bias else None
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
+        out = nystrom_attention_reference(*leaves, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows)
+        wanted = [*leaves, bias] if bias is not None else leaves
+        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+    return (*grads[:3], None, grads[3] if bias is not None else None, None, None, None)
+
+
+_attention_op.register_autograd(_attention_backward, setup_context=_save_for_backward)
+
+
+def check_index_range(landmarks: Tensor, num_tokens: int) -> None:
+    """Raise `InvalidLandmarksError` if a landmark is not a token index; only looks at tensors on the CPU.
+
+    Reading a CUDA tensor would wait for the device, so those are left to the caller.
+    """
+    if landmarks.device.type != "cpu" or landmarks.numel() == 0:
+        return
+    low, high = int(landmarks.min()), int(landmarks.max())
+    if low < 0 or high >= num_tokens:
+        raise InvalidLandmarksError(
+            f"landmarks hold index {low if low < 0 else high}, but there are {num_tokens} tokens; "
+            f"every index must lie in 0..{num_tokens - 1}"
+        )
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, bias: Tensor | None) -> None:
+    if query.dim() != 4:
+        raise InvalidShapeError(f"query has shape {list(query.shape)}, but [B, H, N, D] (4 dimensions) is needed")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise InvalidShapeError(
+                f"{name} has shape {list(tensor.shape)}, but query has {list(query.shape)}: FNA is self-attention, "
+                "so all three must be equal (repeat grouped heads first; cross-attention is not supported)"
+            )
+        if tensor.dtype != query.dtype:
+            raise InvalidDtypeError(f"{name} is {tensor.dtype}, but query is {query.dtype}; cast them to one type")
+        if tensor.device != query.device:
+            raise InvalidArgumentError(f"{name} is on {tensor.device}, but query is on {query.device}")
+    if query.dtype not in FLOAT_DTYPES:
+        raise InvalidDtypeError(f"query is {query.dtype}, but one of fp16, bf16, fp32, fp64 is needed")
+    batch, _, num_tokens, _ = query.shape
+    if landmarks.dtype not in INDEX_DTYPES:
+        hint = "; a boolean mask is not a list of indices (use mask.nonzero())" if landmarks.dtype == torch.bool else ""
+        raise InvalidDtypeError(f"landmarks are {landmarks.dtype}, but int32 or int64 token indices are needed{hint}")
+    _check_per_landmark("landmarks", landmarks, batch)
+    num_landmarks = landmarks.shape[1]
+    if num_landmarks < 1 or num_landmarks > num_tokens:
+        raise InvalidLandmarksError(
+            f"{num_landmarks} landmarks were given for {num_tokens} tokens, but 1 to {num_tokens} are needed"
+        )
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise InvalidDtypeError(f"landmark_bias is {bias.dtype}, but a floating-point log(weight) is needed")
+        _check_per_landmark("landmark_bias", bias, batch)
+        if bias.shape[1] != num_landmarks:
+            raise InvalidShapeError(f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks")
+
+
+def _check_per_landmark(name: str, tensor: Tensor, batch: int) -> None:
+    if tensor.dim() != 2 or tensor.shape[0] not in (1, batch):
+        needed = "[1, S]" if batch == 1 else f"[1, S] or [{batch}, S]"
+        raise InvalidShapeError(f"{name} has shape {list(tensor.shape)}, but {needed} is needed")
