@@ -10,8 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
-from fna.errors import UnsupportedAttentionError
+from fna.errors import (
+    InvalidArgumentError,
+    InvalidDtypeError,
+    InvalidLandmarksError,
+    InvalidShapeError,
+    UnsupportedAttentionError,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -60,7 +65,9 @@ def fast_nystrom_attention(
         )
     _check_inputs(query, key, value, landmarks, landmark_bias)
     if iterations < 1:
-        raise InvalidArgumentError(f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)")
+        raise InvalidArgumentError(
+            f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)"
+        )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.fna.attention(
         query, key, value, landmarks.to(torch.int32), landmark_bias, factor, int(iterations), bool(exact_rows)
@@ -210,7 +217,9 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, 
             raise InvalidDtypeError(f"landmark_bias is {bias.dtype}, but a floating-point log(weight) is needed")
         _check_per_landmark("landmark_bias", bias, batch)
         if bias.shape[1] != num_landmarks:
-            raise InvalidShapeError(f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks")
+            raise InvalidShapeError(
+                f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks"
+            )
 
 
 def _check_per_landmark(name: str, tensor: Tensor, batch: int) -> None:

@@ -6,15 +6,11 @@ tenth of largest norm, then evenly spaced) and `random` (seeded). All are batche
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
-
-Sampler = Literal["fps", "grid", "norm-grid", "random"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+from fna.plan import SAMPLERS, Sampler
 
 
 def select_landmarks(
