@@ -113,7 +113,7 @@ def import_tensorrt_rtx() -> Any:
 def make_logger(trt: Any, messages: list[str]) -> Any:
     """Return a TensorRT logger that collects errors and drops the rest."""
 
-    class CollectingLogger(trt.ILogger):  # type: ignore[misc,name-defined]
+    class CollectingLogger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

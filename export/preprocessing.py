@@ -33,7 +33,7 @@ class Preprocessing(BaseModel):
         """Resize and normalise one image."""
         resized = image.convert("RGB").resize((width, height), Image.Resampling[self.resize.upper()])
         pixels = np.asarray(resized, dtype=np.float32) / 255.0
-        normalised = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 

@@ -157,7 +157,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps failures of many kinds
-        cause = error
+        cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+_SIDE = 256
+"""Pixels along a panel's side."""
+
 
 def draw_overlay(
     images: Sequence[tuple[str, Image.Image]],
@@ -22,7 +25,7 @@ def draw_overlay(
     metadata: FileMetadata,
     path: Path,
 ) -> bool:
-    """Write a PNG with a row per photograph: photograph, exact, FNA, difference.
+    """Write a PNG with a row per photograph, in the square that the model sees: photograph, exact, FNA, difference.
 
     Models with a map output (saliency, depth) show that map; models with tokens only show each patch's error.
 
@@ -38,14 +41,13 @@ def draw_overlay(
     figure = Figure(figsize=(3 * (len(columns) + 1), 3 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
     for row, (name, image) in enumerate(images):
-        photograph = np.asarray(image.convert("RGB"))
+        photograph = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)))
         axes[row, 0].imshow(photograph)
         axes[row, 0].set_ylabel(name)
         for column, (title, maps, colours, top) in enumerate(columns, start=1):
-            height, width = photograph.shape[:2]
-            axes[row, column].imshow(photograph, extent=(0, width, height, 0))
+            axes[row, column].imshow(photograph)
             shown = axes[row, column].imshow(
-                maps[row], cmap=colours, vmin=0, vmax=top, alpha=0.65, extent=(0, width, height, 0)
+                maps[row], cmap=colours, vmin=0, vmax=top, alpha=0.65, extent=(0, _SIDE, _SIDE, 0)
             )
             if row == 0:
                 axes[row, column].set_title(title)

@@ -53,7 +53,7 @@ def command(file: Path, images: Path | None, output: Path | None, resolution: st
             rows.append((name, (time.perf_counter() - started) * 1e3, outputs))
             parts.append(outputs)
         if output is not None:
-            stacked = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            stacked: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             with written_whole(output) as temporary, temporary.open("wb") as stream:
                 np.savez_compressed(stream, images=np.array([name for name, _ in photographs]), **stacked)
     _print(rows, skipped, output, quiet)
