@@ -106,7 +106,9 @@ def test_a_tampered_engine_is_refused(built: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"), [(None, "is missing"), ("{}", "backend"), ("not json", "Invalid JSON")], ids=["none", "empty", "text"]
+    ("manifest", "said"),
+    [(None, "is missing"), ("{}", "backend"), ("not json", "Invalid JSON")],
+    ids=["none", "empty", "text"],
 )
 def test_an_engine_without_its_manifest_is_refused(tmp_path: Path, manifest: str | None, said: str) -> None:
     engine = tmp_path / "x.engine"
