@@ -196,3 +196,74 @@ FAMILIES: tuple[Family, ...] = (
     Family("Depth Anything", _depth_anything, 1, ("predicted_depth",)),
     Family("LLaVA", _llava, 1, ("image_features", *POOLED), vision=lambda model: model.model.vision_tower),
 )
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A model that `fna` refuses, with the words that say why."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    reason: str
+
+
+def _beit(**settings: Any) -> nn.Module:
+    sizes = {**SIZES, "num_hidden_layers": 2}
+    return transformers.BeitModel(transformers.BeitConfig(**sizes, **IMAGE, **settings))
+
+
+def _swin() -> nn.Module:
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    return transformers.SwinModel(transformers.SwinConfig(**IMAGE, **sizes))
+
+
+def _swin2() -> nn.Module:
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    return transformers.Swinv2Model(transformers.Swinv2Config(**IMAGE, **sizes))
+
+
+def _vitdet() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.VitDetModel(
+        transformers.VitDetConfig(**sizes, **IMAGE, window_size=4, window_block_indices=[0, 1])
+    )
+
+
+def _sam_vision() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "output_channels": 16, "mlp_dim": 64}
+    config = transformers.SamVisionConfig(**sizes, **IMAGE, window_size=4, global_attn_indexes=[1])
+    return transformers.SamVisionModel(config)
+
+
+def _data2vec() -> nn.Module:
+    config = transformers.Data2VecVisionConfig(**SIZES, **IMAGE, use_relative_position_bias=True)
+    return transformers.Data2VecVisionModel(config)
+
+
+def _llama() -> nn.Module:
+    return transformers.LlamaModel(transformers.LlamaConfig(**TEXT))
+
+
+def _bert() -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**TEXT))
+
+
+def _resnet() -> nn.Module:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    return transformers.ResNetModel(transformers.ResNetConfig(**sizes))
+
+
+REFUSED: tuple[Refused, ...] = (
+    Refused("BEiT", lambda: _beit(use_relative_position_bias=True), "relative position bias"),
+    Refused(
+        "BEiT, shared bias", lambda: _beit(use_shared_relative_position_bias=True), "shared relative position bias"
+    ),
+    Refused("Data2Vec vision", _data2vec, "relative position bias"),
+    Refused("Swin", _swin, "windows"),
+    Refused("Swin v2", _swin2, "windows"),
+    Refused("ViTDet", _vitdet, "windows"),
+    Refused("SAM vision", _sam_vision, "windows"),
+    Refused("Llama (text)", _llama, "causal"),
+    Refused("BERT (text)", _bert, "attention interface"),
+    Refused("ResNet", _resnet, "no attention modules"),
+)
