@@ -17,7 +17,7 @@ from fna.plan import describe_validation_error
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+_RESAMPLING = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic", "4": "box", "5": "hamming"}  # PIL's
 
 _Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -64,9 +64,10 @@ def parse_preprocessor(text: str, name: str) -> Preprocessing:
         settings = json.loads(text)
     except ValueError as error:
         raise InputFileError(f"{name} is not JSON: {error}; save the image processor again") from None
+    if isinstance(settings, dict):
+        settings = settings.get("image_processor", settings)
     if not isinstance(settings, dict):
         raise InputFileError(f"{name} holds a {type(settings).__name__}, but a JSON object of settings is needed")
-    settings = settings.get("image_processor", settings)
     values: dict[str, Any] = {"rescale": 1.0} if settings.get("do_rescale") is False else {}
     if settings.get("do_normalize") is False:
         values.update(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -74,7 +75,7 @@ def parse_preprocessor(text: str, name: str) -> Preprocessing:
         if settings.get(theirs) is not None:
             values.setdefault(ours, settings[theirs])
     if settings.get("resample") is not None:
-        values["resize"] = _RESAMPLING.get(settings["resample"], settings["resample"])
+        values["resize"] = _RESAMPLING.get(str(settings["resample"]), settings["resample"])
     try:
         return Preprocessing(**values)
     except ValidationError as error:
