@@ -6,6 +6,7 @@ import importlib
 import inspect
 import logging
 import math
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class LoadedModel:
         any_resolution: whether the model takes other sizes than the native one.
         num_blocks: attention blocks of its vision tower.
         preprocessing: how photographs become its input.
+        open_size: whether it can be traced with height and width left open.
     """
 
     name: str
@@ -65,6 +67,7 @@ class LoadedModel:
     any_resolution: bool
     num_blocks: int
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    open_size: bool = True
 
 
 class VisionOutputs(nn.Module):
@@ -266,15 +269,26 @@ def _load_transformers(name: str) -> tuple[nn.Module, tuple[str, ...]]:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers raises many types, from OSError to RuntimeError
-        if local_only and not Path(name).is_dir():
-            reason = "it is not in the local model cache, and the model hub cannot be reached from this machine"
-        else:
-            reason = _first_line(error)
-        raise ModelSourceError(
-            f"model {name!r} is none of {', '.join(BUILT_IN)}, no factory module.path:function, and transformers cannot load "
-            f"it: {reason}"
-        ) from None
+        raise ModelSourceError(_say_why_not_loaded(name, error, local_only)) from None
     return model, tuple(sorted(report["missing_keys"]))
+
+
+def _say_why_not_loaded(name: str, error: Exception, local_only: bool) -> str:
+    # torch's own text for this tells the user to switch the protection off, so it is not passed on
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
+        return (
+            f"the weights of model {name!r} are a pickle that holds more than tensors; its code is never run: "
+            "save the model as safetensors where you trust it"
+        )
+    if Path(name).is_dir():
+        return f"model folder {name} cannot be loaded: {_first_line(error)}; save it again by transformers' save_pretrained"
+    reason = _first_line(error)
+    if local_only:
+        reason = "it is not in the local model cache, and the model hub cannot be reached from this machine"
+    return (
+        f"model {name!r} is none of {', '.join(BUILT_IN)}, no factory module.path:function, and transformers cannot load "
+        f"it: {reason}"
+    )
 
 
 def _check_reference(name: str) -> None:
@@ -359,6 +373,7 @@ def _wrap(name: str, model: nn.Module, missing: tuple[str, ...] = ()) -> LoadedM
         )
     wrapped = VisionOutputs(tower, fields, arguments)
     names, tokens, maps = _classify(wrapped, fields, native)
+    any_resolution = _takes_any_resolution(wrapped, native, patch)
     return LoadedModel(
         name=name,
         module=wrapped,
@@ -367,9 +382,11 @@ def _wrap(name: str, model: nn.Module, missing: tuple[str, ...] = ()) -> LoadedM
         map_outputs=maps,
         patch_size=patch,
         native_resolution=native,
-        any_resolution=_takes_any_resolution(wrapped, native, patch),
+        any_resolution=any_resolution,
         num_blocks=len(blocks),
         preprocessing=_find_preprocessing(name),
+        # SigLIP 2's resize weights are made for one size; the exporter would bake that size in and not say so
+        open_size=any_resolution and not isinstance(tower, PatchifiedVision),
     )
 
 
@@ -381,8 +398,8 @@ def _check_missing(name: str, missing: tuple[str, ...]) -> tuple[str, ...]:
     others = [key for key in missing if "pooler." not in key]
     if others:
         raise ModelSourceError(
-            f"the checkpoint of model {name!r} lacks {len(others)} weights of {'the model' if len(others) > 1 else 'it'}, "
-            f"first: {others[0]}; they would be random numbers, so give a complete checkpoint"
+            f"the checkpoint of model {name!r} lacks {len(others)} weights, first: {others[0]}; they would be random numbers, "
+            "so give a complete checkpoint"
         )
     return ("pooler_output",) if missing else ()
 

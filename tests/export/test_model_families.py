@@ -21,7 +21,7 @@ from fna.export.trace import TraceOptions, trace_model
 from model_families import FAMILIES, REFUSED, Family, Refused, build_tiny, sample_pixels
 
 import fna
-from fna.errors import UnsupportedAttentionError
+from fna.errors import ModelSourceError, UnsupportedAttentionError
 from fna.patching import find_attention_blocks
 from fna.plan import uniform_plan
 from fna.tokens import detect_prefix_tokens
@@ -139,6 +139,26 @@ def test_tracing_leaves_the_model_as_it_was(family: Family) -> None:
     with torch.no_grad():
         for left, right in zip(result.model.module(sample_pixels()), fresh.module(sample_pixels()), strict=True):
             assert torch.equal(left, right)
+
+
+def test_siglip2_traces_at_another_size_than_its_own() -> None:
+    loaded = _wrap("SigLIP 2", build_tiny(next(family for family in FAMILIES if family.name == "SigLIP 2 vision")))
+    proto, _ = trace_model(loaded, uniform_plan(3, layers="2", landmarks=12), TraceOptions(24, 40))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    pixels = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(7))
+    fna.patch(loaded.module, uniform_plan(3, layers="2", landmarks=12))
+    with torch.no_grad():
+        expected = loaded.module(pixels)
+    got = session.run(None, {"pixel_values": pixels.numpy()})
+    assert max(_errors(loaded, got, [tensor.numpy() for tensor in expected]).values()) < TOLERANCE
+    assert "Resize" not in {node.op_type for node in proto.graph.node}
+
+
+def test_siglip2_with_open_height_and_width_is_refused_in_one_line() -> None:
+    loaded = _wrap("SigLIP 2", build_tiny(next(family for family in FAMILIES if family.name == "SigLIP 2 vision")))
+    with pytest.raises(ModelSourceError, match="height and width cannot be left open") as caught:
+        trace_model(loaded, uniform_plan(3, landmarks=12), TraceOptions(32, 32, dynamic_size=True))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_documented_tables_are_what_this_run_gives() -> None:
