@@ -97,3 +97,16 @@ def test_bare_make_prints_the_goals() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     for goal in ("setup", "export", "engine", "validate", "bench", "test", "lint", "clean"):
         assert f"make {goal}" in done.stdout
+
+
+def test_the_readmes_models_are_rows_of_the_measured_table() -> None:
+    def rows(path: Path) -> list[list[str]]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
+
+    measured = {(row[0], row[1], row[3]) for row in rows(ROOT / "docs" / "models.md") if len(row) == 7}
+    claimed = [
+        tuple(row) for row in rows(ROOT / "README.md") if len(row) == 3 and row[1].startswith("`") and row[2].isdigit()
+    ]
+    assert len(claimed) == 11
+    assert set(claimed) <= measured
