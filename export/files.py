@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
+import onnx.shape_inference
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
-from fna.errors import InputFileError
+from fna.errors import BuildError, InputFileError
 
 LARGEST_SINGLE_FILE = 2_000_000_000
 """Bytes; a protobuf message ends at 2 GiB, and the graph needs room beside the tensors."""
@@ -48,16 +49,17 @@ def save_model(model: ModelProto, path: Path) -> None:
 
     Raises:
         InputFileError: if the file cannot be written there.
+        BuildError: if `onnx.checker`, shape inference included, refuses the model.
     """
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     with written_whole(path) as temporary:
         if size <= LARGEST_SINGLE_FILE:
             temporary.write_bytes(model.SerializeToString())
-            onnx.checker.check_model(str(temporary), full_check=True)
+            _check(temporary)
             return
         with written_whole(path.with_name(f"{path.name}.data")) as data:
             _save_with_external_data(model, temporary, data)
-            onnx.checker.check_model(str(temporary), full_check=True)
+            _check(temporary)
             _rename_external_data(model, f"{path.name}.data")
             temporary.write_bytes(model.SerializeToString())
 
@@ -101,6 +103,14 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())
+        raise BuildError(f"the model does not pass onnx.checker, so nothing was written: {reason}") from error
 
 
 def _save_with_external_data(model: ModelProto, path: Path, data: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import onnx
 import onnxscript
+import onnxscript.optimizer
 import torch
 from onnx import ModelProto, TensorProto
 from onnxscript import opset18, values
@@ -182,7 +183,8 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
                 dynamic_shapes=(dynamic or None,),
                 opset_version=opset,
                 custom_translation_table=translation_table(),
-                optimize=True,
+                # The exporter's own optimiser folds batch norms into bf16 convolutions as fp32 weights, which no checker passes.
+                optimize=options.precision != "bf16",
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps failures of many kinds
@@ -193,6 +195,8 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
         raise ModelSourceError(f"tracing {model.name} to ONNX failed: {reason}") from error
     if program is None:
         raise ModelSourceError(f"tracing {model.name} to ONNX failed: the exporter returned nothing")
+    if options.precision == "bf16":
+        onnxscript.optimizer.fold_constants(program.model)
     return program.model_proto
 
 

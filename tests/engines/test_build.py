@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from fna.cli import main
 from fna.engines.build import BatchRange, build_rtx_engine, parse_batch
 from fna.engines.manifest import manifest_path, read_manifest
 from fna.engines.run import check_engine_can_run
@@ -84,10 +85,14 @@ def test_norm_grid_landmarks_build_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so the engine may run")
-def test_without_a_gpu_the_engine_is_refused_by_exit_code_3(built: Path) -> None:
+def test_without_a_gpu_the_engine_is_refused_by_exit_code_3(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MissingCapabilityError, match="needs an NVIDIA GPU") as caught:
         check_engine_can_run(built)
     assert caught.value.exit_code == 3
+    assert main(["run", str(built)]) == 3
+    message = capsys.readouterr().err
+    assert message.startswith("fna: tiny.engine needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 12.0")
+    assert message.count("\n") == 1
 
 
 def test_a_node_that_the_parser_refuses_is_named_and_nothing_is_left(tmp_path: Path) -> None:
