@@ -24,8 +24,13 @@ ALIGNMENT = 256
 TILE = 64
 FINISH_COLUMNS = 32
 
+MAX_ITERATIONS = 64
+
 WAVES = 2
 """How many programs per multiprocessor the split of the keys aims for."""
+
+MAX_MULTIPROCESSORS = 256
+"""The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
 
 FPS_ONE_LAUNCH_TOKENS = 1024
 FPS_ONE_LAUNCH_BYTES = 256 * 1024
@@ -37,7 +42,8 @@ FPS_TILE = 64
 class Variant:
     """One compiled form of a kernel: its name, the type of its tensors, padded landmarks and padded head size.
 
-    `landmarks` and `head_size` are 0 where the kernel does not depend on them.
+    `landmarks` and `head_size` are 0 where the kernel does not depend on them. For the sampling kernels `head_size` is 16
+    where the number of channels is a multiple of 16, so that rows are read in vectors.
     """
 
     kernel: str
@@ -137,7 +143,7 @@ def landmark_rows(dtype: Dtype, s_pad: int) -> int:
 
 def query_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
     """BLOCK_M: queries per tile of the output kernel."""
-    return 64 if dtype == "fp32" or (s_pad > TILE and block_d > 64) else 128
+    return 64 if dtype == "fp32" or block_d > 64 else 128
 
 
 def landmark_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
@@ -173,7 +179,8 @@ def split_keys(shape: AttentionShape, multiprocessors: int) -> tuple[int, int]:
     s_pad = padded_landmarks(shape.landmarks)
     row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
     blocks = -(-shape.tokens // block)
-    wanted = -(-WAVES * multiprocessors // (shape.batch * shape.heads * row_tiles))
+    programs = shape.batch * shape.heads * row_tiles
+    wanted = -(-WAVES * min(multiprocessors, MAX_MULTIPROCESSORS) // programs)
     per_split = -(-blocks // min(blocks, max(1, wanted)))
     return -(-blocks // per_split), per_split * block
 
@@ -182,22 +189,38 @@ def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
     """Query tiles per program of the output kernel: more than one only when the GPU stays full."""
     block = query_block(shape.dtype, padded_landmarks(shape.landmarks), padded_head_size(shape.head_size))
     tiles = -(-shape.tokens // block)
-    return max(1, min(8, tiles * shape.batch * shape.heads // (2 * WAVES * multiprocessors)))
+    return max(1, min(8, tiles * shape.batch * shape.heads // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
 
 
 def attention_buffers(shape: AttentionShape, splits: int) -> dict[str, Buffer]:
     """Scratch of one call, each buffer aligned to 256 bytes; see `fna.plugins.kernels.attention` for the layouts."""
+    return _attention_buffers(shape, shape.batch * shape.heads * splits)
+
+
+def workspace_bound(shape: AttentionShape) -> int:
+    """Scratch that is enough for `shape`, every smaller B, H, N, D and S of it, and every GPU, in bytes.
+
+    B * H * splits is at most WAVES * MAX_MULTIPROCESSORS / (row tiles) + B * H, however B * H is made up.
+    """
+    s_pad = padded_landmarks(shape.landmarks)
+    row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
+    most = -(-WAVES * MAX_MULTIPROCESSORS // row_tiles) + shape.batch * shape.heads
+    buffers = _attention_buffers(shape, most)
+    return max(aligned(b.offset + b.size) for b in buffers.values())
+
+
+def _attention_buffers(shape: AttentionShape, head_splits: int) -> dict[str, Buffer]:
     s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
     rows = shape.batch * shape.heads * s_pad
     sizes = {
-        "partial": rows * splits * block_d * 4,
-        "stats": rows * splits * 2 * 4,
+        "partial": head_splits * s_pad * block_d * 4,
+        "stats": head_splits * s_pad * 2 * 4,
         "matrices": rows * (2 if in_registers(shape.dtype, s_pad) else 5) * s_pad * 4,
         "colsum": rows * (s_pad // TILE) * 4,
         "exact": rows * block_d * 4,
         "mixed": rows * block_d * ELEMENT_BYTES[shape.dtype],
         "mixed_scale": shape.batch * shape.heads * block_d * 4,
-        "steps": rows * 2 * block_d * 4,
+        "between": rows * 2 * block_d * 4,
     }
     return _lay_out(sizes)
 
@@ -224,8 +247,8 @@ def attention_plan(
         out_strides: of the output; linear if None.
     """
     check_attention_shape(shape)
-    if iterations < 1:
-        raise InvalidArgumentError(f"iterations is {iterations}, but at least 1 is needed")
+    if iterations < 1 or iterations > MAX_ITERATIONS:
+        raise InvalidArgumentError(f"iterations is {iterations}, but the kernels take 1 to {MAX_ITERATIONS}")
     linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
     taken, written = strides or linear, out_strides or linear
     s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
@@ -253,7 +276,7 @@ def attention_plan(
         Launch(
             Variant("finish", shape.dtype, s_pad),
             (bh, block_d // FINISH_COLUMNS, 1),
-            ("partial", "stats", "matrices", "colsum", "exact", "mixed", "mixed_scale", "steps")
+            ("partial", "stats", "matrices", "colsum", "exact", "mixed", "mixed_scale", "between")
             + (splits, shape.landmarks, block_d, int(iterations == 1)),
         )
     )
@@ -282,19 +305,31 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
             f"{num_landmarks} landmarks were asked for of {tokens} tokens, but 1 to {tokens} are needed"
         )
     sizes = (tokens, channels, num_landmarks)
+    aligned_channels = 16 if channels % 16 == 0 else 0
     if tokens <= FPS_ONE_LAUNCH_TOKENS and tokens * channels * ELEMENT_BYTES[dtype] <= FPS_ONE_LAUNCH_BYTES:
-        return Plan((Launch(Variant("fps", dtype), (batch, 1, 1), ("features", "landmarks", *sizes)),))
+        return Plan((Launch(Variant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)),))
     tiles = -(-tokens // FPS_TILE)
     buffers = _lay_out({"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4})
     launches = tuple(
         Launch(
-            Variant("fps_step", dtype),
+            Variant("fps_step", dtype, 0, aligned_channels),
             (tiles, batch, 1),
             ("features", "landmarks", "distance", "best", "best_index", *sizes, step),
         )
         for step in range(num_landmarks)
     )
     return Plan(launches, buffers)
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Every variant that a plan can name: what the ahead-of-time build compiles."""
+    paddings, heads = (TILE, 2 * TILE, 4 * TILE), (64, 128)
+    found = [Variant("landmark", t, s, d) for t in DTYPES for s in paddings for d in heads]
+    found += [Variant("newton", t, 4 * TILE) for t in ("fp32", "fp16")]
+    found += [Variant("finish", t, s) for t in DTYPES for s in paddings]
+    found += [Variant("output", t, s, d) for t in DTYPES for s in paddings for d in heads]
+    found += [Variant(name, t, 0, c) for name in ("fps", "fps_step") for t in DTYPES for c in (0, 16)]
+    return tuple(found)
 
 
 def _lay_out(sizes: dict[str, int]) -> dict[str, Buffer]:

@@ -12,7 +12,7 @@ Scratch, per head (`bh` = batch item * heads + head):
     stats     [bh, splits, 2, S_PAD]          the running maximum (base 2) and the sum of exponentials of that stretch
     matrices  [bh, 2 or 5, S_PAD, S_PAD]      Z, W; and where they do not fit registers also A, T = 7 W - W W, Y = Z W
     colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (with 5 matrices only)
-    steps     [bh, 2, S_PAD, BLOCK_D]         between the products of the last iteration (with 5 matrices only)
+    between   [bh, 2, S_PAD, BLOCK_D]         between the products of the last iteration (with 5 matrices only)
     exact     [bh, S_PAD, BLOCK_D]            Bv
     mixed     [bh, S_PAD, BLOCK_D]            Z6 Bv / mixed_scale, in the type of the inputs
     mixed_scale [bh, BLOCK_D]                 largest magnitude of each column of Z6 Bv, so that fp16 cannot overflow
@@ -350,7 +350,7 @@ def _apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLU
 
 @triton.jit
 def finish_kernel(
-    partial, stats, matrices, colsum, exact, mixed, mixed_scale, steps,
+    partial, stats, matrices, colsum, exact, mixed, mixed_scale, between,
     splits, count, padded_d, one_iteration,
     S_PAD: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -385,8 +385,8 @@ def finish_kernel(
         tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
         tl.store(mixed_scale + bh * padded_d + column, largest)
     else:
-        steps += bh * 2 * S_PAD * padded_d
-        even, odd = steps, steps + S_PAD * padded_d
+        between += bh * 2 * S_PAD * padded_d
+        even, odd = between, between + S_PAD * padded_d
         z_scale = _inverse_scale(colsum + bh * (S_PAD // TILE) * S_PAD, one_iteration != 0, S_PAD)
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)

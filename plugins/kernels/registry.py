@@ -6,7 +6,7 @@ from typing import Any
 
 from fna.plugins.kernels import attention, sampling
 from fna.plugins.plan import FPS_ONE_LAUNCH_TOKENS, FPS_TILE, FINISH_COLUMNS, TILE
-from fna.plugins.plan import Variant, key_block, landmark_block, landmark_rows, query_block
+from fna.plugins.plan import Variant, in_registers, key_block, landmark_block, landmark_rows, query_block
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
@@ -18,7 +18,7 @@ KERNELS = {
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
 _INT_POINTERS = {"landmarks", "best_index"}
-_FLOAT_POINTERS = {"bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "steps", "distance", "best"}
+_FLOAT_POINTERS = {"bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best"}
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias"}
 
@@ -40,3 +40,44 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
+
+
+def options(variant: Variant) -> dict[str, int]:
+    """Warps and pipeline stages, chosen by registers and shared memory: no spills, and at most 99 KB."""
+    wide = variant.dtype == "fp32"
+    if variant.kernel == "landmark":
+        return {"num_warps": 4 if in_registers(variant.dtype, variant.landmarks) else 8, "num_stages": 1 if wide else 2}
+    if variant.kernel == "newton":
+        return {"num_warps": 8 if wide else 4, "num_stages": 1}
+    if variant.kernel == "finish":
+        return {"num_warps": 4, "num_stages": 1}
+    if variant.kernel == "output":
+        held = landmark_block(variant.dtype, variant.landmarks, variant.head_size) == variant.landmarks
+        return {"num_warps": 8, "num_stages": 2 if held else 1}
+    return {"num_warps": 16 if variant.kernel == "fps" else 4, "num_stages": 2}
+
+
+def signature(variant: Variant) -> dict[str, str]:
+    """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
+    typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
+    kinds = {name: typed for name in _TYPED} | {name: "*i32" for name in _INT_POINTERS}
+    kinds |= {name: "*fp32" for name in _FLOAT_POINTERS} | {"scale": "fp32"}
+    parameters = KERNELS[variant.kernel].params
+    return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
+
+
+def multiples_of_16(variant: Variant) -> list[int]:
+    """Positions of the parameters that the compiler may take as multiples of 16: addresses in bytes, sizes in elements.
+
+    TensorRT aligns its tensors; landmarks and bias may be views in PyTorch, and are read element by element.
+    """
+    names = set(_MULTIPLES_OF_16) | ({"channels"} if variant.kernel.startswith("fps") and variant.head_size else set())
+    kinds = signature(variant)
+    pointers = {name for name, kind in kinds.items() if kind.startswith("*")} - _UNALIGNED
+    return [i for i, name in enumerate(kinds) if name in names | pointers]
+
+
+def parameter_layout(variant: Variant) -> str:
+    """One letter for each launch argument: p for an address, i for an int32, f for a float32."""
+    letters = {"i32": "i", "fp32": "f"}
+    return "".join(letters.get(kind, "p") for kind in signature(variant).values() if kind != "constexpr")

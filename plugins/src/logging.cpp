@@ -1,0 +1,38 @@
+#include "logging.hpp"
+
+#include <atomic>
+#include <cstdio>
+
+namespace fna
+{
+namespace
+{
+
+std::atomic<nvinfer1::ILoggerFinder*> gFinder{nullptr};
+
+} // namespace
+
+void useLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept
+{
+    gFinder.store(finder);
+}
+
+void log(nvinfer1::ILogger::Severity severity, char const* message) noexcept
+{
+    try
+    {
+        nvinfer1::ILoggerFinder* const finder = gFinder.load();
+        nvinfer1::ILogger* const logger = finder == nullptr ? nullptr : finder->findLogger();
+        if (logger != nullptr)
+        {
+            logger->log(severity, message);
+            return;
+        }
+    }
+    catch (...)
+    {
+    }
+    std::fprintf(stderr, "%s\n", message);
+}
+
+} // namespace fna
