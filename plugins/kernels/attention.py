@@ -29,6 +29,13 @@ MATRIX_T = tl.constexpr(3)
 MATRIX_Y = tl.constexpr(4)
 TILE = tl.constexpr(64)
 
+# Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
+_SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride"]
+_PLAIN = [*_SIZES, "splits", "split_tokens", "full_iterations"]
+_PLAIN_NEWTON = ["phase", "first"]
+_PLAIN_FINISH = ["splits", "count", "one_iteration"]
+_PLAIN_OUTPUT = [*_SIZES, "tiles", "exact_rows"]
+
 
 @triton.jit
 def _dot_input(x, y, acc, UPCAST: tl.constexpr):
@@ -252,7 +259,7 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
     tl.store(stats + (split * 2 + 1) * S_PAD + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def landmark_kernel(
     query, key, value, landmarks, bias, partial, stats, matrices, colsum,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride,
@@ -304,7 +311,7 @@ def landmark_kernel(
                      S_PAD, BLOCK_S, BLOCK_N, BLOCK_D, UPCAST)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN_NEWTON)
 def newton_kernel(matrices, colsum, phase, first, S_PAD: tl.constexpr, HALF: tl.constexpr):
     """One phase of one iteration at S_PAD = 256, spread over (S_PAD / 64)^2 programs per head.
 
@@ -348,7 +355,7 @@ def _apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLU
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN_FINISH)
 def finish_kernel(
     partial, stats, matrices, colsum, exact, mixed, mixed_scale, between,
     splits, count, padded_d, one_iteration,
@@ -439,7 +446,7 @@ def _landmark_values(bias, mixed, first, count, TILE_S: tl.constexpr, BLOCK_D: t
     return values, tl.where(slot < count, offset, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN_OUTPUT)
 def output_kernel(
     query, key, landmarks, bias, exact, mixed, mixed_scale, out,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n,

@@ -18,7 +18,7 @@ def _lowest_maximum(value, index):
     return maximum, tl.min(tl.where(value == maximum, index, NO_INDEX), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def fps_kernel(features, landmarks, tokens, channels, steps, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """All steps for one batch item in one program, distances in registers. N <= BLOCK_N. Grid: (B)."""
     item = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,7 @@ def fps_kernel(features, landmarks, tokens, channels, steps, BLOCK_N: tl.constex
         index = tl.minimum(index, tokens - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps", "step"])
 def fps_step_kernel(
     features, landmarks, distance, best, best_index, tokens, channels, steps, step,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,

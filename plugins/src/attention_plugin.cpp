@@ -326,6 +326,8 @@ IPluginV3* AttentionCreator::createPlugin(char const*, PluginFieldCollection con
         {
             return nullptr;
         }
+        logAt(ILogger::Severity::kVERBOSE, AttentionPlugin::kName, " created: scale=", attributes.scale,
+            " iterations=", attributes.iterations, " exact_rows=", attributes.exactRows);
         return new AttentionPlugin(attributes);
     });
 }

@@ -177,9 +177,7 @@ private:
         }
         if (status != kSuccess)
         {
-            std::string const text = std::string("fna: kernel ") + entry.variant + (entry.sm == 0 ? " (PTX)" : "")
-                + " does not load: " + describe(status);
-            log(severity, text.c_str());
+            logAt(severity, "kernel ", entry.variant, entry.sm == 0 ? " (PTX)" : "", " does not load: ", describe(status));
             return false;
         }
         kernel = LoadedKernel{function, &entry};

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 
 namespace fna
 {
@@ -32,7 +33,11 @@ void log(nvinfer1::ILogger::Severity severity, char const* message) noexcept
     catch (...)
     {
     }
-    std::fprintf(stderr, "%s\n", message);
+    static bool const verbose = std::getenv("FNA_PLUGIN_VERBOSE") != nullptr;
+    if (verbose || severity <= nvinfer1::ILogger::Severity::kWARNING)
+    {
+        std::fprintf(stderr, "%s\n", message);
+    }
 }
 
 } // namespace fna

@@ -1,4 +1,5 @@
-// Messages through TensorRT's logger, which the host hands over with setLoggerFinder; to stderr while there is none.
+// Messages through TensorRT's logger, which the host hands over with setLoggerFinder; while there is none, warnings and errors
+// go to stderr (with FNA_PLUGIN_VERBOSE set, everything).
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -14,21 +15,27 @@ void useLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 void log(nvinfer1::ILogger::Severity severity, char const* message) noexcept;
 
-// logError("head size D is ", d, ", but ..."): one line, prefixed with the library's name.
 template <typename... Parts>
-void logError(Parts const&... parts) noexcept
+void logAt(nvinfer1::ILogger::Severity severity, Parts const&... parts) noexcept
 {
     try
     {
         std::ostringstream text;
         text << "fna: ";
         (text << ... << parts);
-        log(nvinfer1::ILogger::Severity::kERROR, text.str().c_str());
+        log(severity, text.str().c_str());
     }
     catch (...)
     {
-        log(nvinfer1::ILogger::Severity::kERROR, "fna: an error could not be reported for want of memory");
+        log(severity, "fna: a message could not be written for want of memory");
     }
+}
+
+// logError("head size D is ", d, ", but ..."): one line, prefixed with the library's name.
+template <typename... Parts>
+void logError(Parts const&... parts) noexcept
+{
+    logAt(nvinfer1::ILogger::Severity::kERROR, parts...);
 }
 
 // Run `body`, and turn anything it throws into a logged error and `failure`: nothing may leave a noexcept function.

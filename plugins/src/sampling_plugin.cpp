@@ -210,6 +210,7 @@ IPluginV3* SamplingCreator::createPlugin(char const*, PluginFieldCollection cons
         {
             return nullptr;
         }
+        logAt(ILogger::Severity::kVERBOSE, SamplingPlugin::kName, " created: num_landmarks=", attributes.numLandmarks);
         return new SamplingPlugin(attributes);
     });
 }

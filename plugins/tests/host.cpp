@@ -36,8 +36,12 @@ std::vector<PluginTensorDesc> fixed(Tensor const* tensors, int32_t count)
 
 } // namespace
 
-void Logger::log(Severity, char const* message) noexcept
+void Logger::log(Severity severity, char const* message) noexcept
 {
+    if (severity > Severity::kWARNING)
+    {
+        return;
+    }
     mMessages += message;
     mMessages += '\n';
 }
