@@ -10,8 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
-from fna.errors import UnsupportedAttentionError
+from fna.errors import (
+    InvalidArgumentError,
+    InvalidDtypeError,
+    InvalidLandmarksError,
+    InvalidShapeError,
+    UnsupportedAttentionError,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -60,7 +65,9 @@ def fast_nystrom_attention(
         )
     _check_inputs(query, key, value, landmarks, landmark_bias)
     if iterations < 1:
-        raise InvalidArgumentError(f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)")
+        raise InvalidArgumentError(
+            f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)"
+        )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.fna.attention(
         query, key, value, landmarks.to(torch.int32), landmark_bias, factor, int(iterations), bool(exact_rows)
@@ -156,7 +163,9 @@ def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     bias = rest[0].detach().requires_grad_(True) if ctx.has_bias else None
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
-        out = nystrom_attention_reference(*leaves, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows)
+        out = nystrom_attention_reference(
+            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows
+        )
         wanted = [*leaves, bias] if bias is not None else leaves
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return (*grads[:3], None, grads[3] if bias is not None else None, None, None, None)
@@ -210,7 +219,9 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, 
             raise InvalidDtypeError(f"landmark_bias is {bias.dtype}, but a floating-point log(weight) is needed")
         _check_per_landmark("landmark_bias", bias, batch)
         if bias.shape[1] != num_landmarks:
-            raise InvalidShapeError(f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks")
+            raise InvalidShapeError(
+                f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks"
+            )
 
 
 def _check_per_landmark(name: str, tensor: Tensor, batch: int) -> None:

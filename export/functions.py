@@ -1,0 +1,388 @@
+"""The ONNX bodies of this project's operators: model-local functions of domain `fna`, in standard operators only.
+
+A file that carries these functions runs on any ONNX runtime as it is; a TensorRT plugin of the operator's name can take the
+function's place (`fna.export.lower`). Bodies exist for opsets 14 to 23. Softmax, sums and Newton-Schulz are fp32 whatever the
+type of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx.parser
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from fna.errors import InvalidArgumentError
+from fna.landmarks import norm_grid_count
+
+DOMAIN = "fna"
+DOMAIN_VERSION = 1
+ATTENTION = "FastNystromAttention"
+FARTHEST_POINTS = "FarthestPointSampling"
+NORM_GRID = "NormGridLandmarks"
+PLUGIN_OPS = (ATTENTION, FARTHEST_POINTS)
+"""Operators that a TensorRT plugin implements; the other operators of the domain are always inlined."""
+
+PLUGIN_FIELDS: dict[str, str] = {"plugin_version": "1", "plugin_namespace": ""}
+LOWEST_OPSET, HIGHEST_OPSET = 14, 23
+OVERLOAD_IR_VERSION = 10
+
+_LARGEST = 3.0e38
+"""Stands for an infinite distance; finite, because some builders fold infinities away."""
+
+
+@dataclass(frozen=True)
+class FunctionVariant:
+    """What the body of one operator depends on, besides the opset."""
+
+    op_type: str
+    element_type: int = TensorProto.UNDEFINED
+    iterations: int = 6
+    exact_rows: bool = False
+    num_landmarks: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def overload(self) -> str:
+        """The name that tells this variant from others of the same operator in one file."""
+        if self.op_type == ATTENTION:
+            rows = "exact_rows" if self.exact_rows else "published"
+            return f"{_type_name(self.element_type)}_{rows}_i{self.iterations}"
+        return f"{_type_name(self.element_type)}_s{self.num_landmarks}_p{self.prefix_tokens}"
+
+
+def attach_functions(
+    model: ModelProto,
+    element_type: int = TensorProto.UNDEFINED,
+    element_types: dict[str, int] | None = None,
+) -> None:
+    """Add to `model`, in place, the functions that its `fna` nodes call, in the model's own opset.
+
+    Where nodes of one operator need different bodies (other iterations, types or sizes), the functions are told apart by
+    the `overload` field, which needs IR version 10.
+
+    Args:
+        model: holds nodes of domain `fna` in its graph.
+        element_type: the ONNX type of the nodes' floating-point inputs; undefined writes bodies that take any type.
+        element_types: the same for single nodes, by node name, where they differ.
+
+    Raises:
+        InvalidArgumentError: for an opset outside 14 to 23, or an operator that is not one of ours.
+    """
+    opset = model_opset(model)
+    nodes = list(fna_nodes(model.graph))
+    types = element_types or {}
+    variants = {id(node): _variant_of(node, types.get(node.name, element_type)) for node in nodes}
+    distinct: dict[str, set[FunctionVariant]] = {}
+    for variant in variants.values():
+        distinct.setdefault(variant.op_type, set()).add(variant)
+    kept = [function for function in model.functions if function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(kept)
+    for op_type in sorted(distinct):
+        several = len(distinct[op_type]) > 1
+        for variant in sorted(distinct[op_type], key=lambda item: item.overload):
+            model.functions.append(make_function(variant, opset, overload=variant.overload if several else ""))
+        if several:
+            model.ir_version = max(model.ir_version, OVERLOAD_IR_VERSION)
+        for node in nodes:
+            if node.op_type == op_type:
+                node.overload = variants[id(node)].overload if several else ""
+    if nodes and not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+
+
+def make_function(variant: FunctionVariant, opset: int, *, overload: str = "") -> FunctionProto:
+    """Return the body of one operator for one opset.
+
+    Raises:
+        InvalidArgumentError: for an opset outside 14 to 23; for opset 14 without an element type (it has no CastLike).
+    """
+    if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
+        raise InvalidArgumentError(
+            f"opset {opset} was asked for, but FNA function bodies exist for {LOWEST_OPSET} to {HIGHEST_OPSET}; "
+            "convert the model with onnx.version_converter first"
+        )
+    if opset < 15 and variant.op_type == ATTENTION and variant.element_type == TensorProto.UNDEFINED:
+        raise InvalidArgumentError("opset 14 has no CastLike: the element type of the FNA inputs must be given")
+    texts = {ATTENTION: _attention_text, FARTHEST_POINTS: _farthest_points_text, NORM_GRID: _norm_grid_text}
+    text = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n' + texts[variant.op_type](variant, opset)
+    function = onnx.parser.parse_function(text)
+    function.overload = overload
+    for name, value in _attribute_defaults(variant):
+        function.attribute_proto.append(onnx.helper.make_attribute(name, value))
+    return function
+
+
+def fna_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield every node of domain `fna`, those in subgraphs included."""
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from fna_nodes(attribute.g)
+
+
+def model_opset(model: ModelProto) -> int:
+    """Return the version of the standard operators that `model` imports.
+
+    Raises:
+        InvalidArgumentError: if it imports none.
+    """
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return int(entry.version)
+    raise InvalidArgumentError("the model imports no standard operator set; add one to its opset_import")
+
+
+def node_attributes(node: NodeProto) -> dict[str, Any]:
+    """Return a node's attributes as Python values, strings decoded."""
+    values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def _variant_of(node: NodeProto, element_type: int) -> FunctionVariant:
+    given = node_attributes(node)
+    if node.op_type == ATTENTION:
+        return FunctionVariant(
+            ATTENTION, element_type, int(given.get("iterations", 6)), bool(given.get("exact_rows", 0))
+        )
+    if node.op_type == FARTHEST_POINTS:
+        return FunctionVariant(FARTHEST_POINTS, num_landmarks=int(given["num_landmarks"]))
+    if node.op_type == NORM_GRID:
+        return FunctionVariant(
+            NORM_GRID, num_landmarks=int(given["num_landmarks"]), prefix_tokens=int(given["prefix_tokens"])
+        )
+    raise InvalidArgumentError(
+        f"node {node.name!r} is fna::{node.op_type}, which is not one of this project's operators"
+    )
+
+
+def _attribute_defaults(variant: FunctionVariant) -> Iterable[tuple[str, Any]]:
+    if variant.op_type == ATTENTION:
+        yield "iterations", variant.iterations
+        yield "exact_rows", int(variant.exact_rows)
+    if variant.op_type in (FARTHEST_POINTS, NORM_GRID):
+        yield "num_landmarks", variant.num_landmarks
+    if variant.op_type == NORM_GRID:
+        yield "prefix_tokens", variant.prefix_tokens
+    if variant.op_type in PLUGIN_OPS:
+        yield from PLUGIN_FIELDS.items()
+
+
+def _attention_text(variant: FunctionVariant, opset: int) -> str:
+    """Write FNA as ONNX text.
+
+    The scale goes to the S landmark rows, never to the N tokens. The Newton-Schulz polynomial is written as
+    `1/4 (13 Z - (15 U - (7 U - U W) W))` with `U = Z W`, which needs no identity matrix; the last iteration is applied to Bv.
+    """
+    typed = variant.element_type == TensorProto.FLOAT
+    query, key, value = ("query", "key", "value") if typed else ("query_f", "key_f", "value_f")
+    result = "out" if typed else "result"
+    last_product = "mixed" if variant.exact_rows else result
+    lines = [
+        f"{ATTENTION} <scale> (query, key, value, landmarks, landmark_bias) => (out) {{",
+        *([] if typed else [f"{name}_f = Cast <to = 1> ({name})" for name in ("query", "key", "value")]),
+        "scale = Constant <value_float: float = @scale> ()",
+        "rows_axes = Constant <value_ints = [1, 3]> ()",
+        "bias_axes = Constant <value_ints = [1, 2]> ()",
+        "column_axis = Constant <value_ints = [-2]> ()",
+        *(["row_axis = Constant <value_ints = [-1]> ()"] if opset >= 18 else []),
+        # [B, H, S, D] indices into axis 2
+        "dims = Shape (query)",
+        "landmark_dims = Shape (landmarks)",
+        "leading = Constant <value_ints = [0, 1]> ()",
+        "second = Constant <value_ints = [1]> ()",
+        "last = Constant <value_ints = [3]> ()",
+        "batch_heads = Gather <axis = 0> (dims, leading)",
+        "count = Gather <axis = 0> (landmark_dims, second)",
+        "head_size = Gather <axis = 0> (dims, last)",
+        "rows_shape = Concat <axis = 0> (batch_heads, count, head_size)",
+        "rows_narrow = Unsqueeze (landmarks, rows_axes)",
+        "rows = Expand (rows_narrow, rows_shape)",
+        f"query_landmarks = GatherElements <axis = 2> ({query}, rows)",
+        f"key_gathered = GatherElements <axis = 2> ({key}, rows)",
+        "query_scaled = Mul (query_landmarks, scale)",
+        "key_scaled = Mul (key_gathered, scale)",
+        "key_columns = Transpose <perm = [0, 1, 3, 2]> (key_scaled)",
+        "bias = Unsqueeze (landmark_bias, bias_axes)",
+        # A
+        "core_plain = MatMul (query_landmarks, key_columns)",
+        "core_scores = Add (core_plain, bias)",
+        "core = Softmax <axis = -1> (core_scores)",
+        # Bv
+        f"all_keys = Transpose <perm = [0, 1, 3, 2]> ({key})",
+        "exact_scores = MatMul (query_scaled, all_keys)",
+        "exact_weights = Softmax <axis = -1> (exact_scores)",
+        f"exact_rows_out = MatMul (exact_weights, {value})",
+        # Z0
+        "core_transposed = Transpose <perm = [0, 1, 3, 2]> (core)",
+        "column_sums = ReduceSum <keepdims = 1> (core, column_axis)",
+        "largest_sum = " + _reduce("ReduceMax", "column_sums", -1, "row_axis", opset),
+        "inverse_0 = Div (core_transposed, largest_sum)",
+        *(f"c{number} = Constant <value_float = {number}.0> ()" for number in (7, 13, 15)),
+        "quarter = Constant <value_float = 0.25> ()",
+        *(line for step in range(variant.iterations - 1) for line in _newton_schulz_lines(step)),
+        *_last_iteration_lines(variant.iterations - 1),
+        # output
+        f"scores_plain = MatMul ({query}, key_columns)",
+        "scores = Add (scores_plain, bias)",
+        "weights = Softmax <axis = -1> (scores)",
+        f"{last_product} = MatMul (weights, projected)",
+    ]
+    if variant.exact_rows:
+        lines.append(f"{result} = ScatterElements <axis = 2> (mixed, rows, exact_rows_out)")
+    if variant.element_type == TensorProto.UNDEFINED:
+        lines.append(f"out = CastLike ({result}, query)")
+    elif not typed:
+        lines.append(f"out = Cast <to = {variant.element_type}> ({result})")
+    return "\n".join(lines) + "\n}"
+
+
+def _newton_schulz_lines(step: int) -> list[str]:
+    return [
+        f"w_{step} = MatMul (core, inverse_{step})",
+        f"u_{step} = MatMul (inverse_{step}, w_{step})",
+        f"uw_{step} = MatMul (u_{step}, w_{step})",
+        f"u7_{step} = Mul (u_{step}, c7)",
+        f"v_{step} = Sub (u7_{step}, uw_{step})",
+        f"vw_{step} = MatMul (v_{step}, w_{step})",
+        f"u15_{step} = Mul (u_{step}, c15)",
+        f"t_{step} = Sub (u15_{step}, vw_{step})",
+        f"z13_{step} = Mul (inverse_{step}, c13)",
+        f"n_{step} = Sub (z13_{step}, t_{step})",
+        f"inverse_{step + 1} = Mul (n_{step}, quarter)",
+    ]
+
+
+def _last_iteration_lines(step: int) -> list[str]:
+    lines = [f"w_last = MatMul (core, inverse_{step})"]
+    vector = "exact_rows_out"
+    for number in (7, 15, 13):
+        lines += [
+            f"p_{number} = MatMul (w_last, {vector})",
+            f"b_{number} = Mul (exact_rows_out, c{number})",
+            f"s_{number} = Sub (b_{number}, p_{number})",
+        ]
+        vector = f"s_{number}"
+    return [*lines, f"z_last = MatMul (inverse_{step}, {vector})", "projected = Mul (z_last, quarter)"]
+
+
+def _farthest_points_text(variant: FunctionVariant, opset: int) -> str:
+    square_sum = _reduce("ReduceSumSquare", "offset", 2, "channel_axis", opset, keepdims=0)
+    return f"""{FARTHEST_POINTS} (features) => (landmarks) {{
+        points = Cast <to = 1> (features)
+        dims = Shape (features)
+        zero_one = Constant <value_ints = [0, 1]> ()
+        first = Constant <value_ints = [0]> ()
+        last = Constant <value_ints = [2]> ()
+        one = Constant <value_ints = [1]> ()
+        channel_axis = Constant <value_ints = [2]> ()
+        grid = Gather <axis = 0> (dims, zero_one)
+        batch = Gather <axis = 0> (dims, first)
+        channels = Gather <axis = 0> (dims, last)
+        point_shape = Concat <axis = 0> (batch, one, channels)
+        pair_shape = Concat <axis = 0> (batch, one)
+        far = Constant <value_float = {_LARGEST}> ()
+        start = Expand (far, grid)
+        chosen_mark = Constant <value_float = -1.0> ()
+        marks = Expand (chosen_mark, pair_shape)
+        steps = Constant <value_int = {variant.num_landmarks}> ()
+        keep_going = Cast <to = 9> (steps)
+        last_distance, picks = Loop (steps, keep_going, start) <body = step
+            (int64 number, bool go, float[batch_size, num_tokens] distance)
+            => (bool go_on, float[batch_size, num_tokens] next_distance, int32[batch_size] pick) {{
+                go_on = Identity (go)
+                index = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (distance)
+                index_narrow = Unsqueeze (index, channel_axis)
+                index_wide = Expand (index_narrow, point_shape)
+                point = GatherElements <axis = 1> (points, index_wide)
+                offset = Sub (points, point)
+                squared = {square_sum}
+                nearer = Min (distance, squared)
+                next_distance = ScatterElements <axis = 1> (nearer, index, marks)
+                index_flat = Squeeze (index, one)
+                pick = Cast <to = 6> (index_flat)
+            }}>
+        landmarks = Transpose <perm = [1, 0]> (picks)
+    }}"""
+
+
+def _norm_grid_text(variant: FunctionVariant, opset: int) -> str:
+    prefix = min(variant.prefix_tokens, variant.num_landmarks)
+    by_norm = norm_grid_count(variant.num_landmarks, prefix)
+    spaced = variant.num_landmarks - prefix - by_norm
+    square_sum = _reduce("ReduceSumSquare", "values", 2, "channel_axis", opset, keepdims=0)
+    front = ", ".join(str(index) for index in range(prefix))
+    odd = ", ".join(str(2 * slot + 1) for slot in range(spaced))
+    ranks = ", ".join(f"{rank}.0" for rank in range(by_norm))
+    parts = (["front"] if prefix else []) + (["taken_index"] if by_norm else []) + (["even_index"] if spaced else [])
+    lines = [
+        f"{NORM_GRID} (features) => (landmarks) {{",
+        "values = Cast <to = 1> (features)",
+        "channel_axis = Constant <value_ints = [2]> ()",
+        "token_axis = Constant <value_ints = [1]> ()",
+        f"squared_norms = {square_sum}",
+        f"prefix = Constant <value_ints = [{prefix}]> ()",
+        "far_end = Constant <value_ints = [9223372036854775807]> ()",
+        "patch_norms = Slice (squared_norms, prefix, far_end, token_axis)",
+        "dims = Shape (features)",
+        "first = Constant <value_ints = [0]> ()",
+        "batch = Gather <axis = 0> (dims, first)",
+    ]
+    if prefix:
+        lines += [
+            f"front_row = Constant <value = int64[1, {prefix}] {{{front}}}> ()",
+            "one = Constant <value_ints = [1]> ()",
+            "front_shape = Concat <axis = 0> (batch, one)",
+            "front = Expand (front_row, front_shape)",
+        ]
+    if by_norm:
+        lines += [
+            f"how_many = Constant <value_ints = [{by_norm}]> ()",
+            "largest, largest_at = TopK <axis = 1, largest = 1, sorted = 1> (patch_norms, how_many)",
+            "at_float = Cast <to = 1> (largest_at)",
+            "taken, taken_at = TopK <axis = 1, largest = 0, sorted = 1> (at_float, how_many)",
+            "taken_patch = Cast <to = 7> (taken)",
+            "taken_index = Add (taken_patch, prefix)",
+        ]
+    if spaced:
+        lines += [
+            "num_tokens = Gather <axis = 0> (dims, token_axis)",
+            f"not_spaced = Constant <value_ints = [{prefix + by_norm}]> ()",
+            "others = Sub (num_tokens, not_spaced)",
+            f"odd = Constant <value_ints = [{odd}]> ()",
+            f"twice = Constant <value_ints = [{2 * spaced}]> ()",
+            "stretched = Mul (odd, others)",
+            "position = Div (stretched, twice)",
+            "position_float = Cast <to = 1> (position)",
+            "position_axes = Constant <value_ints = [0, 2]> ()",
+            "position_column = Unsqueeze (position_float, position_axes)",
+            f"ranks = Constant <value_floats = [{ranks}]> ()",
+            "shift = Sub (taken, ranks)",
+            "shift_row = Unsqueeze (shift, token_axis)",
+            "outside = Greater (shift_row, position_column)",
+            "inside = Not (outside)",
+            "inside_float = Cast <to = 1> (inside)",
+            "skipped = ReduceSum <keepdims = 0> (inside_float, channel_axis)",
+            "moved = Add (skipped, position_float)",
+            "even_patch = Cast <to = 7> (moved)",
+            "even_index = Add (even_patch, prefix)",
+        ]
+    joined = f"Concat <axis = 1> ({', '.join(parts)})"
+    return "\n".join([*lines, f"joined = {joined}", "landmarks = Cast <to = 6> (joined)"]) + "\n}"
+
+
+def _reduce(op_type: str, tensor: str, axis: int, axis_name: str, opset: int, keepdims: int = 1) -> str:
+    """ReduceMax and ReduceSumSquare take their axes as an attribute up to opset 17, as an input from 18."""
+    if opset >= 18:
+        return f"{op_type} <keepdims = {keepdims}> ({tensor}, {axis_name})"
+    return f"{op_type} <axes = [{axis}], keepdims = {keepdims}> ({tensor})"
+
+
+def _type_name(element_type: int) -> str:
+    return "any" if element_type == TensorProto.UNDEFINED else str(TensorProto.DataType.Name(element_type)).lower()

@@ -1,0 +1,174 @@
+"""The plan: which attention blocks become FNA, with how many landmarks, chosen how. A small, versioned JSON."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fna.errors import InputFileError, InvalidPlanError
+
+Sampler = Literal["fps", "grid", "norm-grid", "random"]
+Method = Literal["weighted", "published"]
+Feature = Literal["input", "query", "key", "value"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+class BlockPlan(BaseModel):
+    """One FNA block. Blocks that a plan does not list stay exact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: int = Field(ge=0)
+    landmarks: int = Field(ge=1)
+    sampler: Sampler = "grid"
+    feature: Feature = "input"
+
+    @property
+    def sharing_key(self) -> tuple[int, str, str]:
+        """Blocks with equal keys use the landmarks of the first of them, unless the plan resamples."""
+        return (self.landmarks, self.sampler, self.feature)
+
+
+class Plan(BaseModel):
+    """How a model's attention is to be replaced; see DESIGN for the method and the samplers.
+
+    Attributes:
+        version: of this format.
+        num_blocks: attention blocks of the model the plan is for.
+        blocks: the blocks that become FNA, ascending.
+        method: `weighted` (landmark weights and exact rows) or `published` (neither).
+        iterations: Newton-Schulz iterations; six are the method's definition.
+        prefix_tokens: class and register tokens at the front; None means: detect them.
+        resample: choose landmarks anew in every block instead of once for all blocks that share them.
+        seed: for the `random` sampler.
+        made_from: free-form record of what the plan was made from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    num_blocks: int = Field(ge=1)
+    blocks: tuple[BlockPlan, ...] = ()
+    method: Method = "weighted"
+    iterations: int = Field(default=6, ge=1, le=20)
+    prefix_tokens: int | None = Field(default=None, ge=0)
+    resample: bool = False
+    seed: int = 0
+    made_from: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Plan:
+        numbers = [block.block for block in self.blocks]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"blocks must be listed once each, ascending, but they are {numbers}")
+        if numbers and numbers[-1] >= self.num_blocks:
+            raise ValueError(f"block {numbers[-1]} is listed, but the model has blocks 0 to {self.num_blocks - 1}")
+        return self
+
+    @property
+    def exact_rows(self) -> bool:
+        """Whether the landmark tokens' own rows are written exactly."""
+        return self.method == "weighted"
+
+    def find(self, block: int) -> BlockPlan | None:
+        """Return the plan of one block, or None where the block stays exact."""
+        return next((entry for entry in self.blocks if entry.block == block), None)
+
+    def dump_json(self) -> str:
+        """Return the plan as one line of JSON."""
+        return self.model_dump_json()
+
+
+def uniform_plan(
+    num_blocks: int,
+    *,
+    layers: str | None = None,
+    landmarks: int = 64,
+    sampler: Sampler = "grid",
+    method: Method = "weighted",
+    **settings: Any,
+) -> Plan:
+    """Make a plan that treats all chosen blocks alike.
+
+    Args:
+        num_blocks: attention blocks of the model.
+        layers: as for `parse_layers`.
+        landmarks: S for every chosen block.
+        sampler: the sampler for every chosen block.
+        method: `weighted` or `published`.
+        settings: further fields of `Plan`.
+
+    Raises:
+        InvalidPlanError: for blocks that the model does not have, or values out of range.
+    """
+    numbers = parse_layers(layers, num_blocks)
+    try:
+        blocks = tuple(BlockPlan(block=number, landmarks=landmarks, sampler=sampler) for number in numbers)
+        return Plan(num_blocks=num_blocks, blocks=blocks, method=method, **settings)
+    except ValidationError as error:
+        raise InvalidPlanError(describe_validation_error("plan", error)) from None
+
+
+def parse_layers(layers: str | None, num_blocks: int) -> list[int]:
+    """Turn `6-11`, `0-2,6-11`, `all` or `none` into block numbers; None is the later half, as in the paper's experiments.
+
+    Raises:
+        InvalidPlanError: for other text, or blocks that the model does not have.
+    """
+    if layers is None:
+        return list(range(num_blocks // 2, num_blocks))
+    text = layers.strip()
+    if text in ("all", "none"):
+        return list(range(num_blocks)) if text == "all" else []
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise InvalidPlanError(
+                f"layers {layers!r} cannot be read; write block numbers as in '6-11' or '0-2,6-11', or 'all', or 'none'"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= num_blocks:
+            raise InvalidPlanError(
+                f"layers {layers!r} name block {max(first, last)}, but the model has blocks 0 to {num_blocks - 1}"
+            )
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        InputFileError: if the file cannot be read.
+        InvalidPlanError: if it is not a plan; the message names the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"plan {path} cannot be read: {error}") from None
+    return parse_plan(text, str(path))
+
+
+def parse_plan(text: str, name: str = "plan") -> Plan:
+    """Parse a plan from JSON text; `name` says in errors where it came from.
+
+    Raises:
+        InvalidPlanError: naming the key that is wrong.
+    """
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise InvalidPlanError(describe_validation_error(name, error)) from None
+
+
+def describe_validation_error(name: str, error: ValidationError) -> str:
+    """Say in one line which key of a validated document is wrong, and why."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "document"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{name}: {where}: {first['msg']}{more}"
