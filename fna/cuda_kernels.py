@@ -12,6 +12,10 @@ ENTRY_POINT_GROUP = "fna.cuda_kernels"
 
 
 @functools.cache
-def load_cuda_kernels() -> frozenset[str]:
-    """Call every entry point of the group, once; return what each said will run, such as `table`, `jit` or `twin`."""
-    return frozenset(str(entry.load()()) for entry in entry_points(group=ENTRY_POINT_GROUP))
+def load_cuda_kernels() -> bool:
+    """Call every entry point of the group, once; return whether one of them registered kernels.
+
+    An entry point is a function without arguments that returns whether it registered kernels for `fna`'s operators.
+    """
+    registered = [entry.load()() for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    return any(registered)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fna.cuda_kernels import load_cuda_kernels
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
 from fna.plan import SAMPLERS, Sampler
 
@@ -221,6 +222,8 @@ def farthest_points_reference(
 
 @torch.library.custom_op("fna::farthest_point_sampling", mutates_args=())
 def _fps_op(features: Tensor, num_landmarks: int) -> Tensor:
+    if features.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.farthest_point_sampling(features, num_landmarks)
     return farthest_points_reference(features, num_landmarks)
 
 

@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError, MissingCapabilityError
 from fna.plugins.plan import Variant, all_variants
+
+from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError, MissingCapabilityError
 
 CHIPS = (80, 86, 87, 89, 90, 100, 110, 120)
 FALLBACK = 0
@@ -86,7 +87,9 @@ def build_table(
     """
     unknown = sorted(set(chips) - set(SHARED_LIMIT))
     if unknown:
-        raise InvalidArgumentError(f"sm_{unknown[0]} is not a target; choose from {', '.join(map(str, CHIPS))} and 0 for PTX")
+        raise InvalidArgumentError(
+            f"sm_{unknown[0]} is not a target; choose from {', '.join(map(str, CHIPS))} and 0 for PTX"
+        )
     tasks = [(v, sm) for v in (all_variants() if variants is None else variants) for sm in chips]
     cache = cache or output / "cache"
     cache.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,9 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as error:
-        raise MissingCapabilityError("the kernels are compiled with Triton, which is not installed: pip install triton") from error
+        raise MissingCapabilityError(
+            "the kernels are compiled with Triton, which is not installed: pip install triton"
+        ) from error
     from fna.plugins.kernels import registry
 
     target = 80 if sm == FALLBACK else sm
@@ -169,7 +174,9 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
     )
     meta = built.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
-        raise BuildError(f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give")
+        raise BuildError(
+            f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give"
+        )
     usage = _resource_usage(built.asm["cubin"])
     text = built.asm["ptx"].encode() + b"\0" if sm == FALLBACK else built.asm["cubin"]
     _write_whole(image, text)
@@ -211,11 +218,15 @@ def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progr
     return [done[key] for key in tasks]
 
 
-def _in_pool(tasks: list[tuple[Variant, int]], cache: Path, jobs: int) -> Iterable[tuple[tuple[Variant, int], Compiled]]:
+def _in_pool(
+    tasks: list[tuple[Variant, int]], cache: Path, jobs: int
+) -> Iterable[tuple[tuple[Variant, int], Compiled]]:
     """Yield results as they come. A worker that died is tried again alone, so that the kernel at fault can be named."""
     unsure = []
     with _pool(jobs, cache) as pool:
-        futures: dict[Future[Compiled], tuple[Variant, int]] = {pool.submit(compile_variant, *t, cache): t for t in tasks}
+        futures: dict[Future[Compiled], tuple[Variant, int]] = {
+            pool.submit(compile_variant, *t, cache): t for t in tasks
+        }
         for future in as_completed(futures):
             try:
                 yield futures[future], _result(future, *futures[future])
@@ -229,7 +240,9 @@ def _in_pool(tasks: list[tuple[Variant, int]], cache: Path, jobs: int) -> Iterab
             try:
                 yield (variant, sm), _result(pool.submit(compile_variant, variant, sm, cache), variant, sm)
             except BrokenProcessPool as error:
-                raise BuildError(f"the compiler died on {variant.name} for sm_{sm}; run it alone to see its output") from error
+                raise BuildError(
+                    f"the compiler died on {variant.name} for sm_{sm}; run it alone to see its output"
+                ) from error
 
 
 def _result(future: Future[Compiled], variant: Variant, sm: int) -> Compiled:
@@ -243,7 +256,9 @@ def _result(future: Future[Compiled], variant: Variant, sm: int) -> Compiled:
 
 
 def _pool(jobs: int, cache: Path) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(str(cache),))
+    return ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(str(cache),)
+    )
 
 
 def _prepare_worker(cache: str) -> None:
@@ -279,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     if arguments.list:
         for e in entries:
-            print(f"{e.variant:28} {e.chip:10} {e.registers:4} registers {e.stack:4} stack {e.shared:7} shared {e.warps:3} warps")
+            print(
+                f"{e.variant:28} {e.chip:10} {e.registers:4} registers {e.stack:4} stack {e.shared:7} shared {e.warps:3} warps"
+            )
     size = (arguments.output / "kernels.bin").stat().st_size
     print(f"{len(entries)} kernels, {size / 2**20:.1f} MiB packed, in {arguments.output}")
     return 0

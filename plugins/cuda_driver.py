@@ -6,9 +6,10 @@ import ctypes
 import functools
 from typing import Any
 
-from fna.errors import MissingCapabilityError
 from fna.plugins.plan import Variant
 from fna.plugins.table import Kernel, Table
+
+from fna.errors import MissingCapabilityError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024
@@ -33,7 +34,9 @@ class Loader:
         """Launch on a stream (its address); addresses, integers and floats in the kernel's order."""
         function, kernel = self.get(variant)
         # After a kernel's own arguments Triton's interface has two addresses of scratch that none of these kernels uses.
-        values = [_CTYPES[letter](value) for letter, value in zip(kernel.layout + "pp", [*arguments, 0, 0], strict=True)]
+        values = [
+            _CTYPES[letter](value) for letter, value in zip(kernel.layout + "pp", [*arguments, 0, 0], strict=True)
+        ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         _call(
             "cuLaunchKernel", function, *map(ctypes.c_uint, grid), ctypes.c_uint(32 * kernel.warps), ctypes.c_uint(1),
@@ -74,4 +77,6 @@ def _call(name: str, *arguments: Any) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise MissingCapabilityError(f"{name} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+        raise MissingCapabilityError(
+            f"{name} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})"
+        )

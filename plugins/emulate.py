@@ -15,9 +15,8 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fna.plugins.plan import AttentionShape, Dtype, Plan, Strides, attention_plan, sampling_plan
+from torch import Tensor
 
 DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 POISON = 0x7F

@@ -263,8 +263,8 @@ def attention_plan(
         Launch(
             Variant("landmark", shape.dtype, s_pad, block_d),
             (bh, core_programs + splits * (s_pad // landmark_rows(shape.dtype, s_pad)), 1),
-            ("query", "key", "value", "landmarks", "bias", "partial", "stats", "matrices", "colsum", *sizes)
-            + (landmark_stride, bias_stride, splits, split_tokens, iterations - 1, scale),
+            ("query", "key", "value", "landmarks", "bias", "partial", "stats", "matrices", "colsum")
+            + (*sizes, landmark_stride, bias_stride, splits, split_tokens, iterations - 1, scale),
         )
     ]
     if s_pad > 2 * TILE:
@@ -299,7 +299,9 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
     One launch where the tokens stay in the cache beside one multiprocessor, otherwise one launch for each landmark.
     """
     if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y:
-        raise InvalidShapeError(f"features are [{batch}, {tokens}, {channels}], but sizes of at least 1 (B up to 65535) are needed")
+        raise InvalidShapeError(
+            f"features are [{batch}, {tokens}, {channels}], but sizes of at least 1 (B up to 65535) are needed"
+        )
     if num_landmarks < 1 or num_landmarks > tokens:
         raise InvalidLandmarksError(
             f"{num_landmarks} landmarks were asked for of {tokens} tokens, but 1 to {tokens} are needed"
@@ -307,9 +309,13 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
     sizes = (tokens, channels, num_landmarks)
     aligned_channels = 16 if channels % 16 == 0 else 0
     if tokens <= FPS_ONE_LAUNCH_TOKENS and tokens * channels * ELEMENT_BYTES[dtype] <= FPS_ONE_LAUNCH_BYTES:
-        return Plan((Launch(Variant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)),))
+        return Plan(
+            (Launch(Variant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)),)
+        )
     tiles = -(-tokens // FPS_TILE)
-    buffers = _lay_out({"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4})
+    buffers = _lay_out(
+        {"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4}
+    )
     launches = tuple(
         Launch(
             Variant("fps_step", dtype, 0, aligned_channels),

@@ -55,7 +55,9 @@ def find_table() -> Table | None:
     if (folder / "kernels.json").exists() and (folder / "kernels.bin").exists():
         return load_table(folder)
     if named:
-        raise InputFileError(f"{ENVIRONMENT} is {named}, but kernels.json and kernels.bin are not there; run python -m fna.plugins.aot")
+        raise InputFileError(
+            f"{ENVIRONMENT} is {named}, but kernels.json and kernels.bin are not there; run python -m fna.plugins.aot"
+        )
     return None
 
 
@@ -65,5 +67,7 @@ def load_table(folder: Path) -> Table:
         rows = json.loads((folder / "kernels.json").read_text())["kernels"]
         kernels = [Kernel(**row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFileError(f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: python -m fna.plugins.aot") from error
+        raise InputFileError(
+            f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: python -m fna.plugins.aot"
+        ) from error
     return Table({(k.variant, k.sm): k for k in kernels}, folder / "kernels.bin")

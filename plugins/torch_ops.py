@@ -13,13 +13,24 @@ import functools
 from collections.abc import Callable
 
 import torch
+from fna.plugins.plan import (
+    HEAD_SIZE_STEP,
+    MAX_GRID_Y,
+    MAX_HEAD_SIZE,
+    MAX_ITERATIONS,
+    MAX_LANDMARKS,
+    AttentionShape,
+    Dtype,
+    Plan,
+    Strides,
+    attention_plan,
+    sampling_plan,
+)
+from fna.plugins.table import Table, find_table
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.landmarks import farthest_points_reference
-from fna.plugins.plan import HEAD_SIZE_STEP, MAX_GRID_Y, MAX_HEAD_SIZE, MAX_ITERATIONS, MAX_LANDMARKS
-from fna.plugins.plan import AttentionShape, Dtype, Plan, Strides, attention_plan, sampling_plan
-from fna.plugins.table import Table, find_table
 
 OLDEST_CAPABILITY = (8, 0)
 POINTER_ALIGNMENT = 16
@@ -28,13 +39,13 @@ DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "
 Run = Callable[[Plan, dict[str, Tensor]], None]
 
 
-def register() -> str:
-    """Register the CUDA kernels with `fna`'s operators; return what will run: `table`, `jit` or `twin`."""
-    backend = choose_backend()
-    if backend != "twin":
-        torch.library.register_kernel("fna::attention", "cuda", attention)
-        torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
-    return backend
+def register() -> bool:
+    """Register the CUDA kernels with `fna`'s operators, and return True; False where only the plain-torch twin can run."""
+    if choose_backend() == "twin":
+        return False
+    torch.library.register_kernel("fna::attention", "cuda", attention)
+    torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
+    return True
 
 
 @functools.cache
@@ -189,5 +200,3 @@ def _linear(tensor: Tensor) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % POINTER_ALIGNMENT == 0 else tensor.clone()
-
-

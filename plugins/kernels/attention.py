@@ -439,7 +439,7 @@ def _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size,
 
 @triton.jit
 def _landmark_values(bias, mixed, first, count, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding) of a tile of landmarks."""
+    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding) of a tile of landmarks."""
     slot = first + tl.arange(0, TILE_S)
     values = tl.load(mixed + slot[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E

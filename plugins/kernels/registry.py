@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fna.plugins.kernels import attention, sampling
-from fna.plugins.plan import FPS_ONE_LAUNCH_TOKENS, FPS_TILE, FINISH_COLUMNS, TILE
-from fna.plugins.plan import Variant, in_registers, key_block, landmark_block, landmark_rows, query_block
+from fna.plugins.plan import (
+    FINISH_COLUMNS,
+    FPS_ONE_LAUNCH_TOKENS,
+    FPS_TILE,
+    Variant,
+    in_registers,
+    key_block,
+    landmark_block,
+    landmark_rows,
+    query_block,
+)
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
@@ -18,7 +27,18 @@ KERNELS = {
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
 _INT_POINTERS = {"landmarks", "best_index"}
-_FLOAT_POINTERS = {"bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best"}
+_FLOAT_POINTERS = {
+    "bias",
+    "partial",
+    "stats",
+    "matrices",
+    "colsum",
+    "exact",
+    "mixed_scale",
+    "between",
+    "distance",
+    "best",
+}
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias"}
 
@@ -28,14 +48,22 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     half = variant.dtype != "fp32"
     s_pad, block_d = variant.landmarks, variant.head_size
     if variant.kernel == "landmark":
-        blocks = {"S_PAD": s_pad, "BLOCK_S": landmark_rows(variant.dtype, s_pad), "BLOCK_N": key_block(variant.dtype, block_d)}
+        blocks = {
+            "S_PAD": s_pad,
+            "BLOCK_S": landmark_rows(variant.dtype, s_pad),
+            "BLOCK_N": key_block(variant.dtype, block_d),
+        }
         return {**blocks, "BLOCK_D": block_d, "HALF": half, "UPCAST": upcast}
     if variant.kernel == "newton":
         return {"S_PAD": s_pad, "HALF": half}
     if variant.kernel == "finish":
         return {"S_PAD": s_pad, "COLUMNS": FINISH_COLUMNS, "HALF": half}
     if variant.kernel == "output":
-        blocks = {"S_PAD": s_pad, "TILE_S": landmark_block(variant.dtype, s_pad, block_d), "BLOCK_M": query_block(variant.dtype, s_pad, block_d)}
+        blocks = {
+            "S_PAD": s_pad,
+            "TILE_S": landmark_block(variant.dtype, s_pad, block_d),
+            "BLOCK_M": query_block(variant.dtype, s_pad, block_d),
+        }
         return {**blocks, "BLOCK_D": block_d, "UPCAST": upcast}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
@@ -60,8 +88,8 @@ def options(variant: Variant) -> dict[str, int]:
 def signature(variant: Variant) -> dict[str, str]:
     """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
-    kinds = {name: typed for name in _TYPED} | {name: "*i32" for name in _INT_POINTERS}
-    kinds |= {name: "*fp32" for name in _FLOAT_POINTERS} | {"scale": "fp32"}
+    kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
+    kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | {"scale": "fp32"}
     parameters = KERNELS[variant.kernel].params
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 
