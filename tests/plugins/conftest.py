@@ -72,7 +72,9 @@ class Programs:
         """libfna_plugin.so."""
         return self.folder / "libfna_plugin.so"
 
-    def run(self, program: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, program: str, *arguments: object, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a test program on the library."""
         command = [str(self.folder / program), str(self.library), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)

@@ -117,9 +117,7 @@ def test_each_launch_agrees_with_its_own_twin(attend, dtype, count) -> None:
     call = make_call(dtype, 1, 2, 150, count, 64)
     found = attend(call)
     full = [tensor.double() for tensor in (call.query, call.key, call.value)]
-    exact, inverse, product = landmark_twin(
-        *full, call.landmarks, call.bias.double(), scale=call.scale, iterations=6
-    )
+    exact, inverse, product = landmark_twin(*full, call.landmarks, call.bias.double(), scale=call.scale, iterations=6)
     pad, block = padded_landmarks(count), padded_head_size(64)
     matrices = found["matrices"].view(1, 2, -1, pad, pad)[..., :count, :count]
     tolerance = RELATIVE[dtype]
@@ -216,7 +214,10 @@ def test_farthest_points_are_the_twins_exactly(sample, dtype, batch, tokens, cha
     features = torch.randn(batch, tokens, channels).to(dtype)
     features[:, tokens // 2 : tokens // 2 + 8] = features[:, :8]  # ties
     wide = features.float() if launches > 1 and channels == 400 else features
-    assert len(sampling_plan("fp32" if wide.dtype == torch.float32 else "fp16", batch, tokens, channels, count).launches) == launches
+    assert (
+        len(sampling_plan("fp32" if wide.dtype == torch.float32 else "fp16", batch, tokens, channels, count).launches)
+        == launches
+    )
     assert torch.equal(sample(wide, count), farthest_points_reference(wide, count))
 
 
