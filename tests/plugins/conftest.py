@@ -105,4 +105,6 @@ def programs(table: Path) -> Programs:
 def sanitized(table: Path) -> Programs:
     """The same under AddressSanitizer and UndefinedBehaviorSanitizer."""
     targets = ("fna_plugin", "walk", "fuzz_fields")
-    return build_programs(table, "sanitized", "-DFNA_BUILD_TESTS=ON", "-DFNA_SANITIZE=ON", targets=targets)
+    return build_programs(
+        table, "sanitized", "-DFNA_BUILD_TESTS=ON", "-DFNA_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug", targets=targets
+    )
