@@ -15,10 +15,10 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from fna.plugins.plan import AttentionShape, Dtype, Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.plan import AttentionShape, Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.torch_ops import DTYPE_NAMES
 from torch import Tensor
 
-DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 POISON = 0x7F
 """Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""
 _BUFFER_DTYPES = {"best_index": torch.int32}

@@ -99,7 +99,8 @@ def farthest_points(features: Tensor, num_landmarks: int) -> Tensor:  # [B, N, C
     if features.dtype not in DTYPE_NAMES or features.shape[0] > MAX_GRID_Y:
         return farthest_points_reference(features, num_landmarks)
     features = _aligned(features.contiguous())
-    plan = sampling_plan(DTYPE_NAMES[features.dtype], *features.shape, num_landmarks)
+    batch, tokens, channels = features.shape
+    plan = sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
     landmarks = torch.empty(features.shape[0], num_landmarks, dtype=torch.int32, device=features.device)
     run_plan(plan, {"features": features, "landmarks": landmarks})
     return landmarks
