@@ -127,15 +127,3 @@ def test_layouts_are_the_parameters_of_the_compiled_kernels(table: Path) -> None
             declared = text[text.index(f".entry {kernel.symbol}(") : text.index(".reqntid")]
             assert re.findall(r"\.param \.(\w+)", declared) == [kinds[letter] for letter in kernel.layout + "pp"]
             assert f".reqntid {32 * kernel.warps}" in text
-
-
-def test_blocked_iterations_have_a_barrier_between_a_store_and_the_next_load(table: Path, tmp_path: Path) -> None:
-    """The interpreter cannot show a missing barrier; the compiled code of the 128-landmark kernel can."""
-    chosen = [variant for variant in all_variants() if variant.name == "landmark-fp16-s128-d64"]
-    build_table(tmp_path, chips=(FALLBACK,), variants=chosen, jobs=1, cache=table / "cache")
-    (kernel,) = load_table(tmp_path).kernels.values()
-    lines = load_table(tmp_path).image(kernel).decode().splitlines()
-    steps = [word for line in lines for word in ("st.global", "ld.global.v4", "bar.sync") if word in line]
-    order = [word for i, word in enumerate(steps) if i == 0 or steps[i - 1] != word]
-    for i, word in enumerate(order[:-1]):
-        assert (word, order[i + 1]) != ("st.global", "ld.global.v4")
