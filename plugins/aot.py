@@ -13,6 +13,7 @@ is compiled into the library; fields as in `plugins/src/kernel_table.hpp`).
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -153,7 +154,7 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
     if sm == FALLBACK:
         options["ptx_version"] = FALLBACK_PTX_VERSION
     signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
-    source = Path(sys.modules[kernel.fn.__module__].__file__ or "").read_text()
+    source = _source_of(kernel.fn.__module__)
     key = json.dumps([source, variant.name, sm, constants, options, signature, aligned, triton.__version__, 1])
     stem = cache / f"{variant.name}-{sm}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     image = stem.with_suffix(".ptx" if sm == FALLBACK else ".cubin")
@@ -187,6 +188,11 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
     )  # fmt: skip
     _write_whole(record, json.dumps(asdict(entry)).encode())
     return entry
+
+
+@functools.cache
+def _source_of(module: str) -> str:
+    return Path(sys.modules[module].__file__ or "").read_text()
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
