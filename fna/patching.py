@@ -349,3 +349,8 @@ def _say_why_none(model: nn.Module) -> str:
         f"{type(model).__name__} has no self-attention block that can be FNA ({seen}); "
         "for a model outside transformers, export it to ONNX and use fna graft"
     )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether `patch` was applied to this module and not undone."""
+    return hasattr(model, _PATCH)
