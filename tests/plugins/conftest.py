@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from fna.plugins.plan import all_variants
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
 from fna.plugins import aot
 from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
 from fna.plugins.plan import all_variants
 from fna.plugins.table import find_table, load_table
-
-from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
 
 from .conftest import TEST_CHIPS, TEST_VARIANTS
 

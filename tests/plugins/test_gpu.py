@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fna.plugins import torch_ops
-from fna.plugins.host import PluginLibrary
 from torch import Tensor
 
 import fna
 from fna.attention import nystrom_attention_reference
 from fna.errors import MissingCapabilityError
 from fna.landmarks import farthest_points_reference
+from fna.plugins import torch_ops
+from fna.plugins.host import PluginLibrary
 
 pytestmark = [
     pytest.mark.gpu,

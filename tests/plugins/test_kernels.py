@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fna.plugins.emulate import run_attention, run_sampling
-from fna.plugins.kernels.twins import finish_twin, landmark_twin, output_twin
-from fna.plugins.plan import padded_head_size, padded_landmarks, sampling_plan
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.landmarks import farthest_points_reference
+from fna.plugins.emulate import run_attention, run_sampling
+from fna.plugins.kernels.twins import finish_twin, landmark_twin, output_twin
+from fna.plugins.plan import padded_head_size, padded_landmarks, sampling_plan
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 RELATIVE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Relative error (in the 2-norm) of the whole output that the kernels are held to, on a GPU too."""
@@ -134,6 +138,18 @@ def test_each_launch_agrees_with_its_own_twin(attend, dtype, count) -> None:
         full[0], full[1], call.landmarks, call.bias.double(), known, stored.double(), scale=call.scale, exact_rows=False
     )
     assert relative_error(found["out"], out) < tolerance
+
+
+@pytest.mark.parametrize("name", ["dinov2s_257_layer06_s32", "dinov2s_257_layer09_s64_masks"])
+def test_real_weights_give_the_published_codes_output(attend, name: str) -> None:
+    """Inputs from DINOv2-S on a photograph, with the landmarks and outputs of the published code."""
+    file = np.load(GOLDEN / f"{name}.npz")
+    query, key, value = (torch.from_numpy(file[part]).float() for part in ("query", "key", "value"))
+    landmarks = torch.from_numpy(file["landmarks"])
+    assert float(file["scale"]) == pytest.approx(64**-0.5)
+    call = Call(query, key, value, landmarks, torch.zeros(landmarks.shape))
+    wanted = torch.from_numpy(file["out_fp32"])
+    assert (attend(call)["out"] - wanted).abs().max() < 2e-5
 
 
 def test_padding_stays_zero(attend) -> None:

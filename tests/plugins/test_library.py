@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+
 from fna.plugins.plan import AttentionShape, Launch, Plan, attention_plan, sampling_plan, workspace_bound
 from fna.plugins.table import load_table
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fna.errors import FnaError, InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
 from fna.plugins.plan import (
     DTYPES,
     AttentionShape,
@@ -17,10 +21,6 @@ from fna.plugins.plan import (
     split_keys,
     workspace_bound,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fna.errors import FnaError, InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
 
 SHAPES = st.builds(
     AttentionShape,

@@ -7,13 +7,13 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from fna.plugins import emulate, torch_ops
-from fna.plugins.plan import Plan
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.cuda_kernels import ENTRY_POINT_GROUP
 from fna.landmarks import farthest_points_reference
+from fna.plugins import emulate, torch_ops
+from fna.plugins.plan import Plan
 
 
 @pytest.fixture
