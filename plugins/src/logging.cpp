@@ -1,5 +1,7 @@
 #include "logging.hpp"
 
+#include "host_version.hpp"
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +17,7 @@ std::atomic<nvinfer1::ILoggerFinder*> gFinder{nullptr};
 
 void useLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept
 {
-    gFinder.store(finder);
+    gFinder.store(hostMatchesHeaders() ? finder : nullptr);
 }
 
 void log(nvinfer1::ILogger::Severity severity, char const* message) noexcept

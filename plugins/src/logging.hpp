@@ -1,5 +1,5 @@
-// Messages through TensorRT's logger, which the host hands over with setLoggerFinder; while there is none, warnings and errors
-// go to stderr (with FNA_PLUGIN_VERBOSE set, everything).
+// Messages through TensorRT's logger, which the host hands over with setLoggerFinder; while there is none, or one of
+// another major version of TensorRT, warnings and errors go to stderr (with FNA_PLUGIN_VERBOSE set, everything).
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -2,6 +2,7 @@
 // libfna_plugin.so with the TensorRT that the process already holds. Use it or IPluginRegistry::loadLibrary, never both: a
 // plugin that is registered already makes loadLibrary fail.
 #include "exports.hpp"
+#include "host_version.hpp"
 
 #include <cstdio>
 #include <cstring>
@@ -30,6 +31,15 @@ struct Registration
             std::fprintf(stderr,
                 "fna: this process has no TensorRT plugin registry, so the plugins are not registered; load libnvinfer first "
                 "(with RTLD_GLOBAL), or use IPluginRegistry::loadLibrary on libfna_plugin.so\n");
+            return;
+        }
+        if (!fna::hostMatchesHeaders())
+        {
+            std::fprintf(stderr,
+                "fna: this library was built with the headers of TensorRT %d, but the process runs another major version, so the "
+                "plugins are not registered; rebuild it with -DTENSORRT_ROOT, or use IPluginRegistry::loadLibrary on "
+                "libfna_plugin.so\n",
+                NV_TENSORRT_MAJOR);
             return;
         }
         int32_t count = 0;

@@ -249,6 +249,36 @@ def test_the_registry_of_tensorrt_rtx_creates_both_plugins(programs: Programs) -
     assert "scale (kFLOAT32), which is missing" in done.stdout + done.stderr
 
 
+REGISTERING = """
+import ctypes
+import sys
+import tensorrt_rtx
+
+(rtx,) = {line.split()[-1] for line in open("/proc/self/maps") if "/libtensorrt_rtx.so" in line}
+ctypes.CDLL(rtx, mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(sys.argv[1])
+print(tensorrt_rtx.get_plugin_registry().get_creator("FastNystromAttention", "1", ""))
+"""
+
+
+def test_self_registration_without_tensorrt_says_so(programs: Programs) -> None:
+    library = str(programs.folder / "libfna_plugin_register.so")
+    command = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "no TensorRT plugin registry" in done.stderr
+
+
+def test_self_registration_leaves_the_registry_of_another_major_version_alone(programs: Programs) -> None:
+    """Its functions have moved in the virtual table, so calling it would crash the host; TensorRT-RTX has the newer one."""
+    needs_tensorrt_rtx()
+    library = str(programs.folder / "libfna_plugin_register.so")
+    command = [sys.executable, "-c", REGISTERING, library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "None\n")
+    assert "runs another major version" in done.stderr
+
+
 def plugin_lowered_model(node: str, domain: str) -> bytes:
     from onnx import TensorProto, helper
 
