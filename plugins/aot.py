@@ -13,7 +13,6 @@ is compiled into the library; fields as in `plugins/src/kernel_table.hpp`).
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -25,17 +24,18 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from fna.plugins.plan import Variant, all_variants
-
 from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError, MissingCapabilityError
+from fna.plugins.plan import Variant, all_variants
 
 CHIPS = (80, 86, 87, 89, 90, 100, 110, 120)
 FALLBACK = 0
 """The table's name for sm_80 PTX, which the driver compiles for any chip that the table does not list."""
+
+FALLBACK_TARGET = 80
 
 FALLBACK_PTX_VERSION = 80
 """PTX ISA 8.0, which drivers of CUDA 12.0 and later read; Triton would write its own compiler's newest."""
@@ -91,10 +91,12 @@ def build_table(
         raise InvalidArgumentError(
             f"sm_{unknown[0]} is not a target; choose from {', '.join(map(str, CHIPS))} and 0 for PTX"
         )
-    tasks = [(v, sm) for v in (all_variants() if variants is None else variants) for sm in chips]
+    targets = sorted({FALLBACK_TARGET if sm == FALLBACK else sm for sm in chips})
+    tasks = [(v, target) for v in (all_variants() if variants is None else variants) for target in targets]
     cache = cache or output / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    compiled = _compile_all(tasks, cache, jobs or os.cpu_count() or 1, progress)
+    found = _compile_all(tasks, cache, jobs or os.cpu_count() or 1, progress)
+    compiled = [entry for entries in found for sm, entry in entries.items() if sm in chips]
     for entry in compiled:
         check_entry(entry)
     write_table(compiled, output)
@@ -136,8 +138,12 @@ def write_table(compiled: Sequence[Compiled], output: Path) -> None:
     _write_whole(output / "kernels.json", json.dumps({"kernels": entries}, indent=1).encode())
 
 
-def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
-    """Compile one variant for one chip (or take it from the cache). Runs in a worker."""
+def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Compiled]:
+    """Compile one variant for one chip, or take it from the cache; runs in a worker.
+
+    Returns:
+        The entry of the chip; for sm_80 the entry of the fallback too, since its PTX is written on the way.
+    """
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -148,19 +154,23 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
         ) from error
     from fna.plugins.kernels import registry
 
-    target = 80 if sm == FALLBACK else sm
     kernel = registry.KERNELS[variant.kernel]
     constants, options = registry.constants(variant), dict(registry.options(variant), enable_fp_fusion=True)
-    if sm == FALLBACK:
+    if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
     signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
-    source = _source_of(kernel.fn.__module__)
-    key = json.dumps([source, variant.name, sm, constants, options, signature, aligned, triton.__version__, 1])
-    stem = cache / f"{variant.name}-{sm}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    image = stem.with_suffix(".ptx" if sm == FALLBACK else ".cubin")
+    # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
+    key = json.dumps(
+        [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__, 2]
+    )
+    stem = cache / f"{variant.name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    images = {target: stem.with_suffix(".cubin")}
+    if target == FALLBACK_TARGET:
+        images[FALLBACK] = stem.with_suffix(".ptx")
     record = stem.with_suffix(".json")
-    if record.exists() and image.exists():
-        return Compiled(**{**json.loads(record.read_text()), "image": str(image)})
+    if record.exists() and all(image.exists() for image in images.values()):
+        known = json.loads(record.read_text())
+        return {sm: Compiled(**{**known, "sm": sm, "image": str(image)}) for sm, image in images.items()}
 
     names = list(signature)
     built = triton.compile(
@@ -179,20 +189,15 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Compiled:
             f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give"
         )
     usage = _resource_usage(built.asm["cubin"])
-    text = built.asm["ptx"].encode() + b"\0" if sm == FALLBACK else built.asm["cubin"]
-    _write_whole(image, text)
+    for sm, image in images.items():
+        _write_whole(image, built.asm["ptx"].encode() + b"\0" if sm == FALLBACK else built.asm["cubin"])
     entry = Compiled(
-        variant=variant.name, sm=sm, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
+        variant=variant.name, sm=target, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
         warps=meta.num_warps, registers=usage["REG"], stack=usage["STACK"],
-        layout=registry.parameter_layout(variant), image=str(image),
+        layout=registry.parameter_layout(variant), image=str(images[target]),
     )  # fmt: skip
     _write_whole(record, json.dumps(asdict(entry)).encode())
-    return entry
-
-
-@functools.cache
-def _source_of(module: str) -> str:
-    return Path(sys.modules[module].__file__ or "").read_text()
+    return {sm: replace(entry, sm=sm, image=str(image)) for sm, image in images.items()}
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -209,13 +214,13 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in found.items()}
 
 
-def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progress: bool) -> list[Compiled]:
+def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progress: bool) -> list[dict[int, Compiled]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=not progress)
-    done: dict[tuple[Variant, int], Compiled] = {}
+    done: dict[tuple[Variant, int], dict[int, Compiled]] = {}
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(tasks))
         for key, entry in _in_pool(tasks, cache, jobs):
@@ -226,11 +231,11 @@ def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progr
 
 def _in_pool(
     tasks: list[tuple[Variant, int]], cache: Path, jobs: int
-) -> Iterable[tuple[tuple[Variant, int], Compiled]]:
+) -> Iterable[tuple[tuple[Variant, int], dict[int, Compiled]]]:
     """Yield results as they come. A worker that died is tried again alone, so that the kernel at fault can be named."""
     unsure = []
     with _pool(jobs, cache) as pool:
-        futures: dict[Future[Compiled], tuple[Variant, int]] = {
+        futures: dict[Future[dict[int, Compiled]], tuple[Variant, int]] = {
             pool.submit(compile_variant, *t, cache): t for t in tasks
         }
         for future in as_completed(futures):
@@ -251,7 +256,7 @@ def _in_pool(
                 ) from error
 
 
-def _result(future: Future[Compiled], variant: Variant, sm: int) -> Compiled:
+def _result(future: Future[dict[int, Compiled]], variant: Variant, sm: int) -> dict[int, Compiled]:
     try:
         return future.result()
     except (FnaError, BrokenProcessPool):

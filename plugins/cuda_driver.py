@@ -6,10 +6,9 @@ import ctypes
 import functools
 from typing import Any
 
+from fna.errors import MissingCapabilityError
 from fna.plugins.plan import Variant
 from fna.plugins.table import Kernel, Table
-
-from fna.errors import MissingCapabilityError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024

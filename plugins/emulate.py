@@ -15,9 +15,10 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fna.plugins.plan import AttentionShape, Plan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES
-from torch import Tensor
 
 POISON = 0x7F
 """Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""

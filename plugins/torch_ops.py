@@ -13,6 +13,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from fna.attention import nystrom_attention_reference
+from fna.landmarks import farthest_points_reference
 from fna.plugins.plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
@@ -27,10 +31,6 @@ from fna.plugins.plan import (
     sampling_plan,
 )
 from fna.plugins.table import Table, find_table
-from torch import Tensor
-
-from fna.attention import nystrom_attention_reference
-from fna.landmarks import farthest_points_reference
 
 OLDEST_CAPABILITY = (8, 0)
 POINTER_ALIGNMENT = 16

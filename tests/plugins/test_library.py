@@ -13,10 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from fna.plugins.plan import AttentionShape, Launch, Plan, attention_plan, sampling_plan, workspace_bound
+from fna.plugins.aot import Compiled, write_table
+from fna.plugins.plan import (
+    DTYPES,
+    AttentionShape,
+    Launch,
+    Plan,
+    all_variants,
+    attention_plan,
+    sampling_plan,
+    workspace_bound,
+)
 from fna.plugins.table import load_table
 
-from .conftest import Programs, build_programs
+from .conftest import BUILD, Programs, build_programs, locked, needs_triton
 
 TENSORRT_TYPE = {"fp32": 0, "fp16": 1, "bf16": 7}
 """nvinfer1::DataType: kFLOAT, kHALF, kBF16."""
@@ -115,6 +125,65 @@ def expected_launches(plan: Plan, inputs: tuple[str, ...], output: str) -> list[
 
 def workspace_of(done: subprocess.CompletedProcess[str]) -> int:
     return int(re.search(r"workspace (\d+)", done.stdout)[1])
+
+
+@pytest.fixture(scope="session")
+def all_variants_driver(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
+    """A library whose table names every variant, with images that only the stand-in driver takes: nothing to compile."""
+    needs_triton()
+    from fna.plugins.kernels import registry
+
+    folder = BUILD / "test-plugin-stubs"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder / "stub.cubin"
+    image.write_bytes(b"\x7fELF".ljust(18, b"\0") + (190).to_bytes(2, "little"))  # EM_CUDA
+    entries = [
+        Compiled(
+            variant=variant.name, sm=87, symbol=f"{variant.kernel}_kernel", shared=64 * 1024, static_shared=0, warps=4,
+            registers=0, stack=0, layout=registry.parameter_layout(variant), image=str(image),
+        )
+        for variant in all_variants()
+    ]  # fmt: skip
+    with locked("stubs"):
+        write_table(entries, folder)
+    built = build_programs(folder, "native", "-DFNA_BUILD_TESTS=ON", targets=("fna_plugin", "enqueue", "fake_cuda"))
+    return FakeDriver(built, folder, tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "head_size", "iterations", "multiprocessors"),
+    [(1, 12, 1370, 64, 6, 16), (3, 5, 257, 80, 1, 132), (8, 16, 16384, 128, 2, 84)],
+)
+def test_the_library_plans_every_variant_as_python_does(
+    all_variants_driver, dtype, count, batch, heads, tokens, head_size, iterations, multiprocessors
+) -> None:
+    shape = AttentionShape(dtype, batch, heads, tokens, head_size, count, shared_landmarks=True, shared_bias=batch == 1)
+    plan = attention_plan(shape, scale=0.125, iterations=iterations, exact_rows=True, multiprocessors=multiprocessors)
+    done, calls = all_variants_driver.run(
+        "attention", TENSORRT_TYPE[dtype], batch, heads, tokens, head_size, count, 1, batch, 0.125, iterations, 1,
+        FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS=str(multiprocessors),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert workspace_of(done) == workspace_bound(shape)
+    launches = [call for call in calls if call["call"] == "launch"]
+    assert [call["symbol"] for call in launches] == [f"{each.variant.kernel}_kernel" for each in plan.launches] * 2
+    found = [{name: call[name] for name in ("grid", "arguments", "tail")} for call in launches]
+    assert found == expected_launches(plan, INPUTS, "out") * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "count"),
+    [(2, 200, 96, 33), (2, 200, 100, 33), (1, 16384, 768, 256), (3, 1025, 7, 9)],
+)
+def test_the_library_plans_sampling_as_python_does(all_variants_driver, dtype, batch, tokens, channels, count) -> None:
+    plan = sampling_plan(dtype, batch, tokens, channels, count)
+    done, calls = all_variants_driver.run("sampling", TENSORRT_TYPE[dtype], batch, tokens, channels, count)
+    assert done.returncode == 0, done.stdout
+    found = [{n: call[n] for n in ("grid", "arguments", "tail")} for call in calls if call["call"] == "launch"]
+    assert found == expected_launches(plan, ("features",), "landmarks") * 2
 
 
 @pytest.mark.parametrize("multiprocessors", [8, 132])
