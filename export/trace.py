@@ -93,9 +93,10 @@ def export_onnx(model: LoadedModel, plan: Plan, options: TraceOptions, path: Pat
 def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[ModelProto, FileMetadata]:
     """Trace `model` by `plan`; as `export_onnx`, without writing a file."""
     check_resolution(model, options.height, options.width)
-    if options.dynamic_size and not model.any_resolution:
+    if options.dynamic_size and not model.open_size:
         raise ModelSourceError(
-            f"{model.name} takes one image size only, so height and width cannot be left open; trace it at {model.native_resolution}"
+            f"{model.name} has its image size worked into its graph, so height and width cannot be left open; "
+            f"trace it at one size, such as {model.native_resolution}"
         )
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
