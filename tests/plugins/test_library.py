@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fna.export.functions import attach_functions
+from fna.export.lower import lower
 from fna.plugins.aot import Compiled, write_table
 from fna.plugins.plan import (
     DTYPES,
@@ -349,6 +351,7 @@ def test_self_registration_leaves_the_registry_of_another_major_version_alone(pr
 
 
 def plugin_lowered_model(node: str, domain: str) -> bytes:
+    """As `fna.export.lower` writes it (domain fna), or as someone might by hand (the default domain)."""
     from onnx import TensorProto, helper
 
     common = {"plugin_version": "1", "plugin_namespace": "", "domain": domain, "name": "block7/fna"}
@@ -368,7 +371,11 @@ def plugin_lowered_model(node: str, domain: str) -> bytes:
         ]
     opsets = [helper.make_opsetid("", 18), *([helper.make_opsetid(domain, 1)] if domain else [])]
     graph = helper.make_graph([made], "g", inputs, outputs, constants)
-    return helper.make_model(graph, opset_imports=opsets).SerializeToString()
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    if domain:
+        attach_functions(model, TensorProto.FLOAT16)
+        model = lower(model, "plugin")
+    return model.SerializeToString()
 
 
 @pytest.mark.parametrize("domain", ["fna", ""])
