@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fna.plugins.host import PluginLibrary
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +28,7 @@ import fna
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, apply_newton_schulz
 from fna.errors import FnaError, MissingCapabilityError
 from fna.landmarks import grid_landmarks
+from fna.plugins.host import PluginLibrary
 
 BATCHES = (1, 8)
 HEADS = (6, 12)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from fna.validate.bench_gpu import AttentionRow, plain_fna
 
 from fna.attention import nystrom_attention_reference
+from fna.validate.bench_gpu import AttentionRow, plain_fna
 
 ROW = AttentionRow(
     batch=1, heads=12, tokens=16384, landmarks=64, plugin=10.0, exact=150.0, exact_backend="flash", plain=50.0, floor=5.0
