@@ -12,17 +12,15 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fna.plugins.plan import AttentionShape, Plan, Strides, attention_plan, sampling_plan
-from fna.plugins.torch_ops import DTYPE_NAMES
+from fna.plugins.torch_ops import DTYPE_NAMES, launch_jit, scratch_views
 
 POISON = 0x7F
 """Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""
-_BUFFER_DTYPES = {"best_index": torch.int32}
 
 
 def interpreter(workers: int = 1) -> ProcessPoolExecutor:
@@ -59,7 +57,7 @@ def run_attention(
     )  # fmt: skip
     out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
     tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "out": out}
-    return run_plan(plan, tensors, query.dtype)
+    return run_plan(plan, tensors)
 
 
 def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None) -> Tensor:
@@ -67,23 +65,19 @@ def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None)
     batch, tokens, channels = features.shape
     plan = plan or sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
     landmarks = _poisoned(torch.empty(batch, num_landmarks, dtype=torch.int32))
-    return run_plan(plan, {"features": features, "landmarks": landmarks}, features.dtype)["landmarks"]
+    return run_plan(plan, {"features": features, "landmarks": landmarks})["landmarks"]
 
 
-def run_plan(plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Execute the launches of `plan` in order on CPU tensors; scratch starts poisoned."""
-    from fna.plugins.kernels.registry import KERNELS, constants
+def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Execute a plan on CPU tensors, the first of which has the type of the inputs; scratch starts poisoned.
 
+    Returns:
+        The tensors and every scratch buffer, flat, by name.
+    """
+    dtype = next(iter(tensors.values())).dtype
     workspace = torch.full((plan.workspace_bytes,), POISON, dtype=torch.uint8)
-    every = dict(tensors)
-    for name, buffer in plan.buffers.items():
-        kind = dtype if name == "mixed" else _BUFFER_DTYPES.get(name, torch.float32)
-        every[name] = workspace[buffer.offset : buffer.offset + buffer.size].view(kind)
-    for launch in plan.launches:
-        arguments: list[Any] = [every[a] if isinstance(a, str) else a for a in launch.arguments]
-        blocks = constants(launch.variant, upcast=dtype == torch.bfloat16)
-        KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks)
-    return every
+    launch_jit(plan, tensors, workspace, upcast=dtype == torch.bfloat16)
+    return {**tensors, **scratch_views(plan, workspace, dtype)}
 
 
 def _poisoned(tensor: Tensor) -> Tensor:

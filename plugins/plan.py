@@ -20,6 +20,7 @@ MAX_LANDMARKS = 256
 MAX_HEAD_SIZE = 128
 HEAD_SIZE_STEP = 16
 MAX_GRID_Y = 65535
+MAX_STRIDE = 2**31 - 1
 ALIGNMENT = 256
 TILE = 64
 FINISH_COLUMNS = 32
@@ -169,6 +170,9 @@ def check_attention_shape(shape: AttentionShape) -> None:
             f"{shape.landmarks} landmarks were given for {shape.tokens} tokens, but the kernels take 1 to "
             f"{min(MAX_LANDMARKS, shape.tokens)}"
         )
+    elements = shape.heads * shape.tokens * shape.head_size
+    if elements > MAX_STRIDE:
+        raise InvalidShapeError(f"H * N * D is {elements} elements, but the kernels take at most {MAX_STRIDE}")
     if shape.batch * shape.heads > MAX_GRID_Y:
         raise InvalidShapeError(f"B * H is {shape.batch * shape.heads}, but the kernels take at most {MAX_GRID_Y}")
 

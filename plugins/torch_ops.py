@@ -137,7 +137,7 @@ def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> None:
         if choose_backend() == "table":
             _run_table(plan, tensors, workspace)
         else:
-            _run_jit(plan, tensors, workspace)
+            launch_jit(plan, tensors, workspace)
 
 
 def _run_table(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> None:
@@ -151,19 +151,26 @@ def _run_table(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> Non
         loader.launch(launch.variant, launch.grid, arguments, stream)
 
 
-def _run_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> None:
+def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upcast: bool = False) -> None:
+    """Execute a plan through Triton: compiled just in time, or interpreted on the CPU (then with `upcast` for bf16)."""
     from fna.plugins.kernels.registry import KERNELS, constants, options
 
-    typed = next(t for name, t in tensors.items() if name in ("query", "features")).dtype
-    kinds = {"mixed": typed, "best_index": torch.int32}
-    every = dict(tensors)
-    for name, buffer in plan.buffers.items():
-        piece = workspace[buffer.offset : buffer.offset + buffer.size]
-        every[name] = piece.view(kinds.get(name, torch.float32))
+    every = {**tensors, **scratch_views(plan, workspace, next(iter(tensors.values())).dtype)}
     for launch in plan.launches:
         arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
-        kernel = KERNELS[launch.variant.kernel]
-        kernel[launch.grid](*arguments, **constants(launch.variant), **options(launch.variant), enable_fp_fusion=True)
+        blocks = constants(launch.variant, upcast=upcast)
+        KERNELS[launch.variant.kernel][launch.grid](
+            *arguments, **blocks, **options(launch.variant), enable_fp_fusion=True
+        )
+
+
+def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The buffers of a plan as flat views of its workspace; `mixed` has the type of the inputs."""
+    kinds = {"mixed": dtype, "best_index": torch.int32}
+    return {
+        name: workspace[buffer.offset : buffer.offset + buffer.size].view(kinds.get(name, torch.float32))
+        for name, buffer in plan.buffers.items()
+    }
 
 
 @functools.lru_cache(maxsize=256)

@@ -87,6 +87,7 @@ def test_newton_schulz_has_launches_of_its_own_only_above_128_landmarks(landmark
         pytest.param({"tokens": 63}, InvalidLandmarksError, "64 landmarks were given for 63", id="few tokens"),
         pytest.param({"batch": 0}, InvalidShapeError, "B is 0", id="empty batch"),
         pytest.param({"batch": 20000}, InvalidShapeError, r"B \* H is 120000", id="grid"),
+        pytest.param({"tokens": 2**23}, InvalidShapeError, r"H \* N \* D is 3221225472", id="strides"),
         pytest.param({"dtype": "fp64"}, InvalidArgumentError, "fp64 was given", id="type"),
     ],
 )
