@@ -237,6 +237,13 @@ def test_farthest_points_are_the_twins_exactly(sample, dtype, batch, tokens, cha
     assert torch.equal(sample(wide, count), farthest_points_reference(wide, count))
 
 
+@pytest.mark.parametrize(("dtype", "launches"), [(torch.float16, 1), (torch.float32, 24)])
+def test_farthest_points_of_real_hidden_states_are_the_twins_exactly(sample, dtype, launches) -> None:
+    hidden = torch.from_numpy(np.load(GOLDEN / "dinov2s_257_layer09_s64_masks.npz")["hidden"]).to(dtype)
+    assert len(sampling_plan("fp16" if dtype == torch.float16 else "fp32", *hidden.shape, 24).launches) == launches
+    assert torch.equal(sample(hidden, 24), farthest_points_reference(hidden, 24))
+
+
 def test_farthest_points_of_equal_tokens_are_the_lowest_indices(sample) -> None:
     features = torch.ones(1, 40, 16)
     assert sample(features, 10).tolist() == [list(range(10))]
