@@ -230,6 +230,8 @@ def _fps_op(features: Tensor, num_landmarks: int) -> Tensor:
 
 @torch.library.custom_op("fna::norm_grid_landmarks", mutates_args=())
 def _norm_grid_op(features: Tensor, num_landmarks: int, prefix_tokens: int) -> Tensor:
+    if features.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.norm_grid_landmarks(features, num_landmarks, prefix_tokens)
     return norm_grid_reference(features, num_landmarks, prefix_tokens)
 
 

@@ -38,6 +38,9 @@ FPS_ONE_LAUNCH_BYTES = 256 * 1024
 """One program per image rereads its tokens at every step: worth it while they stay in the cache beside it (estimate)."""
 FPS_TILE = 64
 
+NORM_GRID_TOKENS = 16384
+NORM_GRID_BY_NORM = 32
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -331,6 +334,34 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
     return Plan(launches, buffers)
 
 
+def norm_grid_plan(
+    dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int, *, prefix: int, by_norm: int
+) -> Plan:
+    """Plan norm-grid landmarks of contiguous features `[B, N, C]`: `prefix` tokens, `by_norm` by norm, the rest even."""
+    if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y or tokens > NORM_GRID_TOKENS:
+        raise InvalidShapeError(
+            f"features are [{batch}, {tokens}, {channels}], but 1 to {MAX_GRID_Y} images of 1 to {NORM_GRID_TOKENS} tokens are needed"
+        )
+    most = min(MAX_LANDMARKS, tokens)
+    if num_landmarks < 1 or num_landmarks > most or prefix + by_norm > num_landmarks or by_norm > NORM_GRID_BY_NORM:
+        raise InvalidLandmarksError(
+            f"{num_landmarks} landmarks with {prefix} prefix tokens and {by_norm} by norm were asked for of {tokens} tokens, "
+            f"but 1 to {most} with at most {NORM_GRID_BY_NORM} by norm are needed"
+        )
+    aligned_channels = 16 if channels % 16 == 0 else 0
+    launches = (
+        Launch(
+            Variant("norms", dtype, 0, aligned_channels),
+            (-(-tokens // FPS_TILE), batch, 1),
+            ("features", "norms", tokens, channels),
+        ),
+        Launch(
+            Variant("norm_grid", "fp32"), (batch, 1, 1), ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm)
+        ),
+    )
+    return Plan(launches, _lay_out({"norms": batch * tokens * 4}))
+
+
 def all_variants() -> tuple[Variant, ...]:
     """Every variant that a plan can name: what the ahead-of-time build compiles."""
     paddings, heads = (TILE, 2 * TILE, 4 * TILE), (64, 128)
@@ -338,7 +369,8 @@ def all_variants() -> tuple[Variant, ...]:
     found += [Variant("newton", t, 4 * TILE) for t in ("fp32", "fp16")]
     found += [Variant("finish", t, s) for t in DTYPES for s in paddings]
     found += [Variant("output", t, s, d) for t in DTYPES for s in paddings for d in heads]
-    found += [Variant(name, t, 0, c) for name in ("fps", "fps_step") for t in DTYPES for c in (0, 16)]
+    found += [Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)]
+    found.append(Variant("norm_grid", "fp32"))
     return tuple(found)
 
 

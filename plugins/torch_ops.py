@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
-from fna.landmarks import farthest_points_reference
+from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
 from fna.plugins.plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
     MAX_HEAD_SIZE,
     MAX_ITERATIONS,
     MAX_LANDMARKS,
+    NORM_GRID_TOKENS,
     AttentionShape,
     Dtype,
     Plan,
     Strides,
     attention_plan,
+    norm_grid_plan,
     sampling_plan,
 )
 from fna.plugins.table import Table, find_table
@@ -45,6 +47,7 @@ def register() -> bool:
         return False
     torch.library.register_kernel("fna::attention", "cuda", attention)
     torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
+    torch.library.register_kernel("fna::norm_grid_landmarks", "cuda", norm_grid)
     return True
 
 
@@ -102,6 +105,23 @@ def farthest_points(features: Tensor, num_landmarks: int) -> Tensor:  # [B, N, C
     batch, tokens, channels = features.shape
     plan = sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
     landmarks = torch.empty(features.shape[0], num_landmarks, dtype=torch.int32, device=features.device)
+    run_plan(plan, {"features": features, "landmarks": landmarks})
+    return landmarks
+
+
+def norm_grid(features: Tensor, num_landmarks: int, prefix_tokens: int) -> Tensor:  # [B, N, C] -> [B, S] int32
+    """CUDA kernel of `fna::norm_grid_landmarks`."""
+    batch, tokens, channels = features.shape
+    prefix = min(prefix_tokens, num_landmarks)
+    by_norm = norm_grid_count(num_landmarks, prefix)
+    sizes = 0 < batch <= MAX_GRID_Y and 1 <= num_landmarks <= min(MAX_LANDMARKS, tokens) and tokens <= NORM_GRID_TOKENS
+    if features.dtype not in DTYPE_NAMES or not sizes:
+        return norm_grid_reference(features, num_landmarks, prefix_tokens)
+    features = _aligned(features.contiguous())
+    plan = norm_grid_plan(
+        DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks, prefix=prefix, by_norm=by_norm
+    )
+    landmarks = torch.empty(batch, num_landmarks, dtype=torch.int32, device=features.device)
     run_plan(plan, {"features": features, "landmarks": landmarks})
     return landmarks
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.kernels import attention, sampling
+from fna.plugins.kernels import attention, norms, sampling
 from fna.plugins.plan import (
     FINISH_COLUMNS,
     FPS_ONE_LAUNCH_TOKENS,
     FPS_TILE,
+    MAX_LANDMARKS,
+    NORM_GRID_BY_NORM,
+    NORM_GRID_TOKENS,
     Variant,
     in_registers,
     key_block,
@@ -24,6 +27,8 @@ KERNELS = {
     "output": attention.output_kernel,
     "fps": sampling.fps_kernel,
     "fps_step": sampling.fps_step_kernel,
+    "norms": norms.norms_kernel,
+    "norm_grid": norms.norm_grid_kernel,
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
 _INT_POINTERS = {"landmarks", "best_index"}
@@ -38,6 +43,7 @@ _FLOAT_POINTERS = {
     "between",
     "distance",
     "best",
+    "norms",
 }
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias"}
@@ -67,6 +73,8 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
         return {**blocks, "BLOCK_D": block_d, "UPCAST": upcast}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
+    if variant.kernel == "norm_grid":
+        return {"BLOCK_N": NORM_GRID_TOKENS, "BLOCK_S": MAX_LANDMARKS, "BLOCK_T": NORM_GRID_BY_NORM}
     return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
 
 
@@ -82,7 +90,7 @@ def options(variant: Variant) -> dict[str, int]:
     if variant.kernel == "output":
         held = landmark_block(variant.dtype, variant.landmarks, variant.head_size) == variant.landmarks
         return {"num_warps": 8, "num_stages": 2 if held else 1}
-    return {"num_warps": 16 if variant.kernel == "fps" else 4, "num_stages": 2}
+    return {"num_warps": 16 if variant.kernel in ("fps", "norm_grid") else 4, "num_stages": 2}
 
 
 def signature(variant: Variant) -> dict[str, str]:
@@ -99,7 +107,9 @@ def multiples_of_16(variant: Variant) -> list[int]:
 
     TensorRT aligns its tensors; landmarks and bias may be views in PyTorch, and are read element by element.
     """
-    names = set(_MULTIPLES_OF_16) | ({"channels"} if variant.kernel.startswith("fps") and variant.head_size else set())
+    names = set(_MULTIPLES_OF_16) | (
+        {"channels"} if variant.kernel in ("fps", "fps_step", "norms") and variant.head_size else set()
+    )
     kinds = signature(variant)
     pointers = {name for name, kind in kinds.items() if kind.startswith("*")} - _UNALIGNED
     return [i for i, name in enumerate(kinds) if name in names | pointers]

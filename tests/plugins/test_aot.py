@@ -14,10 +14,10 @@ import pytest
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
 from fna.plugins import aot
 from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
-from fna.plugins.plan import all_variants
+from fna.plugins.plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.table import find_table, load_table
 
-from .conftest import TEST_CHIPS, TEST_VARIANTS
+from .conftest import TEST_CHIPS, TEST_VARIANTS, needs_triton
 
 FINE = Compiled(
     variant="output-fp16-s64-d64", sm=86, symbol="output_kernel", shared=99 * 1024, static_shared=0, warps=8,
@@ -105,16 +105,25 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
         load_table(tmp_path)
 
 
-def test_layouts_are_the_arguments_of_the_plan(table: Path) -> None:
-    """One letter an argument: addresses, int32 and float32 in the plan's order."""
-    from fna.plugins.plan import AttentionShape, attention_plan
+PLANS = [
+    attention_plan(
+        AttentionShape(dtype, 1, 6, 1370, 64, count), scale=0.125, iterations=6, exact_rows=True, multiprocessors=16
+    )
+    for dtype in DTYPES
+    for count in (64, 128, 256)
+]
+PLANS += [sampling_plan("fp16", 1, tokens, 64, 33) for tokens in (200, 1370)]
+PLANS += [norm_grid_plan("fp16", 1, 1370, 384, 64, prefix=1, by_norm=5)]
 
-    shape = AttentionShape("fp16", 1, 6, 1370, 64, 64)
-    plan = attention_plan(shape, scale=0.125, iterations=6, exact_rows=True, multiprocessors=16)
-    kernels = load_table(table).kernels
+
+def test_layouts_are_the_arguments_of_the_plans() -> None:
+    """One letter an argument: addresses, int32 and float32 in the plan's order."""
+    needs_triton()
+    from fna.plugins.kernels.registry import parameter_layout
+
     letters = {str: "p", int: "i", float: "f"}
-    for launch in plan.launches:
-        assert kernels[launch.variant.name, 87].layout == "".join(letters[type(a)] for a in launch.arguments)
+    for launch in (launch for plan in PLANS for launch in plan.launches):
+        assert parameter_layout(launch.variant) == "".join(letters[type(a)] for a in launch.arguments), launch.variant
 
 
 def test_layouts_are_the_parameters_of_the_compiled_kernels(table: Path) -> None:

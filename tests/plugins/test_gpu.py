@@ -14,7 +14,7 @@ from torch import Tensor
 import fna
 from fna.attention import nystrom_attention_reference
 from fna.errors import MissingCapabilityError
-from fna.landmarks import farthest_points_reference
+from fna.landmarks import farthest_points_reference, norm_grid_reference
 from fna.plugins import torch_ops
 from fna.plugins.host import PluginLibrary
 
@@ -253,3 +253,11 @@ def test_pytorchs_sampling_is_the_twins_exactly(backend) -> None:
     features = torch.randn(2, 1370, 384, device="cuda", dtype=torch.float16)
     found = torch_ops.farthest_points(features, 64)
     assert torch.equal(found.cpu(), farthest_points_reference(features.cpu(), 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [257, 1370, 16384])
+def test_pytorchs_norm_grid_is_the_twins_exactly(backend, dtype, tokens) -> None:
+    features = torch.randn(2, tokens, 384, device="cuda").mul(torch.rand(2, tokens, 1, device="cuda")).to(dtype)
+    found = torch_ops.norm_grid(features, 64, 1)
+    assert torch.equal(found.cpu(), norm_grid_reference(features.cpu(), 64, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.cuda_kernels import ENTRY_POINT_GROUP
-from fna.landmarks import farthest_points_reference
+from fna.landmarks import farthest_points_reference, norm_grid_reference
 from fna.plugins import emulate, torch_ops
 from fna.plugins.plan import Plan
 
@@ -99,6 +99,18 @@ def test_what_the_kernels_do_not_take_runs_as_the_twin(launches, dtype, head_siz
 def test_sampling_runs_the_plan(launches) -> None:
     features = torch.randn(2, 100, 48)[:, :, ::2]
     assert torch.equal(torch_ops.farthest_points(features, 12), farthest_points_reference(features, 12))
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "channels", "count", "prefix"),
+    [(257, 48, 64, 1), (70, 7, 33, 5), (64, 16, 64, 1), (300, 16, 256, 0), (20, 16, 1, 1), (20, 16, 3, 5)],
+)
+def test_norm_grid_landmarks_are_the_twins_exactly(launches, dtype, tokens, channels, count, prefix) -> None:
+    features = torch.randn(2, tokens, channels).to(dtype)
+    found = torch_ops.norm_grid(features, count, prefix)
+    assert torch.equal(found, norm_grid_reference(features, count, prefix))
     assert len(launches) == 1
 
 
