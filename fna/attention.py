@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fna.cuda_kernels import load_cuda_kernels
 from fna.errors import (
     InvalidArgumentError,
     InvalidDtypeError,
@@ -134,6 +135,8 @@ def _attention_op(
     iterations: int,
     exact_rows: bool,
 ) -> Tensor:
+    if query.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.attention(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
     check_index_range(landmarks, query.shape[2])
     return nystrom_attention_reference(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fna.cuda_kernels import load_cuda_kernels
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
 from fna.plan import SAMPLERS, Sampler
 
@@ -222,11 +223,15 @@ def farthest_points_reference(
 
 @torch.library.custom_op("fna::farthest_point_sampling", mutates_args=())
 def _fps_op(features: Tensor, num_landmarks: int) -> Tensor:
+    if features.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.farthest_point_sampling(features, num_landmarks)
     return farthest_points_reference(features, num_landmarks)
 
 
 @torch.library.custom_op("fna::norm_grid_landmarks", mutates_args=())
 def _norm_grid_op(features: Tensor, num_landmarks: int, prefix_tokens: int) -> Tensor:
+    if features.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.norm_grid_landmarks(features, num_landmarks, prefix_tokens)
     return norm_grid_reference(features, num_landmarks, prefix_tokens)
 
 

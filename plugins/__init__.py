@@ -1,1 +1,1 @@
-"""The TensorRT plugin: kernels, their ahead-of-time build, the library and its loader."""
+"""The TensorRT plugin: kernels, their ahead-of-time build, the library, and the same kernels under PyTorch."""

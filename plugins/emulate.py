@@ -1,0 +1,85 @@
+"""Run the kernels on the CPU under Triton's interpreter, in a process of its own.
+
+The interpreter is chosen when Triton is first imported, so it cannot share a process with a compiler. `interpreter()` starts a
+process that has it; `run_attention` and `run_sampling` are called in that process:
+
+    with interpreter() as pool:
+        out = pool.submit(run_attention, query, key, value, landmarks).result()
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from fna.plugins.plan import AttentionShape, Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.torch_ops import DTYPE_NAMES, launch_jit, scratch_views
+
+POISON = 0x7F
+"""Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""
+
+
+def interpreter(workers: int = 1) -> ProcessPoolExecutor:
+    """Return a pool of processes whose Triton kernels run on the CPU."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_interpret)
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def run_attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S], int32
+    bias: Tensor | None = None,  # [B, S] or [1, S], fp32
+    *,
+    iterations: int = 6,
+    exact_rows: bool = False,
+    multiprocessors: int = 4,
+) -> dict[str, Tensor]:
+    """Run FastNystromAttention; return `out [B, H, N, D]` and every scratch buffer, flat, by name."""
+    batch, heads, tokens, head_size = query.shape
+    bias = torch.zeros(1, landmarks.shape[1]) if bias is None else bias
+    shape = AttentionShape(
+        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
+        shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
+    )  # fmt: skip
+    plan = attention_plan(
+        shape, scale=head_size**-0.5, iterations=iterations, exact_rows=exact_rows, multiprocessors=multiprocessors,
+        strides=Strides(*query.stride()[:3]),
+    )  # fmt: skip
+    out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
+    tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "out": out}
+    return run_plan(plan, tensors)
+
+
+def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None) -> Tensor:
+    """Run FarthestPointSampling on `[B, N, C]`; return `[B, S]` int32."""
+    batch, tokens, channels = features.shape
+    plan = plan or sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
+    landmarks = _poisoned(torch.empty(batch, num_landmarks, dtype=torch.int32))
+    return run_plan(plan, {"features": features, "landmarks": landmarks})["landmarks"]
+
+
+def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Execute a plan on CPU tensors, the first of which has the type of the inputs; scratch starts poisoned.
+
+    Returns:
+        The tensors and every scratch buffer, flat, by name.
+    """
+    dtype = next(iter(tensors.values())).dtype
+    workspace = torch.full((plan.workspace_bytes,), POISON, dtype=torch.uint8)
+    launch_jit(plan, tensors, workspace, upcast=dtype == torch.bfloat16)
+    return {**tensors, **scratch_views(plan, workspace, dtype)}
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
+    tensor.view(torch.uint8).fill_(POISON)
+    return tensor

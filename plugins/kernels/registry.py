@@ -1,0 +1,121 @@
+"""The kernels by name, with the constants and parameter types of each variant. Imports Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fna.plugins.kernels import attention, norms, sampling
+from fna.plugins.plan import (
+    FINISH_COLUMNS,
+    FPS_ONE_LAUNCH_TOKENS,
+    FPS_TILE,
+    MAX_LANDMARKS,
+    NORM_GRID_BY_NORM,
+    NORM_GRID_TOKENS,
+    Variant,
+    in_registers,
+    key_block,
+    landmark_block,
+    landmark_rows,
+    query_block,
+)
+
+KERNELS = {
+    "landmark": attention.landmark_kernel,
+    "newton": attention.newton_kernel,
+    "finish": attention.finish_kernel,
+    "output": attention.output_kernel,
+    "fps": sampling.fps_kernel,
+    "fps_step": sampling.fps_step_kernel,
+    "norms": norms.norms_kernel,
+    "norm_grid": norms.norm_grid_kernel,
+}
+_TYPED = {"query", "key", "value", "mixed", "out", "features"}
+_INT_POINTERS = {"landmarks", "best_index"}
+_FLOAT_POINTERS = {
+    "bias",
+    "partial",
+    "stats",
+    "matrices",
+    "colsum",
+    "exact",
+    "mixed_scale",
+    "between",
+    "distance",
+    "best",
+    "norms",
+}
+_MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
+_UNALIGNED = {"landmarks", "bias"}
+
+
+def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
+    """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
+    half = variant.dtype != "fp32"
+    s_pad, block_d = variant.landmarks, variant.head_size
+    if variant.kernel == "landmark":
+        blocks = {
+            "S_PAD": s_pad,
+            "BLOCK_S": landmark_rows(variant.dtype, s_pad),
+            "BLOCK_N": key_block(variant.dtype, block_d),
+        }
+        return {**blocks, "BLOCK_D": block_d, "HALF": half, "UPCAST": upcast}
+    if variant.kernel == "newton":
+        return {"S_PAD": s_pad, "HALF": half}
+    if variant.kernel == "finish":
+        return {"S_PAD": s_pad, "COLUMNS": FINISH_COLUMNS, "HALF": half}
+    if variant.kernel == "output":
+        blocks = {
+            "S_PAD": s_pad,
+            "TILE_S": landmark_block(variant.dtype, s_pad, block_d),
+            "BLOCK_M": query_block(variant.dtype, s_pad, block_d),
+        }
+        return {**blocks, "BLOCK_D": block_d, "UPCAST": upcast}
+    if variant.kernel == "fps":
+        return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
+    if variant.kernel == "norm_grid":
+        return {"BLOCK_N": NORM_GRID_TOKENS, "BLOCK_S": MAX_LANDMARKS, "BLOCK_T": NORM_GRID_BY_NORM}
+    return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
+
+
+def options(variant: Variant) -> dict[str, int]:
+    """Warps and pipeline stages, chosen by registers and shared memory: no spills, and at most 99 KB."""
+    wide = variant.dtype == "fp32"
+    if variant.kernel == "landmark":
+        return {"num_warps": 4 if in_registers(variant.dtype, variant.landmarks) else 8, "num_stages": 1 if wide else 2}
+    if variant.kernel == "newton":
+        return {"num_warps": 8 if wide else 4, "num_stages": 1}
+    if variant.kernel == "finish":
+        return {"num_warps": 4, "num_stages": 1}
+    if variant.kernel == "output":
+        held = landmark_block(variant.dtype, variant.landmarks, variant.head_size) == variant.landmarks
+        return {"num_warps": 8, "num_stages": 2 if held else 1}
+    return {"num_warps": 16 if variant.kernel in ("fps", "norm_grid") else 4, "num_stages": 2}
+
+
+def signature(variant: Variant) -> dict[str, str]:
+    """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
+    typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
+    kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
+    kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | {"scale": "fp32"}
+    parameters = KERNELS[variant.kernel].params
+    return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
+
+
+def multiples_of_16(variant: Variant) -> list[int]:
+    """Positions of the parameters that the compiler may take as multiples of 16: addresses in bytes, sizes in elements.
+
+    TensorRT aligns its tensors; landmarks and bias may be views in PyTorch, and are read element by element.
+    """
+    names = set(_MULTIPLES_OF_16) | (
+        {"channels"} if variant.kernel in ("fps", "fps_step", "norms") and variant.head_size else set()
+    )
+    kinds = signature(variant)
+    pointers = {name for name, kind in kinds.items() if kind.startswith("*")} - _UNALIGNED
+    return [i for i, name in enumerate(kinds) if name in names | pointers]
+
+
+def parameter_layout(variant: Variant) -> str:
+    """One letter for each launch argument: p for an address, i for an int32, f for a float32."""
+    letters = {"i32": "i", "fp32": "f"}
+    return "".join(letters.get(kind, "p") for kind in signature(variant).values() if kind != "constexpr")

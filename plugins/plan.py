@@ -1,0 +1,382 @@
+"""Which kernels run, in which order, with which grids, arguments and scratch: the one description of a launch sequence.
+
+`attention_plan` and `sampling_plan` are pure arithmetic. The ahead-of-time build enumerates its variants from here, PyTorch's
+CUDA path and the tests execute these plans, and `plugins/src/launch_plan.cpp` is the same arithmetic in C++ (a test runs both
+and compares every launch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fna.errors import InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+MAX_LANDMARKS = 256
+MAX_HEAD_SIZE = 128
+HEAD_SIZE_STEP = 16
+MAX_GRID_Y = 65535
+MAX_STRIDE = 2**31 - 1
+ALIGNMENT = 256
+TILE = 64
+FINISH_COLUMNS = 32
+
+MAX_ITERATIONS = 64
+
+WAVES = 2
+"""How many programs per multiprocessor the split of the keys aims for."""
+
+MAX_MULTIPROCESSORS = 256
+"""The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
+
+FPS_ONE_LAUNCH_TOKENS = 1024
+FPS_ONE_LAUNCH_BYTES = 256 * 1024
+"""One program per image rereads its tokens at every step: worth it while they stay in the cache beside it (estimate)."""
+FPS_TILE = 64
+
+NORM_GRID_TOKENS = 16384
+NORM_GRID_BY_NORM = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel: its name, the type of its tensors, padded landmarks and padded head size.
+
+    `landmarks` and `head_size` are 0 where the kernel does not depend on them. For the sampling kernels `head_size` is 16
+    where the number of channels is a multiple of 16, so that rows are read in vectors.
+    """
+
+    kernel: str
+    dtype: Dtype
+    landmarks: int = 0
+    head_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, such as `output-fp16-s64-d64`."""
+        sizes = [f"s{self.landmarks}"] * bool(self.landmarks) + [f"d{self.head_size}"] * bool(self.head_size)
+        return "-".join([self.kernel, self.dtype, *sizes])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. Arguments are in the kernel's order: a string names a tensor or a buffer, a number is itself."""
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    arguments: tuple[str | int | float, ...]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of scratch: `offset` and `size` in bytes from the start of the workspace."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches in stream order, and the scratch that they share."""
+
+    launches: tuple[Launch, ...]
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch needed, a multiple of 256."""
+        return max((aligned(b.offset + b.size) for b in self.buffers.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Element strides of `[B, H, N, D]` over batch, head and token; the last dimension is contiguous."""
+
+    batch: int
+    head: int
+    token: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one call: B, H, N, D, S, and whether landmarks and bias are per batch item or shared."""
+
+    dtype: Dtype
+    batch: int
+    heads: int
+    tokens: int
+    head_size: int
+    landmarks: int
+    shared_landmarks: bool = False
+    shared_bias: bool = False
+
+
+def aligned(size: int) -> int:
+    """Round up to the alignment of the scratch buffers."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def padded_landmarks(count: int) -> int:
+    """S_PAD: 64, 128 or 256."""
+    return TILE if count <= TILE else 2 * TILE if count <= 2 * TILE else 4 * TILE
+
+
+def padded_head_size(head_size: int) -> int:
+    """BLOCK_D: 64 or 128."""
+    return 64 if head_size <= 64 else 128
+
+
+def in_registers(dtype: Dtype, s_pad: int) -> bool:
+    """Whether one program iterates with A and Z in registers; fp32 would spill, so it goes through scratch."""
+    return dtype != "fp32" and s_pad == TILE
+
+
+def key_block(dtype: Dtype, block_d: int) -> int:
+    """BLOCK_N: keys per step of the landmark kernel; a split is a multiple of it."""
+    return 64 if dtype != "fp32" else 32 if block_d == 64 else 16
+
+
+def landmark_rows(dtype: Dtype, s_pad: int) -> int:
+    """BLOCK_S: landmark queries per program of the landmark kernel."""
+    return TILE if dtype == "fp32" else min(s_pad, 2 * TILE)
+
+
+def query_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
+    """BLOCK_M: queries per tile of the output kernel."""
+    return 64 if dtype == "fp32" or block_d > 64 else 128
+
+
+def landmark_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
+    """TILE_S: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD."""
+    if dtype == "fp32":
+        return 32 if block_d == 64 else 16
+    return min(s_pad, 2 * TILE)
+
+
+def check_attention_shape(shape: AttentionShape) -> None:
+    """Refuse, naming the value, what the kernels do not cover."""
+    if shape.dtype not in DTYPES:
+        raise InvalidArgumentError(f"the kernels take fp32, fp16 and bf16, but {shape.dtype} was given")
+    for name, value in (("B", shape.batch), ("H", shape.heads), ("N", shape.tokens)):
+        if value < 1:
+            raise InvalidShapeError(f"{name} is {value}, but at least 1 is needed")
+    if shape.head_size < 1 or shape.head_size > MAX_HEAD_SIZE or shape.head_size % HEAD_SIZE_STEP:
+        raise InvalidShapeError(
+            f"head size D is {shape.head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} up to {MAX_HEAD_SIZE}"
+        )
+    if shape.landmarks < 1 or shape.landmarks > min(MAX_LANDMARKS, shape.tokens):
+        raise InvalidLandmarksError(
+            f"{shape.landmarks} landmarks were given for {shape.tokens} tokens, but the kernels take 1 to "
+            f"{min(MAX_LANDMARKS, shape.tokens)}"
+        )
+    elements = shape.heads * shape.tokens * shape.head_size
+    if elements > MAX_STRIDE:
+        raise InvalidShapeError(f"H * N * D is {elements} elements, but the kernels take at most {MAX_STRIDE}")
+    if shape.batch * shape.heads > MAX_GRID_Y:
+        raise InvalidShapeError(f"B * H is {shape.batch * shape.heads}, but the kernels take at most {MAX_GRID_Y}")
+
+
+def split_keys(shape: AttentionShape, multiprocessors: int) -> tuple[int, int]:
+    """(splits, tokens per split): enough programs to fill the GPU, every split holding at least one token."""
+    block = key_block(shape.dtype, padded_head_size(shape.head_size))
+    s_pad = padded_landmarks(shape.landmarks)
+    row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
+    blocks = -(-shape.tokens // block)
+    programs = shape.batch * shape.heads * row_tiles
+    wanted = -(-WAVES * min(multiprocessors, MAX_MULTIPROCESSORS) // programs)
+    per_split = -(-blocks // min(blocks, max(1, wanted)))
+    return -(-blocks // per_split), per_split * block
+
+
+def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
+    """Query tiles per program of the output kernel: more than one only when the GPU stays full."""
+    block = query_block(shape.dtype, padded_landmarks(shape.landmarks), padded_head_size(shape.head_size))
+    tiles = -(-shape.tokens // block)
+    return max(1, min(8, tiles * shape.batch * shape.heads // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
+
+
+def attention_buffers(shape: AttentionShape, splits: int) -> dict[str, Buffer]:
+    """Scratch of one call, each buffer aligned to 256 bytes; see `fna.plugins.kernels.attention` for the layouts."""
+    return _attention_buffers(shape, shape.batch * shape.heads * splits)
+
+
+def workspace_bound(shape: AttentionShape) -> int:
+    """Scratch that is enough for `shape`, every smaller B, H, N, D and S of it, and every GPU, in bytes.
+
+    B * H * splits is at most WAVES * MAX_MULTIPROCESSORS / (row tiles) + B * H, however B * H is made up.
+    """
+    s_pad = padded_landmarks(shape.landmarks)
+    row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
+    most = -(-WAVES * MAX_MULTIPROCESSORS // row_tiles) + shape.batch * shape.heads
+    buffers = _attention_buffers(shape, most)
+    return max(aligned(b.offset + b.size) for b in buffers.values())
+
+
+def _attention_buffers(shape: AttentionShape, head_splits: int) -> dict[str, Buffer]:
+    s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
+    rows = shape.batch * shape.heads * s_pad
+    sizes = {
+        "partial": head_splits * s_pad * block_d * 4,
+        "stats": head_splits * s_pad * 2 * 4,
+        "matrices": rows * (2 if in_registers(shape.dtype, s_pad) else 5) * s_pad * 4,
+        "colsum": rows * (s_pad // TILE) * 4,
+        "exact": rows * block_d * 4,
+        "mixed": rows * block_d * ELEMENT_BYTES[shape.dtype],
+        "mixed_scale": shape.batch * shape.heads * block_d * 4,
+        "between": rows * 2 * block_d * 4,
+    }
+    return _lay_out(sizes)
+
+
+def attention_plan(
+    shape: AttentionShape,
+    *,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+    multiprocessors: int,
+    strides: Strides | None = None,
+    out_strides: Strides | None = None,
+) -> Plan:
+    """Plan one call of FastNystromAttention.
+
+    Args:
+        shape: the sizes; checked.
+        scale: factor on the scores.
+        iterations: Newton-Schulz iterations, at least 1.
+        exact_rows: write Bv over the landmarks' rows.
+        multiprocessors: of the GPU, which decides the split of the keys.
+        strides: of query, key and value (one for all three); linear `[B, H, N, D]` if None.
+        out_strides: of the output; linear if None.
+    """
+    check_attention_shape(shape)
+    if iterations < 1 or iterations > MAX_ITERATIONS:
+        raise InvalidArgumentError(f"iterations is {iterations}, but the kernels take 1 to {MAX_ITERATIONS}")
+    linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
+    taken, written = strides or linear, out_strides or linear
+    s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
+    bh = shape.batch * shape.heads
+    splits, split_tokens = split_keys(shape, multiprocessors)
+    landmark_stride = 0 if shape.shared_landmarks else shape.landmarks
+    bias_stride = 0 if shape.shared_bias else shape.landmarks
+    sizes = (shape.heads, shape.tokens, shape.landmarks, shape.head_size, taken.batch, taken.head, taken.token)
+
+    core_programs = s_pad // TILE if s_pad > 2 * TILE else 1
+    launches = [
+        Launch(
+            Variant("landmark", shape.dtype, s_pad, block_d),
+            (bh, core_programs + splits * (s_pad // landmark_rows(shape.dtype, s_pad)), 1),
+            ("query", "key", "value", "landmarks", "bias", "partial", "stats", "matrices", "colsum")
+            + (*sizes, landmark_stride, bias_stride, splits, split_tokens, iterations - 1, scale),
+        )
+    ]
+    if s_pad > 2 * TILE:
+        newton = Variant("newton", "fp32" if shape.dtype == "fp32" else "fp16", s_pad)
+        steps = [(step % 3, int(step < 3)) for step in range(3 * (iterations - 1) + 1)]
+        for phase, first in steps:
+            launches.append(Launch(newton, (bh, (s_pad // TILE) ** 2, 1), ("matrices", "colsum", phase, first)))
+    launches.append(
+        Launch(
+            Variant("finish", shape.dtype, s_pad),
+            (bh, block_d // FINISH_COLUMNS, 1),
+            ("partial", "stats", "matrices", "colsum", "exact", "mixed", "mixed_scale", "between")
+            + (splits, shape.landmarks, block_d, int(iterations == 1)),
+        )
+    )
+    tiles = query_tiles(shape, multiprocessors)
+    per_program = tiles * query_block(shape.dtype, s_pad, block_d)
+    launches.append(
+        Launch(
+            Variant("output", shape.dtype, s_pad, block_d),
+            (-(-shape.tokens // per_program), bh, 1),
+            ("query", "key", "landmarks", "bias", "exact", "mixed", "mixed_scale", "out", *sizes)
+            + (written.batch, written.head, written.token, landmark_stride, bias_stride, tiles, int(exact_rows), scale),
+        )
+    )
+    return Plan(tuple(launches), attention_buffers(shape, splits))
+
+
+def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int) -> Plan:
+    """Plan one call of FarthestPointSampling on contiguous features `[B, N, C]`.
+
+    One launch where the tokens stay in the cache beside one multiprocessor, otherwise one launch for each landmark.
+    """
+    if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y:
+        raise InvalidShapeError(
+            f"features are [{batch}, {tokens}, {channels}], but sizes of at least 1 (B up to 65535) are needed"
+        )
+    if num_landmarks < 1 or num_landmarks > tokens:
+        raise InvalidLandmarksError(
+            f"{num_landmarks} landmarks were asked for of {tokens} tokens, but 1 to {tokens} are needed"
+        )
+    sizes = (tokens, channels, num_landmarks)
+    aligned_channels = 16 if channels % 16 == 0 else 0
+    if tokens <= FPS_ONE_LAUNCH_TOKENS and tokens * channels * ELEMENT_BYTES[dtype] <= FPS_ONE_LAUNCH_BYTES:
+        return Plan(
+            (Launch(Variant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)),)
+        )
+    tiles = -(-tokens // FPS_TILE)
+    buffers = _lay_out(
+        {"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4}
+    )
+    launches = tuple(
+        Launch(
+            Variant("fps_step", dtype, 0, aligned_channels),
+            (tiles, batch, 1),
+            ("features", "landmarks", "distance", "best", "best_index", *sizes, step),
+        )
+        for step in range(num_landmarks)
+    )
+    return Plan(launches, buffers)
+
+
+def norm_grid_plan(
+    dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int, *, prefix: int, by_norm: int
+) -> Plan:
+    """Plan norm-grid landmarks of contiguous features `[B, N, C]`: `prefix` tokens, `by_norm` by norm, the rest even."""
+    if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y or tokens > NORM_GRID_TOKENS:
+        raise InvalidShapeError(
+            f"features are [{batch}, {tokens}, {channels}], but 1 to {MAX_GRID_Y} images of 1 to {NORM_GRID_TOKENS} tokens are needed"
+        )
+    most = min(MAX_LANDMARKS, tokens)
+    if num_landmarks < 1 or num_landmarks > most or prefix + by_norm > num_landmarks or by_norm > NORM_GRID_BY_NORM:
+        raise InvalidLandmarksError(
+            f"{num_landmarks} landmarks with {prefix} prefix tokens and {by_norm} by norm were asked for of {tokens} tokens, "
+            f"but 1 to {most} with at most {NORM_GRID_BY_NORM} by norm are needed"
+        )
+    aligned_channels = 16 if channels % 16 == 0 else 0
+    launches = (
+        Launch(
+            Variant("norms", dtype, 0, aligned_channels),
+            (-(-tokens // FPS_TILE), batch, 1),
+            ("features", "norms", tokens, channels),
+        ),
+        Launch(
+            Variant("norm_grid", "fp32"), (batch, 1, 1), ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm)
+        ),
+    )
+    return Plan(launches, _lay_out({"norms": batch * tokens * 4}))
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Every variant that a plan can name: what the ahead-of-time build compiles."""
+    paddings, heads = (TILE, 2 * TILE, 4 * TILE), (64, 128)
+    found = [Variant("landmark", t, s, d) for t in DTYPES for s in paddings for d in heads]
+    found += [Variant("newton", t, 4 * TILE) for t in ("fp32", "fp16")]
+    found += [Variant("finish", t, s) for t in DTYPES for s in paddings]
+    found += [Variant("output", t, s, d) for t in DTYPES for s in paddings for d in heads]
+    found += [Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)]
+    found.append(Variant("norm_grid", "fp32"))
+    return tuple(found)
+
+
+def _lay_out(sizes: dict[str, int]) -> dict[str, Buffer]:
+    buffers, offset = {}, 0
+    for name, size in sizes.items():
+        buffers[name] = Buffer(offset, size)
+        offset = aligned(offset + size)
+    return buffers

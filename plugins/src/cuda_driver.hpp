@@ -1,0 +1,46 @@
+// The CUDA driver, found at run time, so that the library loads on a machine that has none.
+#pragma once
+
+#include "kernel_table.hpp"
+
+#include <cstdint>
+
+// Handles of the driver's interface, as cuda.h declares them.
+using CUcontext = struct CUctx_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+
+namespace fna
+{
+
+struct Device
+{
+    CUcontext context{nullptr};
+    uint64_t contextId{0};
+    int32_t sm{0}; // compute capability times ten
+    int32_t multiprocessors{0};
+};
+
+struct LoadedKernel
+{
+    CUfunction function{nullptr};
+    KernelEntry const* entry{nullptr};
+};
+
+// The device of the calling thread's context. False, and logged, when there is no driver or no context.
+bool currentDevice(Device& device) noexcept;
+
+// The same, silent: the build phase may run on a machine without a driver.
+bool probeDevice(Device& device) noexcept;
+
+// True from compute capability 8.0 on; otherwise logs what to do instead.
+bool checkDevice(Device const& device) noexcept;
+
+// The kernel of `variant` for the device, loaded once per context; the PTX where the table has nothing for the chip or the
+// driver refuses it. False, and logged, when neither is to be had. Not for use while a stream is captured.
+bool loadKernel(char const* variant, Device const& device, LoadedKernel& kernel) noexcept;
+
+// `arguments` points to one value for each letter of the kernel's layout.
+bool launchKernel(LoadedKernel const& kernel, uint32_t const (&grid)[3], void const* const* arguments, CUstream stream) noexcept;
+
+} // namespace fna

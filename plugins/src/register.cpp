@@ -1,0 +1,59 @@
+// libfna_plugin_register.so: for hosts that dlopen a plugin library and expect it to register itself. It registers the creators of
+// libfna_plugin.so with the TensorRT that the process already holds. Use it or IPluginRegistry::loadLibrary, never both: a
+// plugin that is registered already makes loadLibrary fail.
+#include "exports.hpp"
+#include "host_version.hpp"
+
+#include <cstdio>
+#include <cstring>
+#include <dlfcn.h>
+
+namespace
+{
+
+using RegistryFunction = nvinfer1::IPluginRegistry* (*) () noexcept;
+
+RegistryFunction findRegistry()
+{
+    void* const address = dlsym(RTLD_DEFAULT, "getPluginRegistry");
+    RegistryFunction function = nullptr;
+    std::memcpy(&function, &address, sizeof address);
+    return function;
+}
+
+struct Registration
+{
+    Registration()
+    {
+        RegistryFunction const registry = findRegistry();
+        if (registry == nullptr || registry() == nullptr)
+        {
+            std::fprintf(stderr,
+                "fna: this process has no TensorRT plugin registry, so the plugins are not registered; load libnvinfer first "
+                "(with RTLD_GLOBAL), or use IPluginRegistry::loadLibrary on libfna_plugin.so\n");
+            return;
+        }
+        if (!fna::hostMatchesHeaders())
+        {
+            std::fprintf(stderr,
+                "fna: this library was built with the headers of TensorRT %d, but the process runs another major version, so the "
+                "plugins are not registered; rebuild it with -DTENSORRT_ROOT, or use IPluginRegistry::loadLibrary on "
+                "libfna_plugin.so\n",
+                NV_TENSORRT_MAJOR);
+            return;
+        }
+        int32_t count = 0;
+        nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
+        for (int32_t i = 0; i < count; ++i)
+        {
+            if (!registry()->registerCreator(*creators[i], ""))
+            {
+                std::fprintf(stderr, "fna: a plugin of this name and version is registered already\n");
+            }
+        }
+    }
+};
+
+Registration const gRegistration;
+
+} // namespace

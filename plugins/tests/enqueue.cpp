@@ -1,0 +1,72 @@
+// Run one enqueue with made-up addresses, for the stand-in driver to record (fake_cuda.cpp).
+//   enqueue LIBRARY attention TYPE B H N D S LANDMARK_ROWS BIAS_ROWS SCALE ITERATIONS EXACT_ROWS
+//   enqueue LIBRARY sampling TYPE B N C S
+// TYPE is TensorRT's DataType as a number. Input i lies at (i + 1) << 32, the output at 100 << 32, the workspace at 200 << 32.
+// Prints the workspace size, then the log; ends with the plugin's status.
+#include "check.hpp"
+#include "host.hpp"
+
+#include <cstring>
+
+using namespace nvinfer1;
+
+namespace
+{
+
+void* address(uint64_t number)
+{
+    return reinterpret_cast<void*>(number << 32);
+}
+
+host::Tensor tensor(DataType type, std::vector<int64_t> const& sizes, uint64_t number)
+{
+    host::Tensor made{static_cast<int32_t>(type), static_cast<int32_t>(sizes.size()), {}, address(number)};
+    for (size_t i = 0; i < sizes.size(); ++i)
+    {
+        made.dims[i] = sizes[i];
+    }
+    return made;
+}
+
+int run(host::Library& library, IPluginV3* plugin, std::vector<host::Tensor> const& inputs, host::Tensor const& output)
+{
+    if (plugin == nullptr)
+    {
+        std::fputs(library.logger().take().c_str(), stdout);
+        return 1;
+    }
+    host::PluginPointer const owner(plugin);
+    int32_t const count = static_cast<int32_t>(inputs.size());
+    std::printf("workspace %zu\n", fna_host_workspace(plugin, inputs.data(), count, &output));
+    int32_t status = fna_host_prepare(plugin, inputs.data(), count, &output);
+    for (int round = 0; round < 2 && status == 0; ++round) // the second launches the same again, loading nothing
+    {
+        status = fna_host_enqueue(plugin, inputs.data(), count, &output, address(200), nullptr);
+    }
+    std::fputs(library.logger().take().c_str(), stdout);
+    return status == 0 ? 0 : 1;
+}
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    CHECK(argc >= 8);
+    host::Library library(argv[1]);
+    auto const type = static_cast<DataType>(std::atoi(argv[3]));
+    auto number = [&](int i) { return std::atoll(argv[i]); };
+    if (std::strcmp(argv[2], "attention") == 0)
+    {
+        CHECK(argc == 14);
+        std::vector<int64_t> const linear{number(4), number(5), number(6), number(7)};
+        std::vector<host::Tensor> const inputs{tensor(type, linear, 1), tensor(type, linear, 2), tensor(type, linear, 3),
+            tensor(DataType::kINT32, {number(9), number(8)}, 4), tensor(DataType::kFLOAT, {number(10), number(8)}, 5)};
+        IPluginV3* const plugin = fna_host_attention(
+            &library, std::strtof(argv[11], nullptr), static_cast<int32_t>(number(12)), static_cast<int32_t>(number(13)));
+        return run(library, plugin, inputs, tensor(type, linear, 100));
+    }
+    CHECK(argc == 8);
+    std::vector<host::Tensor> const inputs{tensor(type, {number(4), number(5), number(6)}, 1)};
+    IPluginV3* const plugin = fna_host_sampling(&library, static_cast<int32_t>(number(7)));
+    return run(library, plugin, inputs, tensor(DataType::kINT32, {number(4), number(7)}, 100));
+}

@@ -1,0 +1,230 @@
+"""The same kernels under PyTorch: `fna::attention` and `fna::farthest_point_sampling` on CUDA tensors.
+
+`register()` gives the operators a CUDA kernel: from the built table where there is one, else through Triton's just-in-time
+compiler, else none (then the plain-torch twin runs). `fna` finds it through the entry point group `fna.cuda_kernels` when the
+first CUDA tensor arrives, so nothing has to be imported.
+
+Under CUDA graphs: kernels are loaded at a shape's first call, so run once before capturing, as PyTorch itself asks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fna.attention import nystrom_attention_reference
+from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
+from fna.plugins.plan import (
+    HEAD_SIZE_STEP,
+    MAX_GRID_Y,
+    MAX_HEAD_SIZE,
+    MAX_ITERATIONS,
+    MAX_LANDMARKS,
+    NORM_GRID_TOKENS,
+    AttentionShape,
+    Dtype,
+    Plan,
+    Strides,
+    attention_plan,
+    norm_grid_plan,
+    sampling_plan,
+)
+from fna.plugins.table import Table, find_table
+
+OLDEST_CAPABILITY = (8, 0)
+POINTER_ALIGNMENT = 16
+DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+Run = Callable[[Plan, dict[str, Tensor]], None]
+
+
+def register() -> bool:
+    """Register the CUDA kernels with `fna`'s operators, and return True; False where only the plain-torch twin can run."""
+    if choose_backend() == "twin":
+        return False
+    torch.library.register_kernel("fna::attention", "cuda", attention)
+    torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
+    torch.library.register_kernel("fna::norm_grid_landmarks", "cuda", norm_grid)
+    return True
+
+
+@functools.cache
+def choose_backend() -> str:
+    """`table` where one is built, else `jit` where Triton is installed, else `twin`; also `twin` before compute capability 8.0."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        return "twin"
+    if _table() is not None:
+        return "table"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "twin"
+    return "jit"
+
+
+def attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S], int32
+    landmark_bias: Tensor | None,  # [B, S] or [1, S]
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+) -> Tensor:  # [B, H, N, D]
+    """CUDA kernel of `fna::attention`; sizes and types that the kernels do not take run as the plain-torch twin."""
+    if not covers(query, landmarks, iterations):
+        return nystrom_attention_reference(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
+    query, key, value = kernel_layout(query, key, value)
+    landmarks = landmarks.contiguous()
+    if landmark_bias is None:
+        bias = torch.zeros(1, landmarks.shape[1], dtype=torch.float32, device=query.device)
+    else:
+        bias = landmark_bias.to(torch.float32).contiguous()
+    batch, heads, tokens, head_size = query.shape
+    shape = AttentionShape(
+        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
+        shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
+    )  # fmt: skip
+    plan = _cached_attention_plan(
+        shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3])
+    )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    run_plan(plan, {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "out": out})
+    return out
+
+
+def farthest_points(features: Tensor, num_landmarks: int) -> Tensor:  # [B, N, C] -> [B, S] int32
+    """CUDA kernel of `fna::farthest_point_sampling`."""
+    if features.dtype not in DTYPE_NAMES or features.shape[0] > MAX_GRID_Y:
+        return farthest_points_reference(features, num_landmarks)
+    features = _aligned(features.contiguous())
+    batch, tokens, channels = features.shape
+    plan = sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
+    landmarks = torch.empty(features.shape[0], num_landmarks, dtype=torch.int32, device=features.device)
+    run_plan(plan, {"features": features, "landmarks": landmarks})
+    return landmarks
+
+
+def norm_grid(features: Tensor, num_landmarks: int, prefix_tokens: int) -> Tensor:  # [B, N, C] -> [B, S] int32
+    """CUDA kernel of `fna::norm_grid_landmarks`."""
+    batch, tokens, channels = features.shape
+    prefix = min(prefix_tokens, num_landmarks)
+    by_norm = norm_grid_count(num_landmarks, prefix)
+    sizes = 0 < batch <= MAX_GRID_Y and 1 <= num_landmarks <= min(MAX_LANDMARKS, tokens) and tokens <= NORM_GRID_TOKENS
+    if features.dtype not in DTYPE_NAMES or not sizes:
+        return norm_grid_reference(features, num_landmarks, prefix_tokens)
+    features = _aligned(features.contiguous())
+    plan = norm_grid_plan(
+        DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks, prefix=prefix, by_norm=by_norm
+    )
+    landmarks = torch.empty(batch, num_landmarks, dtype=torch.int32, device=features.device)
+    run_plan(plan, {"features": features, "landmarks": landmarks})
+    return landmarks
+
+
+def covers(query: Tensor, landmarks: Tensor, iterations: int) -> bool:
+    """Whether the kernels take this call."""
+    batch, heads, tokens, head_size = query.shape
+    sizes = 0 < head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_STEP == 0 and 0 < batch * heads <= MAX_GRID_Y
+    count = 1 <= landmarks.shape[1] <= min(MAX_LANDMARKS, tokens)
+    fits = heads * tokens * head_size < 2**31
+    return query.dtype in DTYPE_NAMES and sizes and count and fits and 1 <= iterations <= MAX_ITERATIONS
+
+
+def kernel_layout(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as they are where one set of strides describes them all (linear, or views of a packed QKV), else copies.
+
+    The last dimension is contiguous, the other strides are multiples of 16 elements, and addresses of 16 bytes.
+    """
+    strides = query.stride()
+    same = key.stride() == strides and value.stride() == strides
+    # A packed [B, N, 3, H, D] has its own batch stride, which is free; int32 holds every stride.
+    plain = strides[3] == 1 and all(s % 16 == 0 and 0 < s < 2**31 for s in strides[:3])
+    if same and plain and all(t.data_ptr() % POINTER_ALIGNMENT == 0 for t in (query, key, value)):
+        return query, key, value
+    return _linear(query), _linear(key), _linear(value)
+
+
+def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> None:
+    """Execute a plan on the current stream of the tensors' device; scratch comes from PyTorch's allocator."""
+    device = next(iter(tensors.values())).device
+    with torch.cuda.device(device):
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+        if choose_backend() == "table":
+            _run_table(plan, tensors, workspace)
+        else:
+            launch_jit(plan, tensors, workspace)
+
+
+def _run_table(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> None:
+    loader = _loader(workspace.device.index)
+    base = workspace.data_ptr()
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    addresses |= {name: base + buffer.offset for name, buffer in plan.buffers.items()}
+    stream = torch.cuda.current_stream().cuda_stream
+    for launch in plan.launches:
+        arguments = [addresses[a] if isinstance(a, str) else a for a in launch.arguments]
+        loader.launch(launch.variant, launch.grid, arguments, stream)
+
+
+def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upcast: bool = False) -> None:
+    """Execute a plan through Triton: compiled just in time, or interpreted on the CPU (then with `upcast` for bf16)."""
+    from fna.plugins.kernels.registry import KERNELS, constants, options
+
+    every = {**tensors, **scratch_views(plan, workspace, next(iter(tensors.values())).dtype)}
+    for launch in plan.launches:
+        arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
+        blocks = constants(launch.variant, upcast=upcast)
+        KERNELS[launch.variant.kernel][launch.grid](
+            *arguments, **blocks, **options(launch.variant), enable_fp_fusion=True
+        )
+
+
+def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The buffers of a plan as flat views of its workspace; `mixed` has the type of the inputs."""
+    kinds = {"mixed": dtype, "best_index": torch.int32}
+    return {
+        name: workspace[buffer.offset : buffer.offset + buffer.size].view(kinds.get(name, torch.float32))
+        for name, buffer in plan.buffers.items()
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_attention_plan(
+    shape: AttentionShape, scale: float, iterations: int, exact_rows: bool, processors: int, strides: Strides
+) -> Plan:
+    return attention_plan(
+        shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _table() -> Table | None:
+    return find_table()
+
+
+@functools.cache
+def _loader(index: int):  # type: ignore[no-untyped-def]
+    from fna.plugins.cuda_driver import Loader
+
+    table = _table()
+    assert table is not None, "the table backend was chosen without a table"
+    major, minor = torch.cuda.get_device_capability(index)
+    return Loader(table, major * 10 + minor)
+
+
+def _linear(tensor: Tensor) -> Tensor:
+    return _aligned(tensor.contiguous())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % POINTER_ALIGNMENT == 0 else tensor.clone()

@@ -1,0 +1,111 @@
+"""Session fixtures of the plugin's tests: Triton's interpreter, a small kernel table, and the library built from it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fna.plugins.plan import all_variants
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+TEST_CHIPS = (80, 86, 87, 89, 90, 100, 110, 120, 0)
+TEST_VARIANTS = ("landmark-fp16-s64-d64", "finish-fp16-s64", "output-fp16-s64-d64", "fps_step-fp16-d16")
+"""One variant of each kernel of the commonest case; `make plugin` compiles them all."""
+
+
+def needs_triton() -> None:
+    """Skip, with the reason, where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install triton")
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One pytest worker at a time builds into build/; the others wait and find it done."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / f".{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton's kernels run on the CPU."""
+    needs_triton()
+    from fna.plugins.emulate import interpreter
+
+    with interpreter() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def table() -> Path:
+    """A folder with a kernel table of TEST_VARIANTS for every chip, compiled once and cached under build/."""
+    needs_triton()
+    from fna.plugins.aot import build_table
+
+    folder = BUILD / "test-plugin"
+    chosen = [variant for variant in all_variants() if variant.name in TEST_VARIANTS]
+    with locked("table"):
+        build_table(folder, chips=TEST_CHIPS, variants=chosen, jobs=2)
+    return folder
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A folder of built libraries and test programs."""
+
+    folder: Path
+
+    @property
+    def library(self) -> Path:
+        """libfna_plugin.so."""
+        return self.folder / "libfna_plugin.so"
+
+    def run(
+        self, program: str, *arguments: object, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a test program on the library."""
+        command = [str(self.folder / program), str(self.library), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
+
+
+def build_programs(table: Path, name: str, *options: str, targets: tuple[str, ...] = ()) -> Programs:
+    """Configure and build with CMake, below the table's folder."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("CMake and a C++ compiler are needed: apt-get install cmake g++")
+    folder = table / name
+    configure = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), f"-DFNA_TABLE_DIR={table}", *options]
+    configure += [f"-DFNA_PYTHON={sys.executable}", f"-DFNA_HEADER_CACHE={BUILD / 'headers'}"]
+    build = ["cmake", "--build", str(folder), "--parallel", "2", *(["--target", *targets] if targets else [])]
+    with locked("cmake"):
+        for command in (configure, build):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return Programs(folder)
+
+
+@pytest.fixture(scope="session")
+def programs(table: Path) -> Programs:
+    """The library as it ships, and the test programs."""
+    return build_programs(table, "native", "-DFNA_BUILD_TESTS=ON")
+
+
+@pytest.fixture(scope="session")
+def sanitized(table: Path) -> Programs:
+    """The same under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    targets = ("fna_plugin", "walk", "fuzz_fields")
+    return build_programs(
+        table, "sanitized", "-DFNA_BUILD_TESTS=ON", "-DFNA_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug", targets=targets
+    )

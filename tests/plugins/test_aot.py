@@ -1,0 +1,138 @@
+"""The ahead-of-time build: every chip compiles, the gates close, the cache holds, the table reads back."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
+from fna.plugins import aot
+from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
+from fna.plugins.plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.table import find_table, load_table
+
+from .conftest import TEST_CHIPS, TEST_VARIANTS, needs_triton
+
+FINE = Compiled(
+    variant="output-fp16-s64-d64", sm=86, symbol="output_kernel", shared=99 * 1024, static_shared=0, warps=8,
+    registers=255, stack=MAX_SPILL_BYTES, layout="pif", image="",
+)  # fmt: skip
+
+
+def test_every_chip_compiles_within_the_gates(table: Path) -> None:
+    found = {(kernel.variant, kernel.sm) for kernel in load_table(table).kernels.values()}
+    assert found == {(variant, sm) for variant in TEST_VARIANTS for sm in TEST_CHIPS}
+    assert set(TEST_CHIPS) == {*CHIPS, FALLBACK}
+
+
+def test_images_are_cubins_and_the_fallback_is_ptx_for_old_drivers(table: Path) -> None:
+    loaded = load_table(table)
+    for kernel in loaded.kernels.values():
+        image = loaded.image(kernel)
+        assert len(image) == kernel.size
+        if kernel.sm == FALLBACK:
+            assert b".version 8.0" in image
+            assert b".target sm_80" in image
+            assert image.endswith(b"\0")
+        else:
+            assert image.startswith(b"\x7fELF")
+
+
+def test_a_second_build_takes_everything_from_the_cache(table: Path, tmp_path: Path, monkeypatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (table / "cache").glob("*.cubin")}
+    chosen = [variant for variant in all_variants() if variant.name in TEST_VARIANTS]
+    build_table(tmp_path, chips=(87, 90), variants=chosen, jobs=1, cache=table / "cache")
+    assert before
+    assert {path: path.stat().st_mtime_ns for path in (table / "cache").glob("*.cubin")} == before
+
+
+def test_a_kernel_that_spills_fails_the_build_by_name() -> None:
+    check_entry(FINE)
+    with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 spills 65 bytes"):
+        check_entry(replace(FINE, stack=MAX_SPILL_BYTES + 1))
+
+
+def test_a_kernel_with_too_much_shared_memory_fails_the_build_by_name() -> None:
+    check_entry(replace(FINE, sm=90, shared=227 * 1024))
+    with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 needs 101377 bytes of shared memory"):
+        check_entry(replace(FINE, static_shared=1))
+    with pytest.raises(CheckFailedError, match="on sm_80 PTX needs"):
+        check_entry(replace(FINE, sm=FALLBACK, shared=163 * 1024))
+
+
+def test_the_gate_is_wired_into_the_build(table: Path, tmp_path: Path, monkeypatch) -> None:
+    """A limit below what the kernels use stops a real build, before any table is written."""
+    monkeypatch.setitem(aot.SHARED_LIMIT, 87, 1)
+    chosen = [variant for variant in all_variants() if variant.name == "output-fp16-s64-d64"]
+    with pytest.raises(CheckFailedError, match="output-fp16-s64-d64 on sm_87"):
+        build_table(tmp_path, chips=(87,), variants=chosen, jobs=1, cache=table / "cache")
+    assert not (tmp_path / "kernels.bin").exists()
+
+
+def test_an_unknown_chip_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="sm_75 is not a target"):
+        build_table(tmp_path, chips=(75,))
+
+
+def test_the_command_line_refuses_what_is_no_chip(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fna.plugins.aot", "--output", str(tmp_path), "--sm", "75"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sm_75 is not a target")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pytorch_finds_the_table_that_the_environment_names(table: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FNA_KERNEL_TABLE", str(table))
+    found = find_table()
+    assert found is not None
+    assert [kernel.sm for kernel in found.find("output-fp16-s64-d64", 87)] == [87, 0]
+    assert [kernel.sm for kernel in found.find("output-fp16-s64-d64", 121)] == [0]
+    monkeypatch.setenv("FNA_KERNEL_TABLE", str(tmp_path))
+    with pytest.raises(InputFileError, match="FNA_KERNEL_TABLE"):
+        find_table()
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kernels.json").write_text(json.dumps({"kernels": [{"variant": "x"}]}))
+    with pytest.raises(InputFileError, match=r"kernels\.json"):
+        load_table(tmp_path)
+
+
+PLANS = [
+    attention_plan(
+        AttentionShape(dtype, 1, 6, 1370, 64, count), scale=0.125, iterations=6, exact_rows=True, multiprocessors=16
+    )
+    for dtype in DTYPES
+    for count in (64, 128, 256)
+]
+PLANS += [sampling_plan("fp16", 1, tokens, 64, 33) for tokens in (200, 1370)]
+PLANS += [norm_grid_plan("fp16", 1, 1370, 384, 64, prefix=1, by_norm=5)]
+
+
+def test_layouts_are_the_arguments_of_the_plans() -> None:
+    """One letter an argument: addresses, int32 and float32 in the plan's order."""
+    needs_triton()
+    from fna.plugins.kernels.registry import parameter_layout
+
+    letters = {str: "p", int: "i", float: "f"}
+    for launch in (launch for plan in PLANS for launch in plan.launches):
+        assert parameter_layout(launch.variant) == "".join(letters[type(a)] for a in launch.arguments), launch.variant
+
+
+def test_layouts_are_the_parameters_of_the_compiled_kernels(table: Path) -> None:
+    """As the PTX declares them; after a kernel's own come Triton's two addresses of scratch."""
+    loaded = load_table(table)
+    kinds = {"p": "u64", "i": "u32", "f": "f32"}
+    for kernel in loaded.kernels.values():
+        if kernel.sm == FALLBACK:
+            text = loaded.image(kernel).decode()
+            declared = text[text.index(f".entry {kernel.symbol}(") : text.index(".reqntid")]
+            assert re.findall(r"\.param \.(\w+)", declared) == [kinds[letter] for letter in kernel.layout + "pp"]
+            assert f".reqntid {32 * kernel.warps}" in text

@@ -1,0 +1,256 @@
+"""Every kernel, run by Triton's interpreter, against its plain-torch twin in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fna.attention import nystrom_attention_reference
+from fna.landmarks import farthest_points_reference
+from fna.plugins.emulate import run_attention, run_sampling
+from fna.plugins.kernels.twins import finish_twin, landmark_twin, output_twin
+from fna.plugins.plan import padded_head_size, padded_landmarks, sampling_plan
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+RELATIVE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Relative error (in the 2-norm) of the whole output that the kernels are held to, on a GPU too."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one FastNystromAttention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    landmarks: Tensor
+    bias: Tensor
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(D)."""
+        return self.query.shape[-1] ** -0.5
+
+
+def make_call(
+    dtype: torch.dtype, batch: int, heads: int, tokens: int, count: int, head_size: int, *, shared: bool = False
+) -> Call:
+    rows = 1 if shared else batch
+    query, key, value = (torch.randn(batch, heads, tokens, head_size).mul(1.5).to(dtype) for _ in range(3))
+    landmarks = torch.stack([torch.randperm(tokens)[:count] for _ in range(rows)]).int()
+    return Call(query, key, value, landmarks, torch.rand(rows, count))
+
+
+def reference(call: Call, *, exact_rows: bool, iterations: int = 6) -> Tensor:
+    full = (tensor.double() for tensor in (call.query, call.key, call.value))
+    return nystrom_attention_reference(*full, call.landmarks, call.bias.double(), call.scale, iterations, exact_rows)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.fixture
+def attend(interpreter: ProcessPoolExecutor) -> Callable[..., dict[str, Tensor]]:
+    """Run the attention kernels; returns the output and all scratch."""
+
+    def run(call: Call, **options: Any) -> dict[str, Tensor]:
+        arguments = (call.query, call.key, call.value, call.landmarks, call.bias)
+        return interpreter.submit(run_attention, *arguments, **options).result()
+
+    return run
+
+
+@pytest.fixture
+def sample(interpreter: ProcessPoolExecutor) -> Callable[..., Tensor]:
+    """Run the sampling kernels."""
+    return lambda *arguments: interpreter.submit(run_sampling, *arguments).result()
+
+
+@pytest.mark.parametrize("exact_rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "count", "head_size"),
+    [
+        pytest.param(1, 2, 197, 33, 64, id="N197-S33-D64"),
+        pytest.param(2, 1, 131, 1, 80, id="N131-S1-D80"),
+        pytest.param(2, 2, 201, 64, 80, id="N201-S64-D80"),
+        pytest.param(1, 1, 257, 128, 64, id="N257-S128-D64"),
+        pytest.param(1, 1, 129, 65, 128, id="N129-S65-D128"),
+        pytest.param(1, 1, 64, 64, 32, id="N64-S64-D32: every token a landmark"),
+        pytest.param(1, 1, 1, 1, 96, id="N1-S1-D96: one token"),
+    ],
+)
+def test_output_agrees_with_the_twin(attend, dtype, batch, heads, tokens, count, head_size, exact_rows) -> None:
+    call = make_call(dtype, batch, heads, tokens, count, head_size)
+    out = attend(call, exact_rows=exact_rows)["out"]
+    assert out.dtype == dtype
+    assert relative_error(out, reference(call, exact_rows=exact_rows)) < RELATIVE[dtype]
+
+
+def test_bfloat16_agrees_with_the_twin(attend) -> None:
+    call = make_call(torch.bfloat16, 1, 2, 150, 40, 64)
+    assert relative_error(attend(call)["out"], reference(call, exact_rows=False)) < RELATIVE[torch.bfloat16]
+
+
+def test_many_landmarks_iterate_over_several_programs(attend) -> None:
+    call = make_call(torch.float32, 1, 1, 210, 200, 32)
+    out = attend(call, exact_rows=True, iterations=2)["out"]
+    assert relative_error(out, reference(call, exact_rows=True, iterations=2)) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 20), (torch.float32, 20), (torch.float32, 70)])
+def test_other_numbers_of_iterations(attend, dtype, count, iterations) -> None:
+    call = make_call(dtype, 1, 1, 90, count, 32)
+    found = attend(call, iterations=iterations)["out"]
+    assert relative_error(found, reference(call, exact_rows=False, iterations=iterations)) < RELATIVE[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 33), (torch.float16, 33), (torch.float32, 100)])
+def test_each_launch_agrees_with_its_own_twin(attend, dtype, count) -> None:
+    call = make_call(dtype, 1, 2, 150, count, 64)
+    found = attend(call)
+    full = [tensor.double() for tensor in (call.query, call.key, call.value)]
+    exact, inverse, product = landmark_twin(*full, call.landmarks, call.bias.double(), scale=call.scale, iterations=6)
+    pad, block = padded_landmarks(count), padded_head_size(64)
+    matrices = found["matrices"].view(1, 2, -1, pad, pad)[..., :count, :count]
+    tolerance = RELATIVE[dtype]
+    assert relative_error(found["exact"].view(1, 2, pad, block)[:, :, :count], exact) < tolerance
+    assert relative_error(matrices[:, :, 0], inverse) < tolerance
+    assert relative_error(matrices[:, :, 1], product) < tolerance
+
+    # finish and output are given what the launches before them found, so that each answers for itself.
+    known = found["exact"].view(1, 2, pad, block)[:, :, :count].double()
+    mixed = finish_twin(known, matrices[:, :, 0].double(), matrices[:, :, 1].double())
+    stored = found["mixed"].view(1, 2, pad, block)[:, :, :count] * found["mixed_scale"].view(1, 2, 1, block)
+    assert relative_error(stored, mixed) < tolerance
+    out = output_twin(
+        full[0], full[1], call.landmarks, call.bias.double(), known, stored.double(), scale=call.scale, exact_rows=False
+    )
+    assert relative_error(found["out"], out) < tolerance
+
+
+@pytest.mark.parametrize("name", ["dinov2s_257_layer06_s32", "dinov2s_257_layer09_s64_masks"])
+def test_real_weights_give_the_published_codes_output(attend, name: str) -> None:
+    """Inputs from DINOv2-S on a photograph, with the landmarks and outputs of the published code."""
+    file = np.load(GOLDEN / f"{name}.npz")
+    query, key, value = (torch.from_numpy(file[part]).float() for part in ("query", "key", "value"))
+    landmarks = torch.from_numpy(file["landmarks"])
+    assert float(file["scale"]) == pytest.approx(64**-0.5)
+    call = Call(query, key, value, landmarks, torch.zeros(landmarks.shape))
+    wanted = torch.from_numpy(file["out_fp32"])
+    assert (attend(call)["out"] - wanted).abs().max() < 2e-5
+
+
+def test_padding_stays_zero(attend) -> None:
+    found = attend(make_call(torch.float32, 1, 1, 150, 70, 64))
+    matrices = found["matrices"].view(5, 128, 128)
+    assert not matrices[:2, 70:].any()
+    assert not matrices[:2, :, 70:].any()
+    assert not found["exact"].view(128, 64)[70:].any()
+
+
+def test_landmarks_and_bias_may_be_shared_by_the_batch(attend) -> None:
+    call = make_call(torch.float32, 3, 1, 80, 12, 32, shared=True)
+    assert relative_error(attend(call, exact_rows=True)["out"], reference(call, exact_rows=True)) < 2e-5
+
+
+def test_packed_query_key_value_need_no_copy(attend) -> None:
+    packed = torch.randn(2, 100, 3, 2, 64)  # [B, N, 3, H, D], as a linear layer leaves it
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    call = Call(query, key, value, torch.arange(0, 100, 7).int()[None], torch.zeros(1, 15))
+    assert query.stride(2) == 3 * 2 * 64
+    assert relative_error(attend(call)["out"], reference(call, exact_rows=False)) < 2e-5
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 200])
+def test_the_split_of_the_keys_does_not_matter(attend, multiprocessors) -> None:
+    call = make_call(torch.float32, 1, 1, 330, 16, 32)
+    found = attend(call, multiprocessors=multiprocessors)["out"]
+    assert relative_error(found, reference(call, exact_rows=False)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_duplicate_tokens_and_landmarks(attend, dtype) -> None:
+    call = make_call(dtype, 1, 1, 150, 32, 64)
+    for tensor in (call.query, call.key, call.value):
+        tensor[:, :, 75:] = tensor[:, :, :75]
+    call.landmarks[0, 16:] = call.landmarks[0, :16]
+    assert relative_error(attend(call, exact_rows=True)["out"], reference(call, exact_rows=True)) < RELATIVE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_massive_norms_stay_finite_and_right(attend, dtype) -> None:
+    call = make_call(dtype, 1, 1, 150, 32, 64)
+    call.query[:, :, :3] *= 100
+    call.key[:, :, :3] *= 100
+    call.value[:, :, :3] = 3e4  # sums such as 13 Bv pass the largest fp16 number, 65504
+    call.landmarks[0] = torch.arange(32) * 4
+    out = attend(call, exact_rows=True)["out"]
+    assert out.isfinite().all()
+    assert relative_error(out, reference(call, exact_rows=True)) < RELATIVE[dtype]
+
+
+def test_all_equal_tokens_give_their_common_value(attend) -> None:
+    call = make_call(torch.float16, 1, 1, 70, 20, 32)
+    for tensor in (call.query, call.key, call.value):
+        tensor[:] = tensor[:, :, :1].clone()
+    out = attend(call)["out"]
+    assert relative_error(out, reference(call, exact_rows=False)) < RELATIVE[torch.float16]
+
+
+def test_wrong_indices_stay_inside_the_tensors(attend) -> None:
+    call = make_call(torch.float32, 1, 1, 50, 4, 32)
+    clamped = Call(call.query, call.key, call.value, torch.tensor([[0, 7, 49, 9]]).int(), call.bias)
+    wild = Call(call.query, call.key, call.value, torch.tensor([[-5, 7, 10**9, 9]]).int(), call.bias)
+    assert torch.equal(attend(wild, exact_rows=True)["out"], attend(clamped, exact_rows=True)["out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "count", "launches"),
+    [
+        pytest.param(2, 131, 48, 33, 1, id="one launch"),
+        pytest.param(2, 64, 7, 64, 1, id="one launch: all tokens, odd channels"),
+        pytest.param(1, 1100, 20, 9, 9, id="a launch for each landmark"),
+        pytest.param(2, 200, 400, 7, 7, id="a launch for each landmark: wide"),
+    ],
+)
+def test_farthest_points_are_the_twins_exactly(sample, dtype, batch, tokens, channels, count, launches) -> None:
+    features = torch.randn(batch, tokens, channels).to(dtype)
+    features[:, tokens // 2 : tokens // 2 + 8] = features[:, :8]  # ties
+    wide = features.float() if launches > 1 and channels == 400 else features
+    assert (
+        len(sampling_plan("fp32" if wide.dtype == torch.float32 else "fp16", batch, tokens, channels, count).launches)
+        == launches
+    )
+    assert torch.equal(sample(wide, count), farthest_points_reference(wide, count))
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [(torch.float16, 1), (torch.float32, 24)])
+def test_farthest_points_of_real_hidden_states_are_the_twins_exactly(sample, dtype, launches) -> None:
+    hidden = torch.from_numpy(np.load(GOLDEN / "dinov2s_257_layer09_s64_masks.npz")["hidden"]).to(dtype)
+    assert len(sampling_plan("fp16" if dtype == torch.float16 else "fp32", *hidden.shape, 24).launches) == launches
+    assert torch.equal(sample(hidden, 24), farthest_points_reference(hidden, 24))
+
+
+def test_farthest_points_of_equal_tokens_are_the_lowest_indices(sample) -> None:
+    features = torch.ones(1, 40, 16)
+    assert sample(features, 10).tolist() == [list(range(10))]
+
+
+def test_farthest_points_with_many_tiles(sample) -> None:
+    """More tiles than one pass over their bests takes (256), so that the passes are joined."""
+    features = torch.randn(1, 16500, 1)
+    features[0, 16450] = 100.0
+    assert torch.equal(sample(features, 3), farthest_points_reference(features, 3))

@@ -1,0 +1,400 @@
+"""The C++ library, without a GPU: what it exports, how it behaves as TensorRT calls it, and what it would launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from fna.export.functions import attach_functions
+from fna.export.lower import lower
+from fna.plugins.aot import Compiled, write_table
+from fna.plugins.plan import (
+    DTYPES,
+    AttentionShape,
+    Launch,
+    Plan,
+    all_variants,
+    attention_plan,
+    sampling_plan,
+    workspace_bound,
+)
+from fna.plugins.table import load_table
+
+from .conftest import BUILD, Programs, build_programs, locked, needs_triton
+
+TENSORRT_TYPE = {"fp32": 0, "fp16": 1, "bf16": 7}
+"""nvinfer1::DataType: kFLOAT, kHALF, kBF16."""
+
+INPUTS = ("query", "key", "value", "landmarks", "bias")
+
+
+def exported(library: Path) -> set[str]:
+    done = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    return {line.split()[-1] for line in done.stdout.splitlines()}
+
+
+def needed(library: Path) -> str:
+    return subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_library_exports_exactly_two_symbols(programs: Programs) -> None:
+    assert exported(programs.library) == {"getCreators", "setLoggerFinder"}
+
+
+def test_the_library_links_neither_tensorrt_nor_cuda(programs: Programs) -> None:
+    for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
+        assert not re.search(r"NEEDED.*(nvinfer|cuda|cudart)", needed(programs.folder / name))
+
+
+def test_the_library_runs_on_the_c_library_of_jetpack_6(programs: Programs) -> None:
+    """Ubuntu 22.04: glibc 2.35, GLIBCXX 3.4.30."""
+    text = subprocess.run(["objdump", "-T", str(programs.library)], capture_output=True, text=True, check=True).stdout
+    glibc = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([0-9.]+)", text))
+    glibcxx = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBCXX_([0-9.]+)", text))
+    assert glibc <= (2, 35)
+    assert glibcxx <= (3, 4, 30)
+
+
+def test_tensorrts_calls_in_its_order(sanitized: Programs) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer; see plugins/tests/walk.cpp."""
+    done = sanitized.run("walk")
+    assert (done.returncode, done.stdout) == (0, "walked\n"), done.stderr
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_hostile_fields_never_crash(sanitized: Programs, seed: int) -> None:
+    done = sanitized.run("fuzz_fields", seed, 20000)
+    assert (done.returncode, done.stdout) == (0, "fuzzed\n"), done.stderr
+
+
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+def test_kernels_are_unpacked_exactly(programs: Programs, level: int) -> None:
+    data = bytes(range(256)) * 40 + os.urandom(70000) + b"\0" * 3000
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15)
+    packed = packer.compress(data) + packer.flush()
+    program = str(programs.folder / "inflate_check")
+    assert subprocess.run([program, str(len(data))], input=packed, capture_output=True, check=False).stdout == data
+    for damaged in (packed[:-9], b"\xff" + packed[1:], b""):
+        assert (
+            subprocess.run([program, str(len(data))], input=damaged, capture_output=True, check=False).returncode == 1
+        )
+
+
+class FakeDriver:
+    """Runs `enqueue` with the driver's stand-in, which records what would be launched."""
+
+    def __init__(self, programs: Programs, table: Path, folder: Path) -> None:
+        self.programs, self.log = programs, folder / "cuda.jsonl"
+        layouts = {kernel.symbol: kernel.layout for kernel in load_table(table).kernels.values()}
+        self.env = {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(programs.folder / "fake"),
+            "FNA_FAKE_CUDA_LOG": str(self.log),
+            "FNA_FAKE_CUDA_LAYOUTS": ";".join(f"{symbol}={layout}" for symbol, layout in layouts.items()),
+        }
+
+    def run(self, *arguments: object, **env: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+        self.log.unlink(missing_ok=True)
+        done = self.programs.run("enqueue", *arguments, env={**self.env, **env})
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return done, [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def driver(programs: Programs, table: Path, tmp_path: Path) -> FakeDriver:
+    return FakeDriver(programs, table, tmp_path)
+
+
+def expected_launches(plan: Plan, inputs: tuple[str, ...], output: str) -> list[dict]:
+    """What the stand-in driver has to see: see plugins/tests/enqueue.cpp for the addresses."""
+    addresses = {name: (i + 1) << 32 for i, name in enumerate(inputs)} | {output: 100 << 32}
+    addresses |= {name: (200 << 32) + buffer.offset for name, buffer in plan.buffers.items()}
+
+    def describe(launch: Launch) -> dict:
+        arguments = [addresses[a] if isinstance(a, str) else a for a in launch.arguments]
+        return {"grid": list(launch.grid), "arguments": arguments, "tail": [0, 0]}
+
+    return [describe(launch) for launch in plan.launches]
+
+
+def workspace_of(done: subprocess.CompletedProcess[str]) -> int:
+    return int(re.search(r"workspace (\d+)", done.stdout)[1])
+
+
+@pytest.fixture(scope="session")
+def all_variants_driver(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
+    """A library whose table names every variant, with images that only the stand-in driver takes: nothing to compile."""
+    needs_triton()
+    from fna.plugins.kernels import registry
+
+    folder = BUILD / "test-plugin-stubs"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder / "stub.cubin"
+    image.write_bytes(b"\x7fELF".ljust(18, b"\0") + (190).to_bytes(2, "little"))  # EM_CUDA
+    entries = [
+        Compiled(
+            variant=variant.name, sm=87, symbol=f"{variant.kernel}_kernel", shared=64 * 1024, static_shared=0, warps=4,
+            registers=0, stack=0, layout=registry.parameter_layout(variant), image=str(image),
+        )
+        for variant in all_variants()
+    ]  # fmt: skip
+    with locked("stubs"):
+        write_table(entries, folder)
+    built = build_programs(folder, "native", "-DFNA_BUILD_TESTS=ON", targets=("fna_plugin", "enqueue", "fake_cuda"))
+    return FakeDriver(built, folder, tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "head_size", "iterations", "multiprocessors"),
+    [(1, 12, 1370, 64, 6, 16), (3, 5, 257, 80, 1, 132), (8, 16, 16384, 128, 2, 84)],
+)
+def test_the_library_plans_every_variant_as_python_does(
+    all_variants_driver, dtype, count, batch, heads, tokens, head_size, iterations, multiprocessors
+) -> None:
+    shape = AttentionShape(dtype, batch, heads, tokens, head_size, count, shared_landmarks=True, shared_bias=batch == 1)
+    plan = attention_plan(shape, scale=0.125, iterations=iterations, exact_rows=True, multiprocessors=multiprocessors)
+    done, calls = all_variants_driver.run(
+        "attention", TENSORRT_TYPE[dtype], batch, heads, tokens, head_size, count, 1, batch, 0.125, iterations, 1,
+        FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS=str(multiprocessors),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert workspace_of(done) == workspace_bound(shape)
+    launches = [call for call in calls if call["call"] == "launch"]
+    assert [call["symbol"] for call in launches] == [f"{each.variant.kernel}_kernel" for each in plan.launches] * 2
+    found = [{name: call[name] for name in ("grid", "arguments", "tail")} for call in launches]
+    assert found == expected_launches(plan, INPUTS, "out") * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "count"),
+    [(2, 200, 96, 33), (2, 200, 100, 33), (1, 16384, 768, 256), (3, 1025, 7, 9)],
+)
+def test_the_library_plans_sampling_as_python_does(all_variants_driver, dtype, batch, tokens, channels, count) -> None:
+    plan = sampling_plan(dtype, batch, tokens, channels, count)
+    done, calls = all_variants_driver.run("sampling", TENSORRT_TYPE[dtype], batch, tokens, channels, count)
+    assert done.returncode == 0, done.stdout
+    found = [{n: call[n] for n in ("grid", "arguments", "tail")} for call in calls if call["call"] == "launch"]
+    assert found == expected_launches(plan, ("features",), "landmarks") * 2
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 132])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "head_size", "count", "rows", "bias_rows", "iterations", "exact"),
+    [
+        pytest.param(1, 6, 1370, 64, 64, 1, 1, 6, 1, id="DINOv2 small"),
+        pytest.param(8, 12, 577, 64, 33, 8, 1, 6, 0, id="landmarks for each image"),
+        pytest.param(2, 3, 16384, 32, 1, 1, 2, 1, 1, id="one landmark, one iteration"),
+        pytest.param(1, 1, 64, 48, 64, 1, 1, 3, 0, id="as many landmarks as tokens"),
+    ],
+)
+def test_the_library_launches_what_the_plan_says(
+    driver, batch, heads, tokens, head_size, count, rows, bias_rows, iterations, exact, multiprocessors
+) -> None:
+    """The C++ launch plan and the Python one, compared launch by launch, argument by argument."""
+    shape = AttentionShape(
+        "fp16", batch, heads, tokens, head_size, count, shared_landmarks=rows == 1, shared_bias=bias_rows == 1
+    )
+    plan = attention_plan(
+        shape, scale=0.125, iterations=iterations, exact_rows=bool(exact), multiprocessors=multiprocessors
+    )
+    done, calls = driver.run(
+        "attention", 1, batch, heads, tokens, head_size, count, rows, bias_rows, 0.125, iterations, exact,
+        FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS=str(multiprocessors),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert workspace_of(done) == workspace_bound(shape)
+    assert [call for call in calls if call["call"] == "load"] == [{"call": "load", "kind": "cubin"}] * len(
+        plan.launches
+    )
+    launches = [call for call in calls if call["call"] == "launch"]
+    found = [{name: call[name] for name in ("grid", "arguments", "tail")} for call in launches]
+    assert found == expected_launches(plan, INPUTS, "out") * 2  # enqueued twice, loaded once
+    table = load_table(driver.programs.folder.parent)
+    for call, launch in zip(launches, plan.launches * 2, strict=True):
+        kernel = table.kernels[launch.variant.name, 87]
+        assert (call["symbol"], call["threads"], call["shared"]) == (kernel.symbol, 32 * kernel.warps, kernel.shared)
+
+
+def test_the_library_launches_sampling_as_planned(driver: FakeDriver) -> None:
+    plan = sampling_plan("fp16", 2, 1370, 384, 64)
+    done, calls = driver.run("sampling", 1, 2, 1370, 384, 64)
+    assert done.returncode == 0, done.stdout
+    found = [{n: call[n] for n in ("grid", "arguments", "tail")} for call in calls if call["call"] == "launch"]
+    assert found == expected_launches(plan, ("features",), "landmarks") * 2
+    assert plan.workspace_bytes <= workspace_of(done)
+
+
+SMALL = ("attention", 1, 1, 6, 1370, 64, 64, 1, 1, 0.125, 6, 1)
+
+
+@pytest.mark.parametrize("sm", ["103", "121", "88", "130"])
+def test_a_chip_that_the_table_lacks_gets_the_ptx(driver: FakeDriver, sm: str) -> None:
+    done, calls = driver.run(*SMALL, FNA_FAKE_CUDA_SM=sm)
+    assert done.returncode == 0, done.stdout
+    assert {call["kind"] for call in calls if call["call"] == "load"} == {"ptx"}
+
+
+def test_a_driver_that_refuses_the_cubin_gets_the_ptx(driver: FakeDriver) -> None:
+    done, calls = driver.run(*SMALL, FNA_FAKE_CUDA_REFUSE_CUBIN="1")
+    assert done.returncode == 0, done.stdout
+    assert {call["kind"] for call in calls if call["call"] == "load"} == {"ptx"}
+    assert "does not load" in done.stdout
+
+
+def test_turing_is_refused_and_told_the_way_out(driver: FakeDriver) -> None:
+    done, calls = driver.run(*SMALL, FNA_FAKE_CUDA_SM="75")
+    assert done.returncode == 1
+    assert "compute capability 7.5" in done.stdout
+    assert "portable lowering" in done.stdout
+    assert not calls
+
+
+def test_a_variant_that_was_not_compiled_is_named(driver: FakeDriver) -> None:
+    done, _ = driver.run("attention", 0, 1, 6, 1370, 64, 64, 1, 1, 0.125, 6, 1)
+    assert done.returncode == 1
+    assert "no kernel landmark-fp32-s64-d64 for compute capability 8.7" in done.stdout
+
+
+def test_the_library_cross_compiles_for_aarch64(table: Path) -> None:
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("the cross compiler is not installed: apt-get install g++-aarch64-linux-gnu")
+    toolchain = Path(__file__).resolve().parents[2] / "plugins" / "cmake" / "aarch64.cmake"
+    targets = ("fna_plugin", "fna_plugin_register")
+    built = build_programs(table, "aarch64", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", targets=targets)
+    assert built.library.read_bytes()[18:20] == (183).to_bytes(2, "little")  # EM_AARCH64
+    assert exported(built.library) == {"getCreators", "setLoggerFinder"}
+
+
+REGISTRY = """
+import sys
+import numpy as np
+import tensorrt_rtx as trt
+
+def fields(**values):
+    kinds = {np.dtype("float32"): trt.PluginFieldType.FLOAT32, np.dtype("int32"): trt.PluginFieldType.INT32}
+    return trt.PluginFieldCollection([trt.PluginField(n, v, kinds[v.dtype]) for n, v in values.items()])
+
+logger = trt.Logger(trt.Logger.INFO)
+registry = trt.get_plugin_registry()
+registry.load_library(sys.argv[1])
+attention = registry.get_creator("FastNystromAttention", "1", "")
+sampling = registry.get_creator("FarthestPointSampling", "1", "")
+scale, six, count = np.array([0.125], np.float32), np.array([6], np.int32), np.array([64], np.int32)
+assert attention.create_plugin("a", fields(scale=scale, iterations=six), trt.TensorRTPhase.BUILD) is not None
+assert sampling.create_plugin("s", fields(num_landmarks=count), trt.TensorRTPhase.BUILD) is not None
+assert attention.create_plugin("a", fields(iterations=six), trt.TensorRTPhase.BUILD) is None
+print("created")
+"""
+
+PARSER = """
+import sys
+import tensorrt_rtx as trt
+
+logger = trt.Logger(trt.Logger.INFO)
+trt.get_plugin_registry().load_library(sys.argv[1])
+network = trt.Builder(logger).create_network()
+trt.OnnxParser(network, logger).parse(open(sys.argv[2], "rb").read())
+"""
+
+
+def needs_tensorrt_rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
+
+
+def test_the_registry_of_tensorrt_rtx_creates_both_plugins(programs: Programs) -> None:
+    needs_tensorrt_rtx()
+    command = [sys.executable, "-c", REGISTRY, str(programs.library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["created"], done.stdout + done.stderr
+    assert "scale (kFLOAT32), which is missing" in done.stdout + done.stderr
+
+
+REGISTERING = """
+import ctypes
+import sys
+import tensorrt_rtx
+
+(rtx,) = {line.split()[-1] for line in open("/proc/self/maps") if "/libtensorrt_rtx.so" in line}
+ctypes.CDLL(rtx, mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(sys.argv[1])
+print(tensorrt_rtx.get_plugin_registry().get_creator("FastNystromAttention", "1", ""))
+"""
+
+
+def test_self_registration_without_tensorrt_says_so(programs: Programs) -> None:
+    library = str(programs.folder / "libfna_plugin_register.so")
+    command = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "no TensorRT plugin registry" in done.stderr
+
+
+def test_self_registration_leaves_the_registry_of_another_major_version_alone(programs: Programs) -> None:
+    """Its functions have moved in the virtual table, so calling it would crash the host; TensorRT-RTX has the newer one."""
+    needs_tensorrt_rtx()
+    library = str(programs.folder / "libfna_plugin_register.so")
+    command = [sys.executable, "-c", REGISTERING, library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "None\n")
+    assert "runs another major version" in done.stderr
+
+
+def plugin_lowered_model(node: str, domain: str) -> bytes:
+    """As `fna.export.lower` writes it (domain fna), or as someone might by hand (the default domain)."""
+    from onnx import TensorProto, helper
+
+    common = {"plugin_version": "1", "plugin_namespace": "", "domain": domain, "name": "block7/fna"}
+    if node == "FarthestPointSampling":
+        made = helper.make_node(node, ["features"], ["landmarks"], num_landmarks=48, **common)
+        inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT16, [1, 100, 64])]
+        outputs = [helper.make_tensor_value_info("landmarks", TensorProto.INT32, [1, 48])]
+        constants = []
+    else:
+        names = ["query", "key", "value", "landmarks", "bias"]
+        made = helper.make_node(node, names, ["out"], scale=0.25, iterations=5, exact_rows=1, **common)
+        inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 2, 100, 64]) for n in names[:3]]
+        outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT16, [1, 2, 100, 64])]
+        constants = [
+            helper.make_tensor("landmarks", TensorProto.INT32, [1, 8], list(range(8))),
+            helper.make_tensor("bias", TensorProto.FLOAT, [1, 8], [0.0] * 8),
+        ]
+    opsets = [helper.make_opsetid("", 18), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    graph = helper.make_graph([made], "g", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    if domain:
+        attach_functions(model, TensorProto.FLOAT16)
+        model = lower(model, "plugin")
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("domain", ["fna", ""])
+@pytest.mark.parametrize(
+    ("node", "fields"),
+    [
+        ("FastNystromAttention", "FastNystromAttention created: scale=0.25 iterations=5 exact_rows=1"),
+        ("FarthestPointSampling", "FarthestPointSampling created: num_landmarks=48"),
+    ],
+)
+def test_the_parser_of_tensorrt_rtx_creates_the_plugin_with_the_files_attributes(
+    programs: Programs, tmp_path: Path, node: str, fields: str, domain: str
+) -> None:
+    """TensorRT-RTX has no plugin layers: it ends the process after creating the plugin, so only the log can tell."""
+    needs_tensorrt_rtx()
+    model = tmp_path / "model.onnx"
+    model.write_bytes(plugin_lowered_model(node, domain))
+    command = [sys.executable, "-c", PARSER, str(programs.library), str(model)]
+    env = {**os.environ, "FNA_PLUGIN_VERBOSE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert fields in done.stdout + done.stderr
+    assert f"Successfully created plugin: {node}" in done.stdout + done.stderr
