@@ -305,3 +305,23 @@ def _sorted_nodes(
         stuck = next(node for index, node in enumerate(nodes) if waiting[index] > 0)
         raise InputFileError(f"the graph has a cycle through node {stuck.name or stuck.op_type!r}")
     return [nodes[index] for index in order], False
+
+
+def order_nodes(graph: GraphProto) -> None:
+    """Put the nodes of a graph into topological order, in place; nothing happens where they are."""
+    produced = {name for node in graph.node for name in node.output}
+    known: set[str] = set()
+    for node in graph.node:
+        if any(name in produced and name not in known for name in all_inputs(node)):
+            break
+        known.update(node.output)
+    else:
+        return
+    shell = GraphProto()
+    shell.node.extend(graph.node)
+    names = {item.name: item for item in graph.initializer}
+    free = {name for node in graph.node for name in all_inputs(node)} - produced - set(names)
+    shell.input.extend(onnx.ValueInfoProto(name=name) for name in sorted(free))
+    ordered, _ = _sorted_nodes(shell, names, set())
+    del graph.node[:]
+    graph.node.extend(ordered)

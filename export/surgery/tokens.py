@@ -20,6 +20,9 @@ from fna.export.surgery.shapes import BROADCAST, SAME_AS_FIRST, Point
 
 Labels = NDArray[np.int32]
 MIXED = -1
+CONSTANT = -2
+"""A token that does not depend on the image: class and register tokens, before the first block."""
+
 LARGEST_LABELLED = 1 << 27
 """Elements; tensors above this are not labelled, so the block is refused."""
 
@@ -126,7 +129,7 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
         except (folding.CannotFoldError, ValueError, IndexError):
             return [_mixed(point, name) for name in node.output]
     if op_type == "Concat":
-        return [_concat(node, found, point)]
+        return [_concat(graph, node, found, point)]
     shape = _shape_of(point, node.output[0])
     if op_type in MIXES_TOKENS or node.domain not in (*STANDARD_DOMAINS, MICROSOFT):
         return [_mixed(point, name) for name in node.output]
@@ -206,12 +209,15 @@ def _reduce(labels: Labels, axes: tuple[int, ...]) -> Labels:
     return low
 
 
-def _concat(node: NodeProto, found: dict[str, Labels], point: Point) -> Labels:
+def _concat(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Point) -> Labels:
     axis = int(attribute(node, "axis", 0))
     parts = []
     for name in node.input:
         labels = found.get(name)
-        parts.append(_mixed(point, name) if labels is None else labels)
+        if labels is None:
+            label = MIXED if name in graph.data else CONSTANT
+            labels = np.broadcast_to(np.int32(label), _shape_of(point, name))
+        parts.append(labels)
     return np.concatenate(parts, axis=axis)
 
 
