@@ -156,7 +156,7 @@ def find_operand(
             continue
         nodes = (recipe.reshape is not None) + (recipe.perm is not None)
         rank = (int(link.factor != links[-1].factor), nodes)
-        if best is None or rank < best[0]:
+        if best is None or rank <= best[0]:
             best = (rank, recipe, link.factor)
     if best is None:
         raise RefusedError(f"no layout [batch, heads, tokens, channels] could be made from {name!r}")

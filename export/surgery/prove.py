@@ -1,7 +1,7 @@
 """Proof that a replacement is right, in onnxruntime.
 
 First, block by block: the operands that were recovered are fed with random numbers, large enough that the softmax is far from
-uniform, to the original nodes of the block and, in fp64, to exact attention with the recovered scale. Second, the whole
+uniform, to the original nodes of the block and to exact attention with the recovered scale. Second, the whole
 rewritten file runs on random input and every FNA node's output is compared with FNA in PyTorch.
 """
 
@@ -30,6 +30,9 @@ TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFL
 SCORE_SPREAD = 1.5
 """Standard deviation of the scores that random operands are scaled to."""
 
+MOST_ROWS = 64
+"""Queries per head that a block is compared at; they are evenly spaced."""
+
 LONGEST_RUN_S = 45.0
 LARGEST_RUN_BYTES = 6 << 30
 
@@ -56,7 +59,8 @@ def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, se
         assert found is not None
         limit = TOLERANCE[found.element_type]
         try:
-            error = max(_block_error(graph, point, item, generator) for point in points)
+            by_tokens = {tokens: point for tokens, point in zip(found.tokens, points, strict=True)}
+            error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
         except CheckImpossibleError as problem:
             proof.failed[block] = f"could not be checked: {problem}"
             continue
@@ -105,7 +109,8 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
 
     from fna.attention import nystrom_attention_reference
 
-    query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array)) for array in values)
+    # the last image is enough: a mistake that spared it would have to know how many there are
+    query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
     found, block = item.row.attention, item.row.block
     assert found is not None
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
@@ -153,24 +158,27 @@ def _block_error(graph: Graph, point: Point, item: Replacement, generator: np.ra
         for name, value in feeds.items()
     }
     reference, query, key, value = run_model(model, feeds, outputs, graph.folder)
-    exact = exact_attention(query, key, value, found.scale)
-    if found.result.perm is not None:
-        exact = np.transpose(exact, found.result.perm)
-    if exact.size != reference.size or (found.result.reshape is None and exact.shape != reference.shape):
+    if reference.size != query.size:
         return float("inf")
-    return relative_error(reference.astype(np.float64), exact.reshape(reference.shape))
+    perm = found.result.perm or (0, 1, 2, 3)
+    reference = reference.reshape([query.shape[axis] for axis in perm]).transpose(np.argsort(perm))
+    rows = np.unique(np.linspace(0, query.shape[2] - 1, MOST_ROWS).astype(int))
+    exact = exact_attention(query[:, :, rows], key, value, found.scale)
+    return relative_error(reference[:, :, rows].astype(np.float64), exact)
 
 
-def exact_attention(query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], scale: float) -> NDArray[np.float64]:
-    """softmax(scale * Q K^T) V in fp64, for `[B, H, N, D]`."""
-    q, k, v = (array.astype(np.float64) for array in (query, key, value))
-    out = np.empty(q.shape, np.float64)
-    for batch in range(q.shape[0]):
-        for head in range(q.shape[1]):
-            scores = scale * (q[batch, head] @ k[batch, head].T)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            out[batch, head] = (weights / weights.sum(axis=-1, keepdims=True)) @ v[batch, head]
-    return out
+def exact_attention(
+    query: NDArray[Any],  # [B, H, R, D]
+    key: NDArray[Any],  # [B, H, N, D]
+    value: NDArray[Any],  # [B, H, N, D]
+    scale: float,
+) -> NDArray[np.float32]:  # [B, H, R, D]
+    """softmax(scale * Q K^T) V in fp32, whatever the type of the operands."""
+    q, k, v = (array.astype(np.float32) for array in (query, key, value))
+    scores = np.matmul(q * np.float32(scale), np.swapaxes(k, -1, -2))
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    return np.matmul(scores, v) / scores.sum(axis=-1, keepdims=True)
 
 
 def _needed(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]:
@@ -279,6 +287,7 @@ def run_model(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
     run_options = ort.RunOptions()
