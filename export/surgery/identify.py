@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fna.export.surgery.fold import CannotFoldError
 from fna.export.surgery.graph import STANDARD_DOMAINS
-from fna.export.surgery.layout import chain_above, find_operand, find_result, numbered, run_steps
+from fna.export.surgery.layout import chain_above, find_operand, find_result, is_view, numbered, run_steps
 from fna.export.surgery.match import Axes, Context, Core, Side
 from fna.export.surgery.rows import Attention, RefusedError
 from fna.export.surgery.shapes import Point
@@ -163,33 +163,60 @@ def _common_sources(context: Context, tensors: Sequence[str]) -> list[str]:
 
 
 def _same_tokens(context: Context, core: Core) -> tuple[str, int, list[NDArray[np.int32]]]:
-    """The tensor whose tokens query, key and value share, its channel axis, and the token table of each of the three."""
+    """The tensor whose tokens query, key and value share, its channel axis, and the token table of each of the three.
+
+    The nearest common tensor may already be divided into heads, so tensors further up are tried as well, until the images
+    are as many as the input's.
+    """
     sides = (core.query, core.key, core.value)
     tensors = [side.tensor for side in sides]
-    sources = _common_sources(context, tensors)
+    sources = [_above_views(context, name) for name in _common_sources(context, tensors)]
     if not sources:
         _refuse_no_source(context, tensors)
+    point = context.points[0]
     reason = "queries, keys and values are not computed token by token from the same tokens (cross-attention)"
-    for source in sources:
-        shape = context.points[0].shapes.get(source)
+    divided: tuple[str, int, list[NDArray[np.int32]]] | None = None
+    for source in dict.fromkeys(sources):
+        shape = point.shapes.get(source)
         if shape is None or len(shape) < 2:
             continue
         for axis in dict.fromkeys((-1, 1 % len(shape))):
             try:
-                labels = label_tokens(context.graph, context.points[0], source, tensors, axis)
+                labels = label_tokens(context.graph, point, source, tensors, axis)
             except CannotLabelError as error:
                 reason = str(error)
                 continue
             tables = [_table(labels[side.tensor], side.axes) for side in sides]
             if any((table < 0).any() for table in tables):
-                if _is_channel_attention(labels[tensors[0]], core.query.axes):
+                if any(_is_channel_attention(context, side, labels) for side in sides[:2]):
                     reason = "attention between channels, not tokens (XCiT)"
                 continue
             problem = _compare_tables(tables)
-            if problem is None:
+            if problem is not None:
+                reason = problem
+                continue
+            groups = tables[0].size // tables[0].shape[-1] // _repeats(tables[0])
+            if groups in _batches(context, point):
                 return source, axis, tables
-            reason = problem
+            divided = divided or (source, axis, tables)
+    if divided is not None:
+        return divided
     raise RefusedError(reason)
+
+
+def _repeats(table: NDArray[np.int32]) -> int:
+    """How many rows of a token table are the same, that is, how many heads there are."""
+    rows = table.reshape(-1, table.shape[-1])
+    return len(rows) // len(_sorted_groups(rows))
+
+
+def _above_views(context: Context, name: str) -> str:
+    """The tensor that a view, or a view of views, is taken of."""
+    node = context.graph.source(name)
+    while node is not None and is_view(node) and node.input[0] in context.graph.data:
+        name = node.input[0]
+        node = context.graph.source(name)
+    return name
 
 
 def _refuse_no_source(context: Context, tensors: Sequence[str]) -> None:
@@ -208,9 +235,19 @@ def _table(labels: Labels, axes: Axes) -> NDArray[np.int32]:
     return np.where((ordered == first[..., None]).all(axis=-1), first, np.int32(MIXED))
 
 
-def _is_channel_attention(labels: Labels, axes: Axes) -> bool:
-    ordered = np.transpose(labels, (*axes.batch, axes.channel, axes.token))
-    return bool((ordered != MIXED).all() and (ordered == ordered[..., :1]).all())
+def _is_channel_attention(context: Context, side: Side, labels: dict[str, Labels]) -> bool:
+    """Whether the summed axis of the scores' product runs over tokens (before a division by a norm over the tokens)."""
+    top = chain_above(context.graph, context.points, side.tensor)[-1]
+    node = context.graph.source(top.tensor)
+    name = node.input[0] if node is not None and node.op_type in ("Div", "Mul", "LpNormalization") else top.tensor
+    if name not in labels or context.points[0].shapes.get(name) != context.points[0].shapes.get(top.tensor):
+        return False
+    try:
+        moved = run_steps(top.steps, labels[name], context.points[0])
+    except (CannotFoldError, ValueError, IndexError):
+        return False
+    ordered = np.transpose(moved, (*side.axes.batch, side.axes.channel, side.axes.token))
+    return bool((ordered >= 0).all() and (ordered == ordered[..., :1]).all())
 
 
 def _compare_tables(tables: Sequence[NDArray[np.int32]]) -> str | None:

@@ -260,6 +260,8 @@ def _through_addition(context: Context, node: NodeProto) -> str:
     else:
         candidates = [name for name in names if name in graph.data and _reaches_product(context, name)]
     if not candidates:
+        if any(_mixes_heads(context, name) for name in names):
+            raise RefusedError(f"head mixing before the softmax ({_describe(node)}: talking heads)")
         raise RefusedError(f"{NOT_A_MASK} {_describe(node)}")
     if len(candidates) > 1:
         raise RefusedError(
@@ -298,6 +300,22 @@ def _reaches_product(context: Context, name: str) -> bool:
         if node.op_type in ("Softmax", "LayerNormalization", "Conv"):
             continue
         todo.extend(item for item in node.input if item in graph.data)
+    return False
+
+
+def _mixes_heads(context: Context, name: str) -> bool:
+    """Whether a tensor comes from a product of data through products with weights, with views between them only."""
+    graph = context.graph
+    for _ in range(16):
+        node = graph.source(name)
+        if node is None:
+            return False
+        data = [item for item in node.input if item in graph.data]
+        if node.op_type in PRODUCTS and len(data) == 2:
+            return True
+        if len(data) != 1 or not (node.op_type in PRODUCTS or is_view(node) or node.op_type in ("Add", "Mul", "Div", "Cast", "Conv")):
+            return False
+        name = data[0]
     return False
 
 
@@ -538,7 +556,7 @@ def find_core(context: Context, scores: str, weights: str, axis: int, *, scale: 
     constants = [name for name in product_node.input[:2] if name not in graph.data]
     if constants and len(product_node.input) > 1:
         upper = next((name for name in product_node.input[:2] if name in graph.data), None)
-        if upper is not None and _reaches_product(context, upper):
+        if upper is not None and _mixes_heads(context, upper):
             raise RefusedError(f"head mixing before the softmax ({_describe(product_node)}: talking heads)")
         raise RefusedError(f"a learned query: {constants[0]!r} does not depend on the image (pooling head)")
     if trouble is not None:
