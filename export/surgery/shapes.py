@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto
 
 from fna.export.surgery import fold as folding
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
 
 Shape = tuple[int, ...]
 
@@ -78,6 +78,9 @@ def _visit(graph: Graph, node: NodeProto, point: Point) -> None:
     shapes = [point.shapes.get(name) if name else None for name in node.input]
     values = [point.values.get(name) if name else None for name in node.input]
     try:
+        if node.op_type == "If" and values[0] is not None:
+            _visit_branch(graph, node, bool(np.asarray(values[0]).reshape(-1)[0]), point)
+            return
         if _try_fold(node, shapes, values, point):
             return
         results = _shape_rule(graph, node, shapes, values, point)
@@ -88,6 +91,22 @@ def _visit(graph: Graph, node: NodeProto, point: Point) -> None:
             shape, element_type = result
             point.shapes[name] = shape
             point.types[name] = element_type
+
+
+def _visit_branch(graph: Graph, node: NodeProto, condition: bool, point: Point) -> None:
+    """An If whose condition depends on sizes only has the shapes of the branch that is taken."""
+    body = attribute(node, "then_branch" if condition else "else_branch")
+    for tensor in body.initializer:
+        point.shapes[tensor.name], point.types[tensor.name] = tuple(tensor.dims), tensor.data_type
+        if int(np.prod(tensor.dims, dtype=np.float64)) <= 4096:
+            point.values[tensor.name] = onnx.numpy_helper.to_array(tensor, base_dir=str(graph.folder))
+    for inner in body.node:
+        _visit(graph, inner, point)
+    for name, result in zip(node.output, body.output, strict=False):
+        point.shapes[name] = point.shapes.get(result.name)
+        point.types[name] = point.types.get(result.name, 0)
+        if result.name in point.values:
+            point.values[name] = point.values[result.name]
 
 
 def _try_fold(
@@ -215,6 +234,8 @@ def _general_rule(
 ) -> list[tuple[Shape | None, int]]:
     """Ask onnx's own inference about one node."""
     unknown: list[tuple[Shape | None, int]] = [(None, point.types.get(node.input[0], 0) if node.input else 0)] * len(node.output)
+    if any(True for _ in subgraphs(node)):
+        return unknown
     types: dict[str, TypeProto] = {}
     data: dict[str, TensorProto] = {}
     for name, shape, value in zip(node.input, shapes, values, strict=True):
@@ -232,8 +253,8 @@ def _general_rule(
         )
     except onnx.defs.SchemaError:
         return unknown
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
-        raise ValueError(one_line(error)) from None
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
+        return unknown
     return [_from_type(found.get(name)) for name in node.output]
 
 

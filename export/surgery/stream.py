@@ -9,7 +9,7 @@ import numpy as np
 from fna.export.surgery.graph import Graph
 from fna.export.surgery.rows import Attention
 from fna.export.surgery.shapes import Point
-from fna.export.surgery.tokens import CONSTANT, CannotLabelError, label_tokens
+from fna.export.surgery.tokens import CONSTANT, MIXED, CannotLabelError, label_tokens
 
 FURTHEST = 400
 """Nodes looked at below an attention block for the addition that closes its residual branch."""
@@ -113,7 +113,7 @@ def count_prefix_tokens(graph: Graph, points: list[Point], stream: Stream) -> in
             continue
         line = labels[:, 0, 0] if stream.sequence_first else labels[0, :, 0]
         fixed = int(np.argmax(line != CONSTANT)) if (line != CONSTANT).any() else len(line)
-        if (line[fixed:] >= 0).all():
+        if (line != MIXED).all():
             return fixed
     # no token was put in front of the others
     return 0 if not any(graph.nodes[i].op_type == "Concat" and _joins_tokens(graph, point, i) for i in above) else None
