@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Targets, building, manifests and running of engines."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Model sources, tracing PyTorch to ONNX, surgery on ONNX, function bodies and lowering."""

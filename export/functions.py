@@ -314,7 +314,7 @@ def _farthest_points_text(variant: FunctionVariant, opset: int) -> str:
 
 def _norm_grid_text(variant: FunctionVariant, opset: int) -> str:
     prefix = min(variant.prefix_tokens, variant.num_landmarks)
-    by_norm = min(norm_grid_count(variant.num_landmarks), variant.num_landmarks - prefix)
+    by_norm = norm_grid_count(variant.num_landmarks, prefix)
     spaced = variant.num_landmarks - prefix - by_norm
     square_sum = _reduce("ReduceSumSquare", "values", 2, "channel_axis", opset, keepdims=0)
     front = ", ".join(str(index) for index in range(prefix))

@@ -163,7 +163,9 @@ def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     bias = rest[0].detach().requires_grad_(True) if ctx.has_bias else None
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
-        out = nystrom_attention_reference(*leaves, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows)
+        out = nystrom_attention_reference(
+            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows
+        )
         wanted = [*leaves, bias] if bias is not None else leaves
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     return (*grads[:3], None, grads[3] if bias is not None else None, None, None, None)

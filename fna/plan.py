@@ -16,8 +16,6 @@ Feature = Literal["input", "query", "key", "value"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 METHODS: tuple[str, ...] = get_args(Method)
 
-PLAN_VERSION = 1
-
 
 class BlockPlan(BaseModel):
     """One FNA block. Blocks that a plan does not list stay exact."""
@@ -52,7 +50,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[1] = 1
     num_blocks: int = Field(ge=1)
     blocks: tuple[BlockPlan, ...] = ()
     method: Method = "weighted"

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The TensorRT plugin: kernels, their ahead-of-time build, the library and its loader."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Metrics, the error budget, benches and pictures."""

@@ -1,0 +1,73 @@
+# `make` prints the goals. Each goal does its own set-up when it is missing; everything built lands in build/.
+.DEFAULT_GOAL := help
+
+PYTHON     ?= python3.11
+MODEL      ?= dinov2-small-saliency
+RESOLUTION ?= 518
+LANDMARKS  ?= 128
+LAYERS     ?= 6-11
+SAMPLER    ?= grid
+METHOD     ?= weighted
+TARGET     ?= all
+PRECISION  ?= fp32
+BUILD      ?= build
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+NAME   := $(notdir $(subst :,-,$(MODEL)))-$(RESOLUTION)
+ONNX   := $(BUILD)/$(NAME).onnx
+ENGINE := $(BUILD)/$(NAME).engine
+
+.PHONY: help setup export engine validate bench test lint clean
+
+help: ## Print the goals and the build folder's layout
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: MODEL=$(MODEL) RESOLUTION=$(RESOLUTION) LANDMARKS=$(LANDMARKS) LAYERS=$(LAYERS)"
+	@echo "             SAMPLER=$(SAMPLER) METHOD=$(METHOD) TARGET=$(TARGET) PRECISION=$(PRECISION)"
+	@echo "  Results:   $(ONNX)             the model with FNA nodes"
+	@echo "             $(ENGINE)           the TensorRT-RTX engine, its manifest beside it as .engine.json"
+	@echo "             $(BUILD)/validate/  errors as JSON, saliency overlay as PNG"
+	@echo "             $(BUILD)/bench/     dense against FNA, as JSON"
+
+setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx,kernels,dev]'
+	@touch $@
+
+export: $(STAMP) ## Write the ONNX file with FNA
+	@mkdir -p $(BUILD)
+	$(BIN)/fna export $(MODEL) -o $(ONNX) --resolution $(RESOLUTION) --layers $(LAYERS) --landmarks $(LANDMARKS) \
+	    --sampler $(SAMPLER) --method $(METHOD) --precision $(PRECISION)
+
+engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
+	@test -f $(ONNX) || $(MAKE) --no-print-directory export
+	$(BIN)/fna build $(ONNX) -o $(ENGINE) --backend tensorrt-rtx --target $(TARGET)
+
+validate: $(STAMP) ## Measure how far the result is from PyTorch, step by step
+	@test -f $(ONNX) || $(MAKE) --no-print-directory export
+	$(BIN)/fna validate $$(test -f $(ENGINE) && echo $(ENGINE) || echo $(ONNX)) --output $(BUILD)/validate
+
+bench: $(STAMP) ## Time dense against FNA on this machine
+	@mkdir -p $(BUILD)/bench
+	$(BIN)/fna bench $(MODEL) --backend onnxruntime --layers all --landmarks 64 --resolution 518 --resolution 1022 \
+	    --json $(BUILD)/bench/onnxruntime.json
+
+test: $(STAMP) lint ## Run lint and all tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP) ## Check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@rm -rf $(BUILD)/typecheck && mkdir -p $(BUILD)/typecheck/fna
+	@ln -s $(CURDIR)/fna/* $(BUILD)/typecheck/fna/
+	@for part in export plugins engines validate; do ln -s $(CURDIR)/$$part $(BUILD)/typecheck/fna/$$part; done
+	$(BIN)/mypy
+
+clean: ## Remove build/
+	rm -rf $(BUILD)
+
+-include plugins/plugin.mk

@@ -1,0 +1,100 @@
+"""The manifest beside an engine: what it was built from, for what, by what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fna.export.files import file_sha256, write_text
+from fna.export.preprocessing import Preprocessing
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fna.errors import InputFileError
+from fna.plan import Plan, describe_validation_error
+
+Backend = Literal["tensorrt-rtx"]
+
+
+class ShapeRange(BaseModel):
+    """The smallest, usual and largest shape of one input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+class Manifest(BaseModel):
+    """What an engine file is.
+
+    Attributes:
+        backend: the TensorRT flavour.
+        backend_version: its version; an engine runs on this version only.
+        targets: names of the device families that it was built for.
+        compute_capabilities: times ten.
+        onnx_name: file name of the ONNX model.
+        onnx_sha256: of that file.
+        engine_sha256: of the engine file.
+        engine_bytes: its size.
+        lowering: which lowering of the ONNX file was built.
+        plan: which blocks are FNA.
+        precision: of weights and activations in the ONNX file.
+        preprocessing: how photographs become the input.
+        profiles: shapes by input name.
+        seconds: that the build took.
+        layers_with_fna: names of the FNA blocks that the builder was given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    backend: Backend
+    backend_version: str
+    targets: tuple[str, ...]
+    compute_capabilities: tuple[int, ...]
+    onnx_name: str
+    onnx_sha256: str
+    engine_sha256: str
+    engine_bytes: int
+    lowering: Literal["portable", "plugin"]
+    plan: Plan
+    precision: str
+    preprocessing: Preprocessing
+    profiles: dict[str, ShapeRange]
+    seconds: float
+    layers_with_fna: tuple[str, ...]
+
+
+def manifest_path(engine: Path) -> Path:
+    """Return where an engine's manifest lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def write_manifest(manifest: Manifest, engine: Path) -> None:
+    """Write the manifest beside its engine."""
+    write_text(manifest_path(engine), manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(engine: Path) -> Manifest:
+    """Read an engine's manifest and compare the engine file with it.
+
+    Raises:
+        InputFileError: if engine or manifest is missing or damaged, or they do not belong together.
+    """
+    if not engine.is_file():
+        raise InputFileError(f"{engine} does not exist; build it with fna build")
+    path = manifest_path(engine)
+    if not path.is_file():
+        raise InputFileError(
+            f"{path} is missing, so nothing says what {engine.name} is; build the engine with fna build"
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise InputFileError(f"{path} is not a manifest: {describe_validation_error('manifest', error)}") from None
+    if file_sha256(engine) != manifest.engine_sha256:
+        raise InputFileError(
+            f"{engine} is not the file that {path.name} describes (its SHA-256 differs); build it again"
+        )
+    return manifest

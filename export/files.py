@@ -1,0 +1,111 @@
+"""Reading and writing files: errors in one line, and outputs that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+
+from fna.errors import InputFileError
+
+LARGEST_SINGLE_FILE = 2_000_000_000
+"""Bytes; a protobuf message ends at 2 GiB, and the graph needs room beside the tensors."""
+
+
+def load_onnx(path: Path, *, tensors: bool = True) -> ModelProto:
+    """Read an ONNX file.
+
+    Args:
+        path: the file.
+        tensors: whether to load external data as well; without it the references stay in the model.
+
+    Raises:
+        InputFileError: if it is missing, empty, or not an ONNX model.
+    """
+    if not path.is_file():
+        raise InputFileError(f"{path} does not exist or is not a file; give an ONNX file")
+    if path.stat().st_size == 0:
+        raise InputFileError(f"{path} is empty; give an ONNX file")
+    try:
+        model = onnx.load(path, load_external_data=tensors)
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputFileError(f"{path} cannot be read as an ONNX model: {reason}") from None
+    if not model.graph.node or not model.graph.output:
+        raise InputFileError(f"{path} is not an ONNX model: it has no graph")
+    return model
+
+
+def save_model(model: ModelProto, path: Path) -> None:
+    """Check a model and write it; tensors go to `<path>.data` where the file would exceed 2 GB.
+
+    Raises:
+        InputFileError: if the file cannot be written there.
+    """
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    with written_whole(path) as temporary:
+        if size > LARGEST_SINGLE_FILE:
+            _save_with_external_data(model, temporary, path)
+        else:
+            temporary.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(temporary), full_check=True)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, and rename it to `path` if nothing was raised.
+
+    Raises:
+        InputFileError: if the folder does not exist or is not writable.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise InputFileError(
+            f"{path} cannot be written: {error.strerror}; give a folder that exists and is writable"
+        ) from None
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        if path.is_dir():
+            raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        InputFileError: if it cannot be written there.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_with_external_data(model: ModelProto, temporary: Path, path: Path) -> None:
+    data_name = f"{path.name}.data"
+    with written_whole(path.parent / data_name) as data:
+        onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
+        onnx.save(model, temporary)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = data_name
+        temporary.write_bytes(model.SerializeToString())

@@ -1,0 +1,81 @@
+"""What a file of this project says about itself: `metadata_props` with keys `fna.*`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from fna.export.preprocessing import Preprocessing
+from onnx import ModelProto
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fna.errors import InputFileError
+from fna.plan import Plan, describe_validation_error
+
+PREFIX = "fna."
+
+
+class FileMetadata(BaseModel):
+    """The metadata of a traced or grafted ONNX file.
+
+    Attributes:
+        plan: the plan that the file was made by, prefix tokens filled in.
+        preprocessing: how photographs become the input.
+        source: the model name, or the grafted file's name.
+        origin: which command wrote the file.
+        precision: of weights and activations.
+        height: of the input in pixels; None where it is dynamic.
+        width: of the input in pixels; None where it is dynamic.
+        patch_size: pixels along a patch's side; None where it is not known.
+        token_outputs: graph outputs that are `[B, N, C]` tokens.
+        map_outputs: graph outputs that are one-channel maps.
+        tools: versions of what wrote the file.
+        original_sha256: of the file that was grafted.
+        attention_table: what graft found in that file, one entry per attention block; see `fna.export.surgery`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: Plan
+    preprocessing: Preprocessing = Field(default_factory=Preprocessing)
+    source: str
+    origin: Literal["trace", "graft"]
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    height: int | None = None
+    width: int | None = None
+    patch_size: int | None = None
+    token_outputs: tuple[str, ...] = ()
+    map_outputs: tuple[str, ...] = ()
+    tools: dict[str, str] = Field(default_factory=dict)
+    original_sha256: str | None = None
+    attention_table: list[dict[str, Any]] | None = None
+
+
+def write_metadata(model: ModelProto, metadata: FileMetadata) -> None:
+    """Replace the `fna.*` keys of `model`; other metadata stays. Strings are written as they are, the rest as JSON."""
+    kept = [entry for entry in model.metadata_props if not entry.key.startswith(PREFIX)]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, value in metadata.model_dump(mode="json", exclude_none=True).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props.add(key=PREFIX + key, value=text)
+
+
+def read_metadata(model: ModelProto, name: str) -> FileMetadata:
+    """Read the `fna.*` keys; `name` says in errors which file it was.
+
+    Raises:
+        InputFileError: if the file was not written by this project, or its metadata is damaged.
+    """
+    raw = {
+        entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)
+    }
+    if not raw:
+        raise InputFileError(f"{name} has no fna metadata; write it with fna export or fna graft")
+    texts = {"source", "origin", "precision", "original_sha256"}
+    try:
+        values = {key: text if key in texts else json.loads(text) for key, text in raw.items()}
+        return FileMetadata.model_validate(values)
+    except (json.JSONDecodeError, ValidationError) as error:
+        reason = describe_validation_error("metadata", error) if isinstance(error, ValidationError) else str(error)
+        raise InputFileError(f"{name} has damaged fna metadata ({reason}); export it again") from None

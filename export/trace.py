@@ -1,0 +1,246 @@
+"""Tracing a PyTorch model to an ONNX file in which the chosen blocks are `fna` nodes."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnxscript
+import torch
+from fna.export.files import save_model
+from fna.export.functions import (
+    ATTENTION,
+    DOMAIN,
+    DOMAIN_VERSION,
+    FARTHEST_POINTS,
+    NORM_GRID,
+    PLUGIN_FIELDS,
+    attach_functions,
+    fna_nodes,
+)
+from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.schemas import operator_schema
+from fna.export.sources import LoadedModel, check_resolution
+from onnx import ModelProto, TensorProto
+from onnxscript import values
+
+import fna.landmarks
+from fna import __version__
+from fna.errors import InvalidLandmarksError, ModelSourceError
+from fna.patching import find_attention_blocks, patch, unpatch
+from fna.plan import Plan
+from fna.tokens import detect_prefix_tokens
+
+Precision = Literal["fp32", "fp16", "bf16"]
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+INPUT_NAME = "pixel_values"
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What a traced file looks like.
+
+    Attributes:
+        height: of the input images, in pixels.
+        width: of the input images, in pixels.
+        opset: version of the standard operators.
+        precision: of weights and activations; FNA computes in fp32 inside whatever this is.
+        batch: a fixed batch size; None leaves it open.
+        dynamic_size: leave height and width open, where the model can interpolate its position embedding.
+    """
+
+    height: int
+    width: int
+    opset: int = 18
+    precision: Precision = "fp32"
+    batch: int | None = None
+    dynamic_size: bool = False
+
+
+def export_onnx(model: LoadedModel, plan: Plan, options: TraceOptions, path: Path) -> FileMetadata:
+    """Trace `model` by `plan` and write the ONNX file, whole or not at all.
+
+    The module is patched, cast and restored; it computes afterwards what it did before.
+
+    Args:
+        model: from `fna.export.sources.load_model`.
+        plan: which blocks are FNA. A plan without blocks gives the dense model.
+        options: size, opset and precision.
+        path: the file to write; tensors go to `<path>.data` beside it when they exceed 2 GB.
+
+    Returns:
+        The metadata written into the file.
+
+    Raises:
+        ModelSourceError: for an image size that the model does not take, or if tracing fails.
+        InvalidLandmarksError: if a block has more landmarks than tokens.
+    """
+    proto, metadata = trace_model(model, plan, options)
+    save_model(proto, path)
+    return metadata
+
+
+def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[ModelProto, FileMetadata]:
+    """Trace `model` by `plan`; as `export_onnx`, without writing a file."""
+    check_resolution(model, options.height, options.width)
+    if options.dynamic_size and not model.any_resolution:
+        raise ModelSourceError(
+            f"{model.name} takes one image size only, so height and width cannot be left open; trace it at {model.native_resolution}"
+        )
+    blocks = find_attention_blocks(model.module)
+    prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
+    plan = plan.model_copy(update={"prefix_tokens": prefix})
+    _check_landmark_counts(plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix)
+    patch(model.module, plan)
+    original = next(model.module.parameters()).dtype
+    try:
+        model.module.to(TORCH_TYPES[options.precision])
+        program = _run_exporter(model, options)
+    finally:
+        model.module.to(original)
+        unpatch(model.module)
+    _name_nodes(program, plan)
+    attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks else TensorProto.UNDEFINED)
+    metadata = FileMetadata(
+        plan=plan,
+        preprocessing=model.preprocessing,
+        source=model.name,
+        origin="trace",
+        precision=options.precision,
+        height=None if options.dynamic_size else options.height,
+        width=None if options.dynamic_size else options.width,
+        patch_size=model.patch_size,
+        token_outputs=model.token_outputs,
+        map_outputs=model.map_outputs,
+        tools={
+            "fna": __version__,
+            "torch": torch.__version__.split("+")[0],
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    write_metadata(program, metadata)
+    return program, metadata
+
+
+def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
+    dtype = TORCH_TYPES[options.precision]
+    batch = 2 if options.batch is None else options.batch
+    sample = torch.zeros(batch, 3, options.height, options.width, dtype=dtype)
+    dynamic: dict[int, Any] = {}
+    if options.batch is None:
+        dynamic[0] = torch.export.Dim("batch", min=1)
+    if options.dynamic_size:
+        dynamic[2] = torch.export.Dim("rows", min=2, max=4096 // model.patch_size) * model.patch_size
+        dynamic[3] = torch.export.Dim("columns", min=2, max=4096 // model.patch_size) * model.patch_size
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model.module,
+                (sample,),
+                dynamo=True,
+                input_names=[INPUT_NAME],
+                output_names=list(model.output_names),
+                dynamic_shapes=(dynamic or None,),
+                opset_version=options.opset,
+                custom_translation_table=translation_table(),
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps failures of many kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise ModelSourceError(f"tracing {model.name} to ONNX failed: {reason}") from error
+    if program is None:
+        raise ModelSourceError(f"tracing {model.name} to ONNX failed: the exporter returned nothing")
+    return program.model_proto
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return how the exporter writes this project's torch operators: one `fna` node each."""
+    opset = values.Opset(DOMAIN, DOMAIN_VERSION)
+    attention, farthest, norm_grid = (
+        values.Op(opset, name, operator_schema(name)) for name in (ATTENTION, FARTHEST_POINTS, NORM_GRID)
+    )
+
+    def write_attention(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows):  # type: ignore[no-untyped-def]
+        bias = landmark_bias if landmark_bias is not None else _zero_bias(landmarks)
+        return attention(
+            query, key, value, landmarks, bias,
+            scale=scale, iterations=iterations, exact_rows=int(exact_rows), **PLUGIN_FIELDS,
+        )  # fmt: skip
+
+    def write_farthest(features, num_landmarks):  # type: ignore[no-untyped-def]
+        return farthest(features, num_landmarks=num_landmarks, **PLUGIN_FIELDS)
+
+    def write_norm_grid(features, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
+        return norm_grid(features, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
+
+    operators = torch.ops.fna
+    assert fna.landmarks is not None  # importing it registers the samplers' operators
+    return {
+        operators.attention.default: write_attention,
+        operators.farthest_point_sampling.default: write_farthest,
+        operators.norm_grid_landmarks.default: write_norm_grid,
+    }
+
+
+def _zero_bias(landmarks: Any) -> Any:
+    from onnxscript import opset18
+
+    return opset18.Constant(value=onnx.numpy_helper.from_array(torch.zeros(1, int(landmarks.shape[1])).numpy()))
+
+
+def _name_nodes(model: ModelProto, plan: Plan) -> None:
+    """Give every `fna` node a name that holds its block's number; attention nodes come in the order of the blocks."""
+    numbers = [entry.block for entry in plan.blocks]
+    attention = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    if len(attention) != len(numbers):
+        raise ModelSourceError(
+            f"the trace holds {len(attention)} FNA nodes, but the plan has {len(numbers)} FNA blocks"
+        )
+    for node, number in zip(attention, numbers, strict=True):
+        node.name = f"/blocks.{number}/{ATTENTION}"
+    waiting = iter(numbers)
+    current = next(waiting, 0)
+    for node in fna_nodes(model.graph):
+        if node.op_type == ATTENTION:
+            current = next(waiting, current)
+        else:
+            node.name = f"/blocks.{current}/{node.op_type}"
+
+
+def _check_landmark_counts(plan: Plan, num_tokens: int) -> None:
+    for entry in plan.blocks:
+        if entry.landmarks > num_tokens:
+            raise InvalidLandmarksError(
+                f"block {entry.block} is planned with {entry.landmarks} landmarks, but at this resolution there are only "
+                f"{num_tokens} tokens; ask for at most that many, or a higher resolution"
+            )
+
+
+@contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Keep the exporter's progress and deprecation notes out of the user's terminal; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,86 @@
+"""`fna export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fna.commands.options import (
+    check_writable,
+    json_option,
+    make_console,
+    make_plan,
+    parse_resolution,
+    plan_options,
+    progress,
+    quiet_option,
+)
+
+
+@click.command("export", short_help="Trace a PyTorch model to an ONNX file with FNA.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
+@plan_options
+@click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
+@click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", show_default=True)
+@click.option("--opset", type=click.IntRange(14, 23), default=18, show_default=True, help="ONNX operator set.")
+@click.option("--batch", default="dynamic", show_default=True, help="dynamic, or one fixed batch size.")
+@click.option("--dynamic-size", is_flag=True, help="Leave height and width open.")
+@click.option("--resample", is_flag=True, help="Choose landmarks anew in every block.")
+@click.option("--prefix-tokens", type=click.IntRange(min=0), help="Class and register tokens.  [default: detected]")
+@click.option("--seed", type=int, default=0, show_default=True, help="For the random sampler.")
+@json_option
+@quiet_option
+def command(
+    model: str,
+    output: Path,
+    resolution: str | None,
+    precision: Any,
+    opset: int,
+    batch: str,
+    dynamic_size: bool,
+    resample: bool,
+    prefix_tokens: int | None,
+    seed: int,
+    json_file: Path | None,
+    quiet: bool,
+    **plan_settings: Any,
+) -> None:
+    """Trace MODEL to ONNX, with the chosen blocks' attention as fna nodes.
+
+    MODEL is dinov2-small-saliency (built in, with real weights), a transformers model id or local folder, or
+    module.path:factory. The file runs on any ONNX runtime as it is; fna build makes an engine of it.
+    """
+    check_writable(output)
+    size = parse_resolution(resolution)
+    fixed_batch = _parse_batch(batch)
+    with progress(quiet) as say:
+        say("importing PyTorch")
+        from fna.export.files import write_text
+        from fna.export.sources import load_model
+        from fna.export.trace import TraceOptions, export_onnx
+
+        say(f"loading {model}")
+        loaded = load_model(model)
+        plan = make_plan(loaded.num_blocks, plan_settings, resample=resample, prefix_tokens=prefix_tokens, seed=seed)
+        height, width = size or (loaded.native_resolution,) * 2
+        options = TraceOptions(height, width, opset, precision, fixed_batch, dynamic_size)
+        say(f"tracing {model} at {height}x{width}")
+        metadata = export_onnx(loaded, plan, options, output)
+    if json_file is not None:
+        write_text(json_file, metadata.model_dump_json(indent=2) + "\n")
+    numbers = ", ".join(str(entry.block) for entry in metadata.plan.blocks) or "none"
+    make_console(quiet).print(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {precision}, "
+        f"FNA blocks {numbers} of {metadata.plan.num_blocks}"
+    )
+
+
+def _parse_batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is neither 'dynamic' nor a batch size of at least 1", param_hint="--batch")
+    return int(text)

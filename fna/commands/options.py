@@ -1,0 +1,163 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fna.errors import InputFileError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+
+    from fna.plan import Plan
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+SAMPLERS = ("grid", "norm-grid", "fps", "random")
+METHODS = ("weighted", "published")
+
+
+def plan_options(function: Function) -> Function:
+    """Add the options that say which blocks become FNA, and how."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--layers", help="Blocks that become FNA: 6-11, or 0-2,6-11, all or none.  [default: the later half]"
+            ),
+            click.option(
+                "--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks S per block."
+            ),
+            click.option(
+                "--sampler",
+                type=click.Choice(SAMPLERS),
+                default="grid",
+                show_default=True,
+                help="How landmarks are chosen.",
+            ),
+            click.option(
+                "--method",
+                type=click.Choice(METHODS),
+                default="weighted",
+                show_default=True,
+                help="weighted: landmark weights and exact rows; published: the paper's.",
+            ),
+            click.option(
+                "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of the options above."
+            ),
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
+def image_options(function: Function) -> Function:
+    """Add the option that says which photographs are used."""
+    return click.option(
+        "--images",
+        type=click.Path(path_type=Path),
+        help="Folder of photographs.  [default: five that scikit-image and scikit-learn carry]",
+    )(function)
+
+
+json_option = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every number as JSON.")
+quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+def make_plan(num_blocks: int, options: dict[str, Any], **settings: Any) -> Plan:
+    """Return the plan of `--plan`, or the uniform plan of the other options.
+
+    Raises:
+        InputFileError, InvalidPlanError: naming what was wrong.
+    """
+    from fna.plan import load_plan, uniform_plan
+
+    if options["plan_file"] is not None:
+        return load_plan(options["plan_file"])
+    if options["layers"] == "auto":
+        raise InvalidArgumentError(
+            "--layers auto needs the planner, which this version does not have yet; name blocks, as in 6-11"
+        )
+    return uniform_plan(
+        num_blocks,
+        layers=options["layers"],
+        landmarks=options["landmarks"],
+        sampler=options["sampler"],
+        method=options["method"],
+        **settings,
+    )
+
+
+def parse_resolution(text: str | None) -> tuple[int, int] | None:
+    """Parse `518` or `HEIGHTxWIDTH` to pixels; None stays None.
+
+    Raises:
+        InvalidArgumentError: for other text.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip())
+    if match is None:
+        raise InvalidArgumentError(f"resolution {text!r} cannot be read; write 518 or 518x784 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def load_photographs(folder: Path | None) -> tuple[list[tuple[str, Image]], list[str]]:
+    """Return the photographs of `--images`, or the bundled ones, and a line for each file that could not be read."""
+    from fna.export.preprocessing import bundled_photographs, load_images
+
+    return (bundled_photographs(), []) if folder is None else load_images(folder)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path before the long work that would fill it.
+
+    Raises:
+        InputFileError: if it is a folder, or its folder does not exist or is not writable.
+    """
+    from fna.export.files import written_whole
+
+    if path.is_dir():
+        raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")
+    try:
+        with written_whole(path.with_name(path.name + ".probe")):
+            raise _ProbeDoneError
+    except _ProbeDoneError:
+        pass
+
+
+class _ProbeDoneError(Exception):
+    """Ends the probe of `check_writable` before anything is renamed."""
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, and for how long, on stderr while the block runs; yields the function that says what."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def say(text: str) -> None:
+            bars.update(task, description=text)
+
+        yield say
+
+
+def make_console(quiet: bool) -> Console:
+    """Return the console for results, on stdout."""
+    from rich.console import Console
+
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(quiet=quiet, highlight=False, soft_wrap=True, width=160)
+    return console

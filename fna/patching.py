@@ -1,0 +1,351 @@
+"""FNA inside transformers' vision models, by their own switch: the attention implementation named `fna`.
+
+`patch` sets a model up by a plan and `unpatch` undoes all of it. No module is replaced and no weight touched: each chosen
+attention module is told its part of the plan, the vision config's attention implementation becomes `fna`, and hooks on the
+layers choose landmarks from the hidden states where a sampler needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fna.attention import fast_nystrom_attention
+from fna.errors import InvalidPlanError, UnsupportedAttentionError
+from fna.landmarks import grid_landmarks, landmark_bias, random_landmarks, select_landmarks
+from fna.plan import BlockPlan, Plan
+from fna.tokens import detect_prefix_tokens
+
+ATTENTION_NAME = "fna"
+_STATE = "_fna_block"
+_PATCH = "_fna_patch"
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block of a vision model, as found by `find_attention_blocks`.
+
+    Attributes:
+        number: its place among the blocks, from 0.
+        name: its module path in the model.
+        attention: the attention module.
+        layer: the transformer layer that holds it; the hidden states `[B, N, C]` that enter it are the residual stream.
+        tower: the vision model that it belongs to.
+        refusal: why it cannot be FNA, or None.
+    """
+
+    number: int
+    name: str
+    attention: nn.Module
+    layer: nn.Module
+    tower: nn.Module
+    refusal: str | None
+
+
+@dataclass
+class _BlockState:
+    """What an attention module needs to know to run as FNA; blocks that share landmarks share `chosen`."""
+
+    name: str
+    entry: BlockPlan
+    plan: Plan
+    prefix_tokens: int
+    chooses: bool
+    chosen: dict[tuple[int, str, str], Tensor]
+
+
+@dataclass
+class _PatchRecord:
+    """What `unpatch` needs to undo a patch."""
+
+    configs: list[tuple[Any, str | None]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+
+def patch(model: nn.Module, plan: Plan) -> list[AttentionBlock]:
+    """Make the blocks that `plan` lists compute Fast Nyström Attention, in place.
+
+    Args:
+        model: any module that contains one vision transformer of the transformers library (ViT, DeiT, DINOv2, DINOv3, CLIP,
+            SigLIP and others that use its attention interface); text towers and language models are left alone.
+        plan: which blocks, how many landmarks, chosen how.
+
+    Returns:
+        All attention blocks of the model's vision tower, in order.
+
+    Raises:
+        InvalidPlanError: if the plan was made for another number of blocks, or the model is patched already.
+        UnsupportedAttentionError: if the model has no block that could be FNA, or the plan lists one that cannot, by name.
+    """
+    if hasattr(model, _PATCH):
+        raise InvalidPlanError("the model is patched already; call fna.unpatch(model) before patching it anew")
+    blocks = find_attention_blocks(model)
+    if len(blocks) != plan.num_blocks:
+        raise InvalidPlanError(
+            f"the plan is for a model of {plan.num_blocks} attention blocks, but this one has {len(blocks)}; "
+            "make a plan for this model"
+        )
+    for entry in plan.blocks:
+        block = blocks[entry.block]
+        if block.refusal is not None:
+            raise UnsupportedAttentionError(
+                f"block {block.number} ({block.name}) cannot be FNA: {block.refusal}; take it out of the plan's layers"
+            )
+    _register_with_transformers()
+    record = _PatchRecord()
+    try:
+        _apply(blocks, plan, record)
+    except BaseException:
+        _undo(record)
+        raise
+    setattr(model, _PATCH, record)
+    return blocks
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`, so that the model computes exactly what it did before. Does nothing for a model that is not patched."""
+    record = getattr(model, _PATCH, None)
+    if record is not None:
+        _undo(record)
+        delattr(model, _PATCH)
+
+
+def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
+    """List the self-attention blocks of a model's vision tower, those included that cannot be FNA.
+
+    Raises:
+        UnsupportedAttentionError: if there are none, or if the model has more than one vision tower.
+    """
+    towers: dict[str, list[AttentionBlock]] = {}
+    for name, attention in model.named_modules():
+        if not _uses_attention_interface(attention):
+            continue
+        tower = _find_tower(model, name)
+        if tower is None:
+            continue
+        path, layer = _enclosing_layer(model, name)
+        blocks = towers.setdefault(path, [])
+        refusal = _find_refusal(attention, layer)
+        blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal))
+    if not towers:
+        raise UnsupportedAttentionError(_say_why_none(model))
+    if len(towers) > 1:
+        raise UnsupportedAttentionError(
+            f"the model has {len(towers)} vision towers ({', '.join(sorted(towers))}), but one is needed; "
+            "patch each tower's own module"
+        )
+    return next(iter(towers.values()))
+
+
+def fna_attention_forward(
+    module: nn.Module,
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # [B, N, H, D]
+    """The function registered as attention implementation `fna`; modules that the plan leaves exact go to `sdpa`.
+
+    Raises:
+        UnsupportedAttentionError: if the block is called with a mask, a position bias, causally or as cross-attention.
+    """
+    state: _BlockState | None = getattr(module, _STATE, None)
+    if state is None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        exact = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    _refuse_call(state.name, query, key, attention_mask, kwargs)
+    landmarks, bias = _landmarks_for(state, query, key, value)
+    out = fast_nystrom_attention(
+        query,
+        key,
+        value,
+        landmarks,
+        landmark_bias=bias,
+        scale=scaling,
+        iterations=state.plan.iterations,
+        exact_rows=state.plan.exact_rows,
+    )
+    return out.transpose(1, 2), None
+
+
+def _register_with_transformers() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, fna_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
+
+
+def _make_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Make no mask where nothing is masked, while tracing too (`sdpa_mask` writes one of ones into every traced file)."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and allow_is_bidirectional_skip:
+        return None
+    return sdpa_mask(
+        *args, attention_mask=attention_mask, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs
+    )
+
+
+def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> None:
+    prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
+    chosen: dict[tuple[int, str, str], Tensor] = {}
+    seen: set[tuple[int, str, str]] = set()
+    for entry in plan.blocks:
+        block = blocks[entry.block]
+        chooses = plan.resample or entry.sharing_key not in seen
+        seen.add(entry.sharing_key)
+        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, chosen)
+        setattr(block.attention, _STATE, state)
+        record.modules.append(block.attention)
+        if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
+            hook = block.layer.register_forward_pre_hook(_make_hidden_state_hook(state), with_kwargs=True)
+            record.hooks.append(hook)
+    for config in {id(block.attention.config): block.attention.config for block in blocks}.values():
+        record.configs.append((config, config._attn_implementation))
+        config._attn_implementation = ATTENTION_NAME
+
+
+def _undo(record: _PatchRecord) -> None:
+    for hook in record.hooks:
+        hook.remove()
+    for module in record.modules:
+        delattr(module, _STATE)
+    for config, implementation in record.configs:
+        config._attn_implementation = implementation
+
+
+def _make_hidden_state_hook(state: _BlockState) -> Callable[..., None]:
+    def choose(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        state.chosen[state.entry.sharing_key] = _select(state, hidden)
+
+    return choose
+
+
+def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    entry, plan = state.entry, state.plan
+    num_tokens = query.shape[2]
+    if entry.sampler == "grid":
+        landmarks = grid_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, device=query.device)
+    elif entry.sampler == "random":
+        drawn = random_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed)
+        landmarks = drawn.to(query.device)
+    else:
+        if entry.feature != "input" and state.chooses:
+            features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
+            state.chosen[entry.sharing_key] = _select(state, features)
+        landmarks = state.chosen[entry.sharing_key]
+    if plan.method == "published":
+        return landmarks, None
+    bias = landmark_bias(
+        num_tokens, entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, device=query.device
+    )
+    return landmarks, bias
+
+
+def _select(state: _BlockState, features: Tensor) -> Tensor:
+    entry = state.entry
+    return select_landmarks(
+        features, entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, seed=state.plan.seed
+    )
+
+
+def _refuse_call(name: str, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    reason = None
+    if mask is not None:
+        reason = f"it was called with an attention mask of shape {list(mask.shape)}"
+    elif kwargs.get("position_bias") is not None:
+        reason = "it adds a position bias to the scores"
+    elif kwargs.get("is_causal"):
+        reason = "it is causal"
+    elif key.shape != query.shape:
+        reason = f"its queries {list(query.shape)} and keys {list(key.shape)} differ (cross-attention or grouped heads)"
+    elif kwargs.get("softcap") is not None:
+        reason = "it caps its scores"
+    elif kwargs.get("sliding_window") is not None:
+        reason = "it attends within a window"
+    if reason is not None:
+        raise UnsupportedAttentionError(
+            f"{name} cannot be FNA: {reason}; FNA approximates unmasked, full self-attention only. "
+            "Leave the block out of the plan's layers"
+        )
+
+
+def _find_refusal(attention: nn.Module, layer: nn.Module) -> str | None:
+    names = {name.rsplit(".", 1)[-1] for name, _ in (*layer.named_modules(), *layer.named_parameters())}
+    if getattr(attention, "is_causal", False):
+        return "it is causal"
+    if getattr(attention, "num_key_value_groups", 1) > 1:
+        return "its key and value heads are grouped"
+    if getattr(attention, "is_cross_attention", False) or "crossattention" in names:
+        return "it is cross-attention"
+    if any("relative_position" in name or name.startswith("rel_pos") for name in names):
+        return "it adds a relative position bias to the scores"
+    for holder in (attention, layer):
+        if getattr(holder, "window_size", 0) or getattr(holder, "sliding_window", 0):
+            return "it attends within windows"
+    return None
+
+
+def _uses_attention_interface(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    forward = getattr(type(module).forward, "__wrapped__", None)
+    names = set(code.co_names if code else ()) | set(forward.__code__.co_names if forward is not None else ())
+    return "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config")
+
+
+def _parents(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that contain `name`, the nearest first, the model itself last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name, model.get_submodule(name)
+
+
+def _find_tower(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the outermost model around a module that still takes images only, or None for modules of text models."""
+    from transformers import PreTrainedModel
+
+    tower = None
+    for _, parent in _parents(model, name):
+        if isinstance(parent, PreTrainedModel):
+            if parent.main_input_name != "pixel_values":
+                break
+            tower = parent
+    return tower
+
+
+def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Return the path of the module list that holds the block, and the block's layer in it."""
+    layer = model.get_submodule(name)
+    for path, parent in _parents(model, name):
+        if isinstance(parent, nn.ModuleList):
+            return path, layer
+        layer = parent
+    return name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0])
+
+
+def _say_why_none(model: nn.Module) -> str:
+    found = [
+        f"{name} ({type(module).__name__}: {_find_refusal(module, module) or 'not through the attention interface'})"
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
+    ]
+    seen = f"attention-like modules: {'; '.join(found[:3])}" if found else "it has no attention modules"
+    return (
+        f"{type(model).__name__} has no self-attention block that can be FNA ({seen}); "
+        "for a model outside transformers, export it to ONNX and use fna graft"
+    )
