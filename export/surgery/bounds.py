@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute, words
+from fna.export.surgery.shapes import Point
 from onnx import NodeProto, TensorProto
 
-from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
-from fna.export.surgery.shapes import Point
-
-FORWARDS = frozenset(
-    """Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout
-    CastLike Compress Upsample DepthToSpace SpaceToDepth ReduceMax ReduceMin Ceil Floor Round""".split()
-)
+FORWARDS = words("""Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout
+    CastLike Compress Upsample DepthToSpace SpaceToDepth ReduceMax ReduceMin Ceil Floor Round""")
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,7 @@ def _product(left: Bounds, right: Bounds) -> Bounds:
     for one, other in ((left, right), (right, left)):
         if math.isinf(one.low) and one.low == one.high and other.low <= 0 <= other.high:
             return ANYTHING
-    corners = [
-        0.0 if a == 0 or b == 0 else a * b for a in (left.low, left.high) for b in (right.low, right.high)
-    ]
+    corners = [0.0 if a == 0 or b == 0 else a * b for a in (left.low, left.high) for b in (right.low, right.high)]
     return Bounds(min(corners), max(corners))
 
 
@@ -148,9 +143,7 @@ def _cast(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds
     if to in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
         if to == TensorProto.FLOAT16:
             limit = 65504.0
-            return Bounds(
-                -math.inf if item.low < -limit else item.low, math.inf if item.high > limit else item.high
-            )
+            return Bounds(-math.inf if item.low < -limit else item.low, math.inf if item.high > limit else item.high)
         return item
     if math.isfinite(item.low) and math.isfinite(item.high):
         return Bounds(float(math.trunc(item.low)), float(math.trunc(item.high)))

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from fna.export.surgery.graph import attribute, constant_node_value
 from numpy.typing import NDArray
 from onnx import NodeProto
-
-from fna.export.surgery.graph import attribute, constant_node_value
 
 Array = NDArray[Any]
 LARGEST_FOLDED = 1 << 22
@@ -217,7 +216,9 @@ def _clip(node: NodeProto, values: list[Array | None]) -> Array:
     data = _need(values, 1)[0]
     low = values[1] if len(values) > 1 else None
     high = values[2] if len(values) > 2 else None
-    if (len(node.input) > 1 and node.input[1] and low is None) or (len(node.input) > 2 and node.input[2] and high is None):
+    if (len(node.input) > 1 and node.input[1] and low is None) or (
+        len(node.input) > 2 and node.input[2] and high is None
+    ):
         raise CannotFoldError
     return np.clip(data, low, high)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
-
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, attribute
 from fna.export.surgery.identify import identify
 from fna.export.surgery.match import Axes, Context, Core, Side
 from fna.export.surgery.rows import Attention, Operand, RefusedError
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 PACKED = Axes((0,), 1, 2)
 """`[B, N, H * D]`"""
@@ -116,7 +115,9 @@ class _Prelude:
     def add(self, op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> list[str]:
         """Add a node; returns its outputs' names."""
         names = [f"{self.prefix}/{output}" for output in outputs]
-        self.nodes.append(helper.make_node(op_type, inputs, names, name=f"{self.prefix}/{outputs[0]}_node", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, inputs, names, name=f"{self.prefix}/{outputs[0]}_node", **attributes)
+        )
         return names
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -183,7 +184,9 @@ def _packed_five(context: Context, node: NodeProto, prelude: _Prelude, heads: in
     axes = Axes((0,), 1, 4)
     side = Side(query, axes)
     sizes = [context.shape(query, point) for point in context.points]
-    stub = _identify_packed_input(context, node, side, [(s[0], s[2], s[1], s[4]) for s in sizes], _scale(node, "scale", shape[4]))
+    stub = _identify_packed_input(
+        context, node, side, [(s[0], s[2], s[1], s[4]) for s in sizes], _scale(node, "scale", shape[4])
+    )
     operands = []
     for position, name in enumerate(("query", "key", "value")):
         index = prelude.constant(f"{name}_at", np.asarray(position, np.int64))

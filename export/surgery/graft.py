@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import onnx
+from fna.export.files import file_sha256, written_whole
 from fna.export.functions import HIGHEST_OPSET, LOWEST_OPSET
-from onnx import ModelProto, TensorProto
-
-import fna
-from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
-from fna.export.surgery.graph import Graph, all_tensors, external_file, load_model, one_line
+from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.preprocessing import Preprocessing
+from fna.export.surgery.graph import Graph, all_tensors, attribute, external_file, load_model, one_line
 from fna.export.surgery.prove import Proof, prove_blocks, prove_file
 from fna.export.surgery.rewrite import Rewritten, rewrite
 from fna.export.surgery.rows import Decision, Row
 from fna.export.surgery.scan import scan
 from fna.export.surgery.shapes import Point, Shape, ShapeConflictError, find_points
+from onnx import ModelProto, TensorProto
+
+import fna
+from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.plan import Plan, Sampler, uniform_plan
 
 Progress = Callable[[str], None]
@@ -76,6 +77,25 @@ class GraftResult:
     def count(self, decision: Decision) -> int:
         """How many blocks were replaced, kept or refused."""
         return sum(row.decision is decision for row in self.rows)
+
+    @property
+    def replaced(self) -> int:
+        """Blocks that are FNA now."""
+        return self.count(Decision.REPLACED)
+
+    @property
+    def refused(self) -> int:
+        """Blocks that are not plain self-attention, or failed the proof."""
+        return self.count(Decision.REFUSED)
+
+    def describe_proof(self) -> str:
+        """What the check found, in one line."""
+        if self.proof is None or not self.proof.block_errors:
+            return "not checked"
+        parts = [f"recovered attention within {max(self.proof.block_errors.values()):.1e}"]
+        if self.proof.fna_errors:
+            parts.append(f"FNA nodes within {max(self.proof.fna_errors.values()):.1e} of PyTorch")
+        return "checked: " + ", ".join(parts) + " (relative)"
 
     def as_dict(self) -> dict[str, Any]:
         """The result as `--json` has it."""
@@ -280,23 +300,8 @@ def _why_nothing(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------- files
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _add_metadata(result: GraftResult, source: Path, plan: Plan) -> None:
-    import numpy as np
-
+    """Say in the file what was done: the plan, the original's SHA-256, the table."""
     model = result.model
     assert model is not None
     numbers = {row.block for row in result.rows if row.decision is Decision.REPLACED}
@@ -307,16 +312,70 @@ def _add_metadata(result: GraftResult, source: Path, plan: Plan) -> None:
             "prefix_tokens": plan.prefix_tokens if plan.prefix_tokens is not None else result.prefix_tokens,
         }
     )
-    entries = {
-        "fna.plan": kept.dump_json(),
-        "fna.source": json.dumps({"kind": "graft", "file": source.name, "sha256": result.sha256}),
-        "fna.graft": json.dumps(result.as_dict()),
-        "fna.versions": json.dumps({"fna": fna.__version__, "onnx": onnx.__version__, "numpy": np.__version__}),
-    }
-    others = [item for item in model.metadata_props if item.key not in entries]
-    del model.metadata_props[:]
-    model.metadata_props.extend(others)
-    model.metadata_props.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in entries.items())
+    height, width = _image_size(model)
+    metadata = FileMetadata(
+        plan=kept,
+        preprocessing=_known_preprocessing(model),
+        source=source.name,
+        origin="graft",
+        precision=_precision(model),
+        height=height,
+        width=width,
+        patch_size=_patch_size(model),
+        tools={"fna": fna.__version__, "onnx": onnx.__version__},
+        original_sha256=result.sha256,
+        attention_table=[row.as_dict() for row in result.rows],
+    )
+    write_metadata(model, metadata)
+
+
+def _image_input(model: ModelProto) -> onnx.ValueInfoProto | None:
+    names = {item.name for item in model.graph.initializer}
+    images = [
+        item for item in model.graph.input if item.name not in names and len(item.type.tensor_type.shape.dim) == 4
+    ]
+    return images[0] if images else None
+
+
+def _image_size(model: ModelProto) -> tuple[int | None, int | None]:
+    image = _image_input(model)
+    if image is None:
+        return None, None
+    sizes = [dim.dim_value or None for dim in image.type.tensor_type.shape.dim[2:]]
+    return sizes[0], sizes[1]
+
+
+def _patch_size(model: ModelProto) -> int | None:
+    """The stride of the convolution that reads the image."""
+    image = _image_input(model)
+    if image is None:
+        return None
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[0] == image.name:
+            strides = attribute(node, "strides")
+            return int(strides[0]) if strides and strides[0] == strides[-1] else None
+    return None
+
+
+def _known_preprocessing(model: ModelProto) -> Preprocessing:
+    """The preprocessing that an earlier run of this project left in the file; else the usual one."""
+    for entry in model.metadata_props:
+        if entry.key == "fna.preprocessing":
+            try:
+                return Preprocessing.model_validate_json(entry.value)
+            except ValueError:
+                break
+    return Preprocessing()
+
+
+def _precision(model: ModelProto) -> Literal["fp32", "fp16", "bf16"]:
+    """The type of most weights."""
+    sizes = {TensorProto.FLOAT: 0.0, TensorProto.FLOAT16: 0.0, TensorProto.BFLOAT16: 0.0}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in sizes:
+            sizes[tensor.data_type] += float(np.prod(tensor.dims, dtype=np.float64))
+    most = max(sizes, key=lambda kind: sizes[kind])
+    return {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}[most]  # type: ignore[return-value]
 
 
 def _check_output(source: Path, output: Path) -> None:
@@ -345,17 +404,8 @@ def _write(model: ModelProto, folder: Path, output: Path) -> None:
 
 
 def _write_bytes(content: bytes, output: Path) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(output)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with written_whole(output) as temporary:
+        temporary.write_bytes(content)
 
 
 def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
@@ -367,7 +417,9 @@ def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
         if destination.exists():
             if destination.stat().st_size == path.stat().st_size and file_sha256(destination) == file_sha256(path):
                 continue
-            raise InputFileError(f"external data file {destination} exists and is another; choose another output folder")
+            raise InputFileError(
+                f"external data file {destination} exists and is another; choose another output folder"
+            )
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = destination.with_name(f".{destination.name}.part")
         try:

@@ -131,7 +131,9 @@ def constant_node_value(node: NodeProto) -> NDArray[Any] | None:
 def attributes(node: NodeProto) -> dict[str, Any]:
     """A node's attributes as Python values, strings decoded."""
     values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-    return {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value for name, value in values.items()}
+    return {
+        name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value for name, value in values.items()
+    }
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -172,6 +174,11 @@ def captured_names(body: GraphProto) -> Iterator[str]:
     for item in body.output:
         if item.name not in own:
             yield item.name
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for sets of operator names."""
+    return frozenset(text.split())
 
 
 def one_line(error: BaseException) -> str:
@@ -247,7 +254,9 @@ def external_file(tensor: TensorProto, folder: Path) -> Path:
         raise InputFileError(f"tensor {tensor.name!r} keeps its data at {location!r}, outside the model's folder")
     path = folder / location
     if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-        raise InputFileError(f"tensor {tensor.name!r} keeps its data at {location!r}, which leads outside the model's folder")
+        raise InputFileError(
+            f"tensor {tensor.name!r} keeps its data at {location!r}, which leads outside the model's folder"
+        )
     if not path.is_file():
         raise InputFileError(f"external data file {location!r} is missing; put it beside the model")
     try:
@@ -285,7 +294,9 @@ def _sorted_nodes(
                 waiting[index] += 1
                 readers[producer[name]].append(index)
             elif name not in known:
-                raise InputFileError(f"node {node.name or node.op_type!r} reads {name!r}, which nothing in the file computes")
+                raise InputFileError(
+                    f"node {node.name or node.op_type!r} reads {name!r}, which nothing in the file computes"
+                )
     for item in proto.output:
         if item.name not in producer and item.name not in known:
             raise InputFileError(f"graph output {item.name!r} is computed by nothing in the file")

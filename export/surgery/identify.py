@@ -10,18 +10,17 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-
 from fna.export.surgery.fold import CannotFoldError
-from fna.export.surgery.graph import STANDARD_DOMAINS
+from fna.export.surgery.graph import STANDARD_DOMAINS, words
 from fna.export.surgery.layout import chain_above, find_operand, find_result, is_view, numbered, run_steps
 from fna.export.surgery.match import Axes, Context, Core, Side
 from fna.export.surgery.rows import Attention, RefusedError
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import MIXED, CannotLabelError, Labels, label_tokens
+from numpy.typing import NDArray
 
 LARGEST_SEARCH = 4000
-QUANTIZERS = frozenset("QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearMatMul MatMulInteger QLinearConv".split())
+QUANTIZERS = words("QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearMatMul MatMulInteger QLinearConv")
 FLOATS = (1, 10, 16)
 
 
@@ -82,7 +81,9 @@ def _check_sizes(context: Context, core: Core) -> None:
     types = {context.points[0].types.get(side.tensor, 0) for side in (core.query, core.key, core.value)}
     types.add(context.points[0].types.get(core.output, 0))
     if len(types) != 1 or not types <= set(FLOATS):
-        raise RefusedError(f"query, key, value and output are not of one floating-point type (ONNX types {sorted(types)})")
+        raise RefusedError(
+            f"query, key, value and output are not of one floating-point type (ONNX types {sorted(types)})"
+        )
     for point in context.points:
         query, key, value = (context.shape(side.tensor, point) for side in (core.query, core.key, core.value))
         queries, keys = query[core.query.axes.token], key[core.key.axes.token]

@@ -12,14 +12,13 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import NodeProto
-
 from fna.export.surgery.fold import CannotFoldError
 from fna.export.surgery.graph import STANDARD_DOMAINS, Graph
 from fna.export.surgery.rows import Dim, Operand, RefusedError, Result
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import VIEWS, run_view
+from numpy.typing import NDArray
+from onnx import NodeProto
 
 Index = NDArray[np.int64]
 PERMS = sorted(permutations(range(4)), key=lambda perm: sum(perm[axis] != axis for axis in range(4)))
@@ -116,7 +115,9 @@ def run_steps(steps: Sequence[tuple[NodeProto, str]], array: NDArray[Any], point
     return array
 
 
-def describe_sizes(points: Sequence[Point], shapes: Sequence[Sequence[int]], dims: Sequence[Dim | None]) -> tuple[int | Dim, ...]:
+def describe_sizes(
+    points: Sequence[Point], shapes: Sequence[Sequence[int]], dims: Sequence[Dim | None]
+) -> tuple[int | Dim, ...]:
     """A Reshape target: sizes that never change as numbers, at most one open size as -1, further ones read at run time."""
     target: list[int | Dim] = []
     changing = [axis for axis in range(len(shapes[0])) if len({shape[axis] for shape in shapes}) > 1]
@@ -229,7 +230,12 @@ def find_result(
         if current in graph.outputs or len(readers) != 1:
             break
         node = graph.nodes[readers[0]]
-        if not is_view(node) or len(node.output) != 1 or node.input[0] != current or list(node.input).count(current) > 1:
+        if (
+            not is_view(node)
+            or len(node.output) != 1
+            or node.input[0] != current
+            or list(node.input).count(current) > 1
+        ):
             break
         try:
             array = run_view(node, array, points[0])[0]

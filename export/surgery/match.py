@@ -10,20 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
-
 from fna.export.surgery.bounds import BoundsFinder
 from fna.export.surgery.fold import CannotFoldError
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, words
 from fna.export.surgery.layout import is_view, scalar_factor, scalar_of
 from fna.export.surgery.rows import RefusedError
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import run_view
+from onnx import NodeProto
 
 NEGLIGIBLE = -1e4
 """Mask values below this remove a key from the softmax."""
 
-PRODUCTS = frozenset("MatMul FusedMatMul Einsum Gemm".split())
+PRODUCTS = words("MatMul FusedMatMul Einsum Gemm")
 NOT_A_MASK = "scores altered by"
 
 
@@ -116,11 +115,17 @@ def walk_down(context: Context, weights: str, axis: int) -> Below:
             others = [name for name in node.input[:2] if name != weights]
             if len(others) == 1 and others[0] in graph.data:
                 return Below(index, weights, axis)
-            raise RefusedError(f"head mixing after the softmax ({_describe(node)} with constant weights: talking heads)")
+            raise RefusedError(
+                f"head mixing after the softmax ({_describe(node)} with constant weights: talking heads)"
+            )
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
             raise RefusedError("its attention weights are quantized")
         if node.op_type in ("Cast", "Identity", "Dropout", "CastLike"):
-            if node.op_type == "Dropout" and len(node.output) > 1 and any(graph.readers(n) for n in node.output[1:] if n):
+            if (
+                node.op_type == "Dropout"
+                and len(node.output) > 1
+                and any(graph.readers(n) for n in node.output[1:] if n)
+            ):
                 raise RefusedError("the mask of a Dropout on its attention weights is read")
             if node.op_type == "Dropout" and not _dropout_is_off(context, node):
                 raise RefusedError("a Dropout in training mode acts on its attention weights")
@@ -313,7 +318,9 @@ def _mixes_heads(context: Context, name: str) -> bool:
         data = [item for item in node.input if item in graph.data]
         if node.op_type in PRODUCTS and len(data) == 2:
             return True
-        if len(data) != 1 or not (node.op_type in PRODUCTS or is_view(node) or node.op_type in ("Add", "Mul", "Div", "Cast", "Conv")):
+        if len(data) != 1 or not (
+            node.op_type in PRODUCTS or is_view(node) or node.op_type in ("Add", "Mul", "Div", "Cast", "Conv")
+        ):
             return False
         name = data[0]
     return False
@@ -449,8 +456,8 @@ def understand_product(context: Context, node: NodeProto) -> Product:
     rank_left, rank_right = context.rank(left), context.rank(right)
     if node.op_type == "Einsum":
         return _einsum_product(context, node)
-    if node.op_type == "Gemm":
-        if len(node.input) > 2 and node.input[2] and context.bounds.find(node.input[2]).single != 0:
+    if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+        if context.bounds.find(node.input[2]).single != 0:
             raise RefusedError(f"a bias is added to its scores ({_describe(node)})")
     if rank_left != rank_right or rank_left < 2:
         raise RefusedError(f"operands of different ranks ({_describe(node)}): not self-attention over all heads alike")
@@ -477,7 +484,9 @@ def understand_product(context: Context, node: NodeProto) -> Product:
 
 def _einsum_product(context: Context, node: NodeProto) -> Product:
     equation = str(attribute(node, "equation", "")).replace(" ", "")
-    problem = RefusedError(f"the equation {equation!r} of {_describe(node)} is not a product of queries and keys or values")
+    problem = RefusedError(
+        f"the equation {equation!r} of {_describe(node)} is not a product of queries and keys or values"
+    )
     if equation.count("->") != 1 or len(node.input) != 2:
         raise problem
     terms, out = equation.split("->")
@@ -499,7 +508,9 @@ def _einsum_product(context: Context, node: NodeProto) -> Product:
     if len(shape_a) != len(a) or len(shape_b) != len(b):
         raise problem
     if any(shape_a[a.index(letter)] != shape_b[b.index(letter)] for letter in both):
-        raise RefusedError(f"operands with different batch or head sizes ({_describe(node)}: grouped or multi-query heads)")
+        raise RefusedError(
+            f"operands with different batch or head sizes ({_describe(node)}: grouped or multi-query heads)"
+        )
     return Product(
         Side(node.input[0], Axes(tuple(a.index(x) for x in both), a.index(only_a[0]), a.index(summed[0]))),
         Side(node.input[1], Axes(tuple(b.index(x) for x in both), b.index(only_b[0]), b.index(summed[0]))),

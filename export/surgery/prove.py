@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-
-from fna.errors import InputFileError
 from fna.export.surgery.fold import numpy_type
 from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
 from fna.export.surgery.rewrite import Replacement, Rewritten
 from fna.export.surgery.shapes import Point
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.errors import InputFileError
 
 TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
 """Largest error over largest value, by element type."""
@@ -59,14 +59,16 @@ def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, se
         assert found is not None
         limit = TOLERANCE[found.element_type]
         try:
-            by_tokens = {tokens: point for tokens, point in zip(found.tokens, points, strict=True)}
+            by_tokens = dict(zip(found.tokens, points, strict=True))
             error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
         except CheckImpossibleError as problem:
             proof.failed[block] = f"could not be checked: {problem}"
             continue
         proof.block_errors[block] = error
         if not error <= limit:
-            proof.failed[block] = f"exact attention with what was recovered differs by {error:.1e} (at most {limit:.0e})"
+            proof.failed[block] = (
+                f"exact attention with what was recovered differs by {error:.1e} (at most {limit:.0e})"
+            )
     return proof
 
 
@@ -97,7 +99,9 @@ def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proo
     try:
         values = dict(zip(wanted, run_model(model, feeds, wanted, folder), strict=True))
     except CheckImpossibleError as problem:
-        raise InputFileError(f"the rewritten file cannot be checked: {problem}; --no-check writes it unchecked") from None
+        raise InputFileError(
+            f"the rewritten file cannot be checked: {problem}; --no-check writes it unchecked"
+        ) from None
     for name in {name for group in names for name in group if name in constants}:
         values[name] = numpy_helper.to_array(constants[name])
     for item, group in zip(rewritten.replacements, names, strict=True):
@@ -154,7 +158,9 @@ def _block_error(graph: Graph, point: Point, item: Replacement, generator: np.ra
     spread = abs(found.scale) * float(values[1].std()) * float(values[2].std()) * found.head_size**0.5
     factor = (SCORE_SPREAD / max(spread, 1e-6)) ** 0.5
     feeds = {
-        name: (value.astype(np.float32) * factor).astype(value.dtype) if name in cuts and value.dtype.kind == "f" else value
+        name: (value.astype(np.float32) * factor).astype(value.dtype)
+        if name in cuts and value.dtype.kind == "f"
+        else value
         for name, value in feeds.items()
     }
     reference, query, key, value = run_model(model, feeds, outputs, graph.folder)
@@ -215,7 +221,9 @@ def _region(graph: Graph, output: str, cuts: set[str]) -> tuple[list[NodeProto],
             else:
                 todo.append(item)
     inside = {name for index in indices for name in graph.nodes[index].output}
-    return [graph.nodes[index] for index in sorted(indices)], [name for name in dict.fromkeys(loose) if name not in inside]
+    return [graph.nodes[index] for index in sorted(indices)], [
+        name for name in dict.fromkeys(loose) if name not in inside
+    ]
 
 
 def _random(graph: Graph, point: Point, name: str, generator: np.random.Generator) -> NDArray[Any]:
@@ -240,9 +248,12 @@ def _region_model(
     names = {name for node in nodes for name in all_inputs(node)}
     initializers = [graph.initializers[name] for name in sorted(names) if name in graph.initializers]
     known = {tensor.name for tensor in initializers}
-    initializers += [tensor for tensor in [*extra, *item.constants] if tensor.name in names and tensor.name not in known]
+    initializers += [
+        tensor for tensor in [*extra, *item.constants] if tensor.name in names and tensor.name not in known
+    ]
     inputs = [
-        helper.make_tensor_value_info(name, point.types[name], [None] * len(value.shape)) for name, value in feeds.items()
+        helper.make_tensor_value_info(name, point.types[name], [None] * len(value.shape))
+        for name, value in feeds.items()
     ]
     results = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(outputs) if name not in feeds]
     proto = helper.make_graph(list(nodes), "block", inputs, results, initializers)

@@ -15,14 +15,14 @@ from fna.export.functions import (
     PLUGIN_FIELDS,
     attach_functions,
 )
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-
-from fna.errors import InvalidPlanError
 from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.stream import Stream, count_prefix_tokens, find_stream
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.errors import InvalidPlanError
 from fna.plan import BlockPlan, Plan
 
 FUNCTIONS_IR_VERSION = 8
@@ -177,7 +177,9 @@ def _result_nodes(writer: _Writer, result: Result, prefix: str, nodes: list[Node
     output = current = writer.unique(f"{prefix}/out")
     if result.perm is not None:
         turned = result.tensor if result.reshape is None else writer.unique(f"{prefix}/out_transposed")
-        nodes.append(helper.make_node("Transpose", [current], [turned], name=f"{prefix}/out/Transpose", perm=result.perm))
+        nodes.append(
+            helper.make_node("Transpose", [current], [turned], name=f"{prefix}/out/Transpose", perm=result.perm)
+        )
         current = turned
     if result.reshape is not None:
         _reshape_node(writer, current, result.reshape, result.tensor, nodes)
@@ -286,7 +288,9 @@ def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: in
         index = random_landmarks(tokens, block.landmarks, prefix, writer.plan.seed)
     else:
         index = grid_landmarks(tokens, block.landmarks, prefix)
-    return writer.constant(f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}", index.numpy().astype(np.int32))
+    return writer.constant(
+        f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}", index.numpy().astype(np.int32)
+    )
 
 
 def _bias(
@@ -333,14 +337,14 @@ def _token_count(writer: _Writer, tensor: str, stem: str, nodes: list[NodeProto]
     dims, count = writer.unique(f"{stem}_dims"), writer.unique(f"{stem}_tokens")
     nodes.append(helper.make_node("Shape", [tensor], [dims], name=dims))
     nodes.append(
-        helper.make_node("Gather", [dims, writer.constant("fna/axis_2", np.asarray([2], np.int64))], [count], name=count, axis=0)
+        helper.make_node(
+            "Gather", [dims, writer.constant("fna/axis_2", np.asarray([2], np.int64))], [count], name=count, axis=0
+        )
     )
     return count
 
 
-def _grid_in_graph(
-    writer: _Writer, block: BlockPlan, prefix: int, key: str, stem: str, nodes: list[NodeProto]
-) -> str:
+def _grid_in_graph(writer: _Writer, block: BlockPlan, prefix: int, key: str, stem: str, nodes: list[NodeProto]) -> str:
     """`prefix + ((2 i + 1) * patches) / (2 K)` in integers, for a number of tokens that is known only at run time."""
     own = min(prefix, block.landmarks)
     spaced = block.landmarks - own
@@ -348,7 +352,9 @@ def _grid_in_graph(
     if spaced == 0:
         return writer.constant(f"fna/landmarks_first_{own}", front.astype(np.int32))
     count = _token_count(writer, key, stem, nodes)
-    names = {step: writer.unique(f"{stem}_{step}") for step in ("patches", "stretched", "place", "index", "all", "landmarks")}
+    names = {
+        step: writer.unique(f"{stem}_{step}") for step in ("patches", "stretched", "place", "index", "all", "landmarks")
+    }
     odd = writer.constant(f"fna/odd_{spaced}", (2 * np.arange(spaced, dtype=np.int64) + 1)[None])
     first = writer.constant(f"fna/prefix_{own}", np.asarray([own], np.int64))
     twice = writer.constant(f"fna/twice_{spaced}", np.asarray([2 * spaced], np.int64))

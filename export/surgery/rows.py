@@ -9,7 +9,7 @@ from typing import Any
 from onnx import NodeProto, TensorProto
 
 
-class Decision(str, Enum):
+class Decision(str, Enum):  # noqa: UP042  (StrEnum needs Python 3.11)
     """What became of a block."""
 
     ELIGIBLE = "eligible"

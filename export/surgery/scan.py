@@ -6,14 +6,13 @@ import ast
 import re
 from collections.abc import Iterator
 
-from onnx import GraphProto, NodeProto
-
 from fna.export.surgery.fused import identify_fused, is_fused_attention
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, subgraphs
 from fna.export.surgery.identify import identify
 from fna.export.surgery.match import Context, find_core
 from fna.export.surgery.rows import Attention, Decision, RefusedError, Row
 from fna.export.surgery.shapes import Point
+from onnx import GraphProto, NodeProto
 
 OUR_DOMAIN = "fna"
 
@@ -112,7 +111,9 @@ def _softmax_at(context: Context, node: NodeProto) -> tuple[str, int] | None:
 
 def _rows_in_body(body: GraphProto, owner: NodeProto, anchor: int, block: int) -> Iterator[Row]:
     """Attention in the body of an If, Loop or Scan is listed and refused."""
-    products = {name for node in body.node if node.op_type in ("MatMul", "Einsum", "FusedMatMul") for name in node.input}
+    products = {
+        name for node in body.node if node.op_type in ("MatMul", "Einsum", "FusedMatMul") for name in node.input
+    }
     for node in body.node:
         softmax = node.op_type == "Softmax" and any(name in products for name in node.output)
         if softmax or is_fused_attention(node):

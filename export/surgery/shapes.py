@@ -13,28 +13,23 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.shape_inference
+from fna.export.surgery import fold as folding
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs, words
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto
 
-from fna.export.surgery import fold as folding
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
-
 Shape = tuple[int, ...]
 
-SAME_AS_FIRST = frozenset(
-    """Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf Exp Floor Gelu HardSigmoid
+SAME_AS_FIRST = words("""Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Hardmax Identity InstanceNormalization LeakyRelu Log LogSoftmax LpNormalization LRN MeanVarianceNormalization
     Mish Neg Not PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh
     ThresholdedRelu Trilu IsNaN IsInf CastLike BatchNormalization LayerNormalization RMSNormalization GroupNormalization
     QuantizeLinear DequantizeLinear ScatterND ScatterElements RotaryEmbedding BiasGelu FastGelu QuickGelu SkipLayerNormalization
     SimplifiedLayerNormalization SkipSimplifiedLayerNormalization BitmaskDropout RandomNormalLike RandomUniformLike
-    EmbedLayerNormalizationDummy Bernoulli""".split()
-)
-BROADCAST = frozenset(
-    """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul
-    Or Pow Sub Sum Where Xor BiasSoftmax""".split()
-)
-BOOLEAN = frozenset("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor".split())
+    EmbedLayerNormalizationDummy Bernoulli""")
+BROADCAST = words("""Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul
+    Or Pow Sub Sum Where Xor BiasSoftmax""")
+BOOLEAN = words("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor")
 
 
 class ShapeConflictError(Exception):
@@ -109,9 +104,7 @@ def _visit_branch(graph: Graph, node: NodeProto, condition: bool, point: Point) 
             point.values[name] = point.values[result.name]
 
 
-def _try_fold(
-    node: NodeProto, shapes: list[Shape | None], values: list[NDArray[Any] | None], point: Point
-) -> bool:
+def _try_fold(node: NodeProto, shapes: list[Shape | None], values: list[NDArray[Any] | None], point: Point) -> bool:
     if node.domain not in STANDARD_DOMAINS:
         return False
     if node.op_type == "Shape" and shapes and shapes[0] is not None:
@@ -147,11 +140,9 @@ def _shape_rule(
     element_type = point.types.get(node.input[0], 0) if node.input else 0
     if op_type in BOOLEAN:
         element_type = TensorProto.BOOL
-    elif op_type in ("Cast",):
+    elif op_type == "Cast":
         element_type = int(attribute(node, "to", element_type))
-    elif op_type == "CastLike":
-        element_type = point.types.get(node.input[1], 0)
-    elif op_type == "Where":
+    elif op_type == "CastLike" or op_type == "Where":
         element_type = point.types.get(node.input[1], 0)
     first = shapes[0] if shapes else None
     if op_type in SAME_AS_FIRST and op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -167,7 +158,12 @@ def _shape_rule(
     if op_type in BROADCAST:
         if any(shape is None for shape in shapes):
             return [(None, element_type)]
-        return [(tuple(int(size) for size in np.broadcast_shapes(*(shape for shape in shapes if shape is not None))), element_type)]
+        return [
+            (
+                tuple(int(size) for size in np.broadcast_shapes(*(shape for shape in shapes if shape is not None))),
+                element_type,
+            )
+        ]
     if node.domain == MICROSOFT:
         return _microsoft_rule(node, shapes, element_type)
     if node.domain not in STANDARD_DOMAINS:
@@ -233,7 +229,9 @@ def _general_rule(
     point: Point,
 ) -> list[tuple[Shape | None, int]]:
     """Ask onnx's own inference about one node."""
-    unknown: list[tuple[Shape | None, int]] = [(None, point.types.get(node.input[0], 0) if node.input else 0)] * len(node.output)
+    unknown: list[tuple[Shape | None, int]] = [(None, point.types.get(node.input[0], 0) if node.input else 0)] * len(
+        node.output
+    )
     if any(True for _ in subgraphs(node)):
         return unknown
     types: dict[str, TypeProto] = {}
@@ -287,7 +285,7 @@ def find_points(graph: Graph, overrides: dict[str, Shape] | None = None) -> list
     first: int | None = None
     candidates = IMAGE_SIZES if open_spatial else IMAGE_SIZES[:1]
     for size in candidates:
-        for batch in (batches[:1] + ((1,) if open_batch else ())):
+        for batch in batches[:1] + ((1,) if open_batch else ()):
             try:
                 points.append(_point_at(graph, dims, given, batch, (size, size)))
                 first = size
@@ -349,9 +347,7 @@ def _point_at(
     return infer_point(graph, feeds, max(set(whole), key=whole.count) if whole else batch)
 
 
-def _concrete(
-    sizes: list[int | str | None], batch: int, size: tuple[int, int], named: dict[str, int]
-) -> Shape:
+def _concrete(sizes: list[int | str | None], batch: int, size: tuple[int, int], named: dict[str, int]) -> Shape:
     rank = len(sizes)
     wide = size[0] != size[1]
     result: list[int] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from fna.export.surgery.graph import Graph
 from fna.export.surgery.rows import Attention
 from fna.export.surgery.shapes import Point
@@ -43,7 +42,11 @@ def find_stream(graph: Graph, points: list[Point], found: Attention) -> Stream |
         node = graph.nodes[index]
         if node.op_type in ("Add", "SkipLayerNormalization", "Sum", "SkipSimplifiedLayerNormalization"):
             for name in node.input[:2]:
-                inside = name == found.source or graph.producer.get(name, -2) in above or name in {i.name for i in graph.inputs}
+                inside = (
+                    name == found.source
+                    or graph.producer.get(name, -2) in above
+                    or name in {i.name for i in graph.inputs}
+                )
                 if name not in below and name in graph.data and inside:
                     candidates.append(name)
         if candidates:

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from fna.export.surgery import fold as folding
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, words
+from fna.export.surgery.shapes import BROADCAST, SAME_AS_FIRST, Point
 from numpy.typing import NDArray
 from onnx import NodeProto
-
-from fna.export.surgery import fold as folding
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute
-from fna.export.surgery.shapes import BROADCAST, SAME_AS_FIRST, Point
 
 Labels = NDArray[np.int32]
 MIXED = -1
@@ -26,13 +25,11 @@ CONSTANT = -2
 LARGEST_LABELLED = 1 << 27
 """Elements; tensors above this are not labelled, so the block is refused."""
 
-VIEWS = frozenset("Reshape Transpose Squeeze Unsqueeze Flatten Identity Slice Gather Split Expand Tile Concat".split())
-NORMS = frozenset(
-    """LayerNormalization RMSNormalization SimplifiedLayerNormalization LpNormalization SkipLayerNormalization
-    SkipSimplifiedLayerNormalization""".split()
-)
-REDUCTIONS = frozenset("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceL1 ReduceSumSquare ReduceProd".split())
-MIXES_TOKENS = frozenset("CumSum InstanceNormalization GroupNormalization MeanVarianceNormalization LRN Softmax LogSoftmax".split())
+VIEWS = words("Reshape Transpose Squeeze Unsqueeze Flatten Identity Slice Gather Split Expand Tile Concat")
+NORMS = words("""LayerNormalization RMSNormalization SimplifiedLayerNormalization LpNormalization SkipLayerNormalization
+    SkipSimplifiedLayerNormalization""")
+REDUCTIONS = words("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceL1 ReduceSumSquare ReduceProd")
+MIXES_TOKENS = words("CumSum InstanceNormalization GroupNormalization MeanVarianceNormalization LRN Softmax LogSoftmax")
 
 
 class CannotLabelError(Exception):
@@ -158,7 +155,12 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
         return [np.broadcast_to(reduced.T if attribute(node, "transA", 0) else reduced, shape)]
     if op_type == "Einsum" and len(given) == 1:
         return [_einsum(node, inputs, shape)]
-    if op_type == "Conv" and inputs[0] is not None and inputs[0].shape[2:] == shape[2:] and inputs[0].shape[0] == shape[0]:
+    if (
+        op_type == "Conv"
+        and inputs[0] is not None
+        and inputs[0].shape[2:] == shape[2:]
+        and inputs[0].shape[0] == shape[0]
+    ):
         return [np.broadcast_to(_reduce(inputs[0], (1,)), shape)]
     if op_type == "RotaryEmbedding" and inputs[0] is not None:
         return [inputs[0]]

@@ -46,7 +46,9 @@ class Block(nn.Module):
 class Vit(nn.Module):
     """Patches, class token, position embedding, blocks of any attention, a head."""
 
-    def __init__(self, make: Callable[[], nn.Module], depth: int = 2, *, classes: bool = True, post_norm: bool = False) -> None:
+    def __init__(
+        self, make: Callable[[], nn.Module], depth: int = 2, *, classes: bool = True, post_norm: bool = False
+    ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, DIM, PATCH, PATCH)
         self.cls = nn.Parameter(torch.zeros(1, 1, DIM)) if classes else None
@@ -159,7 +161,10 @@ class Packed(nn.Module):
             q, k, v = (t.view(b, n, h, d).transpose(1, 2) for t in packed.chunk(3, dim=-1))
         elif self.split == "slice":
             w = h * d
-            q, k, v = (t.view(b, n, h, d).transpose(1, 2) for t in (packed[..., :w], packed[..., w : 2 * w], packed[..., 2 * w :]))
+            q, k, v = (
+                t.view(b, n, h, d).transpose(1, 2)
+                for t in (packed[..., :w], packed[..., w : 2 * w], packed[..., 2 * w :])
+            )
         elif self.split == "per_head":
             q, k, v = packed.view(b, n, h, 3 * d).transpose(1, 2).split(d, dim=-1)
         elif self.split == "last":
@@ -249,7 +254,7 @@ class Altered(Separate):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kind = self.kind
         if kind == "channel":
-            weights = ((functional.normalize(q, dim=2).transpose(-2, -1) @ functional.normalize(k, dim=2))).softmax(-1)
+            weights = (functional.normalize(q, dim=2).transpose(-2, -1) @ functional.normalize(k, dim=2)).softmax(-1)
             return (weights @ v.transpose(-2, -1)).transpose(-2, -1)
         if kind == "causal_sdpa":
             return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -295,7 +300,8 @@ class Grouped(nn.Module):
         q = self.q(x).view(b, n, HEADS, HEAD).transpose(1, 2)
         k, v = self.kv(x).view(b, n, 2, self.groups, HEAD).permute(2, 0, 3, 1, 4).unbind(0)
         k, v = (
-            t[:, :, None].expand(b, self.groups, HEADS // self.groups, n, HEAD).reshape(b, HEADS, n, HEAD) for t in (k, v)
+            t[:, :, None].expand(b, self.groups, HEADS // self.groups, n, HEAD).reshape(b, HEADS, n, HEAD)
+            for t in (k, v)
         )
         return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, DIM))
 
@@ -335,7 +341,9 @@ class SwappedImages(Separate):
 class WideValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(a, b) for a, b in ((DIM, DIM), (DIM, DIM), (DIM, 2 * DIM), (2 * DIM, DIM)))
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(a, b) for a, b in ((DIM, DIM), (DIM, DIM), (DIM, 2 * DIM), (2 * DIM, DIM))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
