@@ -20,7 +20,7 @@ from fna.export.surgery.tokens import MIXED, CannotLabelError, Labels, label_tok
 from numpy.typing import NDArray
 
 LARGEST_SEARCH = 4000
-QUANTIZERS = words("QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearMatMul MatMulInteger QLinearConv")
+QUANTIZERS = words("QuantizeLinear DequantizeLinear QLinearMatMul QLinearConv")
 FLOATS = (1, 10, 16)
 
 

@@ -311,6 +311,57 @@ def find_points(graph: Graph, overrides: dict[str, Shape] | None = None) -> list
     return points
 
 
+MOST_MEASUREMENTS = 4
+LARGEST_MEASURED_INPUT = 1 << 26
+"""Elements; larger inputs are not run just to see shapes."""
+
+
+def _measure_unknown(graph: Graph, point: Point) -> None:
+    """Learn the shapes that no rule gives (operators of other domains, loops) by running the file in onnxruntime."""
+    import onnxruntime as ort
+
+    if sum(int(np.prod(shape, dtype=np.float64)) for shape in point.feeds.values()) > LARGEST_MEASURED_INPUT:
+        return
+    feeds = {
+        item.name: np.ones(point.feeds[item.name], folding.numpy_type(item.type.tensor_type.elem_type))
+        for item in graph.inputs
+    }
+    for _ in range(MOST_MEASUREMENTS):
+        frontier = [
+            name
+            for index in sorted(graph.live)
+            for name in graph.nodes[index].output
+            if name and point.shapes.get(name) is None and _inputs_known(graph.nodes[index], point)
+        ]
+        if not frontier:
+            return
+        model = onnx.ModelProto()
+        model.CopyFrom(graph.model)
+        known = {item.name for item in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in frontier if name not in known)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        folder = str(graph.folder.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            results = session.run(frontier, feeds)
+        except Exception:
+            return
+        for name, result in zip(frontier, results, strict=True):
+            if isinstance(result, np.ndarray):
+                point.shapes[name] = result.shape
+                point.types[name] = onnx.helper.np_dtype_to_tensor_dtype(result.dtype)
+        for node in graph.nodes:
+            if any(name and point.shapes.get(name) is None for name in node.output):
+                _visit(graph, node, point)
+
+
+def _inputs_known(node: NodeProto, point: Point) -> bool:
+    return all(point.shapes.get(name) is not None for name in node.input if name)
+
+
 def _other_sizes(first: int) -> Sequence[tuple[int, int]]:
     return ((first, 2 * first), (2 * first, first), (first, 256), (first, 384), (256, 384), (2 * first, 2 * first))
 
@@ -343,8 +394,11 @@ def _point_at(
     feeds = {name: given.get(name) or _concrete(sizes, batch, size, named) for name, sizes in dims.items()}
     if any(0 in shape for shape in feeds.values()):
         raise ShapeConflictError("an input has a dimension of size 0")
-    whole = [feeds[item.name][0] for item in graph.inputs if len(feeds[item.name]) > 1]
-    return infer_point(graph, feeds, max(set(whole), key=whole.count) if whole else batch)
+    batches = [feeds[item.name][0] for item in graph.inputs if len(feeds[item.name]) > 1]
+    point = infer_point(graph, feeds, max(set(batches), key=batches.count) if batches else batch)
+    if any(point.shapes.get(name) is None for index in graph.live for name in graph.nodes[index].output if name):
+        _measure_unknown(graph, point)
+    return point
 
 
 def _concrete(sizes: list[int | str | None], batch: int, size: tuple[int, int], named: dict[str, int]) -> Shape:

@@ -65,10 +65,17 @@ def _as_stream(graph: Graph, points: list[Point], found: Attention, name: str) -
     tokens = found.tokens[0]
     if shape is None or len(shape) != 3 or points[0].types.get(name) not in (1, 10, 16):
         return None
+    start = name
+    if name != found.source and graph.producer.get(name, -1) == graph.producer.get(found.source or "", -2):
+        # one operator adds the residual and norms the sum; its outputs hold the same tokens
+        start = found.source or name
     try:
-        labels = label_tokens(graph, points[0], name, [found.query.tensor], -1)[found.query.tensor]
+        reached = label_tokens(graph, points[0], start, [found.query.tensor], -1)
     except CannotLabelError:
         return None
+    if found.query.tensor not in reached:
+        return None
+    labels = reached[found.query.tensor]
     first = labels[..., :1] if found.query.tensor != name else labels
     values = np.unique(first)
     if values[0] < 0:

@@ -141,14 +141,17 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
         axes_list = folding.axes_of(node, values)
         axes = tuple(range(inputs[0].ndim)) if axes_list is None else tuple(axes_list)
         return [_reduce(inputs[0], axes).reshape(shape)]
-    if op_type in ("MatMul", "FusedMatMul") and len(given) == 1 and not _is_data_product(graph, node):
+    if op_type in ("MatMul", "FusedMatMul", "MatMulInteger") and _one_of_two(inputs) and not _is_data_product(graph, node):
         side = 0 if inputs[0] is not None else 1
         swap = bool(attribute(node, "transA" if side == 0 else "transB", 0))
         axis = (-1 if side == 0 else -2) if not swap else (-2 if side == 0 else -1)
-        reduced = _reduce(given[0], (axis,))
+        reduced = _reduce(_whole(inputs[side]), (axis,))
         if swap:
             reduced = np.swapaxes(reduced, -1, -2)
         return [np.broadcast_to(reduced, shape)]
+    if op_type == "DynamicQuantizeLinear" and inputs[0] is not None:
+        # one scale for the whole tensor says nothing about tokens
+        return [inputs[0]]
     if op_type == "Gemm" and inputs[0] is not None and len(given) == 1:
         axis = -2 if attribute(node, "transA", 0) else -1
         reduced = _reduce(inputs[0], (axis,))
@@ -167,6 +170,10 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
     if op_type in SAME_AS_FIRST or op_type in BROADCAST or op_type in ("QuantizeLinear", "DequantizeLinear"):
         return [_merge(given, shape)] * len(node.output)
     return [_mixed(point, name) for name in node.output]
+
+
+def _one_of_two(inputs: Sequence[Labels | None]) -> bool:
+    return len(inputs) > 1 and (inputs[0] is None) != (inputs[1] is None)
 
 
 def _is_data_product(graph: Graph, node: NodeProto) -> bool:
