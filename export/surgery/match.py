@@ -456,30 +456,40 @@ def understand_product(context: Context, node: NodeProto) -> Product:
     rank_left, rank_right = context.rank(left), context.rank(right)
     if node.op_type == "Einsum":
         return _einsum_product(context, node)
-    if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
-        if context.bounds.find(node.input[2]).single != 0:
-            raise RefusedError(f"a bias is added to its scores ({_describe(node)})")
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    if bias and context.bounds.find(bias).single != 0:
+        raise RefusedError(f"a bias is added to its scores ({_describe(node)})")
     if rank_left != rank_right or rank_left < 2:
         raise RefusedError(f"operands of different ranks ({_describe(node)}): not self-attention over all heads alike")
-    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-        raise RefusedError(f"{_describe(node)} transposes its batch axis, which is not supported")
+    batch_left, row, inner = _matrix_axes(rank_left, node, "A")
+    batch_right, inner_right, column = _matrix_axes(rank_right, node, "B")
     shape_left, shape_right = context.shape(left), context.shape(right)
-    if shape_left[:-2] != shape_right[:-2]:
+    outer_left, outer_right = [shape_left[axis] for axis in batch_left], [shape_right[axis] for axis in batch_right]
+    if outer_left != outer_right:
         raise RefusedError(
-            f"operands with batch and head sizes {list(shape_left[:-2])} and {list(shape_right[:-2])} "
+            f"operands with batch and head sizes {outer_left} and {outer_right} "
             "(grouped or multi-query heads, or a learned query)"
         )
-    batch = tuple(range(rank_left - 2))
-    flip_left, flip_right = bool(attribute(node, "transA", 0)), bool(attribute(node, "transB", 0))
-    row, column = rank_left - 2, rank_left - 1
     return Product(
-        Side(left, Axes(batch, column if flip_left else row, row if flip_left else column)),
-        Side(right, Axes(batch, row if flip_right else column, column if flip_right else row)),
-        batch,
-        row,
-        column,
+        Side(left, Axes(batch_left, row, inner)),
+        Side(right, Axes(batch_right, column, inner_right)),
+        tuple(range(rank_left - 2)),
+        rank_left - 2,
+        rank_left - 1,
         float(attribute(node, "alpha", 1.0)),
     )
+
+
+def _matrix_axes(rank: int, node: NodeProto, side: str) -> tuple[tuple[int, ...], int, int]:
+    """Batch axes, rows and columns of a MatMul operand.
+
+    ONNX Runtime's `transBatch` moves the first axis behind the batch axes: `[M, batch..., K]`, or `[K, batch..., M]` with `trans`.
+    """
+    if attribute(node, f"transBatch{side}", 0):
+        first, last = (rank - 1, 0) if attribute(node, f"trans{side}", 0) else (0, rank - 1)
+        return tuple(range(1, rank - 1)), first, last
+    rows, columns = (rank - 1, rank - 2) if attribute(node, f"trans{side}", 0) else (rank - 2, rank - 1)
+    return tuple(range(rank - 2)), rows, columns
 
 
 def _einsum_product(context: Context, node: NodeProto) -> Product:

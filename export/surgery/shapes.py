@@ -195,16 +195,18 @@ def _matmul_shape(left: Shape, right: Shape) -> Shape:
     return tuple(result)
 
 
+def _as_matrix(node: NodeProto, shape: Shape, side: str) -> Shape:
+    """Shape of a FusedMatMul operand once its transpositions are done."""
+    if attribute(node, f"transBatch{side}", 0):
+        shape = (*shape[1:-1], shape[0], shape[-1])
+    return (*shape[:-2], shape[-1], shape[-2]) if attribute(node, f"trans{side}", 0) else shape
+
+
 def _microsoft_rule(node: NodeProto, shapes: list[Shape | None], element_type: int) -> list[tuple[Shape | None, int]]:
     first = shapes[0] if shapes else None
     result: Shape | None = None
     if node.op_type == "FusedMatMul" and first is not None and shapes[1] is not None:
-        second = shapes[1]
-        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-            return [(None, element_type)]
-        a = (*first[:-2], first[-1], first[-2]) if attribute(node, "transA", 0) else first
-        b = (*second[:-2], second[-1], second[-2]) if attribute(node, "transB", 0) else second
-        result = _matmul_shape(a, b)
+        result = _matmul_shape(_as_matrix(node, first, "A"), _as_matrix(node, shapes[1], "B"))
     elif node.op_type == "Attention" and first is not None and shapes[1] is not None:
         sizes = attribute(node, "qkv_hidden_sizes")
         result = (*first[:2], int(sizes[2]) if sizes else shapes[1][1] // 3)

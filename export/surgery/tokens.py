@@ -77,7 +77,11 @@ def follow(graph: Graph, point: Point, labels: dict[str, Labels], targets: Seque
     found = dict(labels)
     for index in _between(graph, set(labels), targets):
         node = graph.nodes[index]
-        for name, result in zip(node.output, _outputs(graph, node, found, point), strict=False):
+        try:
+            results = _outputs(graph, node, found, point)
+        except (ValueError, IndexError, TypeError) as error:
+            raise CannotLabelError(f"the tokens cannot be followed through {node.op_type} {node.name!r}") from error
+        for name, result in zip(node.output, results, strict=False):
             if name and name not in labels:
                 found[name] = result
     return found
@@ -127,6 +131,8 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
             return [_mixed(point, name) for name in node.output]
     if op_type == "Concat":
         return [_concat(graph, node, found, point)]
+    if not given:
+        return []
     shape = _shape_of(point, node.output[0])
     if op_type in MIXES_TOKENS or node.domain not in (*STANDARD_DOMAINS, MICROSOFT):
         return [_mixed(point, name) for name in node.output]
@@ -143,6 +149,8 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
         return [_reduce(inputs[0], axes).reshape(shape)]
     if op_type in ("MatMul", "FusedMatMul", "MatMulInteger") and _one_of_two(inputs) and not _is_data_product(graph, node):
         side = 0 if inputs[0] is not None else 1
+        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+            return [_mixed(point, node.output[0])]
         swap = bool(attribute(node, "transA" if side == 0 else "transB", 0))
         axis = (-1 if side == 0 else -2) if not swap else (-2 if side == 0 else -1)
         reduced = _reduce(_whole(inputs[side]), (axis,))
