@@ -593,7 +593,10 @@ def _is_attention(context: Context, scores: str, above: Above | None, below: Bel
         return True
     if above is not None and all(name in context.graph.data for name in context.graph.nodes[above.product].input[:2]):
         return len(context.shape(above.scores)) > 2
-    return above is None and _reaches_product(context, scores) and len(context.shape(scores)) > 2
+    if above is not None and not _mixes_heads(context, above.scores):
+        return False
+    from_product = _reaches_product(context, scores) or _mixes_heads(context, scores)
+    return from_product and len(context.shape(scores)) > 2
 
 
 def _join(context: Context, above: Above, below: Below, scale: float) -> Core:
