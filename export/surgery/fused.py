@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, attribute
 from fna.export.surgery.identify import identify
-from fna.export.surgery.match import Axes, Context, Core, Side
+from fna.export.surgery.match import Axes, Context, Core, Side, constant_mask_kind
 from fna.export.surgery.rows import Attention, Operand, RefusedError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -56,8 +56,11 @@ def _refuse_mask(context: Context, name: str, *, keep: float = 0.0) -> None:
         return
     if not boolean and bounds.single is not None and (keep == 0.0 or bounds.low >= keep):
         return
-    kind = "depends on data (padding mask)" if name in context.graph.data else "is not provably without effect"
-    raise RefusedError(f"its attention mask or bias {kind}")
+    if name in context.graph.data:
+        raise RefusedError("its mask or bias depends on data (padding mask or position bias)")
+    value = context.points[0].values.get(name)
+    value = context.graph.constant(name) if value is None else value
+    raise RefusedError(constant_mask_kind(context, name, value))
 
 
 def _standard(context: Context, node: NodeProto) -> Attention:

@@ -334,10 +334,10 @@ def _mask_reason(context: Context, mask: str, node: NodeProto) -> str:
     value = context.points[0].values.get(mask)
     if value is None:
         value = graph.constant(mask)
-    return f"{_constant_mask_kind(context, mask, value)} ({_describe(node)})"
+    return f"{constant_mask_kind(context, mask, value)} ({_describe(node)})"
 
 
-def _constant_mask_kind(context: Context, mask: str, value: np.ndarray | None) -> str:
+def constant_mask_kind(context: Context, mask: str, value: np.ndarray | None) -> str:
     if value is None:
         bounds = context.bounds.find(mask)
         if bounds.high <= 0 and bounds.low < NEGLIGIBLE:
@@ -368,7 +368,7 @@ def _through_where(context: Context, node: NodeProto) -> str:
             value = graph.constant(condition)
         if value is not None and fills[0] == yes:
             value = ~value.astype(bool)
-        raise RefusedError(f"{_constant_mask_kind(context, condition, value)} ({_describe(node)})")
+        raise RefusedError(f"{constant_mask_kind(context, condition, value)} ({_describe(node)})")
     if condition in graph.data:
         raise RefusedError(f"its mask depends on data ({_describe(node)}: padding mask)")
     raise RefusedError(f"{NOT_A_MASK} {_describe(node)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
@@ -65,14 +65,28 @@ def _image_input(graph: Graph) -> ValueInfoProto:
 def _check_size(graph: Graph, image: ValueInfoProto, size: tuple[int, int]) -> None:
     if any(pixels < 1 or pixels > LARGEST_SIDE for pixels in size):
         raise InvalidArgumentError(f"resolution {size[0]}x{size[1]} is outside 1 to {LARGEST_SIDE}")
-    for index in graph.readers(image.name):
-        node = graph.nodes[index]
-        strides = attribute(node, "strides") if node.op_type == "Conv" and node.domain in STANDARD_DOMAINS else None
-        if strides and any(pixels % int(stride) for pixels, stride in zip(size, strides, strict=False)):
+    for node in _first_convolutions(graph, image.name):
+        strides = attribute(node, "strides")
+        if strides and list(strides) == list(attribute(node, "kernel_shape", [])) and any(pixels % int(stride) for pixels, stride in zip(size, strides, strict=False)):
             raise InvalidArgumentError(
                 f"resolution {size[0]}x{size[1]} is not a multiple of the patch size {int(strides[0])}; "
                 f"take {size[0] // int(strides[0]) * int(strides[0])}"
             )
+
+
+def _first_convolutions(graph: Graph, name: str) -> list[NodeProto]:
+    """The convolutions that read the image, after normalisation at most."""
+    found: list[NodeProto] = []
+    todo, seen = [name], {name}
+    while todo:
+        for index in graph.readers(todo.pop()):
+            node = graph.nodes[index]
+            if node.op_type == "Conv" and node.domain in STANDARD_DOMAINS:
+                found.append(node)
+            elif node.op_type in ("Add", "Sub", "Mul", "Div", "Cast", "Identity") and node.output[0] not in seen:
+                seen.add(node.output[0])
+                todo.append(node.output[0])
+    return found
 
 
 def _without_sizes(item: ValueInfoProto) -> ValueInfoProto:

@@ -307,7 +307,7 @@ def _bias(
     name = f"fna/landmark_bias_{block.sampler}_{block.landmarks}"
     own = min(prefix, block.landmarks)
     if block.sampler == "norm-grid":
-        own = min(own + norm_grid_count(block.landmarks), block.landmarks)
+        own = min(own + norm_grid_count(block.landmarks, prefix), block.landmarks)
     flat = writer.plan.method == "published" or block.sampler in ("fps", "random") or own == block.landmarks
     if flat:
         return writer.constant(name, np.zeros((1, block.landmarks), np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -385,15 +385,14 @@ class Case:
     refused: int = 0
     reason: str = ""
     classes: bool = True
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def plain(name: str, make: Callable[[], nn.Module], **settings: Any) -> Case:
-    return Case(name, lambda: Vit(make, **settings), 2, settings=settings)
+    return Case(name, lambda: Vit(make, **settings), 2, classes=settings.get("classes", True))
 
 
 def refused(name: str, make: Callable[[], nn.Module], reason: str, **settings: Any) -> Case:
-    return Case(name, lambda: Vit(make, **settings), 0, 2, reason, settings=settings)
+    return Case(name, lambda: Vit(make, **settings), 0, 2, reason)
 
 
 PLAIN = [
