@@ -19,7 +19,7 @@ from fna.export.surgery.graph import Graph, all_tensors, attribute, external_fil
 from fna.export.surgery.prove import Proof, prove_blocks, prove_file
 from fna.export.surgery.rewrite import Rewritten, rewrite
 from fna.export.surgery.rows import Decision, Row
-from fna.export.surgery.scan import scan
+from fna.export.surgery.scan import MALFORMED, scan
 from fna.export.surgery.shapes import Point, Shape, ShapeConflictError, find_points
 from onnx import ModelProto, TensorProto
 
@@ -126,9 +126,16 @@ def inspect_file(path: Path, input_shapes: dict[str, Shape] | None = None) -> li
     Raises:
         InputFileError: if the file cannot be read or does not hold together.
     """
-    model = _prepared(load_model(path), [])
-    graph = Graph(model, path.parent)
-    return scan(graph, _points(graph, input_shapes or {}))
+    try:
+        model = _prepared(load_model(path), [])
+        graph = Graph(model, path.parent)
+        return scan(graph, _points(graph, input_shapes or {}))
+    except (*MALFORMED, RecursionError, MemoryError) as error:
+        if isinstance(error, FnaError):
+            raise
+        raise InputFileError(
+            f"{path} cannot be examined, its graph is malformed ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def graft(
@@ -141,7 +148,17 @@ def graft(
         InvalidPlanError: if nothing was replaced, or the plan does not fit.
         CheckFailedError: with `strict`, if any attention was refused.
     """
-    options = options or GraftOptions()
+    try:
+        return _graft(source, output, options or GraftOptions(), progress)
+    except (*MALFORMED, RecursionError, MemoryError) as error:
+        if isinstance(error, FnaError):
+            raise
+        raise InputFileError(
+            f"{source} cannot be grafted, its graph is malformed ({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def _graft(source: Path, output: Path | None, options: GraftOptions, progress: Progress) -> GraftResult:
     progress(f"reading {source}")
     if output is not None:
         _check_output(source, output)

@@ -193,8 +193,8 @@ def walk_up(context: Context, scores: str, axis: int) -> Above | None:
             return None
         index = graph.producer[scores]
         op_type = node.op_type
+        _check_single_reader(graph, scores)
         if op_type in PRODUCTS and node.domain in (*STANDARD_DOMAINS, MICROSOFT):
-            _check_single_reader(graph, scores)
             return Above(index, scores, axis, factor)
         if op_type in ("QuantizeLinear", "DequantizeLinear"):
             raise RefusedError("its scores are quantized (attention inside quantize/dequantize pairs)")
@@ -237,8 +237,13 @@ def walk_up(context: Context, scores: str, axis: int) -> Above | None:
 
 
 def _check_single_reader(graph: Graph, scores: str) -> None:
+    """Scores that something else needs would still be computed in full, so nothing would be gained."""
     if scores in graph.outputs:
         raise RefusedError("its scores are an output of the graph")
+    harmless = ("Shape", "Size", "ReduceMax", "ReduceLogSumExp", "IsNaN", "CastLike")
+    readers = [graph.nodes[i] for i in graph.readers(scores) if graph.nodes[i].op_type not in harmless]
+    if len(readers) > 1:
+        raise RefusedError(f"its scores are read by {' and '.join(sorted({_describe(node) for node in readers}))}")
 
 
 def _temperature_reason(context: Context, node: NodeProto) -> str:

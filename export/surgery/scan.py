@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from fna.export.surgery.fused import identify_fused, is_fused_attention
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, subgraphs
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
 from fna.export.surgery.identify import identify
 from fna.export.surgery.match import Context, find_core
 from fna.export.surgery.rows import Attention, Decision, RefusedError, Row
@@ -15,6 +15,8 @@ from fna.export.surgery.shapes import Point
 from onnx import GraphProto, NodeProto
 
 OUR_DOMAIN = "fna"
+MALFORMED = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError)
+"""What reading a graph that breaks the rules of ONNX (missing inputs, attributes of other types) ends in."""
 
 
 def scan(graph: Graph, points: list[Point]) -> list[Row]:
@@ -65,6 +67,9 @@ def _row_for(context: Context, index: int, node: NodeProto, block: int) -> Row |
         _fill(row, identify(context, core_found))
     except RefusedError as error:
         row.decision, row.reason = Decision.REFUSED, str(error)
+    except MALFORMED as error:
+        row.decision = Decision.REFUSED
+        row.reason = f"the graph around it is malformed ({type(error).__name__}: {one_line(error)})"
     return row
 
 
@@ -88,6 +93,8 @@ def _softmax_at(context: Context, node: NodeProto) -> tuple[str, int] | None:
         if context.bounds.find(node.input[1]).single is None:
             raise RefusedError("a mask or position bias is added to its scores (BiasSoftmax)")
         return node.input[0], -1
+    if node.op_type == "Exp" and node.domain in STANDARD_DOMAINS:
+        return _exponential_of_logarithm(context, node)
     if node.op_type != "Div" or node.domain not in STANDARD_DOMAINS:
         return None
     above, below = (context.graph.source(name) for name in node.input)
@@ -100,13 +107,34 @@ def _softmax_at(context: Context, node: NodeProto) -> tuple[str, int] | None:
         return None
     if below.op_type != "ReduceSum" or below.input[0] != above.output[0] or not attribute(below, "keepdims", 1):
         return None
-    axes = attribute(below, "axes")
-    if axes is None and len(below.input) > 1:
-        value = context.points[0].values.get(below.input[1])
+    axis = _single_axis(context, below)
+    return None if axis is None else (above.input[0], axis)
+
+
+def _single_axis(context: Context, node: NodeProto) -> int | None:
+    """The axis of a reduction over one axis that keeps it."""
+    axes = attribute(node, "axes")
+    if axes is None and len(node.input) > 1:
+        value = context.points[0].values.get(node.input[1])
         axes = None if value is None else value.reshape(-1).tolist()
-    if axes is None or len(axes) != 1:
+    if axes is None or len(axes) != 1 or not attribute(node, "keepdims", 1):
         return None
-    return above.input[0], int(axes[0])
+    return int(axes[0])
+
+
+def _exponential_of_logarithm(context: Context, node: NodeProto) -> tuple[str, int] | None:
+    """`exp(log_softmax(x))` and `exp(x - logsumexp(x))`."""
+    above = context.graph.source(node.input[0])
+    if above is None:
+        return None
+    if above.op_type == "LogSoftmax":
+        return above.input[0], int(attribute(above, "axis", -1))
+    if above.op_type == "Sub":
+        total = context.graph.source(above.input[1])
+        if total is not None and total.op_type == "ReduceLogSumExp" and total.input[0] == above.input[0]:
+            axis = _single_axis(context, total)
+            return None if axis is None else (above.input[0], axis)
+    return None
 
 
 def _rows_in_body(body: GraphProto, owner: NodeProto, anchor: int, block: int) -> Iterator[Row]:
