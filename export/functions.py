@@ -215,8 +215,9 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         "core_scores = Add (core_plain, bias)",
         "core = Softmax <axis = -1> (core_scores)",
         # Bv
-        f"all_keys = Transpose <perm = [0, 1, 3, 2]> ({key})",
-        "exact_scores = MatMul (query_scaled, all_keys)",
+        "query_columns = Transpose <perm = [0, 1, 3, 2]> (query_scaled)",
+        f"exact_columns = MatMul ({key}, query_columns)",
+        "exact_scores = Transpose <perm = [0, 1, 3, 2]> (exact_columns)",
         "exact_weights = Softmax <axis = -1> (exact_scores)",
         f"exact_rows_out = MatMul (exact_weights, {value})",
         # Z0
@@ -235,12 +236,36 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         f"{last_product} = MatMul (weights, projected)",
     ]
     if variant.exact_rows:
-        lines.append(f"{result} = ScatterElements <axis = 2> (mixed, rows, exact_rows_out)")
+        lines += _exact_rows_lines(result)
     if variant.element_type == TensorProto.UNDEFINED:
         lines.append(f"out = CastLike ({result}, query)")
     elif not typed:
         lines.append(f"out = Cast <to = {variant.element_type}> ({result})")
     return "\n".join(lines) + "\n}"
+
+
+def _exact_rows_lines(result: str) -> list[str]:
+    """Write Bv over the landmark rows, a whole row at a time, by `[B, H, S, 3]` indices (item, head, token)."""
+    return [
+        "zero = Constant <value_int = 0> ()",
+        "one = Constant <value_int = 1> ()",
+        "items_axes = Constant <value_ints = [1, 2, 3]> ()",
+        "heads_axes = Constant <value_ints = [0, 2, 3]> ()",
+        "unit = Constant <value_ints = [1]> ()",
+        "index_shape = Concat <axis = 0> (batch_heads, count, unit)",
+        "batch_size = Gather <axis = 0> (dims, zero)",
+        "head_count = Gather <axis = 0> (dims, one)",
+        "items = Range (zero, batch_size, one)",
+        "heads = Range (zero, head_count, one)",
+        "items_4d = Unsqueeze (items, items_axes)",
+        "heads_4d = Unsqueeze (heads, heads_axes)",
+        "tokens_4d = Cast <to = 7> (rows_narrow)",
+        "items_wide = Expand (items_4d, index_shape)",
+        "heads_wide = Expand (heads_4d, index_shape)",
+        "tokens_wide = Expand (tokens_4d, index_shape)",
+        "places = Concat <axis = 3> (items_wide, heads_wide, tokens_wide)",
+        f"{result} = ScatterND (mixed, places, exact_rows_out)",
+    ]
 
 
 def _newton_schulz_lines(step: int) -> list[str]:

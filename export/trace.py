@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.schemas import operator_schema
 from fna.export.sources import LoadedModel, check_resolution
 from onnx import ModelProto, TensorProto
-from onnxscript import values
+from onnxscript import opset18, values
 
 import fna.landmarks
 from fna import __version__
@@ -181,6 +182,16 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             scale=scale, iterations=iterations, exact_rows=int(exact_rows), **PLUGIN_FIELDS,
         )  # fmt: skip
 
+    def write_gelu(self, approximate="none"):  # type: ignore[no-untyped-def]
+        """In the order of operations that ONNX Runtime and TensorRT fuse; the exporter's own order they leave in pieces."""
+        op = opset18
+        if approximate == "tanh":
+            cubic = op.Mul(self, op.Mul(self, op.Mul(self, op.CastLike(0.044715, self))))
+            inner = op.Tanh(op.Mul(op.Add(self, cubic), op.CastLike(math.sqrt(2 / math.pi), self)))
+        else:
+            inner = op.Erf(op.Div(self, op.CastLike(math.sqrt(2), self)))
+        return op.Mul(op.Mul(self, op.Add(inner, op.CastLike(1.0, self))), op.CastLike(0.5, self))
+
     def write_farthest(features, num_landmarks):  # type: ignore[no-untyped-def]
         return farthest(features, num_landmarks=num_landmarks, **PLUGIN_FIELDS)
 
@@ -190,6 +201,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     operators = torch.ops.fna
     assert fna.landmarks is not None  # importing it registers the samplers' operators
     return {
+        torch.ops.aten.gelu.default: write_gelu,
         operators.attention.default: write_attention,
         operators.farthest_point_sampling.default: write_farthest,
         operators.norm_grid_landmarks.default: write_norm_grid,
@@ -197,8 +209,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _zero_bias(landmarks: Any) -> Any:
-    from onnxscript import opset18
-
     return opset18.Constant(value=onnx.numpy_helper.from_array(torch.zeros(1, int(landmarks.shape[1])).numpy()))
 
 

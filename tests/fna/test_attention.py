@@ -170,7 +170,9 @@ def test_compile_and_export_see_one_operator() -> None:
 
 def test_operator_passes_torchs_own_checks() -> None:
     query, key, value, landmarks = make_inputs(batch=1, heads=1, tokens=10, size=4, count=3)
-    torch.library.opcheck(torch.ops.fna.attention.default, (query, key, value, landmarks, torch.zeros(1, 3), 0.5, 6, True))
+    torch.library.opcheck(
+        torch.ops.fna.attention.default, (query, key, value, landmarks, torch.zeros(1, 3), 0.5, 6, True)
+    )
     torch.library.opcheck(torch.ops.fna.attention.default, (query, key, value, landmarks, None, 0.5, 6, False))
 
 
@@ -183,18 +185,43 @@ def call(**changes: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        pytest.param({"query": torch.ones(3, 40, 16)}, InvalidShapeError, r"\[3, 40, 16\].*\[B, H, N, D\]", id="rank 3"),
+        pytest.param(
+            {"query": torch.ones(3, 40, 16)}, InvalidShapeError, r"\[3, 40, 16\].*\[B, H, N, D\]", id="rank 3"
+        ),
         pytest.param({"key": torch.ones(2, 3, 41, 16)}, InvalidShapeError, "self-attention", id="other key count"),
         pytest.param({"value": torch.ones(2, 3, 40, 8)}, InvalidShapeError, "value has shape", id="other head size"),
         pytest.param({"key": torch.ones(2, 3, 40, 16).half()}, InvalidDtypeError, "float16.*float32", id="mixed types"),
         pytest.param({"landmarks": torch.ones(2, 8)}, InvalidDtypeError, "int32 or int64", id="float landmarks"),
-        pytest.param({"landmarks": torch.ones(2, 40, dtype=torch.bool)}, InvalidDtypeError, "boolean mask", id="mask as landmarks"),
-        pytest.param({"landmarks": torch.zeros(2, 0).int()}, InvalidLandmarksError, "0 landmarks.*1 to 40", id="no landmark"),
-        pytest.param({"landmarks": torch.zeros(2, 41).int()}, InvalidLandmarksError, "41 landmarks", id="more than tokens"),
-        pytest.param({"landmarks": torch.full((2, 8), 40).int()}, InvalidLandmarksError, r"index 40.*0\.\.39", id="index too large"),
-        pytest.param({"landmarks": torch.full((2, 8), -1).int()}, InvalidLandmarksError, "index -1", id="negative index"),
-        pytest.param({"landmarks": torch.zeros(3, 8).int()}, InvalidShapeError, r"\[3, 8\].*\[1, S\] or \[2, S\]", id="other batch"),
-        pytest.param({"landmark_bias": torch.zeros(2, 7)}, InvalidShapeError, "7 columns.*8 landmarks", id="bias too short"),
+        pytest.param(
+            {"landmarks": torch.ones(2, 40, dtype=torch.bool)},
+            InvalidDtypeError,
+            "boolean mask",
+            id="mask as landmarks",
+        ),
+        pytest.param(
+            {"landmarks": torch.zeros(2, 0).int()}, InvalidLandmarksError, "0 landmarks.*1 to 40", id="no landmark"
+        ),
+        pytest.param(
+            {"landmarks": torch.zeros(2, 41).int()}, InvalidLandmarksError, "41 landmarks", id="more than tokens"
+        ),
+        pytest.param(
+            {"landmarks": torch.full((2, 8), 40).int()},
+            InvalidLandmarksError,
+            r"index 40.*0\.\.39",
+            id="index too large",
+        ),
+        pytest.param(
+            {"landmarks": torch.full((2, 8), -1).int()}, InvalidLandmarksError, "index -1", id="negative index"
+        ),
+        pytest.param(
+            {"landmarks": torch.zeros(3, 8).int()},
+            InvalidShapeError,
+            r"\[3, 8\].*\[1, S\] or \[2, S\]",
+            id="other batch",
+        ),
+        pytest.param(
+            {"landmark_bias": torch.zeros(2, 7)}, InvalidShapeError, "7 columns.*8 landmarks", id="bias too short"
+        ),
         pytest.param({"landmark_bias": torch.zeros(2, 8).int()}, InvalidDtypeError, "log", id="integer bias"),
         pytest.param({"attn_mask": torch.ones(40, 40)}, UnsupportedAttentionError, r"\[40, 40\].*unmasked", id="mask"),
         pytest.param({"iterations": 0}, InvalidArgumentError, "at least 1", id="no iteration"),

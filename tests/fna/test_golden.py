@@ -14,7 +14,11 @@ from fna.landmarks import select_landmarks
 
 HERE = Path(__file__).parent.parent / "golden"
 FOLDERS = [HERE, Path(os.environ.get("FNA_GOLDEN", HERE.parents[2] / "shared" / "golden"))]
-FILES = [pytest.param(path, id=f"{path.parent.name}-{path.parents[1].name}-{path.stem}") for folder in FOLDERS for path in sorted(folder.glob("*.npz"))]
+FILES = [
+    pytest.param(path, id=f"{path.parent.name}-{path.parents[1].name}-{path.stem}")
+    for folder in FOLDERS
+    for path in sorted(folder.glob("*.npz"))
+]
 
 
 def tensor(data: np.lib.npyio.NpzFile, key: str, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +43,11 @@ def test_golden_files_are_there() -> None:
 @pytest.mark.parametrize("path", FILES)
 def test_landmarks_equal_the_published_codes(path: Path) -> None:
     data = np.load(path)
-    features = tensor(data, "hidden", torch.float32) if data["feature"] == "input" else tensor(data, "query", torch.float32).mean(1)
+    features = (
+        tensor(data, "hidden", torch.float32)
+        if data["feature"] == "input"
+        else tensor(data, "query", torch.float32).mean(1)
+    )
     chosen = select_landmarks(
         features,
         data["landmarks"].shape[1],

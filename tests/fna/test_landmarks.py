@@ -154,9 +154,18 @@ def test_samplers_are_seen_as_operators_by_compile_and_export() -> None:
         pytest.param({"method": "kmeans"}, InvalidArgumentError, "kmeans.*fps, grid", id="unknown sampler"),
         pytest.param({"prefix_tokens": -1}, InvalidArgumentError, "-1", id="negative prefix"),
         pytest.param({"guarantee": torch.ones(20)}, InvalidDtypeError, "guarantee", id="mask of floats"),
-        pytest.param({"exclude": torch.ones(19, dtype=torch.bool)}, InvalidShapeError, r"exclude.*\[19\]", id="mask too short"),
-        pytest.param({"guarantee": torch.ones(20, dtype=torch.bool)}, InvalidLandmarksError, "20 tokens are guaranteed", id="all guaranteed"),
-        pytest.param({"exclude": torch.ones(20, dtype=torch.bool)}, InvalidLandmarksError, "not excluded", id="all excluded"),
+        pytest.param(
+            {"exclude": torch.ones(19, dtype=torch.bool)}, InvalidShapeError, r"exclude.*\[19\]", id="mask too short"
+        ),
+        pytest.param(
+            {"guarantee": torch.ones(20, dtype=torch.bool)},
+            InvalidLandmarksError,
+            "20 tokens are guaranteed",
+            id="all guaranteed",
+        ),
+        pytest.param(
+            {"exclude": torch.ones(20, dtype=torch.bool)}, InvalidLandmarksError, "not excluded", id="all excluded"
+        ),
     ],
 )
 def test_invalid_requests_are_named(arguments: dict[str, Any], error: type[FnaError], said: str) -> None:

@@ -12,7 +12,13 @@ from fna.plan import BlockPlan, Plan, load_plan, parse_layers, parse_plan, unifo
 
 @pytest.mark.parametrize(
     ("text", "blocks"),
-    [("6-11", [6, 7, 8, 9, 10, 11]), ("0-2,9", [0, 1, 2, 9]), ("all", list(range(12))), ("none", []), (None, [6, 7, 8, 9, 10, 11])],
+    [
+        ("6-11", [6, 7, 8, 9, 10, 11]),
+        ("0-2,9", [0, 1, 2, 9]),
+        ("all", list(range(12))),
+        ("none", []),
+        (None, [6, 7, 8, 9, 10, 11]),
+    ],
 )
 def test_layers_are_block_numbers(text: str | None, blocks: list[int]) -> None:
     assert parse_layers(text, 12) == blocks
