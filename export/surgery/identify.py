@@ -16,7 +16,7 @@ from fna.export.surgery.layout import chain_above, find_operand, find_result, is
 from fna.export.surgery.match import Axes, Context, Core, Side
 from fna.export.surgery.rows import Attention, RefusedError
 from fna.export.surgery.shapes import Point
-from fna.export.surgery.tokens import MIXED, CannotLabelError, Labels, label_tokens
+from fna.export.surgery.tokens import LARGEST_LABELLED, MIXED, CannotLabelError, Labels, label_tokens
 from numpy.typing import NDArray
 
 LARGEST_SEARCH = 4000
@@ -78,6 +78,8 @@ def identify(context: Context, core: Core) -> Attention:
 
 
 def _check_sizes(context: Context, core: Core) -> None:
+    if any(np.prod(context.shape(side.tensor), dtype=np.float64) > LARGEST_LABELLED for side in (core.query, core.key)):
+        raise RefusedError(f"its queries of shape {list(context.shape(core.query.tensor))} are too large to be followed")
     types = {context.points[0].types.get(side.tensor, 0) for side in (core.query, core.key, core.value)}
     types.add(context.points[0].types.get(core.output, 0))
     if len(types) != 1 or not types <= set(FLOATS):

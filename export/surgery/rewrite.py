@@ -26,6 +26,7 @@ from fna.errors import InvalidPlanError
 from fna.plan import BlockPlan, Plan
 
 FUNCTIONS_IR_VERSION = 8
+GRID_STEPS = ("length", "stretched", "rounded", "place", "index", "all", "landmarks")
 
 
 @dataclass
@@ -345,25 +346,32 @@ def _token_count(writer: _Writer, tensor: str, stem: str, nodes: list[NodeProto]
 
 
 def _grid_in_graph(writer: _Writer, block: BlockPlan, prefix: int, key: str, stem: str, nodes: list[NodeProto]) -> str:
-    """`prefix + ((2 i + 1) * patches) / (2 K)` in integers, for a number of tokens that is known only at run time."""
+    """`fna.landmarks.grid_landmarks` in integers, for a number of tokens that is known only at run time."""
     own = min(prefix, block.landmarks)
     spaced = block.landmarks - own
     front = np.arange(own, dtype=np.int64)[None]
     if spaced == 0:
         return writer.constant(f"fna/landmarks_first_{own}", front.astype(np.int32))
     count = _token_count(writer, key, stem, nodes)
-    names = {
-        step: writer.unique(f"{stem}_{step}") for step in ("patches", "stretched", "place", "index", "all", "landmarks")
-    }
-    odd = writer.constant(f"fna/odd_{spaced}", (2 * np.arange(spaced, dtype=np.int64) + 1)[None])
+    names = {step: writer.unique(f"{stem}_{step}") for step in GRID_STEPS}
+    # the i-th of K points from 0 to L - 1, rounded: (2 i (L - 1) + K - 1) / (2 (K - 1)); a single one is L / 2
+    alone = spaced == 1
+    gaps = spaced - 1
+    slots = np.asarray([[1]]) if alone else 2 * np.arange(spaced)[None]
+    before_last = writer.constant(f"fna/before_last_{own + 1 - alone}", np.asarray([own + 1 - alone], np.int64))
+    twice_slot = writer.constant(f"fna/twice_slot_{spaced}", slots.astype(np.int64))
+    half_gap = writer.constant(f"fna/half_gap_{gaps}", np.asarray([gaps], np.int64))
+    divisor = writer.constant(f"fna/gaps_{spaced}", np.asarray([2 if alone else 2 * gaps], np.int64))
     first = writer.constant(f"fna/prefix_{own}", np.asarray([own], np.int64))
-    twice = writer.constant(f"fna/twice_{spaced}", np.asarray([2 * spaced], np.int64))
-    nodes += [
-        helper.make_node("Sub", [count, first], [names["patches"]], name=names["patches"]),
-        helper.make_node("Mul", [odd, names["patches"]], [names["stretched"]], name=names["stretched"]),
-        helper.make_node("Div", [names["stretched"], twice], [names["place"]], name=names["place"]),
-        helper.make_node("Add", [names["place"], first], [names["index"]], name=names["index"]),
+    chain = [
+        ("Sub", count, before_last, "length"),
+        ("Mul", twice_slot, names["length"], "stretched"),
+        ("Add", names["stretched"], half_gap, "rounded"),
+        ("Div", names["rounded"], divisor, "place"),
+        ("Add", names["place"], first, "index"),
     ]
+    for op_type, left, right, step in chain:
+        nodes.append(helper.make_node(op_type, [left, right], [names[step]], name=names[step]))
     joined = names["index"]
     if own:
         joined = names["all"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from fna.export.surgery.graph import Graph
+from fna.export.surgery.graph import Graph, attribute
 from fna.export.surgery.rows import Attention
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import CONSTANT, MIXED, CannotLabelError, label_tokens
@@ -102,9 +102,16 @@ def _appears_in_order(labels: np.ndarray, tokens: int, step: int) -> bool:
 
 
 def count_prefix_tokens(graph: Graph, points: list[Point], stream: Stream) -> int | None:
-    """Tokens at the front of a stream that do not come from the image; None where it cannot be told."""
+    """Tokens at the front of a stream that do not come from the image; None where it cannot be told.
+
+    They are put there by a Concat above the first block; blocks leave the order of tokens alone.
+    """
     point = points[0]
     above = sorted(graph.needed_for({stream.tensor}), reverse=True)
+    token_axis = 0 if stream.sequence_first else 1
+    joins = [index for index in above if _joins_tokens(graph, point, index, stream, token_axis)]
+    if not joins:
+        return 0
     starts: list[tuple[str, int]] = []
     for index in above:
         node = graph.nodes[index]
@@ -112,23 +119,34 @@ def count_prefix_tokens(graph: Graph, points: list[Point], stream: Stream) -> in
             starts += [(name, -1) for name in node.input if name in graph.data]
         if node.op_type == "Conv" and node.output[0] in graph.data:
             starts.append((node.output[0], 1))
-    for name, axis in starts[:8]:
-        if point.shapes.get(name) is None:
-            continue
-        try:
-            labels = label_tokens(graph, point, name, [stream.tensor], axis).get(stream.tensor)
-        except (CannotLabelError, ValueError):
-            continue
-        if labels is None or labels.ndim != 3:
-            continue
-        line = labels[:, 0, 0] if stream.sequence_first else labels[0, :, 0]
-        fixed = int(np.argmax(line != CONSTANT)) if (line != CONSTANT).any() else len(line)
-        if (line != MIXED).all():
-            return fixed
-    # no token was put in front of the others
-    return 0 if not any(graph.nodes[i].op_type == "Concat" and _joins_tokens(graph, point, i) for i in above) else None
+    for join in joins[:4]:
+        for name, axis in starts[-8:]:
+            count = _count_constant(graph, point, name, axis, graph.nodes[join].output[0], token_axis)
+            if count is not None:
+                return count
+    return None
 
 
-def _joins_tokens(graph: Graph, point: Point, index: int) -> bool:
+def _joins_tokens(graph: Graph, point: Point, index: int, stream: Stream, token_axis: int) -> bool:
+    """Whether a node is a Concat of tokens to as many as the stream has."""
     node = graph.nodes[index]
-    return node.output[0] in graph.data and len(point.shapes.get(node.output[0]) or ()) == 3
+    if node.op_type != "Concat" or node.output[0] not in graph.data:
+        return False
+    shape = point.shapes.get(node.output[0])
+    axis = int(attribute(node, "axis", 0))
+    return shape == point.shapes.get(stream.tensor) and shape is not None and axis % len(shape) == token_axis
+
+
+def _count_constant(graph: Graph, point: Point, start: str, axis: int, target: str, token_axis: int) -> int | None:
+    if point.shapes.get(start) is None:
+        return None
+    try:
+        labels = label_tokens(graph, point, start, [target], axis).get(target)
+    except CannotLabelError:
+        return None
+    if labels is None or labels.ndim != 3:
+        return None
+    line = labels[:, 0, 0] if token_axis == 0 else labels[0, :, 0]
+    if (line == MIXED).any():
+        return None
+    return int(np.argmax(line != CONSTANT)) if (line != CONSTANT).any() else len(line)

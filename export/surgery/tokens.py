@@ -22,7 +22,7 @@ MIXED = -1
 CONSTANT = -2
 """A token that does not depend on the image: class and register tokens, before the first block."""
 
-LARGEST_LABELLED = 1 << 27
+LARGEST_LABELLED = 3 << 24
 """Elements; tensors above this are not labelled, so the block is refused."""
 
 VIEWS = words("Reshape Transpose Squeeze Unsqueeze Flatten Identity Slice Gather Split Expand Tile Concat")
