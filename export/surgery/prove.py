@@ -62,7 +62,7 @@ def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, se
             by_tokens = dict(zip(found.tokens, points, strict=True))
             error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
         except CheckImpossibleError as problem:
-            proof.failed[block] = f"could not be checked: {problem}"
+            proof.failed[block] = f"could not be checked: {problem} (--no-check replaces it unchecked)"
             continue
         proof.block_errors[block] = error
         if not error <= limit:

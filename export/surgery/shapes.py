@@ -238,12 +238,16 @@ def _general_rule(
         return unknown
     types: dict[str, TypeProto] = {}
     data: dict[str, TensorProto] = {}
+    bf16 = False
     for name, shape, value in zip(node.input, shapes, values, strict=True):
         if not name:
             continue
         if name not in point.types:
             return unknown
-        types[name] = onnx.helper.make_tensor_type_proto(point.types[name], shape)
+        # old schemas do not list bf16, but shapes do not depend on the type
+        known_type = TensorProto.FLOAT if point.types[name] == TensorProto.BFLOAT16 else point.types[name]
+        bf16 |= known_type != point.types[name]
+        types[name] = onnx.helper.make_tensor_type_proto(known_type, shape)
         if value is not None and value.size <= 64:
             data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value))
     try:
@@ -255,7 +259,9 @@ def _general_rule(
         return unknown
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
         return unknown
-    return [_from_type(found.get(name)) for name in node.output]
+    results = [_from_type(found.get(name)) for name in node.output]
+    back = {TensorProto.FLOAT: TensorProto.BFLOAT16} if bf16 else {}
+    return [(shape, back.get(element_type, element_type)) for shape, element_type in results]
 
 
 def _from_type(found: TypeProto | None) -> tuple[Shape | None, int]:
