@@ -16,7 +16,8 @@ from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute, words
 from fna.export.surgery.shapes import Point
 from onnx import NodeProto, TensorProto
 
-FORWARDS = words("""Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout
+FORWARDS = words("""
+    Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout
     CastLike Compress Upsample DepthToSpace SpaceToDepth ReduceMax ReduceMin Ceil Floor Round""")
 
 

@@ -177,7 +177,7 @@ def _multi_head(context: Context, node: NodeProto, prefix: str) -> Attention:
 
 
 def _packed_five(context: Context, node: NodeProto, prelude: _Prelude, heads: int) -> Attention:
-    """`[B, N, H, 3, D]`"""
+    """Packed `[B, N, H, 3, D]` is taken apart by Gather."""
     query = node.input[0]
     shape = context.shape(query)
     if _input(node, 3):

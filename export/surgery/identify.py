@@ -79,7 +79,9 @@ def identify(context: Context, core: Core) -> Attention:
 
 def _check_sizes(context: Context, core: Core) -> None:
     if any(np.prod(context.shape(side.tensor), dtype=np.float64) > LARGEST_LABELLED for side in (core.query, core.key)):
-        raise RefusedError(f"its queries of shape {list(context.shape(core.query.tensor))} are too large to be followed")
+        raise RefusedError(
+            f"its queries of shape {list(context.shape(core.query.tensor))} are too large to be followed"
+        )
     types = {context.points[0].types.get(side.tensor, 0) for side in (core.query, core.key, core.value)}
     types.add(context.points[0].types.get(core.output, 0))
     if len(types) != 1 or not types <= set(FLOATS):

@@ -107,8 +107,8 @@ def walk_down(context: Context, weights: str, axis: int) -> Below:
         if not readers:
             raise RefusedError("nothing reads its attention weights")
         if len(readers) > 1:
-            others = ", ".join(sorted({_describe(graph.nodes[i]) for i in readers}))
-            raise RefusedError(f"its attention weights are read by more than the product with the values: {others}")
+            named = ", ".join(sorted({_describe(graph.nodes[i]) for i in readers}))
+            raise RefusedError(f"its attention weights are read by more than the product with the values: {named}")
         index = readers[0]
         node = graph.nodes[index]
         if node.op_type in PRODUCTS:
@@ -295,7 +295,8 @@ def _widens(context: Context, data: str, result: str) -> bool:
 def _reaches_product(context: Context, name: str) -> bool:
     """Whether a tensor comes, through elementwise operators and views only, from a product of two tensors of data."""
     graph = context.graph
-    todo, seen = [name], set()
+    todo: list[str] = [name]
+    seen: set[str] = set()
     while todo and len(seen) < 48:
         current = todo.pop()
         node = graph.source(current)
@@ -343,6 +344,7 @@ def _mask_reason(context: Context, mask: str, node: NodeProto) -> str:
 
 
 def constant_mask_kind(context: Context, mask: str, value: np.ndarray | None) -> str:
+    """Say what a constant mask is: causal, a position bias, or another mask; `value` is its value where that is known."""
     if value is None:
         bounds = context.bounds.find(mask)
         if bounds.high <= 0 and bounds.low < NEGLIGIBLE:

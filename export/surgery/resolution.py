@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
+from fna.export.surgery.shapes import Point, ShapeConflictError, find_points
 from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from fna.errors import InputFileError, InvalidArgumentError
-from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
-from fna.export.surgery.shapes import Point, ShapeConflictError, find_points
 
 LARGEST_SIDE = 16384
 
@@ -67,7 +67,11 @@ def _check_size(graph: Graph, image: ValueInfoProto, size: tuple[int, int]) -> N
         raise InvalidArgumentError(f"resolution {size[0]}x{size[1]} is outside 1 to {LARGEST_SIDE}")
     for node in _first_convolutions(graph, image.name):
         strides = attribute(node, "strides")
-        if strides and list(strides) == list(attribute(node, "kernel_shape", [])) and any(pixels % int(stride) for pixels, stride in zip(size, strides, strict=False)):
+        if (
+            strides
+            and list(strides) == list(attribute(node, "kernel_shape", []))
+            and any(pixels % int(stride) for pixels, stride in zip(size, strides, strict=False))
+        ):
             raise InvalidArgumentError(
                 f"resolution {size[0]}x{size[1]} is not a multiple of the patch size {int(strides[0])}; "
                 f"take {size[0] // int(strides[0]) * int(strides[0])}"

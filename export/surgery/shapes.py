@@ -20,14 +20,16 @@ from onnx import NodeProto, TensorProto, TypeProto
 
 Shape = tuple[int, ...]
 
-SAME_AS_FIRST = words("""Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf Exp Floor Gelu HardSigmoid
+SAME_AS_FIRST = words("""
+    Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh CumSum Dropout Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Hardmax Identity InstanceNormalization LeakyRelu Log LogSoftmax LpNormalization LRN MeanVarianceNormalization
     Mish Neg Not PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh
     ThresholdedRelu Trilu IsNaN IsInf CastLike BatchNormalization LayerNormalization RMSNormalization GroupNormalization
     QuantizeLinear DequantizeLinear ScatterND ScatterElements RotaryEmbedding BiasGelu FastGelu QuickGelu SkipLayerNormalization
     SimplifiedLayerNormalization SkipSimplifiedLayerNormalization BitmaskDropout RandomNormalLike RandomUniformLike
     EmbedLayerNormalizationDummy Bernoulli""")
-BROADCAST = words("""Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul
+BROADCAST = words("""
+    Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul
     Or Pow Sub Sum Where Xor BiasSoftmax""")
 BOOLEAN = words("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor")
 

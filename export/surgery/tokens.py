@@ -26,7 +26,8 @@ LARGEST_LABELLED = 3 << 24
 """Elements; tensors above this are not labelled, so the block is refused."""
 
 VIEWS = words("Reshape Transpose Squeeze Unsqueeze Flatten Identity Slice Gather Split Expand Tile Concat")
-NORMS = words("""LayerNormalization RMSNormalization SimplifiedLayerNormalization LpNormalization SkipLayerNormalization
+NORMS = words("""
+    LayerNormalization RMSNormalization SimplifiedLayerNormalization LpNormalization SkipLayerNormalization
     SkipSimplifiedLayerNormalization""")
 REDUCTIONS = words("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceL1 ReduceSumSquare ReduceProd")
 MIXES_TOKENS = words("CumSum InstanceNormalization GroupNormalization MeanVarianceNormalization LRN Softmax LogSoftmax")
@@ -147,7 +148,11 @@ def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Poi
         axes_list = folding.axes_of(node, values)
         axes = tuple(range(inputs[0].ndim)) if axes_list is None else tuple(axes_list)
         return [_reduce(inputs[0], axes).reshape(shape)]
-    if op_type in ("MatMul", "FusedMatMul", "MatMulInteger") and _one_of_two(inputs) and not _is_data_product(graph, node):
+    if (
+        op_type in ("MatMul", "FusedMatMul", "MatMulInteger")
+        and _one_of_two(inputs)
+        and not _is_data_product(graph, node)
+    ):
         side = 0 if inputs[0] is not None else 1
         if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
             return [_mixed(point, node.output[0])]

@@ -59,14 +59,22 @@ def export(exports: Path) -> Export:
         partial = path.with_suffix(f".{os.getpid()}.part")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            arguments = dict(input_names=["x"], output_names=["y"], opset_version=opset, verbose=False)
+            arguments = {"input_names": ["x"], "output_names": ["y"], "opset_version": opset, "verbose": False}
             if exporter == "torchscript":
                 dynamic = {"x": axes, "y": {0: "batch"}} if axes else None
-                torch.onnx.export(model, (torch.randn(image),), str(partial), dynamo=False, dynamic_axes=dynamic, **arguments)
+                torch.onnx.export(
+                    model, (torch.randn(image),), str(partial), dynamo=False, dynamic_axes=dynamic, **arguments
+                )
             else:
                 shapes = (axes,) if axes else None
                 torch.onnx.export(
-                    model, (torch.randn(image),), str(partial), dynamo=True, external_data=False, dynamic_shapes=shapes, **arguments
+                    model,
+                    (torch.randn(image),),
+                    str(partial),
+                    dynamo=True,
+                    external_data=False,
+                    dynamic_shapes=shapes,
+                    **arguments,
                 )
         partial.replace(path)
         return path

@@ -34,7 +34,12 @@ def fusion(model_type: str, *, multi_head: bool = False) -> Optimiser:
         if multi_head:
             options.use_multi_head_attention = True
         optimised = optimizer.optimize_model(
-            str(source), model_type=model_type, num_heads=zoo.HEADS, hidden_size=zoo.DIM, opt_level=0, optimization_options=options
+            str(source),
+            model_type=model_type,
+            num_heads=zoo.HEADS,
+            hidden_size=zoo.DIM,
+            opt_level=0,
+            optimization_options=options,
         )
         optimised.save_model_to_file(str(target))
 

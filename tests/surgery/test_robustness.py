@@ -10,16 +10,33 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from fna.export.surgery.graft import GraftOptions, graft
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import FnaError, InputFileError
-from fna.export.surgery.graft import GraftOptions, graft
 from tests.surgery import zoo
 from tests.surgery.conftest import Export
 
 LONGEST_S = 60.0
 SOURCES = ("packed_timm", "core_rank3", "torch_mha", "grouped_heads", "causal_sdpa")
-OPERATORS = "Relu MatMul Softmax Add Transpose Reshape Einsum Attention Split Gather If Tanh Bogus Concat Where Exp".split()
+OPERATORS = [
+    "Relu",
+    "MatMul",
+    "Softmax",
+    "Add",
+    "Transpose",
+    "Reshape",
+    "Einsum",
+    "Attention",
+    "Split",
+    "Gather",
+    "If",
+    "Tanh",
+    "Bogus",
+    "Concat",
+    "Where",
+    "Exp",
+]
 
 Mutation = Callable[[GraphProto, NodeProto, random.Random], None]
 
@@ -71,7 +88,9 @@ def change_input_size(graph: GraphProto, node: NodeProto, dice: random.Random) -
 
 
 def change_shape_constant(graph: GraphProto, node: NodeProto, dice: random.Random) -> None:
-    constants = [item for item in graph.node if item.op_type == "Constant" and item.attribute[0].t.data_type == TensorProto.INT64]
+    constants = [
+        item for item in graph.node if item.op_type == "Constant" and item.attribute[0].t.data_type == TensorProto.INT64
+    ]
     tensor = dice.choice(constants).attribute[0].t
     value = numpy_helper.to_array(tensor).copy()
     if value.size:
@@ -110,16 +129,18 @@ def graft_or_fail_well(source: Path, output: Path) -> str | None:
     """Graft; returns the message of a refusal. The output is whole and unreported changes are none."""
     started = time.monotonic()
     before = {path.name for path in source.parent.iterdir()}
+    refusal: FnaError | None = None
     try:
         result = graft(source, output, GraftOptions(landmarks=3))
     except FnaError as error:
-        assert error.exit_code == 2
-        assert "\n" not in str(error)
+        refusal = error
+    assert time.monotonic() - started < LONGEST_S
+    assert {path.name for path in source.parent.iterdir()} <= before | {output.name}
+    if refusal is not None:
+        assert refusal.exit_code == 2
+        assert "\n" not in str(refusal)
         assert not output.exists()
-        return str(error)
-    finally:
-        assert time.monotonic() - started < LONGEST_S
-        assert {path.name for path in source.parent.iterdir()} <= before | {output.name}
+        return str(refusal)
     model, original = onnx.load(output), onnx.load(source)
     attention = [node for node in model.graph.node if node.op_type == "FastNystromAttention" and node.domain == "fna"]
     assert len(attention) == result.replaced
@@ -147,7 +168,10 @@ def save_chain(path: Path, length: int) -> None:
     nodes = [helper.make_node("Relu", ["x" if i == 0 else f"t{i - 1}"], [f"t{i}"]) for i in range(length)]
     shape = [1, 3, 8, 8]
     graph = helper.make_graph(
-        nodes, "chain", [helper.make_tensor_value_info("x", 1, shape)], [helper.make_tensor_value_info(f"t{length - 1}", 1, shape)]
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", 1, shape)],
+        [helper.make_tensor_value_info(f"t{length - 1}", 1, shape)],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
@@ -194,7 +218,7 @@ def test_external_data_outside_the_folder_is_refused(location: str, export: Expo
                 entry.value = location
     (folder / "in.onnx").write_bytes(pointed.SerializeToString())
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputFileError, match="external|outside"):
+    with pytest.raises(InputFileError, match=r"external|outside"):
         graft(folder / "in.onnx", tmp_path / "out" / "out.onnx", GraftOptions(landmarks=3))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -395,8 +395,10 @@ def refused(name: str, make: Callable[[], nn.Module], reason: str, **settings: A
     return Case(name, lambda: Vit(make, **settings), 0, 2, reason)
 
 
+SCALES = ("scores_mul", "scores_div", "q", "q_early", "q_div", "k", "root", "none")
+SPLITS = ("timm", "index", "chunk", "slice", "per_head", "last", "middle")
 PLAIN = [
-    *(plain(f"scale_{kind}", lambda kind=kind: Separate(kind)) for kind in ("scores_mul", "scores_div", "q", "q_early", "q_div", "k", "root", "none")),
+    *(plain(f"scale_{kind}", lambda kind=kind: Separate(kind)) for kind in SCALES),
     plain("key_without_bias", lambda: Separate(key_bias=False)),
     *(
         plain(f"core_{core}", lambda core=core: Separate(core=core))
@@ -405,7 +407,7 @@ PLAIN = [
             "zero_mask", "true_mask",
         )
     ),
-    *(plain(f"packed_{kind}", lambda kind=kind: Packed(kind)) for kind in ("timm", "index", "chunk", "slice", "per_head", "last", "middle")),
+    *(plain(f"packed_{kind}", lambda kind=kind: Packed(kind)) for kind in SPLITS),
     plain("packed_three_heads", lambda: Packed("timm", heads=3)),
     plain("packed_one_head", lambda: Packed("timm", heads=1)),
     plain("rotary", Rotary),
