@@ -370,7 +370,9 @@ def _check_repeats(context: Context, core: Core, source: str) -> None:
                 raise RefusedError("it lies inside quantize/dequantize pairs")
             if node.op_type in ("Expand", "Tile") and node.domain in STANDARD_DOMAINS:
                 inside, outside = context.shape(node.input[0]), context.shape(node.output[0])
-                if int(np.prod(inside)) != int(np.prod(outside)):
+                wider = [axis for axis in range(-len(inside), 0) if inside[axis] != outside[axis]]
+                # one number per token spread over its channels is a norm, not a repeated head
+                if wider not in ([], [-1]):
                     raise RefusedError("grouped or multi-query heads: keys or values are repeated over the heads")
             if node.op_type == "Concat" and len(set(node.input)) < len(node.input):
                 raise RefusedError("grouped or multi-query heads: keys or values are repeated over the heads")

@@ -278,6 +278,10 @@ def _from_type(found: TypeProto | None) -> tuple[Shape | None, int]:
 IMAGE_SIZES = (224, 256, 384, 512, 518, 336, 448, 192, 160, 128, 112, 96, 64, 56, 48, 32, 640, 1024)
 """Tried for open heights and widths, the multiples of 14, 16 and 32 first."""
 
+TOKEN_COUNTS = (197, 257, 577, 1025, 196, 256, 576, 1024, 50, 49, 65, 64, 17, 16, 145, 144, 128, 100)
+TEXT_LENGTHS = (16, 77, 64, 128, 12, 8, 32, 20)
+"""Tried for inputs that are tokens already, and for texts."""
+
 
 def find_points(graph: Graph, overrides: dict[str, Shape] | None = None) -> list[Point]:
     """Choose up to three input sizes at which the graph holds together.
@@ -293,12 +297,13 @@ def find_points(graph: Graph, overrides: dict[str, Shape] | None = None) -> list
     failure = "no input sizes fit"
     batches = (2, 3) if open_batch else (1,)
     first: int | None = None
+    first_attempt = 0
     candidates = IMAGE_SIZES if open_spatial else IMAGE_SIZES[:1]
-    for size in candidates:
+    for attempt, size in enumerate(candidates):
         for batch in batches[:1] + ((1,) if open_batch else ()):
             try:
-                points.append(_point_at(graph, dims, given, batch, (size, size)))
-                first = size
+                points.append(_point_at(graph, dims, given, batch, (size, size), attempt))
+                first, first_attempt = size, attempt
                 break
             except ShapeConflictError as error:
                 failure = str(error)
@@ -315,7 +320,7 @@ def find_points(graph: Graph, overrides: dict[str, Shape] | None = None) -> list
         if len(points) == 3:
             break
         try:
-            points.append(_point_at(graph, dims, given, batch, pair))
+            points.append(_point_at(graph, dims, given, batch, pair, first_attempt))
         except ShapeConflictError:
             continue
     return points
@@ -396,12 +401,13 @@ def _point_at(
     given: dict[str, Shape],
     batch: int,
     size: tuple[int, int],
+    attempt: int = 0,
 ) -> Point:
     named: dict[str, int] = {}
     for sizes in dims.values():
         if sizes and isinstance(sizes[0], str):
             named[sizes[0]] = batch
-    feeds = {name: given.get(name) or _concrete(sizes, batch, size, named) for name, sizes in dims.items()}
+    feeds = {name: given.get(name) or _concrete(sizes, batch, size, named, attempt) for name, sizes in dims.items()}
     if any(0 in shape for shape in feeds.values()):
         raise ShapeConflictError("an input has a dimension of size 0")
     batches = [feeds[item.name][0] for item in graph.inputs if len(feeds[item.name]) > 1]
@@ -411,7 +417,9 @@ def _point_at(
     return point
 
 
-def _concrete(sizes: list[int | str | None], batch: int, size: tuple[int, int], named: dict[str, int]) -> Shape:
+def _concrete(
+    sizes: list[int | str | None], batch: int, size: tuple[int, int], named: dict[str, int], attempt: int
+) -> Shape:
     rank = len(sizes)
     wide = size[0] != size[1]
     result: list[int] = []
@@ -422,9 +430,9 @@ def _concrete(sizes: list[int | str | None], batch: int, size: tuple[int, int], 
         if axis == 0:
             guess = batch
         elif rank == 2:
-            guess = 24 if wide else 16
+            guess = 24 if wide else TEXT_LENGTHS[attempt % len(TEXT_LENGTHS)]
         elif rank == 3:
-            guess = 257 if wide else 197
+            guess = 257 if wide else TOKEN_COUNTS[attempt % len(TOKEN_COUNTS)]
         elif axis == rank - 2:
             guess = size[0]
         elif axis == rank - 1:

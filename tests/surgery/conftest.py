@@ -47,7 +47,7 @@ def export(exports: Path) -> Export:
         opset: int = 17,
         batch: str = "dynamic",
         sizes: str = "static",
-        image: tuple[int, ...] = (2, 3, zoo.IMAGE, zoo.IMAGE),
+        inputs: tuple[torch.Tensor, ...] = (torch.zeros(2, 3, zoo.IMAGE, zoo.IMAGE),),
     ) -> Path:
         path = exports / f"{name}-{exporter}-{opset}-{batch}-{sizes}.onnx"
         if path.exists():
@@ -59,17 +59,20 @@ def export(exports: Path) -> Export:
         partial = path.with_suffix(f".{os.getpid()}.part")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            arguments = {"input_names": ["x"], "output_names": ["y"], "opset_version": opset, "verbose": False}
+            arguments = {
+                "input_names": ["x", "x2"][: len(inputs)],
+                "output_names": ["y"],
+                "opset_version": opset,
+                "verbose": False,
+            }
             if exporter == "torchscript":
                 dynamic = {"x": axes, "y": {0: "batch"}} if axes else None
-                torch.onnx.export(
-                    model, (torch.randn(image),), str(partial), dynamo=False, dynamic_axes=dynamic, **arguments
-                )
+                torch.onnx.export(model, inputs, str(partial), dynamo=False, dynamic_axes=dynamic, **arguments)
             else:
                 shapes = (axes,) if axes else None
                 torch.onnx.export(
                     model,
-                    (torch.randn(image),),
+                    inputs,
                     str(partial),
                     dynamo=True,
                     external_data=False,

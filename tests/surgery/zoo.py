@@ -196,6 +196,44 @@ class NormedHeads(Separate):
         return super().attend(self.q_norm(q), self.k_norm(k), v)
 
 
+class Cosine(Separate):
+    """Cosine attention with one learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
+        return (q @ k.transpose(-2, -1) * self.temperature.exp()).softmax(-1) @ v
+
+
+class LowRank(Separate):
+    """A projection with a low-rank addition (LoRA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(DIM, 2, bias=False), nn.Linear(2, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.heads(t) for t in (self.q(x) + self.up(self.down(x)), self.k(x), self.v(x)))
+        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class Maps(nn.Module):
+    """Attention over a feature map by 1 x 1 convolutions, channels first, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(DIM, 3 * DIM, 1), nn.Conv2d(DIM, DIM, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x.transpose(1, 2)[..., None]).view(b, HEADS, 3 * HEAD, n).split(HEAD, 2)
+        weights = (q.transpose(-2, -1) @ k * HEAD**-0.5).softmax(-1)
+        return self.out((v @ weights.transpose(-2, -1)).reshape(b, DIM, n, 1))[..., 0].transpose(1, 2)
+
+
 class Positioned(Separate):
     """q and k from x + position, v from x."""
 
@@ -285,6 +323,14 @@ class Altered(Separate):
         if kind == "power":
             weights = weights * weights
         return weights @ v
+
+
+class FlippedKeys(Separate):
+    """The same tokens in another order are other tokens to landmarks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x.flip(1))), self.heads(self.v(x.flip(1)))
+        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class Grouped(nn.Module):
@@ -413,6 +459,9 @@ PLAIN = [
     plain("rotary", Rotary),
     plain("normed_heads", NormedHeads),
     plain("positioned", Positioned),
+    plain("cosine", Cosine),
+    plain("low_rank", LowRank),
+    plain("maps", Maps),
     plain("parallel", Parallel),
     plain("torch_mha", TorchAttention),
     plain("torch_mha_sequence_first", lambda: TorchAttention(first=True)),
@@ -436,6 +485,7 @@ REFUSED = [
     refused("softmax_over_heads", lambda: Altered("softmax_heads"), "heads or the batch"),
     refused("weights_squared", lambda: Altered("power"), "attention weights"),
     refused("channel_attention", lambda: Altered("channel"), "channels"),
+    refused("flipped_keys", FlippedKeys, "cross-attention"),
     refused("grouped_heads", Grouped, "grouped"),
     refused("multi_query", lambda: Grouped(1), "grouped"),
     refused("windows", Windowed, "windowed", classes=False),
