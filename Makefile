@@ -15,7 +15,8 @@ BUILD      ?= build
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NAME   := $(notdir $(subst :,-,$(MODEL)))-$(RESOLUTION)
+comma  := ,
+NAME   := $(notdir $(subst :,-,$(MODEL)))-$(RESOLUTION)-layers$(subst $(comma),+,$(LAYERS))-s$(LANDMARKS)-$(SAMPLER)-$(METHOD)-$(PRECISION)
 ONNX   := $(BUILD)/$(NAME).onnx
 ENGINE := $(BUILD)/$(NAME).engine
 
@@ -26,16 +27,19 @@ help: ## Print the goals and the build folder's layout
 	@echo
 	@echo "  Variables: MODEL=$(MODEL) RESOLUTION=$(RESOLUTION) LANDMARKS=$(LANDMARKS) LAYERS=$(LAYERS)"
 	@echo "             SAMPLER=$(SAMPLER) METHOD=$(METHOD) TARGET=$(TARGET) PRECISION=$(PRECISION)"
-	@echo "  Results:   $(ONNX)             the model with FNA nodes"
-	@echo "             $(ENGINE)           the TensorRT-RTX engine, its manifest beside it as .engine.json"
+	@echo "  Results:   $(ONNX)"
+	@echo "                 the model with FNA nodes; other settings, another file name"
+	@echo "             $(ENGINE)"
+	@echo "                 the TensorRT-RTX engine; its manifest lies beside it as .engine.json"
 	@echo "             $(BUILD)/validate/  errors as JSON, saliency overlay as PNG"
 	@echo "             $(BUILD)/bench/     dense against FNA, as JSON"
 
 setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx,kernels,dev]'
+	@echo "setting up $(VENV): the packages of constraints.txt, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx,kernels,dev]'
 	@touch $@
 
 export: $(STAMP) ## Write the ONNX file with FNA
@@ -49,7 +53,7 @@ engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
 
 validate: $(STAMP) ## Measure how far the result is from PyTorch, step by step
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export
-	$(BIN)/fna validate $$(test -f $(ENGINE) && echo $(ENGINE) || echo $(ONNX)) --output $(BUILD)/validate
+	$(BIN)/fna validate $(if $(wildcard $(ENGINE)),$(ENGINE),$(ONNX)) --output $(BUILD)/validate
 
 bench: $(STAMP) ## Time dense against FNA on this machine
 	@mkdir -p $(BUILD)/bench

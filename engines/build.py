@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import ModelProto
+
 from fna.engines.manifest import Manifest, ShapeRange, write_manifest
 from fna.engines.targets import Target
+from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256, load_onnx, written_whole
 from fna.export.functions import fna_nodes
 from fna.export.lower import lower
 from fna.export.metadata import FileMetadata, read_metadata
-from onnx import ModelProto
-
-from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
 
 
 @dataclass(frozen=True)

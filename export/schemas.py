@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fna.export.functions import ATTENTION, DOMAIN, DOMAIN_VERSION, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS
 from onnx.defs import OpSchema
+
+from fna.export.functions import ATTENTION, DOMAIN, DOMAIN_VERSION, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 

@@ -15,12 +15,19 @@ from typing import Any, Literal
 import onnx
 import onnxscript
 import torch
+from onnx import ModelProto, TensorProto
+from onnxscript import opset18, values
+
+import fna.landmarks
+from fna import __version__
+from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.files import save_model
 from fna.export.functions import (
     ATTENTION,
     DOMAIN,
     DOMAIN_VERSION,
     FARTHEST_POINTS,
+    HIGHEST_OPSET,
     NORM_GRID,
     PLUGIN_FIELDS,
     attach_functions,
@@ -29,12 +36,6 @@ from fna.export.functions import (
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.schemas import operator_schema
 from fna.export.sources import LoadedModel, check_resolution
-from onnx import ModelProto, TensorProto
-from onnxscript import opset18, values
-
-import fna.landmarks
-from fna import __version__
-from fna.errors import InvalidLandmarksError, ModelSourceError
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.tokens import detect_prefix_tokens
@@ -52,7 +53,7 @@ class TraceOptions:
     Attributes:
         height: of the input images, in pixels.
         width: of the input images, in pixels.
-        opset: version of the standard operators.
+        opset: version of the standard operators; None is 18, or 22 for bf16, from which on convolutions take it.
         precision: of weights and activations; FNA computes in fp32 inside whatever this is.
         batch: a fixed batch size; None leaves it open.
         dynamic_size: leave height and width open, where the model can interpolate its position embedding.
@@ -60,7 +61,7 @@ class TraceOptions:
 
     height: int
     width: int
-    opset: int = 18
+    opset: int | None = None
     precision: Precision = "fp32"
     batch: int | None = None
     dynamic_size: bool = False
@@ -92,21 +93,28 @@ def export_onnx(model: LoadedModel, plan: Plan, options: TraceOptions, path: Pat
 def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[ModelProto, FileMetadata]:
     """Trace `model` by `plan`; as `export_onnx`, without writing a file."""
     check_resolution(model, options.height, options.width)
-    if options.dynamic_size and not model.any_resolution:
+    if options.dynamic_size and not model.open_size:
         raise ModelSourceError(
-            f"{model.name} takes one image size only, so height and width cannot be left open; trace it at {model.native_resolution}"
+            f"{model.name} has its image size worked into its graph, so height and width cannot be left open; "
+            f"trace it at one size, such as {model.native_resolution}"
         )
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
     plan = plan.model_copy(update={"prefix_tokens": prefix})
+    if options.dynamic_size and any(entry.sampler == "random" for entry in plan.blocks):
+        raise InvalidArgumentError(
+            "the random sampler draws its tokens at export time, so height and width cannot be left open; use grid"
+        )
     _check_landmark_counts(plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix)
     patch(model.module, plan)
-    original = next(model.module.parameters()).dtype
+    weights = model.module.state_dict()
     try:
-        model.module.to(TORCH_TYPES[options.precision])
+        # Assigned, not copied: a cast there and back would leave the caller with rounded weights.
+        typed = {name: _cast(tensor, TORCH_TYPES[options.precision]) for name, tensor in weights.items()}
+        model.module.load_state_dict(typed, assign=True)
         program = _run_exporter(model, options)
     finally:
-        model.module.to(original)
+        model.module.load_state_dict(weights, assign=True)
         unpatch(model.module)
     _name_nodes(program, plan)
     attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks else TensorProto.UNDEFINED)
@@ -133,10 +141,30 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     return program, metadata
 
 
+def _choose_opset(options: TraceOptions) -> int:
+    lowest = 22 if options.precision == "bf16" else 18
+    if options.opset is None:
+        return lowest
+    if not lowest <= options.opset <= HIGHEST_OPSET:
+        raise InvalidArgumentError(
+            f"opset {options.opset} was asked for, but a {options.precision} trace needs {lowest} to {HIGHEST_OPSET}"
+        )
+    return options.opset
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     dtype = TORCH_TYPES[options.precision]
+    opset = _choose_opset(options)
     batch = 2 if options.batch is None else options.batch
-    sample = torch.zeros(batch, 3, options.height, options.width, dtype=dtype)
+    height, width = options.height, options.width
+    if options.dynamic_size:
+        # Models skip the interpolation of their position embedding at their own, square size; the trace must hold it.
+        height, width = model.native_resolution + model.patch_size, model.native_resolution + 2 * model.patch_size
+    sample = torch.zeros(batch, 3, height, width, dtype=dtype)
     dynamic: dict[int, Any] = {}
     if options.batch is None:
         dynamic[0] = torch.export.Dim("batch", min=1)
@@ -152,7 +180,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
                 input_names=[INPUT_NAME],
                 output_names=list(model.output_names),
                 dynamic_shapes=(dynamic or None,),
-                opset_version=options.opset,
+                opset_version=opset,
                 custom_translation_table=translation_table(),
                 optimize=True,
                 verbose=False,

@@ -6,6 +6,7 @@ tenth of largest norm, then evenly spaced) and `random` (seeded). All are batche
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,9 +156,9 @@ def random_landmarks(
 ) -> Tensor:  # [1, S], int32
     """Prefix tokens, then patch tokens drawn without replacement; ascending, on the CPU, the same for every image."""
     prefix = min(prefix_tokens, num_landmarks)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(num_tokens - prefix, generator=generator)[: num_landmarks - prefix] + prefix
-    return torch.cat([torch.arange(prefix), drawn.sort().values]).int()[None]
+    # NumPy draws, so that tracing sees a constant and every version of PyTorch the same tokens.
+    drawn = np.random.default_rng(seed).permutation(num_tokens - prefix)[: num_landmarks - prefix] + prefix
+    return torch.tensor([[*range(prefix), *sorted(drawn.tolist())]], dtype=torch.int32)
 
 
 def norm_grid_count(num_landmarks: int, prefix_tokens: int) -> int:

@@ -7,7 +7,10 @@ layers choose landmarks from the hidden states where a sampler needs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +24,8 @@ from fna.tokens import detect_prefix_tokens
 
 ATTENTION_NAME = "fna"
 _STATE = "_fna_block"
+_EXACT = "_fna_exact"
+_CHOICE = "_fna_choice"
 _PATCH = "_fna_patch"
 
 
@@ -63,7 +68,7 @@ class _PatchRecord:
 
     configs: list[tuple[Any, str | None]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 def patch(model: nn.Module, plan: Plan) -> list[AttentionBlock]:
@@ -118,7 +123,8 @@ def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
     """List the self-attention blocks of a model's vision tower, those included that cannot be FNA.
 
     Raises:
-        UnsupportedAttentionError: if there are none, or if the model has more than one vision tower.
+        UnsupportedAttentionError: if there are none, if none of several stages can be FNA, or if the model has more than one
+            vision tower.
     """
     towers: dict[str, list[AttentionBlock]] = {}
     for name, attention in model.named_modules():
@@ -129,15 +135,12 @@ def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
             continue
         path, layer = _enclosing_layer(model, name)
         blocks = towers.setdefault(path, [])
-        refusal = _find_refusal(attention, layer)
+        refusal = _find_refusal(attention, layer, tower)
         blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal))
     if not towers:
         raise UnsupportedAttentionError(_say_why_none(model))
     if len(towers) > 1:
-        raise UnsupportedAttentionError(
-            f"the model has {len(towers)} vision towers ({', '.join(sorted(towers))}), but one is needed; "
-            "patch each tower's own module"
-        )
+        raise UnsupportedAttentionError(_say_why_several(model, towers))
     return next(iter(towers.values()))
 
 
@@ -151,18 +154,16 @@ def fna_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [B, N, H, D]
-    """The function registered as attention implementation `fna`; modules that the plan leaves exact go to `sdpa`.
+    """The function registered as attention implementation `fna`; blocks that the plan leaves exact run as before the patch.
 
     Raises:
         UnsupportedAttentionError: if the block is called with a mask, a position bias, causally or as cross-attention.
     """
     state: _BlockState | None = getattr(module, _STATE, None)
     if state is None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        exact = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        exact = _exact_implementation(module)
         return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    _refuse_call(state.name, query, key, attention_mask, kwargs)
+    _refuse_call(state.name, query, key, attention_mask, dropout, kwargs)
     landmarks, bias = _landmarks_for(state, query, key, value)
     out = fast_nystrom_attention(
         query,
@@ -175,6 +176,16 @@ def fna_attention_forward(
         exact_rows=state.plan.exact_rows,
     )
     return out.transpose(1, 2), None
+
+
+def _exact_implementation(module: nn.Module) -> Any:
+    """Return the attention function that an exact block ran before the patch; `sdpa` for modules that are no block."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = getattr(module, _EXACT, "sdpa")
+    if name == "eager":  # not in the registry: every modelling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _register_with_transformers() -> None:
@@ -209,31 +220,39 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
         chooses = plan.resample or entry.sharing_key not in seen
         seen.add(entry.sharing_key)
         state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, chosen)
-        setattr(block.attention, _STATE, state)
-        record.modules.append(block.attention)
+        _set(record, block.attention, _STATE, state)
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
-            hook = block.layer.register_forward_pre_hook(_make_hidden_state_hook(state), with_kwargs=True)
-            record.hooks.append(hook)
+            _set(record, block.layer, _CHOICE, state)
+            record.hooks.append(block.layer.register_forward_pre_hook(_choose_landmarks, with_kwargs=True))
+    planned = {id(blocks[entry.block].attention.config) for entry in plan.blocks}
+    for block in blocks:
+        if id(block.attention.config) in planned and not hasattr(block.attention, _STATE):
+            _set(record, block.attention, _EXACT, block.attention.config._attn_implementation or "sdpa")
     for config in {id(block.attention.config): block.attention.config for block in blocks}.values():
-        record.configs.append((config, config._attn_implementation))
-        config._attn_implementation = ATTENTION_NAME
+        if id(config) in planned:
+            record.configs.append((config, config._attn_implementation))
+            config._attn_implementation = ATTENTION_NAME
+
+
+def _set(record: _PatchRecord, module: nn.Module, name: str, value: Any) -> None:
+    setattr(module, name, value)
+    record.attributes.append((module, name))
 
 
 def _undo(record: _PatchRecord) -> None:
     for hook in record.hooks:
         hook.remove()
-    for module in record.modules:
-        delattr(module, _STATE)
+    for module, name in record.attributes:
+        delattr(module, name)
     for config, implementation in record.configs:
         config._attn_implementation = implementation
 
 
-def _make_hidden_state_hook(state: _BlockState) -> Callable[..., None]:
-    def choose(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        state.chosen[state.entry.sharing_key] = _select(state, hidden)
-
-    return choose
+def _choose_landmarks(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of a layer: choose landmarks from the hidden states; what it needs is on the layer, so that copies work too."""
+    state: _BlockState = getattr(layer, _CHOICE)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    state.chosen[state.entry.sharing_key] = _select(state, hidden)
 
 
 def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -264,7 +283,9 @@ def _select(state: _BlockState, features: Tensor) -> Tensor:
     )
 
 
-def _refuse_call(name: str, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse_call(
+    name: str, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
     reason = None
     if mask is not None:
         reason = f"it was called with an attention mask of shape {list(mask.shape)}"
@@ -278,6 +299,8 @@ def _refuse_call(name: str, query: Tensor, key: Tensor, mask: Tensor | None, kwa
         reason = "it caps its scores"
     elif kwargs.get("sliding_window") is not None:
         reason = "it attends within a window"
+    elif dropout:
+        reason = f"it drops attention weights at random (p = {dropout}); call model.eval() first"
     if reason is not None:
         raise UnsupportedAttentionError(
             f"{name} cannot be FNA: {reason}; FNA approximates unmasked, full self-attention only. "
@@ -285,27 +308,32 @@ def _refuse_call(name: str, query: Tensor, key: Tensor, mask: Tensor | None, kwa
         )
 
 
-def _find_refusal(attention: nn.Module, layer: nn.Module) -> str | None:
+def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | None = None) -> str | None:
     names = {name.rsplit(".", 1)[-1] for name, _ in (*layer.named_modules(), *layer.named_parameters())}
     if getattr(attention, "is_causal", False):
         return "it is causal"
     if getattr(attention, "num_key_value_groups", 1) > 1:
         return "its key and value heads are grouped"
-    if getattr(attention, "is_cross_attention", False) or "crossattention" in names:
+    if getattr(attention, "is_cross_attention", False) or any("cross" in part for part in _name_parts(attention)):
         return "it is cross-attention"
-    if any("relative_position" in name or name.startswith("rel_pos") for name in names):
-        return "it adds a relative position bias to the scores"
     for holder in (attention, layer):
         if getattr(holder, "window_size", 0) or getattr(holder, "sliding_window", 0):
             return "it attends within windows"
+    if any("relative_position" in name or name.startswith("rel_pos") for name in names):
+        return "it adds a relative position bias to the scores"
+    if tower is not None and any("relative_position" in name for name, _ in tower.named_parameters()):
+        return "its model adds a shared relative position bias to the scores"
     return None
 
 
+def _name_parts(module: nn.Module) -> list[str]:
+    return re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", type(module).__name__).lower())
+
+
 def _uses_attention_interface(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
-    forward = getattr(type(module).forward, "__wrapped__", None)
-    names = set(code.co_names if code else ()) | set(forward.__code__.co_names if forward is not None else ())
-    return "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config")
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
 def _parents(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -339,13 +367,35 @@ def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
 
 
 def _say_why_none(model: nn.Module) -> str:
-    found = [
-        f"{name} ({type(module).__name__}: {_find_refusal(module, module) or 'not through the attention interface'})"
-        for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
-    ]
-    seen = f"attention-like modules: {'; '.join(found[:3])}" if found else "it has no attention modules"
+    found = []
+    for name, module in model.named_modules():
+        if name and any(part in ("attention", "attn") for part in _name_parts(module)):
+            reason = _find_refusal(module, _enclosing_layer(model, name)[1])
+            found.append((name, reason or "it does not use transformers' attention interface on images"))
+    if not found:
+        seen = "it has no attention modules"
+    else:
+        name, reason = next((entry for entry in found if "interface" not in entry[1]), found[0])
+        seen = f"the first, block 0 ({name}): {reason}; {len(found)} attention modules in all"
     return (
         f"{type(model).__name__} has no self-attention block that can be FNA ({seen}); "
-        "for a model outside transformers, export it to ONNX and use fna graft"
+        "choose a plain Vision Transformer, or export the model to ONNX and use fna graft"
     )
+
+
+def _say_why_several(model: nn.Module, towers: dict[str, list[AttentionBlock]]) -> str:
+    blocks = [block for tower in towers.values() for block in tower]
+    if all(block.refusal for block in blocks):
+        return (
+            f"{type(model).__name__} has no self-attention block that can be FNA: block 0 ({blocks[0].name}): "
+            f"{blocks[0].refusal}, and so for all {len(blocks)}; choose a plain Vision Transformer"
+        )
+    return (
+        f"{type(model).__name__} has attention in {len(towers)} stacks ({', '.join(sorted(towers))}), but one is needed; "
+        "patch the stack's own module if it is a vision model by itself"
+    )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether `patch` was applied to this module and not undone."""
+    return hasattr(model, _PATCH)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
+
 from fna.engines.run import open_onnx, run_onnx
 from fna.export.sources import LoadedModel
 from fna.export.trace import INPUT_NAME, TraceOptions, export_onnx
-from pydantic import BaseModel, ConfigDict
-
 from fna.plan import Plan
 
 WARM_UP_RUNS = 2

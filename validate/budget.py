@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from fna.engines.manifest import read_manifest
-from fna.engines.run import RtxEngine, open_onnx, run_onnx
-from fna.export.files import file_sha256, load_onnx
-from fna.export.metadata import FileMetadata, read_metadata
-from fna.export.sources import LoadedModel, check_resolution, load_model
-from fna.validate.metrics import OutputError, measure
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+from fna.engines.manifest import read_manifest
+from fna.engines.run import RtxEngine, open_onnx, run_onnx
 from fna.errors import InputFileError, MissingCapabilityError
+from fna.export.files import file_sha256, load_onnx
+from fna.export.metadata import FileMetadata, read_metadata
+from fna.export.sources import LoadedModel, check_resolution, load_model
 from fna.patching import patch, unpatch
+from fna.validate.metrics import OutputError, measure
 
 Arrays = dict[str, NDArray[Any]]
 Step = Callable[[str], None]

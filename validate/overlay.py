@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
 from fna.export.files import written_whole
 from fna.export.metadata import FileMetadata
 from fna.validate.budget import Outputs
 from fna.validate.metrics import cosine
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
 _SIDE = 256
 """Pixels along a panel's side."""

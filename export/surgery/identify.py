@@ -35,7 +35,7 @@ def identify(context: Context, core: Core) -> Attention:
     source, axis, tables = _same_tokens(context, core)
     split = _split_batch(tables[0], len(core.query.axes.batch))
     sizes = [_sizes_at(context, core, point, split) for point in context.points]
-    _check_groups(context, sizes)
+    _check_groups(context, source, sizes)
     _check_repeats(context, core, source)
     factor = core.scale
     operands = []
@@ -107,9 +107,9 @@ def _check_output(context: Context, core: Core) -> None:
         raise RefusedError("the output's batch and heads are not those of the values")
 
 
-def _check_groups(context: Context, sizes: Sequence[tuple[int, int, int, int]]) -> None:
+def _check_groups(context: Context, source: str, sizes: Sequence[tuple[int, int, int, int]]) -> None:
     for point, size in zip(context.points, sizes, strict=True):
-        allowed = _batches(context, point)
+        allowed = _batches(context, point, source)
         if size[0] not in allowed:
             raise RefusedError(
                 f"{size[0]} groups of {size[2]} tokens attend separately for a batch of {sorted(allowed)[0]} "
@@ -117,15 +117,32 @@ def _check_groups(context: Context, sizes: Sequence[tuple[int, int, int, int]]) 
             )
 
 
-def _batches(context: Context, point: Point) -> set[int]:
-    """Batch sizes that an input can be said to have: its first dimension; 1 for inputs without a batch."""
+def _batches(context: Context, point: Point, source: str) -> set[int]:
+    """Batch sizes that the inputs behind `source` can be said to have: their first dimension; 1 for inputs without a batch."""
     found = set()
-    for name, shape in point.feeds.items():
+    for name in _inputs_behind(context, source):
+        shape = point.feeds[name]
         if len(shape) > 1:
             found.add(shape[0])
-        if len(shape) <= 3 and name in context.graph.data and not _is_open(context, name):
+        if len(shape) <= 3 and not _is_open(context, name):
             found.add(1)
     return found or {1}
+
+
+def _inputs_behind(context: Context, name: str) -> list[str]:
+    """Inputs whose values a tensor is computed from."""
+    graph = context.graph
+    inputs = {item.name for item in graph.inputs}
+    todo, seen = [name], {name}
+    while todo:
+        node = graph.source(todo.pop())
+        if node is None or node.op_type in ("Shape", "Size"):
+            continue
+        for item in node.input:
+            if item in graph.data and item not in seen:
+                seen.add(item)
+                todo.append(item)
+    return sorted(seen & inputs)
 
 
 def _is_open(context: Context, name: str) -> bool:
@@ -201,7 +218,7 @@ def _same_tokens(context: Context, core: Core) -> tuple[str, int, list[NDArray[n
                 reason = problem
                 continue
             groups = tables[0].size // tables[0].shape[-1] // _repeats(tables[0])
-            if groups in _batches(context, point):
+            if groups in _batches(context, point, source):
                 return source, axis, tables
             divided = divided or (source, axis, tables)
     if divided is not None:
@@ -423,4 +440,4 @@ def check_packed_input(context: Context, tensor: str, sizes: Sequence[tuple[int,
         raise RefusedError("its input does not depend on the image")
     if context.points[0].types.get(tensor) not in FLOATS:
         raise RefusedError("its input is not of a floating-point type")
-    _check_groups(context, sizes)
+    _check_groups(context, tensor, sizes)

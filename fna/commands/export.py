@@ -25,7 +25,7 @@ from fna.commands.options import (
 @plan_options
 @click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", show_default=True)
-@click.option("--opset", type=click.IntRange(14, 23), default=18, show_default=True, help="ONNX operator set.")
+@click.option("--opset", type=click.IntRange(18, 23), help="ONNX operator set.  [default: 18; 22 for bf16]")
 @click.option("--batch", default="dynamic", show_default=True, help="dynamic, or one fixed batch size.")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open.")
 @click.option("--resample", is_flag=True, help="Choose landmarks anew in every block.")
@@ -38,7 +38,7 @@ def command(
     output: Path,
     resolution: str | None,
     precision: Any,
-    opset: int,
+    opset: int | None,
     batch: str,
     dynamic_size: bool,
     resample: bool,
@@ -58,7 +58,7 @@ def command(
     fixed_batch = _parse_batch(batch)
     with progress(quiet) as say:
         say("importing PyTorch")
-        from fna.export.files import write_text
+        from fna.export.files import load_onnx, write_text
         from fna.export.sources import load_model
         from fna.export.trace import TraceOptions, export_onnx
 
@@ -71,6 +71,7 @@ def command(
         metadata = export_onnx(loaded, plan, options, output)
     if json_file is not None:
         write_text(json_file, metadata.model_dump_json(indent=2) + "\n")
+    opset = next(entry.version for entry in load_onnx(output, tensors=False).opset_import if entry.domain == "")
     numbers = ", ".join(str(entry.block) for entry in metadata.plan.blocks) or "none"
     make_console(quiet).print(
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {precision}, "

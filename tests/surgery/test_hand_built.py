@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fna.export.surgery.graft import GraftOptions, graft, inspect_file
-from fna.export.surgery.rows import Decision
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from surgery_helpers import Export
 from torch import Tensor, nn
 
 from fna.errors import FnaError
-from tests.surgery.conftest import Export
+from fna.export.surgery.graft import GraftOptions, graft, inspect_file
+from fna.export.surgery.rows import Decision
 
 B, N, H, D = 2, 16, 4, 8
 C = H * D

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from fna.export.surgery.graft import graft, inspect_file
-from fna.export.surgery.rows import Decision
+import surgery_optimisers as optimisers
+import surgery_zoo as zoo
+from surgery_helpers import SETTINGS, TRANSFORMERS, Export, build_transformers_model, graft_and_compare
 
 from fna.errors import FnaError
-from tests.surgery import optimisers, zoo
-from tests.surgery.conftest import Export
-from tests.surgery.helpers import SETTINGS, TRANSFORMERS, build_transformers_model, graft_and_compare
+from fna.export.surgery.graft import graft, inspect_file
+from fna.export.surgery.rows import Decision
 
 
 @pytest.mark.parametrize("batch", ["dynamic", "static"])

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from fna.export.surgery.graft import GraftOptions, graft
+import surgery_zoo as zoo
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from surgery_helpers import Export
 
 from fna.errors import FnaError, InputFileError
-from tests.surgery import zoo
-from tests.surgery.conftest import Export
+from fna.export.surgery.graft import GraftOptions, graft
 
 LONGEST_S = 60.0
 SOURCES = ("packed_timm", "core_rank3", "torch_mha", "grouped_heads", "causal_sdpa")

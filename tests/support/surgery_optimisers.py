@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-
-from tests.surgery import zoo
+import surgery_zoo as zoo
 
 Optimiser = Callable[[Path, Path], None]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import transformers
-from fna.export.surgery.graft import GraftOptions, GraftResult, graft
 from torch import nn
 
+from fna.export.surgery.graft import GraftOptions, GraftResult, graft
+
 SETTINGS = GraftOptions(landmarks=3)
+
+Export = Callable[..., Path]
+"""Exports a model once per test run: `export(name, make, exporter="torchscript", opset=17, batch="dynamic")`."""
 
 
 def graft_and_compare(path: Path, tmp_path: Path, options: GraftOptions = SETTINGS) -> GraftResult:

