@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import NodeProto, TensorProto
+
 from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute, words
 from fna.export.surgery.shapes import Point
-from onnx import NodeProto, TensorProto
 
 FORWARDS = words("""
     Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout

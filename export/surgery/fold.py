@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from fna.export.surgery.graph import attribute, constant_node_value
 from numpy.typing import NDArray
 from onnx import NodeProto
+
+from fna.export.surgery.graph import attribute, constant_node_value
 
 Array = NDArray[Any]
 LARGEST_FOLDED = 1 << 22

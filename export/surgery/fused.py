@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, attribute
 from fna.export.surgery.identify import identify
 from fna.export.surgery.match import Axes, Context, Core, Side, constant_mask_kind
 from fna.export.surgery.rows import Attention, Operand, RefusedError
-from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 PACKED = Axes((0,), 1, 2)
 """`[B, N, H * D]`"""

@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from onnx import ModelProto, TensorProto
+
+import fna
+from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.files import file_sha256, written_whole
 from fna.export.functions import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.metadata import FileMetadata, write_metadata
@@ -21,10 +25,6 @@ from fna.export.surgery.rewrite import Rewritten, rewrite
 from fna.export.surgery.rows import Decision, Row
 from fna.export.surgery.scan import MALFORMED, scan
 from fna.export.surgery.shapes import Point, Shape, ShapeConflictError, find_points
-from onnx import ModelProto, TensorProto
-
-import fna
-from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.plan import Plan, Sampler, uniform_plan
 
 Progress = Callable[[str], None]

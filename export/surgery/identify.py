@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fna.export.surgery.fold import CannotFoldError
 from fna.export.surgery.graph import STANDARD_DOMAINS, words
 from fna.export.surgery.layout import chain_above, find_operand, find_result, is_view, numbered, run_steps
@@ -17,7 +19,6 @@ from fna.export.surgery.match import Axes, Context, Core, Side
 from fna.export.surgery.rows import Attention, RefusedError
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import LARGEST_LABELLED, MIXED, CannotLabelError, Labels, label_tokens
-from numpy.typing import NDArray
 
 LARGEST_SEARCH = 4000
 QUANTIZERS = words("QuantizeLinear DequantizeLinear QLinearMatMul QLinearConv")

@@ -12,13 +12,14 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
 from fna.export.surgery.fold import CannotFoldError
 from fna.export.surgery.graph import STANDARD_DOMAINS, Graph
 from fna.export.surgery.rows import Dim, Operand, RefusedError, Result
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import VIEWS, run_view
-from numpy.typing import NDArray
-from onnx import NodeProto
 
 Index = NDArray[np.int64]
 PERMS = sorted(permutations(range(4)), key=lambda perm: sum(perm[axis] != axis for axis in range(4)))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
+
 from fna.export.surgery.bounds import BoundsFinder
 from fna.export.surgery.fold import CannotFoldError
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, words
@@ -17,7 +19,6 @@ from fna.export.surgery.layout import is_view, scalar_factor, scalar_of
 from fna.export.surgery.rows import RefusedError
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.tokens import run_view
-from onnx import NodeProto
 
 NEGLIGIBLE = -1e4
 """Mask values below this remove a key from the softmax."""

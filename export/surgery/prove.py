@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from fna.export.surgery.fold import numpy_type
-from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
-from fna.export.surgery.rewrite import Replacement, Rewritten
-from fna.export.surgery.shapes import Point
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
+from fna.export.surgery.fold import numpy_type
+from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
+from fna.export.surgery.rewrite import Replacement, Rewritten
+from fna.export.surgery.shapes import Point
 
 TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
 """Largest error over largest value, by element type."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
-from fna.export.surgery.shapes import Point, ShapeConflictError, find_points
 from onnx import ModelProto, NodeProto, ValueInfoProto
 
 from fna.errors import InputFileError, InvalidArgumentError
+from fna.export.surgery.graph import STANDARD_DOMAINS, Graph, attribute
+from fna.export.surgery.shapes import Point, ShapeConflictError, find_points
 
 LARGEST_SIDE = 16384
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.errors import InvalidPlanError
 from fna.export.functions import (
     ATTENTION,
     DOMAIN,
@@ -19,10 +23,6 @@ from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.stream import Stream, count_prefix_tokens, find_stream
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-
-from fna.errors import InvalidPlanError
 from fna.plan import BlockPlan, Plan
 
 FUNCTIONS_IR_VERSION = 8

@@ -6,13 +6,14 @@ import ast
 import re
 from collections.abc import Iterator
 
+from onnx import GraphProto, NodeProto
+
 from fna.export.surgery.fused import identify_fused, is_fused_attention
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
 from fna.export.surgery.identify import identify
 from fna.export.surgery.match import Context, find_core
 from fna.export.surgery.rows import Attention, Decision, RefusedError, Row
 from fna.export.surgery.shapes import Point
-from onnx import GraphProto, NodeProto
 
 OUR_DOMAIN = "fna"
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.shape_inference
-from fna.export.surgery import fold as folding
-from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs, words
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto
+
+from fna.export.surgery import fold as folding
+from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs, words
 
 Shape = tuple[int, ...]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from fna.export.surgery.graph import Graph, attribute
 from fna.export.surgery.rows import Attention
 from fna.export.surgery.shapes import Point

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
 from fna.export.surgery import fold as folding
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, words
 from fna.export.surgery.shapes import BROADCAST, SAME_AS_FIRST, Point
-from numpy.typing import NDArray
-from onnx import NodeProto
 
 Labels = NDArray[np.int32]
 MIXED = -1
