@@ -237,3 +237,51 @@ def test_modules_with_other_inputs(name: str, export: Export, tmp_path: Path):
     rows = inspect_file(source)
     assert [row.decision is Decision.ELIGIBLE for row in rows] == [reason == "" for reason in reasons]
     assert all(reason in row.reason for reason, row in zip(reasons, rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("comparison", "limit", "replaced"), [("GreaterOrEqual", 0, True), ("Less", 5000, False), ("Greater", -1, True)]
+)
+def test_masks_are_proven_for_every_size_not_for_those_tried(
+    comparison: str, limit: int, replaced: bool, tmp_path: Path
+):
+    """`positions < 5000` masks nothing at any size that is tried, and something beyond."""
+    mask: Nodes = [
+        node("Shape", "x", "dims"),
+        node("Gather", "dims second", "count", axis=0),
+        node("Range", "zero count step", "positions"),
+        node(comparison, "positions limit", "keep"),
+        node("Where", "keep nothing m9", "mask"),
+        SCALED,
+        node("Add", "b mask", "c"),
+        node("Softmax", "c", "p"),
+    ]
+    constants = {
+        "second": np.array(1), "zero": np.array(0), "step": np.array(1), "limit": np.array(limit), "nothing": np.float32(0),
+    }  # fmt: skip
+    model = build(mask, constants, weights="p", value="v", outputs=(), inputs=())
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[1:2]:
+        dim.Clear()
+        dim.dim_param = "tokens"
+    onnx.save(model, tmp_path / "in.onnx")
+    (row,) = inspect_file(tmp_path / "in.onnx")
+    assert len(set(row.tokens)) > 1 or not replaced
+    assert (row.decision is Decision.ELIGIBLE) == replaced, row.reason
+
+
+def test_windows_are_not_mistaken_for_the_batch_of_another_input(export: Export):
+    """Four windows of one image, beside an input of batch four."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(C, H, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            windows = x.view(4, N // 4, C)
+            return self.attn(windows, windows, windows, need_weights=False)[0].reshape(1, N, C), y * 2
+
+    source = export("windows_beside", Beside, batch="static", inputs=(TOKENS_IN[:1], torch.zeros(4, C)))
+    (row,) = inspect_file(source)
+    assert row.decision is Decision.REFUSED
+    assert "windowed" in row.reason
