@@ -51,11 +51,15 @@ def save_model(model: ModelProto, path: Path) -> None:
     """
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     with written_whole(path) as temporary:
-        if size > LARGEST_SINGLE_FILE:
-            _save_with_external_data(model, temporary, path)
-        else:
+        if size <= LARGEST_SINGLE_FILE:
             temporary.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(temporary), full_check=True)
+            onnx.checker.check_model(str(temporary), full_check=True)
+            return
+        with written_whole(path.with_name(f"{path.name}.data")) as data:
+            _save_with_external_data(model, temporary, data)
+            onnx.checker.check_model(str(temporary), full_check=True)
+            _rename_external_data(model, f"{path.name}.data")
+            temporary.write_bytes(model.SerializeToString())
 
 
 @contextmanager
@@ -99,13 +103,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save_with_external_data(model: ModelProto, temporary: Path, path: Path) -> None:
-    data_name = f"{path.name}.data"
-    with written_whole(path.parent / data_name) as data:
-        onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
-        onnx.save(model, temporary)
-        for tensor in model.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = data_name
-        temporary.write_bytes(model.SerializeToString())
+def _save_with_external_data(model: ModelProto, path: Path, data: Path) -> None:
+    data.unlink()  # onnx appends to a file that is there
+    onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
+    onnx.save(model, path)
+
+
+def _rename_external_data(model: ModelProto, name: str) -> None:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name

@@ -224,14 +224,13 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
             _set(record, block.layer, _CHOICE, state)
             record.hooks.append(block.layer.register_forward_pre_hook(_choose_landmarks, with_kwargs=True))
-    planned = {id(blocks[entry.block].attention.config) for entry in plan.blocks}
     for block in blocks:
-        if id(block.attention.config) in planned and not hasattr(block.attention, _STATE):
+        if not hasattr(block.attention, _STATE):
             _set(record, block.attention, _EXACT, block.attention.config._attn_implementation or "sdpa")
+    # All of them, exact blocks too: a traced model is then free of the masks of ones that transformers writes into it.
     for config in {id(block.attention.config): block.attention.config for block in blocks}.values():
-        if id(config) in planned:
-            record.configs.append((config, config._attn_implementation))
-            config._attn_implementation = ATTENTION_NAME
+        record.configs.append((config, config._attn_implementation))
+        config._attn_implementation = ATTENTION_NAME
 
 
 def _set(record: _PatchRecord, module: nn.Module, name: str, value: Any) -> None:

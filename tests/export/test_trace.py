@@ -96,6 +96,9 @@ def test_a_dense_file_has_no_fna_in_it(tiny_model: LoadedModel) -> None:
     model, _ = trace_model(tiny_model, uniform_plan(4, layers="none"), TraceOptions(56, 56))
     assert not list(fna_nodes(model.graph))
     assert not model.functions
+    attention = [node for node in model.graph.node if node.op_type == "Softmax"]
+    producers = {output: node.op_type for node in model.graph.node for output in node.output}
+    assert [producers[node.input[0]] for node in attention] == ["MatMul"] * 4, "a mask is added to the scores"
     with torch.inference_mode():
         pixels = photograph(56)
         expected = [tensor.numpy() for tensor in tiny_model.module(torch.from_numpy(pixels))]
