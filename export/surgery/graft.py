@@ -111,6 +111,7 @@ class GraftResult:
             "refused": self.count(Decision.REFUSED),
             "kept": self.count(Decision.KEPT),
             "prefix_tokens": self.prefix_tokens,
+            "features": {str(block): tensor for block, tensor in self.features.items()},
             "blocks": [{**row.as_dict(), **errors.get(row.block, {})} for row in self.rows],
             "notes": self.notes,
         }
@@ -181,7 +182,7 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     if output is None:
         return GraftResult(rows, None, plan, None, None, {}, sha256, notes)
     result = _replace_and_prove(graph, points, rows, plan, options, progress)
-    result.sha256, result.notes = sha256, notes
+    result.sha256, result.notes = sha256, [*notes, *result.notes]
     if result.model is None:
         raise InvalidPlanError(f"{source}: nothing was replaced: {_why_nothing(rows)}")
     if options.strict and result.count(Decision.REFUSED):
@@ -291,7 +292,7 @@ def _replace_and_prove(
             row.decision = Decision.REPLACED
     prefixes = set(rewritten.prefix_tokens.values())
     prefix = prefixes.pop() if len(prefixes) == 1 else None
-    return GraftResult(rows, rewritten.model, plan, proof, prefix, rewritten.features, "")
+    return GraftResult(rows, rewritten.model, plan, proof, prefix, rewritten.features, "", rewritten.notes)
 
 
 def _put_back_survivors(graph: Graph, rewritten: Rewritten) -> None:

@@ -52,6 +52,7 @@ class Rewritten:
     replacements: list[Replacement]
     prefix_tokens: dict[int, int]
     features: dict[int, str]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +66,7 @@ class _Writer:
     prefix: dict[int, int] = field(default_factory=dict)
     features: dict[int, str] = field(default_factory=dict)
     shared: dict[Any, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def unique(self, name: str) -> str:
         """A name that nothing in the file has yet."""
@@ -101,7 +103,7 @@ def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) 
         read = {name for node in item.before for name in all_inputs(node)}
         item.constants = [tensor for name, tensor in writer.initializers.items() if name in read]
     model = _assemble(graph, writer, replacements)
-    return Rewritten(model, replacements, writer.prefix, writer.features)
+    return Rewritten(model, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
 
 
 # ---------------------------------------------------------------- one block
@@ -236,11 +238,15 @@ def _origin(writer: _Writer, stream: Stream | None, found: Attention) -> str:
 
 
 def _detect_prefix(writer: _Writer, found: Attention, stream: Stream | None) -> int:
-    key = ("prefix", found.tokens)
+    key = ("prefix", found.tokens, _origin(writer, stream, found))
     if key in writer.shared:
         return int(writer.shared[key][0])
     count = None if stream is None else count_prefix_tokens(writer.graph, writer.points, stream)
     result = 0 if count is None or count >= min(found.tokens) else count
+    if count is None or count != result:
+        writer.notes.append(
+            "how many prefix tokens there are could not be told, so 0 are assumed; give --prefix-tokens"
+        )
     if count is not None:
         writer.shared[key] = (str(result), "")
     return result
@@ -260,6 +266,10 @@ def _features(
         turned = writer.unique(f"{row.node}/fna_features_{row.block}")
         nodes.append(helper.make_node("Transpose", [stream.tensor], [turned], name=turned, perm=(1, 0, 2)))
         return turned
+    if block.feature == "input":
+        writer.notes.append(
+            f"block {row.block}: its hidden states could not be found, so landmarks are chosen from its queries, averaged over heads"
+        )
     choice = {"query": 0, "key": 1, "value": 2}.get(block.feature, 0)
     mean = writer.unique(f"{row.node}/fna_features_{row.block}")
     if writer.graph.opset >= 18:
