@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,7 @@ class FileMetadata(BaseModel):
         map_outputs: graph outputs that are one-channel maps.
         tools: versions of what wrote the file.
         original_sha256: of the file that was grafted.
+        attention_table: what graft found in that file, one entry per attention block; see `fna.export.surgery`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class FileMetadata(BaseModel):
     map_outputs: tuple[str, ...] = ()
     tools: dict[str, str] = Field(default_factory=dict)
     original_sha256: str | None = None
+    attention_table: list[dict[str, Any]] | None = None
 
 
 def write_metadata(model: ModelProto, metadata: FileMetadata) -> None:

@@ -1,0 +1,338 @@
+"""Proof that a replacement is right, in onnxruntime.
+
+First, block by block: the operands that were recovered are fed with random numbers, large enough that the softmax is far from
+uniform, to the original nodes of the block and to exact attention with the recovered scale. Second, the whole
+rewritten file runs on random input and every FNA node's output is compared with FNA in PyTorch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.errors import InputFileError
+from fna.export.surgery.fold import numpy_type
+from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
+from fna.export.surgery.rewrite import Replacement, Rewritten
+from fna.export.surgery.shapes import Point
+
+TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
+"""Largest error over largest value, by element type."""
+
+SCORE_SPREAD = 1.5
+"""Standard deviation of the scores that random operands are scaled to."""
+
+MOST_ROWS = 64
+"""Queries per head that a block is compared at; they are evenly spaced."""
+
+LONGEST_RUN_S = 45.0
+LARGEST_RUN_BYTES = 6 << 30
+
+
+class CheckImpossibleError(Exception):
+    """onnxruntime cannot run what would have to be run."""
+
+
+@dataclass
+class Proof:
+    """What the check found."""
+
+    block_errors: dict[int, float] = field(default_factory=dict)
+    fna_errors: dict[int, float] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, seed: int = 0) -> Proof:
+    """Compare each original block with exact attention of the operands that were recovered for it."""
+    proof = Proof()
+    generator = np.random.default_rng(seed)
+    for item in rewritten.replacements:
+        block, found = item.row.block, item.row.attention
+        assert found is not None
+        limit = TOLERANCE[found.element_type]
+        try:
+            by_tokens = dict(zip(found.tokens, points, strict=True))
+            error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
+        except CheckImpossibleError as problem:
+            proof.failed[block] = f"could not be checked: {problem} (--no-check replaces it unchecked)"
+            continue
+        proof.block_errors[block] = error
+        if not error <= limit:
+            proof.failed[block] = (
+                f"exact attention with what was recovered differs by {error:.1e} (at most {limit:.0e})"
+            )
+    return proof
+
+
+def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proof: Proof, seed: int = 0) -> None:
+    """Run the rewritten file and compare every FNA node with FNA in PyTorch; failures go into `proof`.
+
+    Raises:
+        InputFileError: if onnxruntime cannot run the file at all.
+    """
+    point = min(points, key=_point_bytes)
+    if _point_bytes(point) > LARGEST_RUN_BYTES:
+        raise InputFileError(
+            f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
+        )
+    names = [
+        [item.query, item.key, item.value, item.fna.input[3], item.fna.input[4], item.output]
+        for item in rewritten.replacements
+    ]
+    model = ModelProto()
+    model.CopyFrom(rewritten.model)
+    have = {item.name for item in model.graph.output}
+    for name in dict.fromkeys(name for group in names for name in group):
+        if name not in have and name not in {item.name for item in model.graph.initializer}:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    constants = {item.name: item for item in model.graph.initializer}
+    wanted = list(dict.fromkeys(name for group in names for name in group if name not in constants))
+    feeds = random_feeds(model, point, np.random.default_rng(seed))
+    try:
+        values = dict(zip(wanted, run_model(model, feeds, wanted, folder), strict=True))
+    except CheckImpossibleError as problem:
+        raise InputFileError(
+            f"the rewritten file cannot be checked: {problem}; --no-check writes it unchecked"
+        ) from None
+    for name in {name for group in names for name in group if name in constants}:
+        values[name] = numpy_helper.to_array(constants[name])
+    for item, group in zip(rewritten.replacements, names, strict=True):
+        _compare_with_torch(item, [values[name] for name in group], proof)
+
+
+def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof: Proof) -> None:
+    import torch
+
+    from fna.attention import nystrom_attention_reference
+
+    # the last image is enough: a mistake that spared it would have to know how many there are
+    query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
+    found, block = item.row.attention, item.row.block
+    assert found is not None
+    if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
+        proof.failed[block] = "could not be checked: its operands overflow on random input"
+        return
+    with _one_thread():
+        expected = nystrom_attention_reference(
+            query, key, value, landmarks, bias, float(np.float32(found.scale)),
+            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")),
+        )  # fmt: skip
+    error = relative_error(out.double().numpy(), expected.double().numpy())
+    limit = TOLERANCE[found.element_type]
+    proof.fna_errors[block] = error
+    if not error <= limit:
+        proof.failed[block] = f"its FNA node differs from PyTorch by {error:.1e} (at most {limit:.0e})"
+
+
+def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest difference over the largest expected value; infinite where either is not finite or the shapes differ."""
+    if given.shape != expected.shape or not np.isfinite(given).all() or not np.isfinite(expected).all():
+        return float("inf")
+    return float(np.abs(given - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+
+
+# ---------------------------------------------------------------- one block
+
+
+def _block_error(graph: Graph, point: Point, item: Replacement, generator: np.random.Generator) -> float:
+    found = item.row.attention
+    assert found is not None
+    written = {name for node in item.before for name in node.output}
+    cuts = [name for node in item.before for name in all_inputs(node) if name in graph.data and name not in written]
+    cuts += [name for name in (item.query, item.key, item.value) if name not in written]
+    cuts = list(dict.fromkeys(cuts))
+    nodes, loose = _region(graph, found.result.tensor, set(cuts))
+    feeds = {name: _random(graph, point, name, generator) for name in [*cuts, *loose]}
+    before = [node for node in item.before if node.domain != "fna" and "fna_landmarks" not in node.name]
+    before = _needed(before, [item.query, item.key, item.value])
+    outputs = [found.result.tensor, item.query, item.key, item.value]
+    model = _region_model(graph, point, [*nodes, *before], found.initializers, feeds, outputs, item)
+    values = run_model(model, feeds, outputs, graph.folder)
+    spread = abs(found.scale) * float(values[1].std()) * float(values[2].std()) * found.head_size**0.5
+    factor = (SCORE_SPREAD / max(spread, 1e-6)) ** 0.5
+    feeds = {
+        name: (value.astype(np.float32) * factor).astype(value.dtype)
+        if name in cuts and value.dtype.kind == "f"
+        else value
+        for name, value in feeds.items()
+    }
+    reference, query, key, value = run_model(model, feeds, outputs, graph.folder)
+    if reference.size != query.size:
+        return float("inf")
+    perm = found.result.perm or (0, 1, 2, 3)
+    reference = reference.reshape([query.shape[axis] for axis in perm]).transpose(np.argsort(perm))
+    rows = np.unique(np.linspace(0, query.shape[2] - 1, MOST_ROWS).astype(int))
+    exact = exact_attention(query[:, :, rows], key, value, found.scale)
+    return relative_error(reference[:, :, rows].astype(np.float64), exact)
+
+
+def exact_attention(
+    query: NDArray[Any],  # [B, H, R, D]
+    key: NDArray[Any],  # [B, H, N, D]
+    value: NDArray[Any],  # [B, H, N, D]
+    scale: float,
+) -> NDArray[np.float32]:  # [B, H, R, D]
+    """softmax(scale * Q K^T) V in fp32, whatever the type of the operands."""
+    import torch
+
+    with _one_thread():
+        q, k, v = (torch.from_numpy(np.ascontiguousarray(array, np.float32)) for array in (query, key, value))
+        result: NDArray[np.float32] = (torch.softmax(scale * (q @ k.mT), dim=-1) @ v).numpy()
+    return result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small products gain nothing from threads, and lose much where the machine is shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _needed(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]:
+    wanted = set(names)
+    kept: list[NodeProto] = []
+    for node in reversed(nodes):
+        if any(name in wanted for name in node.output):
+            kept.insert(0, node)
+            wanted.update(all_inputs(node))
+    return kept
+
+
+def _region(graph: Graph, output: str, cuts: set[str]) -> tuple[list[NodeProto], list[str]]:
+    """The original nodes between the cuts and a block's output, and other tensors of data that they read."""
+    indices: set[int] = set()
+    loose: list[str] = []
+    todo = [output]
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in cuts or name in seen:
+            continue
+        seen.add(name)
+        if name not in graph.producer:
+            if name not in graph.initializers:
+                loose.append(name)
+            continue
+        index = graph.producer[name]
+        indices.add(index)
+        node = graph.nodes[index]
+        for item in all_inputs(node):
+            if node.op_type in ("Shape", "Size") and item in graph.data and item not in cuts:
+                loose.append(item)
+            else:
+                todo.append(item)
+    inside = {name for index in indices for name in graph.nodes[index].output}
+    return [graph.nodes[index] for index in sorted(indices)], [
+        name for name in dict.fromkeys(loose) if name not in inside
+    ]
+
+
+def _random(graph: Graph, point: Point, name: str, generator: np.random.Generator) -> NDArray[Any]:
+    shape, element_type = point.shapes.get(name), point.types.get(name)
+    if shape is None or not element_type:
+        raise CheckImpossibleError(f"the shape of {name!r} is not known")
+    dtype = numpy_type(element_type)
+    if dtype.kind == "f" or dtype.name == "bfloat16":
+        return generator.standard_normal(shape, dtype=np.float32).astype(dtype)
+    return np.ones(shape, dtype)
+
+
+def _region_model(
+    graph: Graph,
+    point: Point,
+    nodes: Sequence[NodeProto],
+    extra: Sequence[TensorProto],
+    feeds: dict[str, NDArray[Any]],
+    outputs: Sequence[str],
+    item: Replacement,
+) -> ModelProto:
+    names = {name for node in nodes for name in all_inputs(node)}
+    initializers = [graph.initializers[name] for name in sorted(names) if name in graph.initializers]
+    known = {tensor.name for tensor in initializers}
+    initializers += [
+        tensor for tensor in [*extra, *item.constants] if tensor.name in names and tensor.name not in known
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, point.types[name], [None] * len(value.shape))
+        for name, value in feeds.items()
+    ]
+    results = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(outputs) if name not in feeds]
+    proto = helper.make_graph(list(nodes), "block", inputs, results, initializers)
+    model = helper.make_model(proto, ir_version=max(graph.model.ir_version, 8))
+    del model.opset_import[:]
+    model.opset_import.extend(graph.model.opset_import)
+    return model
+
+
+# ---------------------------------------------------------------- running
+
+
+def random_feeds(model: ModelProto, point: Point, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """Random input for a whole file: normal images, small token numbers, masks that mask nothing."""
+    feeds: dict[str, NDArray[Any]] = {}
+    constants = {item.name for item in model.graph.initializer}
+    for item in model.graph.input:
+        if item.name in constants:
+            continue
+        dtype = numpy_type(item.type.tensor_type.elem_type)
+        shape = point.feeds[item.name]
+        if dtype.kind == "f" or dtype.name == "bfloat16":
+            feeds[item.name] = generator.standard_normal(shape, dtype=np.float32).astype(dtype)
+        elif dtype.kind == "b" or "mask" in item.name.lower():
+            feeds[item.name] = np.ones(shape, dtype)
+        else:
+            feeds[item.name] = generator.integers(0, 4, shape).astype(dtype)
+    return feeds
+
+
+def run_model(
+    model: ModelProto, feeds: dict[str, NDArray[Any]], outputs: Sequence[str], folder: Path
+) -> list[NDArray[Any]]:
+    """Run a model in onnxruntime, unoptimised; outputs that are fed are handed back.
+
+    Raises:
+        CheckImpossibleError: with onnxruntime's reason, or if it takes too long.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
+    run_options = ort.RunOptions()
+    timer = threading.Timer(LONGEST_RUN_S, lambda: setattr(run_options, "terminate", True))
+    timer.daemon = True
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        known = {item.name for item in session.get_inputs()}
+        timer.start()
+        results = session.run(wanted, {name: value for name, value in feeds.items() if name in known}, run_options)
+    except Exception as error:
+        raise CheckImpossibleError(f"onnxruntime says: {one_line(error)}") from None
+    finally:
+        timer.cancel()
+    found = {**feeds, **dict(zip(wanted, results, strict=True))}
+    return [found[name] for name in outputs]
+
+
+def _point_bytes(point: Point) -> float:
+    """Bytes of all tensors at a point, were they all kept."""
+    return float(sum(4.0 * np.prod(shape, dtype=np.float64) for shape in point.shapes.values() if shape is not None))
