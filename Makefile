@@ -61,7 +61,7 @@ bench: $(STAMP) ## Time dense against FNA on this machine
 	    --json $(BUILD)/bench/onnxruntime.json
 
 test: $(STAMP) lint ## Run lint and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## Check formatting, style and types
 	$(BIN)/ruff format --check .
