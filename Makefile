@@ -40,6 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV): the packages of constraints.txt, once"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx,kernels,dev]'
+	@rm -rf fna.egg-info  # it would hide the installed entry points from a Python started here
 	@touch $@
 
 export: $(STAMP) ## Write the ONNX file with FNA
