@@ -177,8 +177,8 @@ def _attribute_defaults(variant: FunctionVariant) -> Iterable[tuple[str, Any]]:
 def _attention_text(variant: FunctionVariant, opset: int) -> str:
     """Write FNA as ONNX text.
 
-    The scale goes to the S landmark rows, never to the N tokens. The Newton-Schulz polynomial is written as
-    `1/4 (13 Z - (15 U - (7 U - U W) W))` with `U = Z W`, which needs no identity matrix; the last iteration is applied to Bv.
+    The scale goes to the S landmark rows, never to the N tokens. An iteration is written as
+    `Z (13/4 I - W (15/4 I - W (7/4 I - W/4)))`, four elementwise operators beside its four products; the last is applied to Bv.
     """
     typed = variant.element_type == TensorProto.FLOAT
     query, key, value = ("query", "key", "value") if typed else ("query_f", "key_f", "value_f")
@@ -227,6 +227,7 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         "inverse_0 = Div (core_transposed, largest_sum)",
         *(f"c{number} = Constant <value_float = {number}.0> ()" for number in (7, 13, 15)),
         "quarter = Constant <value_float = 0.25> ()",
+        *_identity_lines(),
         *(line for step in range(variant.iterations - 1) for line in _newton_schulz_lines(step)),
         *_last_iteration_lines(variant.iterations - 1),
         # output
@@ -247,8 +248,6 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
 def _exact_rows_lines(result: str) -> list[str]:
     """Write Bv over the landmark rows, a whole row at a time, by `[B, H, S, 3]` indices (item, head, token)."""
     return [
-        "zero = Constant <value_int = 0> ()",
-        "one = Constant <value_int = 1> ()",
         "items_axes = Constant <value_ints = [1, 2, 3]> ()",
         "heads_axes = Constant <value_ints = [0, 2, 3]> ()",
         "unit = Constant <value_ints = [1]> ()",
@@ -268,19 +267,39 @@ def _exact_rows_lines(result: str) -> list[str]:
     ]
 
 
+def _identity_lines() -> list[str]:
+    """Write the identity's multiples that an iteration needs; constants wherever S is known."""
+    return [
+        "zero = Constant <value_int = 0> ()",
+        "one = Constant <value_int = 1> ()",
+        "size = Gather <axis = 0> (landmark_dims, one)",
+        "steps = Range (zero, size, one)",
+        "first_axis = Constant <value_ints = [0]> ()",
+        "steps_row = Unsqueeze (steps, first_axis)",
+        "steps_column = Unsqueeze (steps, second)",
+        "diagonal = Equal (steps_row, steps_column)",
+        "identity = Cast <to = 1> (diagonal)",
+        *(
+            line
+            for name, value in (("low", 1.75), ("middle", 3.75), ("high", 3.25))
+            for line in (
+                f"{name}_value = Constant <value_float = {value}> ()",
+                f"{name} = Mul (identity, {name}_value)",
+            )
+        ),
+    ]
+
+
 def _newton_schulz_lines(step: int) -> list[str]:
     return [
         f"w_{step} = MatMul (core, inverse_{step})",
-        f"u_{step} = MatMul (inverse_{step}, w_{step})",
-        f"uw_{step} = MatMul (u_{step}, w_{step})",
-        f"u7_{step} = Mul (u_{step}, c7)",
-        f"v_{step} = Sub (u7_{step}, uw_{step})",
-        f"vw_{step} = MatMul (v_{step}, w_{step})",
-        f"u15_{step} = Mul (u_{step}, c15)",
-        f"t_{step} = Sub (u15_{step}, vw_{step})",
-        f"z13_{step} = Mul (inverse_{step}, c13)",
-        f"n_{step} = Sub (z13_{step}, t_{step})",
-        f"inverse_{step + 1} = Mul (n_{step}, quarter)",
+        f"w_quarter_{step} = Mul (w_{step}, quarter)",
+        f"inner_{step} = Sub (low, w_quarter_{step})",
+        f"inner_w_{step} = MatMul (w_{step}, inner_{step})",
+        f"outer_{step} = Sub (middle, inner_w_{step})",
+        f"outer_w_{step} = MatMul (w_{step}, outer_{step})",
+        f"factor_{step} = Sub (high, outer_w_{step})",
+        f"inverse_{step + 1} = MatMul (inverse_{step}, factor_{step})",
     ]
 
 
