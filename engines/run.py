@@ -84,7 +84,7 @@ def cuda_capability() -> int | None:
 
 
 class RtxEngine:
-    """A deserialised TensorRT-RTX engine with its context; inputs and outputs are CUDA tensors kept between runs."""
+    """A deserialised TensorRT-RTX engine with its context. Device buffers are allocated anew in each run."""
 
     def __init__(self, path: Path) -> None:
         """Deserialise an engine.

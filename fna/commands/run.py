@@ -37,13 +37,10 @@ def command(file: Path, images: Path | None, output: Path | None, resolution: st
         say("loading")
         import numpy as np
 
-        from fna.engines.run import check_engine_can_run
         from fna.export.files import written_whole
 
-        if file.suffix == ".engine":
-            check_engine_can_run(file)
-        photographs, skipped = load_photographs(images)
         execute, preprocess = _open(file, size)
+        photographs, skipped = load_photographs(images)
         rows, parts = [], []
         for name, photograph in photographs:
             say(f"running {name}")
@@ -63,7 +60,6 @@ def _open(file: Path, size: tuple[int, int] | None) -> tuple[Any, Any]:
     """Return a function that runs one preprocessed image, and the function that preprocesses."""
     import numpy as np
 
-    from fna.engines.manifest import read_manifest
     from fna.engines.run import RtxEngine, open_onnx, run_onnx
     from fna.errors import InputFileError
     from fna.export.files import load_onnx
@@ -72,7 +68,7 @@ def _open(file: Path, size: tuple[int, int] | None) -> tuple[Any, Any]:
 
     if file.suffix == ".engine":
         engine = RtxEngine(file)
-        manifest = read_manifest(file)
+        manifest = engine.manifest
         ((name, shapes),) = manifest.profiles.items()
         height, width = shapes.usual[2:]
         preprocessing = manifest.preprocessing
