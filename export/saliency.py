@@ -87,13 +87,15 @@ class DoublingConvolution(nn.Module):
     ) -> Tensor:  # [B, C_out, 2h, 2w]
         """Double the height and width of a map of features."""
         batch, _, height, width = features.shape
-        top_left, top_right, low_left, low_right = self.convolution(features).chunk(
-            4, dim=1
-        )  # [B, C_out, h+1, w+1] each
-        top = torch.stack((top_left[:, :, :-1, :-1], top_right[:, :, :-1, 1:]), dim=-1)
-        low = torch.stack((low_left[:, :, 1:, :-1], low_right[:, :, 1:, 1:]), dim=-1)
+        kinds = self.convolution(features)  # [B, 4 C_out, h+1, w+1]
+        channels = kinds.shape[1] // 4
+        parts = [
+            kinds[:, kind * channels : (kind + 1) * channels, row : row + height, column : column + width]
+            for kind, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1)))
+        ]
+        top, low = torch.stack(parts[:2], dim=-1), torch.stack(parts[2:], dim=-1)
         rows = torch.stack((top, low), dim=3)  # [B, C_out, h, 2, w, 2]
-        return rows.reshape(batch, rows.shape[1], 2 * height, 2 * width)
+        return rows.reshape(batch, channels, 2 * height, 2 * width)
 
 
 class DinoSaliency(nn.Module):
