@@ -15,10 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from fna.attention import fast_nystrom_attention
+from fna.composition import compose_heads, correct
 from fna.errors import InvalidPlanError, UnsupportedAttentionError
-from fna.landmarks import grid_landmarks, landmark_bias, random_landmarks, select_landmarks
+from fna.landmarks import (
+    grid_landmarks,
+    landmark_bias,
+    lattice_landmarks,
+    patch_grid,
+    random_landmarks,
+    select_landmarks,
+)
 from fna.plan import BlockPlan, Plan
 from fna.tokens import detect_prefix_tokens
 
@@ -165,17 +174,43 @@ def fna_attention_forward(
         return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     _refuse_call(state.name, query, key, attention_mask, dropout, kwargs)
     landmarks, bias = _landmarks_for(state, query, key, value)
-    out = fast_nystrom_attention(
-        query,
-        key,
+
+    def nystrom(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = fast_nystrom_attention(
+            query,
+            key,
+            value,
+            landmarks,
+            landmark_bias=bias,
+            scale=scaling,
+            iterations=state.plan.iterations_of(state.entry),
+            exact_rows=state.plan.exact_rows,
+        )
+        return _corrected(state, out, value, landmarks)
+
+    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, scale=scaling)
+
+    return compose_heads(query, key, value, state.entry.heads, nystrom, exact).transpose(1, 2), None
+
+
+def _corrected(state: _BlockState, out: Tensor, value: Tensor, landmarks: Tensor) -> Tensor:
+    correction = state.entry.correction
+    if correction is None:
+        return out
+    if len(correction.gains) != out.shape[1]:
+        raise InvalidPlanError(
+            f"{state.name}: the correction has kernels for {len(correction.gains)} heads, but {out.shape[1]} are FNA"
+        )
+    return correct(
+        out,
         value,
         landmarks,
-        landmark_bias=bias,
-        scale=scaling,
-        iterations=state.plan.iterations,
+        correction,
+        prefix_tokens=state.prefix_tokens,
+        patches=patch_grid(out.shape[2], state.prefix_tokens, state.plan.patches),
         exact_rows=state.plan.exact_rows,
     )
-    return out.transpose(1, 2), None
 
 
 def _exact_implementation(module: nn.Module) -> Any:
@@ -217,9 +252,12 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
     seen: set[tuple[int, str, str]] = set()
     for entry in plan.blocks:
         block = blocks[entry.block]
-        chooses = plan.resample or entry.sharing_key not in seen
-        seen.add(entry.sharing_key)
-        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, chosen)
+        alone = plan.resamples(entry)
+        chooses = alone or entry.sharing_key not in seen
+        if not alone:
+            seen.add(entry.sharing_key)
+        shared = {} if alone else chosen
+        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, shared)
         _set(record, block.attention, _STATE, state)
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
             _set(record, block.layer, _CHOICE, state)
@@ -259,6 +297,8 @@ def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor
     num_tokens = query.shape[2]
     if entry.sampler == "grid":
         landmarks = grid_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, device=query.device)
+    elif entry.sampler == "lattice":
+        landmarks = lattice_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.patches).to(query.device)
     elif entry.sampler == "random":
         drawn = random_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed)
         landmarks = drawn.to(query.device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SAMPLERS = ("grid", "norm-grid", "fps", "random")
+SAMPLERS = ("grid", "lattice", "norm-grid", "fps", "random")
 METHODS = ("weighted", "published")
 
 
