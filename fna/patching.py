@@ -170,8 +170,10 @@ def fna_attention_forward(
     """
     state: _BlockState | None = getattr(module, _STATE, None)
     if state is None:
-        exact = _exact_implementation(module)
-        return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        name = getattr(module, _EXACT, "sdpa")
+        return exact_attention_forward(
+            name, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     _refuse_call(state.name, query, key, attention_mask, dropout, kwargs)
     landmarks, bias = _landmarks_for(state, query, key, value)
 
@@ -213,24 +215,26 @@ def _corrected(state: _BlockState, out: Tensor, value: Tensor, landmarks: Tensor
     )
 
 
-def _exact_implementation(module: nn.Module) -> Any:
-    """Return the attention function that an exact block ran before the patch; `sdpa` for modules that are no block."""
+def exact_attention_forward(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Run the attention function of one of transformers' implementations; `eager` is the module's own file's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = getattr(module, _EXACT, "sdpa")
-    if name == "eager":  # not in the registry: every modelling file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
+    if name == "eager":  # not in the registry
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+    result: tuple[Tensor, Tensor | None] = attend(module, *args, **kwargs)
+    return result
 
 
 def _register_with_transformers() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, fna_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
 
 
-def _make_mask(
+def make_mask(
     *args: Any,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
