@@ -8,15 +8,13 @@ import click
 
 from fna.commands.options import check_writable, json_option, make_console, progress, quiet_option
 
-TARGETS = ("rtx-ada", "rtx-ampere", "rtx-blackwell", "all")
-
 
 @click.command("build", short_help="Build an engine from an FNA file; needs no GPU.")
 @click.argument("onnx_file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The engine file to write.")
 @click.option("--backend", type=click.Choice(("tensorrt-rtx",)), default="tensorrt-rtx", show_default=True)
 @click.option(
-    "--target", type=click.Choice(TARGETS), default="all", show_default=True, help="GPU families to build for."
+    "--target", default="all", show_default=True, help="Devices to build for, as in rtx-ada or rtx-ampere,rtx-ada; all."
 )
 @click.option(
     "--batch",
