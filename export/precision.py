@@ -70,7 +70,9 @@ def cast_model(
         result,
         keep_io_types=keep_io,
         op_block_list=sorted({*float16.DEFAULT_OP_BLOCK_LIST, *KEPT_OPERATORS, *_without_half(result, precision)}),
-        node_block_list=sorted({*kept_blocks, *norm_nodes(result), *_pixel_independent(result)}),
+        node_block_list=sorted(
+            {*kept_blocks, *norm_nodes(result), *_pixel_independent(result), *_quantized_nodes(result)}
+        ),
     )
     _attach_biases(result, biases)
     if precision == "bf16":
@@ -140,6 +142,20 @@ def _pixel_independent(model: ModelProto) -> set[str]:
         if any(value in depends for value in node.input):
             depends.update(node.output)
         else:
+            found.add(node.name)
+    return found
+
+
+def _quantized_nodes(model: ModelProto) -> set[str]:
+    """Products of dequantised values, with their biases: TensorRT joins them to one int8 layer if no cast is between."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    values = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    found, products = set(), set()
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and any(value in values for value in node.input):
+            found.add(node.name)
+            products.add(node.output[0])
+        elif node.op_type == "Add" and {*node.input} & products and {*node.input} & constant:
             found.add(node.name)
     return found
 
