@@ -22,7 +22,7 @@ from fna.errors import BuildError, InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.files import load_onnx, save_model
 from fna.export.metadata import read_metadata, write_metadata
-from fna.export.precision import FP16_LARGEST
+from fna.export.precision import FP16_LARGEST, norm_nodes
 
 LINEAR = ("MatMul", "Gemm")
 
@@ -108,7 +108,9 @@ def quantize_model(
 def measure_ranges(
     model: ModelProto, pixels: Sequence[NDArray[np.float32]], name: str = "the file"
 ) -> list[TensorRange]:
-    """Run an fp32 file on photographs and return the range of every floating-point tensor, FNA's insides excepted.
+    """Run an fp32 file on photographs and return the range of every tensor that a cast would make 16-bit.
+
+    Norms, softmax and FNA's insides stay fp32, so their tensors are left out.
 
     Raises:
         InvalidArgumentError: if there are no photographs.
@@ -118,6 +120,8 @@ def measure_ranges(
     if not pixels:
         raise InvalidArgumentError("ranges are measured on photographs, but there are none; give --images")
     blocks = find_blocks(model, read_metadata(model, name).plan.num_blocks)
+    stays = norm_nodes(model)
+    inside = {output for node in model.graph.node if node.name in stays for output in node.output}
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source = Path(folder) / "source.onnx"
         save_model(model, source)
@@ -128,6 +132,8 @@ def measure_ranges(
         data = calibrater.compute_data()
     ranges = []
     for tensor, values in data.items():
+        if tensor in inside:
+            continue
         lowest, highest = (float(np.asarray(value).reshape(-1)[0]) for value in values.range_value)
         ranges.append(TensorRange(tensor, lowest, highest, blocks.get(tensor)))
     return ranges
