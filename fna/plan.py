@@ -156,10 +156,13 @@ class Plan(BaseModel):
     def check_fits(self, model: str, resolution: tuple[int, int] | None) -> None:
         """Refuse a model or a resolution that the plan was not made for.
 
+        A plan made from PyTorch may be tried on an ONNX file, which has another name, and the other way round.
+
         Raises:
             InvalidPlanError: naming both.
         """
-        if self.model is not None and self.model != model:
+        same_kind = self.model is not None and self.model.endswith(".onnx") == model.endswith(".onnx")
+        if same_kind and self.model != model:
             raise InvalidPlanError(
                 f"the plan is for model {self.model}, but the model is {model}; make a plan for it with fna plan"
             )

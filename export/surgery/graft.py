@@ -178,6 +178,8 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     points = _points(graph, options.input_shapes)
     progress("looking for attention")
     rows = scan(graph, points)
+    if options.plan is not None:
+        _check_plan_fits(options.plan, source, model)
     plan = _decide(rows, options)
     if output is None:
         return GraftResult(rows, None, plan, None, None, {}, sha256, notes)
@@ -261,6 +263,11 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
             row.decision = Decision.REFUSED
             row.reason = f"{min(row.tokens)} tokens are not more than {block.landmarks} landmarks"
     return plan
+
+
+def _check_plan_fits(plan: Plan, source: Path, model: ModelProto) -> None:
+    height, width = _image_size(model)
+    plan.check_fits(source.name, None if height is None or width is None else (height, width))
 
 
 def _replace_and_prove(

@@ -113,6 +113,8 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     import torch
 
     from fna.attention import nystrom_attention_reference
+    from fna.composition import compose_heads, correct
+    from fna.landmarks import patch_grid
 
     # the last image is enough: a mistake that spared it would have to know how many there are
     query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
@@ -121,11 +123,28 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
-    with _one_thread():
-        expected = nystrom_attention_reference(
-            query, key, value, landmarks, bias, float(np.float32(found.scale)),
+    site, scale = item.site, float(np.float32(found.scale))
+
+    def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        result = nystrom_attention_reference(
+            query, key, value, landmarks, bias, scale,
             int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")),
         )  # fmt: skip
+        if site.block.correction is None:
+            return result
+        return correct(
+            result, value, landmarks, site.block.correction,
+            prefix_tokens=site.prefix_tokens,
+            patches=patch_grid(value.shape[2], site.prefix_tokens, site.plan.patches),
+            exact_rows=site.plan.exact_rows,
+        )  # fmt: skip
+
+    def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(scale * (query.float() @ key.float().mT), dim=-1)
+        return (weights @ value.float()).to(query.dtype)
+
+    with _one_thread():
+        expected = compose_heads(query, key, value, site.block.heads, nystrom, exact)
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[found.element_type]
     proof.fna_errors[block] = error

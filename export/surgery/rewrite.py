@@ -19,6 +19,7 @@ from fna.export.functions import (
     PLUGIN_FIELDS,
     attach_functions,
 )
+from fna.export.surgery.compose import Site, compose
 from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
@@ -41,6 +42,7 @@ class Replacement:
     key: str
     value: str
     output: str
+    site: Site
     constants: list[TensorProto] = field(default_factory=list)
 
 
@@ -125,19 +127,24 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
     after: list[NodeProto] = []
     output = _result_nodes(writer, found.result, prefix, after)
-    fna = helper.make_node(
-        ATTENTION,
-        [query, key, value, landmarks, bias],
-        [output],
-        name=prefix,
-        domain=DOMAIN,
-        scale=float(found.scale),
-        iterations=writer.plan.iterations,
-        exact_rows=int(writer.plan.exact_rows),
-        **PLUGIN_FIELDS,
-    )
-    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *after]
-    return Replacement(row, fna, before, after, query, key, value, output)
+
+    def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
+        return helper.make_node(
+            ATTENTION,
+            [query, key, value, landmarks, bias],
+            [result],
+            name=prefix,
+            domain=DOMAIN,
+            scale=float(found.scale),
+            iterations=writer.plan.iterations_of(block),
+            exact_rows=int(writer.plan.exact_rows),
+            **PLUGIN_FIELDS,
+        )
+
+    site = Site(found, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, landmarks)
+    fna, around = compose(writer, site, output, make_fna)
+    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *around, *after]
+    return Replacement(row, fna, before, after, query, key, value, output, site)
 
 
 def _reshape_node(
@@ -209,11 +216,19 @@ def _landmarks(
     static = len(set(found.tokens)) == 1
     by_features = block.sampler in ("fps", "norm-grid")
     origin = _origin(writer, stream, found) if by_features or not static else None
-    key = (block.sharing_key, found.tokens, prefix, origin, row.block if writer.plan.resample and by_features else -1)
+    key = (
+        block.sharing_key,
+        found.tokens,
+        prefix,
+        origin,
+        row.block if writer.plan.resamples(block) and by_features else -1,
+    )
     if key in writer.shared:
         return writer.shared[key]
-    if block.sampler == "random" and not static:
-        raise InvalidPlanError("random landmarks need a fixed number of tokens; this file leaves its input size open")
+    if block.sampler in ("random", "lattice") and not static:
+        raise InvalidPlanError(
+            f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
+        )
     if by_features:
         features = _features(writer, row, block, stream, operands, nodes)
         writer.features[row.block] = features
@@ -293,9 +308,11 @@ def _sampler_node(block: BlockPlan, prefix: int, features: str, landmarks: str) 
 
 
 def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: int) -> str:
-    from fna.landmarks import grid_landmarks, random_landmarks
+    from fna.landmarks import grid_landmarks, lattice_landmarks, random_landmarks
 
-    if block.sampler == "random":
+    if block.sampler == "lattice":
+        index = lattice_landmarks(tokens, block.landmarks, prefix, writer.plan.patches)
+    elif block.sampler == "random":
         index = random_landmarks(tokens, block.landmarks, prefix, writer.plan.seed)
     else:
         index = grid_landmarks(tokens, block.landmarks, prefix)

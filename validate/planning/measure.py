@@ -86,6 +86,9 @@ class Range:
         return found
 
 
+MOMENTS = ("gram", "cross", "energy", "fixed", "effect")
+
+
 @dataclass
 class Moments:
     """Sums over tokens and images, per head: F holds the shifted values and FNA's output, y is exact attention's output.
@@ -95,16 +98,19 @@ class Moments:
         cross: `F^T y`, `[H, K+1]`, over the same rows.
         energy: `y^T y`, `[H]`, over the same rows.
         fixed: squared error in the rows that no correction changes (prefix tokens), `[H]`.
+        effect: second moments over the view's gradients of their products with F and with y, `[H, K+2, K+2]`; zeros where there
+            are no gradients.
     """
 
     gram: Tensor
     cross: Tensor
     energy: Tensor
     fixed: Tensor
+    effect: Tensor
 
     def add(self, other: Moments) -> Moments:
         """Add another image's sums."""
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in ("gram", "cross", "energy", "fixed")))
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in MOMENTS))
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,14 @@ class Fit:
     """A candidate's loss per head, and the correction that goes with it.
 
     Attributes:
-        losses: first-order `1 - cosine` per head, `[H]`.
+        losses: first-order `1 - cosine` per head, `[H]`, as if the errors of tokens were independent.
+        effects: the same with their dependence, `[H]`, from few random directions and so noisy; zeros where there are no gradients.
         kernels: `[H, K]`.
         gains: `[H]`.
     """
 
     losses: Tensor
+    effects: Tensor
     kernels: Tensor
     gains: Tensor
 
@@ -137,7 +145,18 @@ def fit_correction(moments: Moments, images: int, *, corrected: bool) -> Fit:
     left = moments.energy.double() - 2 * (weights * cross).sum(-1)
     left = left + (weights * (gram @ weights[..., None])[..., 0]).sum(-1)
     losses = (left.clamp(min=0) + moments.fixed.double()) / images
-    return Fit(losses, weights[:, :-1], weights[:, -1])
+    whole = torch.cat([weights, -torch.ones_like(weights[:, :1])], dim=1)  # F w - y
+    effects = (whole * (moments.effect.double() @ whole[..., None])[..., 0]).sum(-1).clamp(min=0) / images
+    return Fit(losses, effects, weights[:, :-1], weights[:, -1])
+
+
+def dependence(fits: Sequence[Fit]) -> Tensor:  # [H]
+    """By how much the dependence of tokens' errors raises the loss of each head of a block: one factor for all candidates.
+
+    A single candidate's factor is noisy; the geometric mean over all of them is less so.
+    """
+    ratios = [torch.log((fit.effects + 1e-12) / (fit.losses + 1e-12)) for fit in fits if bool((fit.effects > 0).any())]
+    return torch.exp(torch.stack(ratios).mean(0)) if ratios else torch.ones_like(fits[0].losses)
 
 
 @dataclass
@@ -179,6 +198,14 @@ def measure_block(
     whole = _products(shifted.flatten(1, 2), shifted.flatten(1, 2))
     with_exact = _products(shifted.flatten(1, 2), exact[:, prefix:].flatten(1)[..., None])[..., 0]
     energy = exact[:, prefix:].square().sum((1, 2))
+    shifted_sum, exact_sum = shifted.sum(1), exact[:, prefix:].sum(1)
+    common = ((view.coherence - 1).clamp(min=0) / (value.shape[1] - prefix))[:, None, None]
+    gradients = view.gradients  # [K, H, N, D]
+    effect_values = effect_exact = value.new_zeros(0)
+    if gradients is not None:
+        plain = _shift(view.value[0], prefix, layout.patches, kernel)
+        effect_values = torch.einsum("phnd,hndk->hpk", gradients[:, :, prefix:], plain)  # [H, P, K]
+        effect_exact = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], view.exact[0, :, prefix:])
     found: dict[Candidate, Moments] = {}
     groups: dict[tuple[Sampler, bool], dict[int, list[Candidate]]] = {}
     for candidate in candidates:
@@ -199,7 +226,8 @@ def measure_block(
             known_exact = exact[:, prefix:][:, patches]
             gram_values = whole - _products(known, known)
             cross_values = with_exact - _products(known, known_exact.flatten(1)[..., None])[..., 0]
-            energy_left = energy - known_exact.square().sum((1, 2))
+            sum_values, sum_exact = shifted_sum - shifted[:, patches].sum(1), exact_sum - known_exact.sum(1)
+            energy_left = energy - known_exact.square().sum((1, 2)) + common[:, 0, 0] * sum_exact.square().sum(1)
             turned = torch.stack([out[0] @ view.root for out in outputs], dim=-1)  # [H, N, D, I]
             fixed = (turned[:, :prefix] - exact[:, :prefix, :, None]).square().sum((1, 2))
             loose = turned[:, prefix:].clone()
@@ -207,14 +235,43 @@ def measure_block(
             flat = loose.flatten(1, 2)
             mixed = _products(shifted.flatten(1, 2), flat)  # [H, K, I]
             own = flat.square().sum(1)
+            flat_sums = loose.sum(1)  # [H, D, I]
             cross_own = _products(flat, exact[:, prefix:].flatten(1)[..., None])[..., 0]  # [H, I]
+            effects = [value.new_zeros(len(value), shifted.shape[-1] + 2, shifted.shape[-1] + 2)] * len(group)
+            if gradients is not None:
+                at = gradients[:, :, prefix:][:, :, patches]
+                values = effect_values - torch.einsum("phnd,hndk->hpk", at, plain[:, patches])
+                target = effect_exact - torch.einsum("phnd,hnd->hp", at, view.exact[0, :, prefix:][:, patches])
+                effects = [
+                    _effects(gradients, out[0], view.exact[0], prefix, patches, values, target) for out in outputs
+                ]
             for place, candidate in enumerate(group):
                 column = mixed[..., place : place + 1]
                 top = torch.cat([gram_values, column], dim=2)
                 bottom = torch.cat([column.mT, own[:, None, place : place + 1]], dim=2)
                 cross = torch.cat([cross_values, cross_own[:, place : place + 1]], dim=1)
-                found[candidate] = Moments(torch.cat([top, bottom], dim=1), cross, energy_left, fixed[:, place])
+                found[candidate] = Moments(
+                    torch.cat([top, bottom], dim=1), cross, energy_left, fixed[:, place], effects[place]
+                )
     return found
+
+
+def _effects(
+    gradients: Tensor,  # [P, H, N, D]
+    out: Tensor,  # [H, N, D]
+    exact: Tensor,  # [H, N, D]
+    prefix: int,
+    known: Tensor,  # [L] patch indices of exact rows
+    values: Tensor,  # [H, P, K]
+    target: Tensor,  # [H, P]
+) -> Tensor:  # [H, K+2, K+2]
+    """Second moments over P directions of what shifted values, FNA and (less the prefix tokens' error) exact attention do."""
+    loose = out[:, prefix:].clone()
+    loose[:, known] = 0.0
+    own = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], loose)
+    fixed = torch.einsum("phnd,hnd->hp", gradients[:, :, :prefix], out[:, :prefix] - exact[:, :prefix])
+    rows = torch.cat([values, own[..., None], (target - fixed)[..., None]], dim=-1)
+    return rows.mT @ rows / rows.shape[1]
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

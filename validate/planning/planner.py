@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from fna.plan import BlockPlan, Correction, Plan
 from fna.validate.planning.cost import CostModel
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.measure import (
+    MOMENTS,
     Candidate,
     Fit,
     Measurement,
     Range,
     SharedFeatures,
+    dependence,
     fit_correction,
     measure_block,
 )
@@ -173,6 +175,13 @@ class Planner:
             for key, moments in measurement.moments.items()
         }
 
+    def with_dependence(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[tuple[int, Candidate], Fit]:
+        """Scale the losses of each block's heads by how much the errors of its tokens agree."""
+        factors = {
+            number: dependence([fit for (block, _), fit in fits.items() if block == number]) for number in self.blocks
+        }
+        return {key: replace(fit, losses=fit.losses * factors[key[0]]) for key, fit in fits.items()}
+
     def scales(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[int, float]:
         """Loss of each block alone, really run with a middling candidate, over its first-order loss.
 
@@ -274,12 +283,14 @@ def make_best_plan(planner: Planner) -> Planned:
     """Plan: see `Planner`."""
     say = planner.say
     measurement = planner.measure()
-    fits = planner.fits(measurement)
+    fits = planner.with_dependence(planner.fits(measurement))
     scales = planner._cached("scales-" + "".join(_digest(p)[:6] for p in planner.images), lambda: planner.scales(fits))
     options = planner.options(fits, scales)
     allowed = 1 - planner.wish.min_cosine
     say("searching")
     front = find_front(options, largest_loss=40 * allowed, bins=16000)
+    if len(front) == 1:
+        return _exact_only(planner, front[0])
     position, plan, on_planning = _settle(planner, front, fits, allowed)
     say("verifying on images not planned on")
     verified = planner.run(plan, planner.held_out)
@@ -320,9 +331,36 @@ def _settle(
         if guess in (low, high):
             break
     if best is None:
-        plan = planner.make_plan(front[0].items, fits)
-        best = (0, plan, planner.run(plan, planner.images))
+        best = _most_faithful(planner, front, fits)
     return best
+
+
+def _most_faithful(
+    planner: Planner, front: list[Choice[Picked]], fits: dict[tuple[int, Candidate], Fit]
+) -> tuple[int, Plan, Fidelity]:
+    """Return the point nearest to exact attention that has any FNA, or say what it reaches if that is not enough."""
+    index = next(i for i, choice in enumerate(front) if any(pick.candidate for pick in choice.items))
+    plan = planner.make_plan(front[index].items, fits)
+    found = planner.run(plan, planner.images)
+    if not planner.keeps(found):
+        asked = f"a mean cosine of {planner.wish.min_cosine}"
+        if planner.wish.min_p5 is not None:
+            asked += f" with a 5th percentile of {planner.wish.min_p5}"
+        entry = plan.blocks[0]
+        raise InvalidArgumentError(
+            f"{asked} cannot be kept with any FNA: the best reachable is {found.mean:.6f} (5th percentile {found.p5:.6f}), with "
+            f"{entry.landmarks} landmarks in block {entry.block}"
+            + (f", head {entry.heads[0]}" if entry.heads else "")
+            + "; ask for less, or keep exact attention"
+        )
+    return index, plan, found
+
+
+def _exact_only(planner: Planner, choice: Choice[Picked]) -> Planned:
+    """The plan where no candidate is cheaper than exact attention."""
+    plan = planner.make_plan(choice.items, {})
+    point = FrontPoint(plan, choice.cost, 0.0, 0.0, Fidelity(mean=1.0, p5=1.0, first=1.0))
+    return Planned(plan, point, [point], choice.cost, True, [])
 
 
 def _spread(front: list[Choice[Picked]], position: int) -> list[int]:
@@ -344,7 +382,7 @@ def _pack(value: Any) -> Any:
         rows = []
         for (block, c), m in value.moments.items():
             settings = [c.landmarks, c.sampler, c.resample, c.iterations, c.corrected]
-            rows.append([block, settings, [m.gram, m.cross, m.energy, m.fixed]])
+            rows.append([block, settings, [getattr(m, name) for name in MOMENTS]])
         return {"images": value.images, "rows": rows}
     return value
 

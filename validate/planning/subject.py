@@ -64,6 +64,7 @@ class BlockView:
         hidden: what enters the block, `[1, N, C]`; None where it is not known.
         root: `[H, D, D]`, such that the sum of squares of `e @ root` is the loss `1 - cosine` of the final tokens that an error `e`
             `[H, N, D]` of this block causes, to first order and as if the errors of tokens were independent.
+        coherence: `[H]`, by how much more an error that all tokens share weighs than one that differs from token to token.
         gradients: `[K, H, N, D]`, such that the mean over K of `(gradient . e)^2` is that loss to first order, dependent or not,
             in expectation; None where gradients cannot be had.
     """
@@ -76,6 +77,7 @@ class BlockView:
     scale: float
     hidden: Tensor | None
     root: Tensor
+    coherence: Tensor
     gradients: Tensor | None = None
 
 
@@ -175,9 +177,7 @@ class TorchSubject:
             for number in sorted(calls):
                 query, key, value, scale, out = calls[number]
                 gradient = gradients[number]
-                view = BlockView(
-                    number, query, key, value, out, scale, hidden.get(number), _root(gradient), gradient
-                )
+                view = BlockView(number, query, key, value, out, scale, hidden.get(number), _root(gradient), _coherence(gradient), gradient)
                 visit(view)
 
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
@@ -220,3 +220,9 @@ def _root(gradients: Tensor) -> Tensor:  # [K, H, N, D] -> [H, D, D]
     metric = torch.einsum("khnd,khne->hde", gradients, gradients) / (probes * tokens)
     values, vectors = torch.linalg.eigh(metric)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def _coherence(gradients: Tensor) -> Tensor:  # [K, H, N, D] -> [H]
+    """Squared norm of the sum of the tokens' gradients over the sum of their squared norms: 1 were they independent."""
+    together = gradients.sum(dim=2).square().sum(dim=(0, 2))
+    return together / gradients.square().sum(dim=(0, 2, 3)).clamp(min=1e-30)
