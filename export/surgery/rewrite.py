@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,32 @@ def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) 
         item.constants = [tensor for name, tensor in writer.initializers.items() if name in read]
     model = _assemble(graph, writer, replacements)
     return Rewritten(model, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
+
+
+def operand_writer(
+    graph: Graph, points: list[Point], plan: Plan
+) -> tuple[_Writer, Callable[[Row, list[NodeProto]], tuple[str, str, str]]]:
+    """Return a writer, and a function that adds the nodes that make query, key and value `[B, H, N, D]` of a row.
+
+    The writer's `initializers` are those that the nodes need.
+    """
+    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
+    writer = _Writer(graph, points, plan, taken | set(graph.initializers) | {item.name for item in graph.inputs})
+
+    def write(row: Row, nodes: list[NodeProto]) -> tuple[str, str, str]:
+        found = row.attention
+        assert found is not None
+        prefix = writer.unique(f"{row.node}/fna_operands_{row.block}")
+        nodes.extend(found.prelude)
+        for tensor in found.initializers:
+            writer.initializers[tensor.name] = tensor
+        query, key, value = (
+            _operand_nodes(writer, operand, f"{prefix}/{name}", nodes)
+            for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
+        )
+        return query, key, value
+
+    return writer, write
 
 
 # ---------------------------------------------------------------- one block

@@ -304,11 +304,11 @@ def _print(
             f"{count_heads(point, layout.heads)} of {layout.heads * layout.num_blocks}",
             describe_cost(point.cost, cost.unit),
             f"{point.saved:.1%}",
-            f"{1 - point.predicted_loss:.4f}",
+            f"{1 - point.predicted_loss:.5f}",
             *(
                 ("", "", "")
                 if measured is None
-                else (f"{measured.mean:.4f}", f"{measured.p5:.4f}", _optional(measured.first))
+                else (f"{measured.mean:.5f}", f"{measured.p5:.5f}", _optional(measured.first))
             ),
         )
     console.print(table)
@@ -319,4 +319,4 @@ def _print(
 
 
 def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.5f}"

@@ -87,5 +87,3 @@ def test_a_plan_for_another_size_is_refused_by_both(dense: Path, tmp_path: Path)
     with pytest.raises(InvalidPlanError, match="518x518 images, but the resolution is 56x84"):
         graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
     assert not (tmp_path / "out.onnx").exists()
-
-

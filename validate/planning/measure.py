@@ -32,7 +32,7 @@ RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
 LANDMARK_COUNTS = (16, 32, 48, 64, 96, 128, 192, 256)
-ITERATIONS = (3, 4, 6)
+ITERATIONS = (3, 6)
 DEAREST = 0.8
 """Candidates that take more than this part of exact attention's products are left out."""
 
@@ -172,6 +172,10 @@ class Measurement:
             key = (block, candidate)
             self.moments[key] = self.moments[key].add(moments) if key in self.moments else moments
 
+    def only(self, keys: set[tuple[int, Candidate]]) -> Measurement:
+        """The same with some blocks' candidates only."""
+        return Measurement(self.images, {key: moments for key, moments in self.moments.items() if key in keys})
+
     def merge(self, other: Measurement) -> None:
         """Add all that another measurement holds."""
         self.images += other.images
@@ -250,9 +254,11 @@ def measure_block(
                 top = torch.cat([gram_values, column], dim=2)
                 bottom = torch.cat([column.mT, own[:, None, place : place + 1]], dim=2)
                 cross = torch.cat([cross_values, cross_own[:, place : place + 1]], dim=1)
-                found[candidate] = Moments(
-                    torch.cat([top, bottom], dim=1), cross, energy_left, fixed[:, place], effects[place]
-                )
+                # what all rows share weighs more: F and y summed over tokens, `[H, D, K+1]` and `[H, D]`
+                sums = torch.cat([sum_values, flat_sums[..., place : place + 1]], dim=2)
+                gram = torch.cat([top, bottom], dim=1) + common * (sums.mT @ sums)
+                cross = cross + common[..., 0] * (sums.mT @ sum_exact[..., None])[..., 0]
+                found[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
     return found
 
 

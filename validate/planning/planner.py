@@ -38,6 +38,12 @@ Say = Callable[[str], None]
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
 
+TRIAL_IMAGES = 2
+"""Images on which every candidate is measured."""
+
+WORTHWHILE = 1.1
+"""A candidate is measured further while its loss is at most this much of that of every cheaper one."""
+
 ROUNDS = 6
 FRONT_POINTS = 8
 KEEP_BELOW = 0.97
@@ -90,7 +96,7 @@ class Planned:
         front: the Pareto front, dearest first.
         exact_cost: cost of exact attention in all blocks.
         reached: whether the winner keeps what was asked for on the images that it was not planned on.
-        best: the most faithful plan with at least one FNA block, measured.
+        notes: what should be said about it.
     """
 
     plan: Plan
@@ -133,23 +139,52 @@ class Planner:
     # ------------------------------------------------------------ measuring
 
     def measure(self) -> Measurement:
-        """Sum the moments of all planning images; images found in the cache are not run again."""
+        """Sum the moments of all planning images; images found in the cache are not run again.
+
+        The first images measure every candidate; what is both dearer and worse than another there is not measured on the rest.
+        """
         total = Measurement()
+        kept = {number: list(self.candidates) for number in self.blocks}
         for number, pixels in enumerate(self.images):
             self.say(f"looking at image {number + 1} of {len(self.images)}")
-            total.merge(self._cached(f"moments-{_digest(pixels)}", lambda pixels=pixels: self._measure_image(pixels)))
+            if number == TRIAL_IMAGES:
+                kept = self._worthwhile(total)
+                total = total.only({(block, c) for block, candidates in kept.items() for c in candidates})
+            label = f"moments-{_digest(pixels)}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+            total.merge(self.cached(label, lambda pixels=pixels, kept=kept: self._measure_image(pixels, kept)))
         return total
 
-    def _measure_image(self, pixels: Pixels) -> Measurement:
+    def _worthwhile(self, measurement: Measurement) -> dict[int, list[Candidate]]:
+        """The candidates of each block that no cheaper one clearly beats."""
+        fits = self.with_dependence(self.fits(measurement))
+        heads, kernel = self.layout.heads, self.kernel
+        found = {}
+        for number in self.blocks:
+            rows = [
+                (self.cost.block(candidate, heads, kernel), float(fit.losses.sum()), candidate)
+                for (block, candidate), fit in fits.items()
+                if block == number
+            ]
+            best = np.inf
+            found[number] = []
+            for _, loss, candidate in sorted(rows, key=lambda row: row[:2]):
+                if loss <= best * WORTHWHILE:
+                    found[number].append(candidate)
+                best = min(best, loss)
+        return found
+
+    def _measure_image(self, pixels: Pixels, candidates: dict[int, list[Candidate]]) -> Measurement:
         measured, shared = Measurement(images=1), SharedFeatures()
 
         def visit(view: BlockView) -> None:
-            measured.add(view.number, measure_block(view, self.layout, self.candidates, shared, self.wish.tried.kernel))
+            found = measure_block(view, self.layout, candidates[view.number], shared, self.wish.tried.kernel)
+            measured.add(view.number, found)
 
         self.subject.look(pixels, visit)
         return measured
 
-    def _cached(self, name: str, make: Callable[[], Any]) -> Any:
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned when it was called before for this model, these candidates and this version, or call it."""
         if self.cache is None:
             return make()
         key = hashlib.sha256(repr((self.layout, self.wish.tried, __version__)).encode()).hexdigest()[:16]
@@ -185,8 +220,7 @@ class Planner:
     def scales(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[int, float]:
         """Loss of each block alone, really run with a middling candidate, over its first-order loss.
 
-        Errors of neighbouring tokens agree, which first-order losses of single tokens do not see, and how much that matters
-        differs from block to block.
+        For subjects without gradients: what an error does on its way to the output is not known then.
         """
         found = {}
         some = self.images[:2]
@@ -212,11 +246,11 @@ class Planner:
             for (block, candidate), fit in fits.items():
                 if block != number:
                     continue
-                losses = fit.losses * scales[number]
+                losses = fit.losses * scales.get(number, 1.0)
                 order = torch.argsort(losses).tolist()
                 for count in [heads] if self.wish.whole_blocks else range(1, heads + 1):
                     chosen = tuple(sorted(order[:count]))
-                    cost = self.cost.block(candidate, count, self._kernel())
+                    cost = self.cost.block(candidate, count, self.kernel)
                     found.append(Option(cost, float(losses[list(chosen)].sum()), Picked(candidate, chosen)))
             result.append(drop_dominated(found))
         return result
@@ -230,9 +264,9 @@ class Planner:
             candidate, fit = pick.candidate, fits[number, pick.candidate]
             looks = candidate.sampler in ("fps", "norm-grid")
             correction = None
-            if self._kernel():
+            if self.kernel:
                 correction = Correction(
-                    size=self._kernel(),
+                    size=self.kernel,
                     kernels=tuple(tuple(round(x, 5) for x in fit.kernels[head].tolist()) for head in pick.heads),
                     gains=tuple(round(float(fit.gains[head]), 5) for head in pick.heads),
                 )
@@ -256,7 +290,9 @@ class Planner:
             patches=self.layout.patches,
         )
 
-    def _kernel(self) -> int:
+    @property
+    def kernel(self) -> int:
+        """Side of the corrections' kernels; 0 where nothing is corrected."""
         tried = self.wish.tried
         return tried.kernel if tried.corrections and self.layout.patches is not None else 0
 
@@ -284,7 +320,10 @@ def make_best_plan(planner: Planner) -> Planned:
     say = planner.say
     measurement = planner.measure()
     fits = planner.with_dependence(planner.fits(measurement))
-    scales = planner._cached("scales-" + "".join(_digest(p)[:6] for p in planner.images), lambda: planner.scales(fits))
+    if any(bool((fit.effects > 0).any()) for fit in fits.values()):
+        scales = dict.fromkeys(planner.blocks, 1.0)
+    else:
+        scales = planner.cached(f"scales-{_digest(np.stack(planner.images[:2]))}", lambda: planner.scales(fits))
     options = planner.options(fits, scales)
     allowed = 1 - planner.wish.min_cosine
     say("searching")

@@ -11,8 +11,8 @@ from fna.validate.planning.planner import FrontPoint, Planned
 
 
 def describe_cost(cost: float, unit: str) -> str:
-    """A cost for people: milliseconds, or thousand millions of products."""
-    return f"{cost * 1e3:.3f} ms" if unit == "seconds" else f"{cost / 1e9:.2f} G"
+    """A cost for people: milliseconds, or millions of products."""
+    return f"{cost * 1e3:.3f} ms" if unit == "seconds" else f"{cost / 1e6:,.0f} M"
 
 
 def count_heads(point: FrontPoint, heads: int) -> int:

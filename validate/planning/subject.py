@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fna.export.preprocessing import Preprocessing
 from fna.export.sources import LoadedModel, check_resolution
 from fna.observing import observed
 from fna.patching import find_attention_blocks, patch, unpatch
@@ -85,6 +86,7 @@ class Subject(Protocol):
     """A model at one resolution, for `fna.validate.planning.planner`."""
 
     layout: Layout
+    preprocessing: Preprocessing
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """Run one image `[3, H, W]` exactly and show every block that can be FNA, in order."""
@@ -103,7 +105,7 @@ class TorchSubject:
             ModelSourceError: if the model does not take images of that size.
         """
         check_resolution(model, height, width)
-        self.model = model
+        self.model, self.preprocessing = model, model.preprocessing
         blocks = find_attention_blocks(model.module)
         prefix = detect_prefix_tokens(blocks[0].tower)
         shapes: list[torch.Size] = []
@@ -177,7 +179,18 @@ class TorchSubject:
             for number in sorted(calls):
                 query, key, value, scale, out = calls[number]
                 gradient = gradients[number]
-                view = BlockView(number, query, key, value, out, scale, hidden.get(number), _root(gradient), _coherence(gradient), gradient)
+                view = BlockView(
+                    number,
+                    query,
+                    key,
+                    value,
+                    out,
+                    scale,
+                    hidden.get(number),
+                    _root(gradient),
+                    _coherence(gradient),
+                    gradient,
+                )
                 visit(view)
 
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
