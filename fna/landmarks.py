@@ -34,7 +34,8 @@ def select_landmarks(
     Args:
         features: what the samplers look at: hidden states, or query, key or value averaged over the heads.
         num_landmarks: S, from 1 to N.
-        method: the sampler. `grid` and `random` look at the shape of `features` only.
+        method: the sampler. `grid`, `lattice` and `random` look at the shape of `features` only; with masks, `lattice` spaces the
+            rest as `grid` does.
         guarantee: tokens that come first, in ascending order, whatever the sampler.
         exclude: tokens that are never chosen; a token that is also guaranteed is chosen.
         prefix_tokens: class and register tokens at the front, taken by `grid`, `norm-grid` and `random` unless excluded.
@@ -60,9 +61,7 @@ def select_landmarks(
 
     if unmasked and method == "grid":
         return grid_landmarks(num_tokens, num_landmarks, prefix_tokens, device=features.device).expand(batch, -1)
-    if method == "lattice":
-        if not unmasked:
-            raise InvalidArgumentError("the lattice sampler takes neither guarantee nor exclude; use grid or norm-grid")
+    if unmasked and method == "lattice":
         lattice = lattice_landmarks(num_tokens, num_landmarks, prefix_tokens, patches)
         return lattice.to(features.device).expand(batch, -1)
     if unmasked and method == "norm-grid":
@@ -81,7 +80,7 @@ def select_landmarks(
         picks = torch.arange(num_landmarks, device=features.device).expand(batch, -1)
     else:
         slot = torch.arange(num_landmarks, device=features.device)[None]
-        spread = evenly_spaced if method == "grid" else middles_of_stretches
+        spread = middles_of_stretches if method == "norm-grid" else evenly_spaced
         picks = spread(slot, free.sum(1, keepdim=True), (num_landmarks - wanted.sum(1, keepdim=True)).clamp(min=1))
     return _after_guaranteed(wanted, rest.gather(1, picks.clamp(min=0, max=num_tokens - 1)), num_landmarks)
 
