@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny_files import make_tiny_dinov2, randomise
+from tiny_files import make_tiny_dinov2
 
 from fna.export.sources import LoadedModel, load_model
-
-__all__ = ["make_tiny_dinov2", "randomise"]
-
 
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
