@@ -76,14 +76,14 @@ class PluginLayer(BaseModel):
     Attributes:
         name: of the node; TensorRT keeps it in the layer's name.
         op_type: of the node.
-        precision: the type it has to run in, by precision of the file; None where shape inference does not say.
+        precision: the type it has to run in, by precision of the file; `unknown` where type inference does not say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     op_type: str
-    precision: dict[str, str | None]
+    precision: dict[str, str]
 
 
 class BundledPlugin(BaseModel):
@@ -141,7 +141,7 @@ class BundleManifest(BaseModel):
         target: name of the device family.
         capabilities: its compute capabilities times ten.
         flavours: which TensorRT exists there, with the lowest version that does.
-        lowering: which lowering the target is built from; TensorRT-RTX is always given the portable one.
+        lowering: which lowering TensorRT is given there; TensorRT-RTX is always given the portable one.
         precision: the default of `build_engine.sh`.
         profiles: shapes by input name.
         dynamic: whether any of those inputs has an open dimension.

@@ -32,11 +32,10 @@ fail() {
   exit "$code"
 }
 
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=/dev/null
-[[ -f settings.sh ]] && source ./settings.sh || fail 2 "settings.sh is missing; copy the whole bundle again"
 
-precision=$DEFAULT_PRECISION
+precision=
 batch=
 workspace=
 flavour=
@@ -70,13 +69,6 @@ while (($#)); do
   shift
 done
 
-one_of() { # VALUE OPTION CHOICE...
-  local value=$1 option=$2 choice
-  shift 2
-  for choice in "$@"; do [[ $choice == "$value" ]] && return; done
-  fail 2 "$option $value is not in this bundle; choose one of: $*"
-}
-
 # Every file has to be what the manifest says, before any is used.
 verify() {
   local report
@@ -84,6 +76,18 @@ verify() {
   [[ -f SHA256SUMS ]] || fail 2 "SHA256SUMS is missing; copy the whole bundle again"
   report=$(sha256sum --check --strict --quiet SHA256SUMS 2> /dev/null) \
     || fail 2 "damaged bundle: ${report%%:*} is missing or changed; copy the whole bundle again"
+}
+
+verify
+# shellcheck source=/dev/null
+source ./settings.sh
+precision=${precision:-$DEFAULT_PRECISION}
+
+one_of() { # VALUE OPTION CHOICE...
+  local value=$1 option=$2 choice
+  shift 2
+  for choice in "$@"; do [[ $choice == "$value" ]] && return; done
+  fail 2 "$option $value is not in this bundle; choose one of: $*"
 }
 
 # Finds trtexec (TensorRT) or tensorrt_rtx (TensorRT for RTX); prints its path.
@@ -102,6 +106,7 @@ find_tool() { # FLAVOUR
 choose_tool() {
   local candidate
   if [[ -n $trtexec ]]; then
+    [[ $trtexec == /* ]] || trtexec=$called_from/$trtexec
     [[ -x $trtexec ]] || fail 2 "--trtexec $trtexec is no program; give trtexec's path"
     [[ -n $flavour ]] || case ${trtexec##*/} in *rtx*) flavour=tensorrt-rtx ;; *) flavour=tensorrt ;; esac
     tool=$trtexec
@@ -180,6 +185,7 @@ make_runner() {
   local library=-lnvinfer place
   if [[ -n ${FNA_RUNNER:-} ]]; then
     runner=$FNA_RUNNER
+    [[ $runner == /* ]] || runner=$called_from/$runner
     return
   fi
   [[ $flavour == tensorrt-rtx ]] && library=-ltensorrt_rtx
@@ -211,7 +217,7 @@ make_plugin() {
     plugin/src/register.cpp plugin/src/host_version.cpp "$plugin" '-Wl,-rpath,$ORIGIN' -ldl
 }
 
-# MINxREST:... for trtexec's --minShapes and the like, from "name=1x3x518x518 ..." with the batch put in front.
+# What trtexec's --minShapes and the like take: every input as name:BATCHx3x518x518.
 shapes() { # BATCH
   local entry text=
   for entry in "${INPUT_SHAPES[@]}"; do text+="${text:+,}${entry%%=*}:$1x${entry#*=}"; done
@@ -236,7 +242,6 @@ device() {
   if command -v nvidia-smi > /dev/null; then nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null || true; fi
 }
 
-verify
 one_of "$precision" --precision "${PRECISIONS[@]}"
 [[ -z $workspace || $workspace =~ ^[1-9][0-9]{0,6}$ ]] || fail 2 "--workspace $workspace cannot be read; give MiB, as in --workspace 2048"
 choose_batch
