@@ -352,7 +352,7 @@ def _record(
     folder.mkdir(exist_ok=True)
     files = {}
     for output, array in outputs.items():
-        files[output] = f"check/expected.{_safe(output)}.npy"
+        files[output] = f"check/expected.{safe_name(output)}.npy"
         np.save(root / files[output], array)
     np.save(folder / "input.npy", pixels)
     return Check(
@@ -507,10 +507,11 @@ def _tools() -> dict[str, str]:
 
 
 def _bundle_name(path: Path, target: Target) -> str:
-    return f"{_safe(path.name.removesuffix('.onnx'))}-{target.name}"
+    return f"{safe_name(path.name.removesuffix('.onnx'))}-{target.name}"
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """Return a name that is good as a file name everywhere: letters, digits and ._+- only."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".") or "model"
 
 

@@ -17,6 +17,7 @@ usage: ./build_engine.sh [options] [-- options for trtexec]
   --lowering L       plugin or portable (no plugin: slower, for comparisons); by default the target's
   --trtexec FILE     trtexec, or tensorrt_rtx; by default from PATH or where JetPack puts it
   --tf32             let fp32 products run in TF32: faster, and errors near 1e-3 instead of 1e-6
+  --output FILE      put a copy of the engine there, as in MODELS/NAME_tensorrt/1/model.plan
   --rebuild          build even where nothing has changed
   --dry-run          print trtexec's command line and stop
 
@@ -41,13 +42,14 @@ workspace=
 flavour=
 lowering=
 trtexec=
+output=
 tf32=
 rebuild=
 dry_run=
 extra=()
 while (($#)); do
   case $1 in
-    --precision | --batch | --workspace | --flavour | --lowering | --trtexec)
+    --precision | --batch | --workspace | --flavour | --lowering | --trtexec | --output)
       (($# >= 2)) || fail 2 "$1 needs a value; see --help"
       printf -v "${1#--}" '%s' "$2"
       shift
@@ -243,6 +245,10 @@ device() {
 }
 
 one_of "$precision" --precision "${PRECISIONS[@]}"
+if [[ -n $output ]]; then
+  [[ $output == /* ]] || output=$called_from/$output
+  [[ -d ${output%/*} && ! -d $output ]] || fail 2 "--output $output cannot be written; give a file in a folder that exists"
+fi
 [[ -z $workspace || $workspace =~ ^[1-9][0-9]{0,6}$ ]] || fail 2 "--workspace $workspace cannot be read; give MiB, as in --workspace 2048"
 choose_batch
 tool=
@@ -306,6 +312,11 @@ else
   mv "$engine.part" "$engine"
   remember "$engine" "$key"
   say "$engine: $(($(wc -c < "$engine") / 1000000)) MB"
+fi
+if [[ -n $output ]]; then
+  cp "$engine" "$output.part"
+  mv "$output.part" "$output"
+  say "copied to $output"
 fi
 printf '%s=%q\n' ENGINE "$engine" PLUGIN "$plugin" PRECISION "$precision" LOWERING "$lowering" FLAVOUR "$flavour" RUNNER "$runner" \
   > build/last.sh

@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder of make plugin's kernels and libraries.  [default: build/plugin]",
 )
+@click.option(
+    "--triton-repository",
+    "repository",
+    type=click.Path(path_type=Path),
+    help="Write a Triton Inference Server model repository to this folder.",
+)
 @click.option("--verify", is_flag=True, help="Check FILE, a bundle, instead: every file and its SHA-256.")
 @image_options
 @json_option
@@ -58,6 +64,7 @@ def command(
     resolution: str | None,
     record: int,
     table: Path | None,
+    repository: Path | None,
     verify: bool,
     images: Path | None,
     json_file: Path | None,
@@ -71,27 +78,39 @@ def command(
     if verify:
         _verify(file, json_file, quiet)
         return
-    if output is None or target is None:
-        raise InvalidArgumentError(f"--{'output' if output is None else 'target'} is needed to make a bundle")
+    if output is None and repository is None:
+        raise InvalidArgumentError("--output is needed to make a bundle, or --triton-repository to make only that")
+    if output is not None and target is None:
+        raise InvalidArgumentError("--target is needed to make a bundle, as in --target jetson-agx-orin")
     size = parse_resolution(resolution)
+    lines = []
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.engines.build import parse_batch
-        from fna.engines.bundle_write import DEFAULT_TABLE, BundleOptions, write_bundle
-        from fna.engines.targets import find_target
+        from fna.engines.triton import write_triton_repository
         from fna.export.files import write_text
 
-        device, range_ = find_target(target), parse_batch(batch)
-        photographs, skipped = load_photographs(images)
-        options = BundleOptions(device, photographs[:record], range_, size, table or DEFAULT_TABLE)
-        manifest = write_bundle(file, output, options, say)
-        text = manifest.model_dump_json(indent=2) + "\n"
-        if json_file is not None:
-            write_text(json_file, text)
-    console = make_console(quiet)
-    console.print(_describe(manifest, output))
-    if skipped:
-        console.print(f"skipped {len(skipped)} unreadable: {'; '.join(skipped)}")
+        range_ = parse_batch(batch)
+        if output is not None and target is not None:
+            from fna.engines.bundle_write import DEFAULT_TABLE, BundleOptions, write_bundle
+            from fna.engines.targets import find_target
+
+            device = find_target(target)
+            photographs, skipped = load_photographs(images)
+            options = BundleOptions(device, photographs[:record], range_, size, table or DEFAULT_TABLE)
+            manifest = write_bundle(file, output, options, say)
+            lines.append(_describe(manifest, output))
+            if skipped:
+                lines.append(f"skipped {len(skipped)} unreadable: {'; '.join(skipped)}")
+            if json_file is not None:
+                write_text(json_file, manifest.model_dump_json(indent=2) + "\n")
+        if repository is not None:
+            say("writing the model repository")
+            written = write_triton_repository(file, repository, batch=range_, resolution=size)
+            lines.append(f"{repository}: Triton models {', '.join(written.models)}")
+            lines += [f"left out {reason}" for reason in written.left_out]
+    for line in lines:
+        make_console(quiet).print(line)
 
 
 def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
