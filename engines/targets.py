@@ -55,8 +55,8 @@ _BOTH: Mapping[Flavour, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
 _AMPERE_ON = ("fp32", "fp16", "bf16", "int8")
 _TURING = ("fp32", "fp16", "int8")
 _TURING_LIMITS = (
-    "the plugin's kernels start at compute capability 8.0; TensorRT-RTX refuses fp32 matrix products on Turing, and FNA "
-    "computes in fp32 inside"
+    "TensorRT-RTX refuses fp32 matrix products on Turing, and FNA computes in fp32 inside; the plugin's kernels start at "
+    "compute capability 8.0"
 )
 _HOPPER_LIMITS = "TensorRT-RTX does not name compute capability 9.0"
 
