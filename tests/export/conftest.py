@@ -7,6 +7,7 @@ from tiny_files import make_tiny_dinov2
 
 from fna.export.sources import LoadedModel, load_model
 
+
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     """The tiny DINOv2 as a model source."""
