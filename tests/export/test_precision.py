@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 from tiny_files import SIDE
 
+from fna.cli import main
 from fna.engines.layers import tensor_types
 from fna.engines.run import open_onnx, run_onnx
 from fna.errors import InvalidArgumentError
@@ -236,3 +238,18 @@ def test_a_block_that_overflows_fp16_is_named(
 def test_values_that_are_not_numbers_count_as_overflow() -> None:
     ranges = [TensorRange("x", 0.0, float("nan"), None), TensorRange("y", -7e4, 0.0, 2)]
     assert [line.split(":")[0] for line in find_overflows(ranges)] == ["outside the blocks", "block 2"]
+
+
+def test_the_export_command_casts_what_it_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And `fna validate` takes the result: fp32 in, fp32 out, the error that of fp16."""
+    path = tmp_path / "half.onnx"
+    arguments = ["--precision", "fp16", "--keep-fp32", "0", "--landmarks", "5"]
+    assert main(["export", "tiny_files:make_tiny_dinov2", "-o", str(path), *arguments]) == 0
+    assert "half.onnx" in capsys.readouterr().out
+    metadata = read_metadata(load_onnx(path), "half.onnx")
+    assert (metadata.precision, metadata.fp32_blocks, metadata.origin) == ("fp16", (0,), "trace")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["half.onnx"]
+    report = tmp_path / "errors.json"
+    assert main(["validate", str(path), "--output", str(tmp_path / "out"), "--json", str(report)]) == 0
+    steps = {step["step"]: step for step in json.loads(report.read_text())["steps"]}
+    assert 1e-5 < steps["export"]["errors"][0]["relative_l2"] < 2e-3
