@@ -14,7 +14,6 @@ from onnx import ModelProto, TensorProto
 from tiny_files import SIDE
 
 from fna.cli import main
-from fna.engines.layers import tensor_types
 from fna.engines.run import open_onnx, run_onnx
 from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
@@ -24,6 +23,7 @@ from fna.export.metadata import read_metadata
 from fna.export.precision import cast_model, norm_nodes, parse_blocks
 from fna.export.preprocessing import bundled_photographs
 from fna.export.quantize import TensorRange, find_overflows, measure_ranges, quantize_model
+from fna.export.types import tensor_types
 from fna.export.variants import Variant, make_variant
 
 Find = Callable[[str], Path]
