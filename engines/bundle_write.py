@@ -475,6 +475,7 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
         "DEFAULT_BATCH": batch,
         "INPUT_SHAPES": inputs,
         "PLUGIN_SOURCES": [source for source in sources if not source.endswith(REGISTER_SOURCE)],
+        "PREBUILT_FOR": manifest.plugin.prebuilt if manifest.plugin is not None else (),
         "CHECK_INPUTS": [f"{name}={path}" for name, path in check.inputs.items()],
         "CHECK_OUTPUTS": [f"{name}={path}" for name, path in check.outputs.items()],
         "REFERENCE": f"FNA in PyTorch fp32 on {', '.join(check.images)}"

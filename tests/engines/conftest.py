@@ -58,9 +58,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
             )  # fmt: skip
     write_table(entries, folder)
-    for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
-        (folder / "aarch64").mkdir(exist_ok=True)
-        (folder / "aarch64" / name).write_bytes(f"stub of {name}".encode())
+    for machine in ("aarch64", "x86_64"):
+        (folder / machine).mkdir()
+        for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
+            (folder / machine / name).write_bytes(f"stub of {name} for {machine}".encode())
     return folder
 
 

@@ -54,7 +54,7 @@ def test_it_holds_what_a_device_needs(bundle: Path) -> None:
     assert opened.manifest.target == "jetson-agx-orin"
     assert opened.precisions == ("fp32", "fp16")
     assert opened.manifest.plugin is not None
-    assert opened.manifest.plugin.prebuilt == ("aarch64",)
+    assert opened.manifest.plugin.prebuilt == ("aarch64", "x86_64")
     assert os.access(bundle / "check.sh", os.X_OK)
 
 
@@ -311,7 +311,7 @@ def test_the_command_makes_an_archive_and_checks_it(
     path = tmp_path / "orin.tar.zst"
     common = ["--target", "jetson-agx-orin", "--plugin", str(table), "--record", "1"]
     assert main(["bundle", str(tiny), "-o", str(path), *common]) == 0
-    assert "plugin with 2 layers, prebuilt for aarch64" in capsys.readouterr().out
+    assert "plugin with 2 layers, prebuilt for aarch64, x86_64" in capsys.readouterr().out
     assert main(["bundle", "--verify", str(path)]) == 0
     assert f"digest {open_bundle(path).digest}" in capsys.readouterr().out.replace("\n", " ")
     for arguments, said in (
