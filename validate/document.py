@@ -88,8 +88,13 @@ class Document(BaseModel):
 
     def dump_json(self) -> str:
         """Return the document as JSON, lists of numbers on one line each."""
-        text = json.dumps(json.loads(self.model_dump_json()), indent=2)
-        return re.sub(r"\[\s+((?:[-\d.e+null]+,\s+)*[-\d.e+null]+)\s+\]", _joined, text) + "\n"
+        return dump_compactly(json.loads(self.model_dump_json()))
+
+
+def dump_compactly(data: Any) -> str:
+    """Return JSON for people: indented, but lists of numbers on one line each."""
+    text = json.dumps(data, indent=2)
+    return re.sub(r"\[\s+((?:[-\d.e+nul]+,\s+)*[-\d.e+nul]+)\s+\]", _joined, text) + "\n"
 
 
 def _joined(match: re.Match[str]) -> str:

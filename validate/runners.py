@@ -79,12 +79,14 @@ class OnnxRunner:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source: Any = str(model)
+        source: Any
         if isinstance(model, ModelProto):
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())
             )
             source = model.SerializeToString()
+        else:
+            source = str(model)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception types share no public base
