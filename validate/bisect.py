@@ -301,7 +301,7 @@ def find_divergence(
     The place that is out of tolerance first may only amplify what an earlier one did, so among it and those before it
     the one with the largest growth over the same part of the block before is blamed.
     """
-    precision = "fp32" if step in ("approximation", "export") else chain.metadata.precision
+    precision = "fp32" if step in ("approximation", "export") else chain.subject.precision
     baseline = _BASELINE.get(precision, 1e-6)
     last: dict[str, float] = {}
     worst: tuple[float, PlaceError, float] | None = None

@@ -252,7 +252,7 @@ class _Gauge:
     @property
     def last(self) -> str:
         """The last stage that can be run."""
-        return next(stage for stage in (ENGINE, DEPLOYED, PORTABLE, FNA) if stage in self.chain.stages)
+        return last_stage(self.chain)
 
     def add(self, name: str, pixels: NDArray[np.float32]) -> None:
         """Run every stage on one image and compare."""
@@ -323,7 +323,7 @@ class _Gauge:
             step=link.step,
             compares=link.compares,
             errors=tuple(meter.result() for meter in meters.values()),
-            tolerance=find_tolerance(link.step, self.chain.metadata.precision, tolerances),
+            tolerance=find_tolerance(link.step, self.chain.subject.precision, tolerances),
             not_measured=link.not_measured,
         )
 
@@ -359,6 +359,11 @@ class _Gauge:
             for key, parts in self.kept.items()
         }
         return Outputs(**stacked)
+
+
+def last_stage(chain: Chain) -> str:
+    """Return the last stage of a chain that can be run."""
+    return next(stage for stage in (ENGINE, DEPLOYED, PORTABLE, FNA) if stage in chain.stages)
 
 
 def is_tokens(chain: Chain, output: str, array: NDArray[Any]) -> bool:

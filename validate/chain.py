@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from fna.engines.bundle import Bundle, is_bundle, open_bundle
 from fna.engines.manifest import read_manifest
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256, load_onnx
@@ -25,7 +24,6 @@ Say = Callable[..., None]
 """Called with what is being done, and where it is known with how much of it is done and how much there is."""
 
 EXACT, FNA, PORTABLE, DEPLOYED, ENGINE = "exact", "fna", "portable", "deployed", "engine"
-PORTABLE_NAME = "model.portable.onnx"
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Subject:
         engine: the engine, if it is one.
         metadata: of the ONNX file.
         original: for grafted files, the file that was grafted.
+        bundle: the bundle, which keeps an unpacked archive in place.
     """
 
     file: Path
@@ -47,6 +46,12 @@ class Subject:
     engine: Path | None
     metadata: FileMetadata
     original: Path | None
+    bundle: Bundle | None = None
+
+    @property
+    def precision(self) -> str:
+        """What the file computes in: int8 where its linear layers do, else the type of weights and activations."""
+        return self.metadata.quantized or self.metadata.precision
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,10 @@ def open_subject(file: Path, original: Path | None = None) -> Subject:
     Raises:
         InputFileError: if it is none of these, is damaged, or the original is not there or is another file.
     """
-    kind, engine, onnx_path = "onnx", None, file
-    if file.is_dir():
-        kind, onnx_path = "bundle", open_bundle(file)
+    kind, engine, onnx_path, bundle = "onnx", None, file, None
+    if is_bundle(file) or file.is_dir():
+        bundle = open_bundle(file)
+        kind, onnx_path = "bundle", bundle.model("portable")
     elif file.suffix == ".engine":
         kind, engine, onnx_path = "engine", file, _onnx_of_engine(file)
     metadata = read_metadata(load_onnx(onnx_path, tensors=False), str(onnx_path))
@@ -132,41 +138,7 @@ def open_subject(file: Path, original: Path | None = None) -> Subject:
             f"--original {original} was given, but {onnx_path.name} was traced from {metadata.source}, which it is compared "
             "with; leave --original out"
         )
-    return Subject(file, kind, onnx_path, engine, metadata, original)
-
-
-def open_bundle(folder: Path) -> Path:
-    """Return a bundle's portable ONNX file.
-
-    Raises:
-        InputFileError: if the folder is no bundle, or a file in it is not what its manifest says.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputFileError(
-            f"{folder} is a folder without manifest.json; give an ONNX file, an engine or a bundle (fna bundle)"
-        ) from None
-    except ValueError as error:
-        raise InputFileError(f"{path} is not JSON: {error}; make the bundle again") from None
-    sums = _listed_sums(manifest)
-    name = next((name for name in sums if Path(name).name == PORTABLE_NAME), None)
-    if name is None:
-        raise InputFileError(f"{path} lists no {PORTABLE_NAME}; make the bundle again with fna bundle")
-    found = folder / name
-    if not found.is_file():
-        raise InputFileError(f"{found} is missing, but manifest.json lists it; copy the bundle again")
-    if file_sha256(found) != sums[name]:
-        raise InputFileError(f"{found} is not the file that manifest.json lists (its SHA-256 differs); copy it again")
-    return found
-
-
-def _listed_sums(manifest: Any) -> dict[str, str]:
-    """The SHA-256 sums of a bundle's manifest by relative path, whether its files are a mapping or a list."""
-    files = manifest.get("files", {}) if isinstance(manifest, dict) else {}
-    entries = files.items() if isinstance(files, dict) else ((str(entry.get("path")), entry) for entry in files)
-    return {name: str(entry.get("sha256") if isinstance(entry, dict) else entry) for name, entry in entries}
+    return Subject(file, kind, onnx_path, engine, metadata, original, bundle)
 
 
 def _onnx_of_engine(engine: Path) -> Path:
@@ -216,7 +188,7 @@ def open_chain(subject: Subject, resolution: tuple[int, int] | None, say: Say) -
         reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
         compares = "engine against the ONNX file" if reference == DEPLOYED else "engine against the fp32 ONNX file"
         try:
-            chain.stages[ENGINE] = _open_engine(subject.engine, chain)
+            chain.stages[ENGINE] = _open_engine(subject.engine)
         except MissingCapabilityError as error:
             chain.links.append(Link("engine", compares, reference, ENGINE, str(error)))
         else:
@@ -242,7 +214,7 @@ def _open_traced(subject: Subject, resolution: tuple[int, int] | None, say: Say)
     chain.links.append(Link("approximation", "FNA against exact attention, PyTorch fp32", EXACT, FNA))
     say("opening the ONNX file on onnxruntime")
     name = subject.onnx.name
-    if metadata.precision == "fp32":
+    if subject.precision == "fp32":
         chain.stages[PORTABLE] = _checked(OnnxRunner(runnable, chain.folder, name), chain, name).run
     else:
         say("exporting the model in fp32 for comparison")
@@ -285,14 +257,14 @@ def _load_with_functions(path: Path) -> tuple[ModelProto, ModelProto | Path]:
 
 def _add_precision(chain: Chain, reference: str, say: Say) -> None:
     """Add the file itself where it is not fp32: rounded to its types, as a GPU would, not as onnxruntime's CPU provider does."""
-    precision = chain.metadata.precision
+    precision = chain.subject.precision
     if precision == "fp32":
         chain.stages.setdefault(DEPLOYED, chain.stages[reference])
         return
     say(f"opening the {precision} file")
     name = chain.subject.onnx.name
     low = has_low_types(chain.proto)
-    how = f"every tensor rounded to {precision}" if low else "onnxruntime"
+    how = f"every tensor rounded to {chain.metadata.precision}" if low else "onnxruntime"
     compares = f"the {precision} file ({how}) against fp32"
     try:
         deployed = round_everywhere(chain.proto) if low else chain.proto
@@ -302,8 +274,8 @@ def _add_precision(chain: Chain, reference: str, say: Say) -> None:
         return
     if low:
         chain.notes.append(
-            f"onnxruntime's CPU provider computes {precision} files in fp32 and hides overflow; here every operator computes in "
-            f"fp32 and every tensor is rounded to {precision}"
+            f"onnxruntime's CPU provider computes {chain.metadata.precision} files in fp32 and hides overflow; here every operator "
+            f"computes in fp32 and every tensor is rounded to the type that the file declares"
         )
     chain.links.append(Link("precision", compares, reference, DEPLOYED))
 
@@ -324,19 +296,12 @@ def _checked(runner: OnnxRunner, chain: Chain, name: str) -> OnnxRunner:
     return runner
 
 
-def _open_engine(path: Path, chain: Chain) -> Run:
-    from fna.engines.run import RtxEngine
+def _open_engine(path: Path) -> Run:
+    from fna.engines.run import Engine
 
-    engine = RtxEngine(path)
+    engine = Engine(path)
     (name,) = engine.manifest.profiles
-    # TODO: engines say themselves which type their input has
-    dtype = np.float16 if chain.metadata.precision == "fp16" else np.float32
-
-    def run(pixels: NDArray[np.float32]) -> Arrays:
-        outputs = engine.run({name: pixels.astype(dtype)})
-        return {key: array.astype(np.float32) for key, array in outputs.items()}
-
-    return run
+    return lambda pixels: engine.run({name: pixels})
 
 
 def choose_size(

@@ -13,11 +13,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fna import __version__
+from fna.errors import InvalidArgumentError
 from fna.validate.bisect import Bisection, Divergence, bisect, locate
-from fna.validate.budget import Outputs, Validation, measure_chain
+from fna.validate.budget import Outputs, Validation, last_stage, measure_chain
 from fna.validate.chain import Chain, Say, open_chain, open_subject
 from fna.validate.machine import describe_machine
 from fna.validate.photographs import Photographs
+from fna.validate.task import TaskResult, measure_tasks
 
 BISECT_IMAGES = 1
 """Photographs that `--bisect` looks at: each costs two runs per FNA block."""
@@ -53,6 +55,8 @@ class Document(BaseModel):
         validation: the error budget.
         bisection: of `--bisect`.
         divergences: the block to blame for each step that is out of tolerance.
+        task: of `--task`.
+        bench: of `--bench`, as `fna bench` writes it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +70,8 @@ class Document(BaseModel):
     validation: Validation
     bisection: Bisection | None = None
     divergences: tuple[Divergence, ...] = ()
+    task: TaskResult | None = None
+    bench: dict[str, Any] | None = None
 
     def failures(self) -> list[str]:
         """Say what is out of tolerance, and which block is to blame where that was found."""
@@ -84,6 +90,9 @@ class Document(BaseModel):
                 f"approximation by block, output {first}: block {worst.block} costs most alone ({worst.alone:.2e}); making block "
                 f"{gain.block} exact gains most ({gain.everything:.2e} to {gain.all_but:.2e})"
             )
+        if self.task is not None:
+            lines += [f"{item.task}: {item.measure} {item.value:.4f} ({item.detail})" for item in self.task.measures]
+            lines += [f"not measured: {line}" for line in self.task.skipped]
         return lines
 
     def dump_json(self) -> str:
@@ -129,6 +138,8 @@ def make_document(
         validation=validation,
         bisection=bisection,
         divergences=divergences,
+        task=measure_tasks(chain, last_stage(chain), photographs, outputs, on_step) if extras.task else None,
+        bench=_find_bench(chain, extras.bench, on_step) if extras.bench else None,
     )
     return document, outputs
 
@@ -154,6 +165,19 @@ def _find_blame(
             divergence = locate(chain, step.step, failing[step.step], pixels(worst))
             divergences += [divergence] if divergence is not None else []
     return None, tuple(divergences)
+
+
+def _find_bench(chain: Chain, wanted: str, on_step: Say) -> dict[str, Any]:
+    """A file that `fna bench` wrote, or, for `quick`, times measured now."""
+    from fna.validate.bench import bench_quickly, read_bench
+
+    if wanted != "quick":
+        return read_bench(Path(wanted))
+    if chain.model is None:
+        raise InvalidArgumentError(
+            "--bench quick times the PyTorch model, which a grafted file has not; give a JSON file"
+        )
+    return bench_quickly(chain.model, chain.metadata.plan, chain.height, on_step)
 
 
 def _today() -> str:
