@@ -91,7 +91,8 @@ def first_in_onnx(
         plain = round_everywhere(model)
     else:
         plain = lower(model, "portable") if any(True for _ in fna_nodes(model.graph)) else model
-    writers = {name: node for node in plain.graph.node for name in node.output if name}
+    computed = [node for node in plain.graph.node if node.op_type != "Constant"]
+    writers = {name: node for node in computed for name in node.output if name}
     names = [name for name in writers if not name.endswith(("/exact", "/low"))]
     for start in range(0, len(names), _TENSORS_AT_ONCE):
         some = names[start : start + _TENSORS_AT_ONCE]
