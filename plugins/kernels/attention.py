@@ -5,6 +5,10 @@ attention output of the landmark tokens. All scratch is fp32 except `mixed`, the
 the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256), D to BLOCK_D (64 or 128); padded
 rows and columns of A are zero, which keeps those of Z, W and every product zero.
 
+Masked keys (`key_mask`, int32 [B or 1, N], with `mask_mode`: 0 none and the pointer is not read, 1 for all queries, 2 for queries
+that are not masked themselves) have MASKED taken off their scores, as in `fna.tokens`: finite, so that no row is empty. It is
+a product of a row and a column vector, which takes nothing off, to the bit, where nothing is masked.
+
 Landmark indices are clamped to the tokens that exist, so wrong indices give wrong rows but never a wild access.
 
 Scratch, per head (`bh` = batch item * heads + head):
@@ -22,6 +26,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+MASKED = tl.constexpr(16384.0)
 MATRIX_Z = tl.constexpr(0)
 MATRIX_W = tl.constexpr(1)
 MATRIX_A = tl.constexpr(2)
@@ -30,7 +35,7 @@ MATRIX_Y = tl.constexpr(4)
 TILE = tl.constexpr(64)
 
 # Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
-_SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride"]
+_SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
 _PLAIN = [*_SIZES, "splits", "split_tokens", "full_iterations"]
 _PLAIN_NEWTON = ["phase", "first"]
 _PLAIN_FINISH = ["splits", "count", "one_iteration"]
@@ -71,6 +76,20 @@ def _landmark_index(landmarks, row, count, tokens):
 
 
 @triton.jit
+def _hidden_keys(key_mask, mask_mode, index, inside):
+    """What is taken off the scores (base 2) of keys `index`; 0 where they are not masked."""
+    masked = tl.load(key_mask + index, mask=inside & (mask_mode != 0), other=0)
+    return tl.where(masked != 0, MASKED * LOG2E, 0.0)
+
+
+@triton.jit
+def _ordinary_queries(key_mask, mask_mode, index, inside):
+    """1 for queries `index` that masking holds for, 0 for those that see masked keys: masked ones in mode 2."""
+    masked = tl.load(key_mask + index, mask=inside & (mask_mode == 2), other=0)
+    return tl.where(masked != 0, 0.0, 1.0)
+
+
+@triton.jit
 def _deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_size,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """query[row] @ key[column]^T for fp32, read in steps of 32 channels: tf32x3 holds every operand twice."""
@@ -87,7 +106,7 @@ def _deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_si
 
 
 @triton.jit
-def _core_scores(query, key, stride_n, landmarks, bias, first, left, tokens, count, head_size, scale,
+def _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, left, tokens, count, head_size, scale,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Scores (base 2) of landmark rows from `first` on against columns from `left` on; -inf on padding columns."""
     row, column = first + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
@@ -100,8 +119,10 @@ def _core_scores(query, key, stride_n, landmarks, bias, first, left, tokens, cou
         queries = _gather_rows(query, stride_n, i, head_size, BLOCK_D)
         keys = _gather_rows(key, stride_n, j, head_size, BLOCK_D)
         scores = _dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
-    scores = scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]
-    return tl.where((column < count)[None, :], scores * LOG2E, float("-inf"))
+    scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
+    hidden = _hidden_keys(key_mask, mask_mode, j, column < count)
+    scores -= _ordinary_queries(key_mask, mask_mode, i, row < count)[:, None] * hidden[None, :]
+    return tl.where((column < count)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -142,13 +163,14 @@ def _inverse_scale(colsum, apply, S_PAD: tl.constexpr):
 
 
 @triton.jit
-def _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, row, tokens, count, head_size, scale,
+def _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
+                     tokens, count, head_size, scale,
                      S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Write 64 rows of A, their transpose as the unscaled Z0, and their column sums."""
     size = S_PAD * S_PAD
     a, z = matrices + MATRIX_A * size, matrices + MATRIX_Z * size
     for left in tl.range(0, S_PAD, TILE, num_stages=1):
-        scores = _core_scores(query, key, stride_n, landmarks, bias, row, left, tokens, count, head_size, scale,
+        scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
                               TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
         tl.store(_matrix_tile(a, row, left, S_PAD), scores)
     tl.debug_barrier()
@@ -218,7 +240,7 @@ def _newton_blocked(matrices, colsum, full_iterations, S_PAD: tl.constexpr, HALF
 
 
 @triton.jit
-def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, first,
+def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, partial, stats, split, first,
                  split_tokens, tokens, count, head_size, scale,
                  S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
@@ -229,6 +251,8 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
     index = _landmark_index(landmarks, row, count, tokens)
     if query.dtype.element_ty != tl.float32:
         queries = _gather_rows(query, stride_n, index, head_size, BLOCK_D)
+
+    ordinary = _ordinary_queries(key_mask, mask_mode, index, row < count)
 
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
@@ -246,7 +270,9 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
             keys = tl.load(key + offset, mask=mask, other=0.0)
             scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E), float("-inf"))
+        hidden = _hidden_keys(key_mask, mask_mode, token, token < high)
+        scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
+        scores = tl.where((token < high)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
@@ -261,8 +287,8 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def landmark_kernel(
-    query, key, value, landmarks, bias, partial, stats, matrices, colsum,
-    heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride,
+    query, key, value, landmarks, bias, key_mask, partial, stats, matrices, colsum,
+    heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride, mask_stride, mask_mode,
     splits, split_tokens, full_iterations, scale,
     S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, UPCAST: tl.constexpr,
@@ -284,21 +310,22 @@ def landmark_kernel(
     value += head
     landmarks += item * landmark_stride
     bias += item * bias_stride
+    key_mask += item * mask_stride
     matrices += bh * matrix_count * S_PAD * S_PAD
     colsum += bh * (S_PAD // TILE) * S_PAD
     if job < core_programs:
         if matrix_count == 2:
-            scores = _core_scores(query, key, stride_n, landmarks, bias, 0, 0, tokens, count, head_size, scale,
+            scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
                                   S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             a = _softmax_rows(scores, 0, count, S_PAD)
             _newton_registers(a, matrices, full_iterations, S_PAD, HALF)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
-                _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, row,
+                _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
                                  tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             _newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
         else:
-            _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, job * TILE,
+            _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
                              tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
     else:
         tiles: tl.constexpr = S_PAD // BLOCK_S
@@ -306,7 +333,7 @@ def landmark_kernel(
         first = ((job - core_programs) % tiles) * BLOCK_S
         partial += bh * splits * S_PAD * BLOCK_D
         stats += bh * splits * 2 * S_PAD
-        _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, first,
+        _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, partial, stats, split, first,
                      split_tokens, tokens, count, head_size, scale,
                      S_PAD, BLOCK_S, BLOCK_N, BLOCK_D, UPCAST)  # fmt: skip
 
@@ -446,11 +473,18 @@ def _landmark_values(bias, mixed, first, count, TILE_S: tl.constexpr, BLOCK_D: t
     return values, tl.where(slot < count, offset, float("-inf"))
 
 
+@triton.jit
+def _hidden_landmarks(key_mask, mask_mode, landmarks, first, tokens, count, TILE_S: tl.constexpr):
+    """What is taken off the scores of a tile of landmarks."""
+    slot = first + tl.arange(0, TILE_S)
+    return _hidden_keys(key_mask, mask_mode, _landmark_index(landmarks, slot, count, tokens), slot < count)
+
+
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
 def output_kernel(
-    query, key, landmarks, bias, exact, mixed, mixed_scale, out,
+    query, key, landmarks, bias, key_mask, exact, mixed, mixed_scale, out,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n,
-    landmark_stride, bias_stride, tiles, exact_rows, scale,
+    landmark_stride, bias_stride, mask_stride, mask_mode, tiles, exact_rows, scale,
     S_PAD: tl.constexpr, TILE_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale * query @ kp^T + bias) @ (Z6 Bv), and Bv over the rows of the landmarks.
@@ -467,6 +501,7 @@ def output_kernel(
     out += item * out_b + (bh % heads) * out_h
     landmarks += item * landmark_stride
     bias += item * bias_stride
+    key_mask += item * mask_stride
     exact += bh * S_PAD * BLOCK_D
     mixed += bh * S_PAD * BLOCK_D
     column = tl.arange(0, BLOCK_D)
@@ -475,16 +510,18 @@ def output_kernel(
     if S_PAD == TILE_S:
         keys = _landmark_keys(key, stride_n, landmarks, 0, tokens, count, head_size, TILE_S, BLOCK_D)
         values, offset = _landmark_values(bias, mixed, 0, count, TILE_S, BLOCK_D)
+        hidden = _hidden_landmarks(key_mask, mask_mode, landmarks, 0, tokens, count, TILE_S)
     low = tl.program_id(0) * tiles * BLOCK_M
     high = tl.minimum(low + tiles * BLOCK_M, tokens)
     for start in tl.range(low, high, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M)
         mask = (token < tokens)[:, None] & in_head[None, :]
         own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
+        ordinary = _ordinary_queries(key_mask, mask_mode, token, token < tokens)
         if S_PAD == TILE_S:
             queries = tl.load(own, mask=mask, other=0.0)
             scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-            scores = scores * (scale * LOG2E) + offset[None, :]
+            scores = scores * (scale * LOG2E) + offset[None, :] - ordinary[:, None] * hidden[None, :]
             weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
             total = tl.sum(weight, 1)
             acc = _dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
@@ -504,7 +541,8 @@ def output_kernel(
                     queries = tl.load(own, mask=mask, other=0.0)
                     scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
                 values, offset = _landmark_values(bias, mixed, first, count, TILE_S, BLOCK_D)
-                scores = scores * (scale * LOG2E) + offset[None, :]
+                hidden = _hidden_landmarks(key_mask, mask_mode, landmarks, first, tokens, count, TILE_S)
+                scores = scores * (scale * LOG2E) + offset[None, :] - ordinary[:, None] * hidden[None, :]
                 larger = tl.maximum(maximum, tl.max(scores, 1))
                 weight = tl.exp2(scores - larger[:, None])
                 shrink = tl.exp2(maximum - larger)
