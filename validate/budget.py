@@ -200,8 +200,7 @@ def _run_file(
     name = session.get_inputs()[0].name
     if metadata.precision == "bf16":
         return None, "onnxruntime takes no bf16 arrays from Python on a CPU"
-    dtype = np.float16 if metadata.precision == "fp16" else np.float32
-    parts = [run_onnx(session, {name: image[None].astype(dtype)}) for image in pixels]
+    parts = [run_onnx(session, {name: image[None]}) for image in pixels]
     return {output: np.concatenate([part[output] for part in parts]) for output in model.output_names}, None
 
 
@@ -233,9 +232,8 @@ def _engine_step(
         runner = RtxEngine(engine)
     except MissingCapabilityError as error:
         return StepError(step="engine", compares=compares, not_measured=str(error))
-    dtype = np.float16 if metadata.precision == "fp16" else np.float32
     (name,) = runner.manifest.profiles
-    parts = [runner.run({name: image[None].astype(dtype)}) for image in pixels]
+    parts = [runner.run({name: image[None]}) for image in pixels]
     outputs = {output: np.concatenate([part[output] for part in parts]) for output in reference}
     return StepError(step="engine", compares=compares, errors=compare(reference, outputs), tolerance=tolerance)
 

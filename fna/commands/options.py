@@ -57,6 +57,23 @@ def plan_options(function: Function) -> Function:
     return function
 
 
+def precision_options(function: Function) -> Function:
+    """Add the options that cast a file: precision, int8, and blocks that stay fp32."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--precision",
+                type=click.Choice(("fp32", "fp16", "bf16")),
+                help="Cast weights and activations; inputs, outputs, norms and softmax stay fp32.  [default: the file's]",
+            ),
+            click.option("--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."),
+            click.option("--keep-fp32", help="Blocks that stay fp32, as in 0,11."),
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
 def image_options(function: Function) -> Function:
     """Add the option that says which photographs are used."""
     return click.option(

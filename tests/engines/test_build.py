@@ -13,7 +13,7 @@ from fna.cli import main
 from fna.engines.build import BatchRange, build_rtx_engine, parse_batch
 from fna.engines.manifest import manifest_path, read_manifest
 from fna.engines.run import check_engine_can_run
-from fna.engines.targets import TARGET_NAMES, find_targets
+from fna.engines.targets import find_targets
 from fna.errors import BuildError, InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256, load_onnx
 from fna.export.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS, attach_functions
@@ -142,9 +142,3 @@ def test_batch_ranges(text: str, range_: tuple[int, int, int]) -> None:
 def test_batch_ranges_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match="batch"):
         parse_batch(text)
-
-
-def test_targets_are_those_of_the_table() -> None:
-    assert TARGET_NAMES == ("rtx-ampere", "rtx-ada", "rtx-blackwell", "all")
-    with pytest.raises(InvalidArgumentError, match="voodoo.*rtx-ada"):
-        find_targets("voodoo")
