@@ -426,11 +426,19 @@ def _operators(lowered: ModelProto) -> list[tuple[str, str]]:
 
 
 def _profiles(model: ModelProto, options: BuildOptions, metadata: FileMetadata) -> list[dict[str, ShapeRange]]:
-    values = _real_inputs(model)
-    return [
-        {value.name: _shape_range(value, options.batch, metadata, size) for value in values}
-        for size in options.resolutions or (None,)
-    ]
+    return [input_profiles(model, options.batch, metadata, size) for size in options.resolutions or (None,)]
+
+
+def input_profiles(
+    model: ModelProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None = None
+) -> dict[str, ShapeRange]:
+    """Return the shapes of each input of an image model; `size` is the height and width of files that leave them open.
+
+    Raises:
+        BuildError: for an input that is no batch of images, or whose size is not known.
+        InvalidArgumentError: for a batch range or a size that the file does not take.
+    """
+    return {value.name: _shape_range(value, batch, metadata, size) for value in _real_inputs(model)}
 
 
 def _real_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:

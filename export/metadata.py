@@ -33,6 +33,7 @@ class FileMetadata(BaseModel):
         map_outputs: graph outputs that are one-channel maps.
         tools: versions of what wrote the file.
         original_sha256: of the file that was grafted.
+        original_data_sha256: of that file's external data files, by name, where it has any.
         attention_table: what graft found in that file, one entry per attention block; see `fna.export.surgery`.
     """
 
@@ -52,6 +53,7 @@ class FileMetadata(BaseModel):
     map_outputs: tuple[str, ...] = ()
     tools: dict[str, str] = Field(default_factory=dict)
     original_sha256: str | None = None
+    original_data_sha256: dict[str, str] | None = None
     attention_table: list[dict[str, Any]] | None = None
 
 

@@ -18,6 +18,8 @@ from fna.plan import BlockPlan, Correction, Plan
 
 FAR_END = 2**62
 
+MakeNode = Callable[[str, str, str, str], NodeProto]
+
 
 class Names(Protocol):
     """Where new names and constants come from."""
@@ -45,7 +47,7 @@ class Site:
 
 
 def compose(
-    names: Names, site: Site, output: str, make_fna: Callable[[str, str, str, str], NodeProto]
+    names: Names, site: Site, output: str, make_fna: MakeNode, make_exact: MakeNode | None = None
 ) -> tuple[NodeProto, list[NodeProto]]:
     """Return the FNA node and all nodes around it that together write `output` `[B, H, N, D]`.
 
@@ -54,6 +56,7 @@ def compose(
         site: the block.
         output: name of the tensor to be written.
         make_fna: makes the FNA node from the names of query, key, value and output.
+        make_exact: makes a node of exact attention likewise; None writes it in standard operators.
 
     Raises:
         InvalidPlanError: if the plan names a head that the block does not have, or where the patches lie is not known.
@@ -72,7 +75,11 @@ def compose(
     kept = [_take(names, site, tensor, others, "exact", nodes) for tensor in (site.query, site.key, site.value)]
     approximate = names.unique(f"{site.name}/fna_heads")
     fna = _corrected(names, site, (taken[0], taken[1], taken[2]), len(heads), approximate, make_fna, nodes)
-    exact = _exact_attention(names, site, kept, nodes)
+    if make_exact is None:
+        exact = _exact_attention(names, site, kept, nodes)
+    else:
+        exact = names.unique(f"{site.name}/exact_heads")
+        nodes.append(make_exact(*kept, exact))
     joined = names.unique(f"{site.name}/all_heads")
     nodes.append(helper.make_node("Concat", [approximate, exact], [joined], name=joined, axis=1))
     order = [*heads, *others]
@@ -110,7 +117,7 @@ def _corrected(
     operands: tuple[str, str, str],
     heads: int,
     output: str,
-    make_fna: Callable[[str, str, str, str], NodeProto],
+    make_fna: MakeNode,
     nodes: list[NodeProto],
 ) -> NodeProto:
     correction = site.block.correction

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
+from fna.export.functions import MASKED_ATTENTION
 from fna.export.surgery.fold import numpy_type
 from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
 from fna.export.surgery.rewrite import Replacement, Rewritten
@@ -84,10 +85,7 @@ def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proo
         raise InputFileError(
             f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
         )
-    names = [
-        [item.query, item.key, item.value, item.fna.input[3], item.fna.input[4], item.output]
-        for item in rewritten.replacements
-    ]
+    names = [[item.query, item.key, item.value, *item.fna.input[3:], item.output] for item in rewritten.replacements]
     model = ModelProto()
     model.CopyFrom(rewritten.model)
     have = {item.name for item in model.graph.output}
@@ -115,20 +113,25 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     from fna.attention import nystrom_attention_reference
     from fna.composition import compose_heads, correct
     from fna.landmarks import patch_grid
+    from fna.tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
-    query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
+    query, key, value, *others, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
     found, block = item.row.attention, item.row.block
     assert found is not None
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
     site, scale = item.site, float(np.float32(found.scale))
+    sink = bool(attribute(item.fna, "sink", 0))
+    key_mask = others[-1] if item.fna.op_type == MASKED_ATTENTION or others[2:] else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        assert site is not None
+        landmarks, bias = others[:2]
         result = nystrom_attention_reference(
             query, key, value, landmarks, bias, scale,
-            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")),
+            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")), key_mask, sink,
         )  # fmt: skip
         if site.block.correction is None:
             return result
@@ -140,11 +143,16 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         )  # fmt: skip
 
     def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        weights = torch.softmax(scale * (query.float() @ key.float().mT), dim=-1)
-        return (weights @ value.float()).to(query.dtype)
+        operands = (query.float(), key.float(), value.float())
+        if key_mask is not None:
+            return masked_attention(*operands, key_mask, scale, sink).to(query.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(*operands, scale=scale).to(query.dtype)
 
     with _one_thread():
-        expected = compose_heads(query, key, value, site.block.heads, nystrom, exact)
+        if site is None:
+            expected = exact(query, key, value)
+        else:
+            expected = compose_heads(query, key, value, site.block.heads, nystrom, exact)
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[found.element_type]
     proof.fna_errors[block] = error
