@@ -160,10 +160,12 @@ def lattice_landmarks(
     prefix = min(prefix_tokens, num_landmarks)
     height, width = patch_grid(num_tokens, prefix_tokens, patches)
     spaced = num_landmarks - prefix
+    if spaced == 0:
+        return torch.arange(prefix, dtype=torch.int32)[None]
     lines = round(math.sqrt(spaced * height / width * 2 / math.sqrt(3)))
     lines = min(max(lines, -(-spaced // width), 1), height)
     index = list(range(prefix))
-    for line in range(lines if spaced else 0):
+    for line in range(lines):
         count = (line + 1) * spaced // lines - line * spaced // lines
         row = (2 * line + 1) * height // (2 * lines)
         shift = 1 if line % 2 else 3  # quarters of the distance between two landmarks
