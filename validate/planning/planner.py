@@ -38,14 +38,14 @@ Say = Callable[[str], None]
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
 
-TRIAL_IMAGES = 2
+TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
 
 WORTHWHILE = 1.1
 """A candidate is measured further while its loss is at most this much of that of every cheaper one."""
 
 ROUNDS = 6
-FRONT_POINTS = 8
+FRONT_POINTS = 7
 CLOSE_ENOUGH = 0.96
 """The search ends when the loss is this much of what is allowed."""
 
