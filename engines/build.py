@@ -346,22 +346,29 @@ def _run_interruptibly(work: Callable[[], Any], stop: threading.Event) -> Any:
     """
     results: list[Any] = []
     failures: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             failures.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=run, name="builder")
     thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.1)
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-        raise
+    interrupted = False
+    # an event, not join(): Python 3.11 takes a thread for ended whose join() was interrupted
+    while not done.is_set():
+        try:
+            done.wait(0.1)
+        except KeyboardInterrupt:
+            interrupted = True
+            stop.set()
+    thread.join()
+    if interrupted:
+        raise KeyboardInterrupt
     if failures:
         raise failures[0]
     return results[0]
