@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
-from fna.export.functions import ATTENTION, PLUGIN_OPS, fna_nodes
+from fna.export.functions import ATTENTION, PLUGIN_OPS, fna_nodes, node_attributes
 from fna.export.types import tensor_types
 
 _ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -37,6 +37,7 @@ class RequestedLayer:
     name: str
     op_type: str
     precision: str
+    plugin_version: str = "1"
 
 
 class FnaLayer(BaseModel):
@@ -48,6 +49,7 @@ class FnaLayer(BaseModel):
         implementation: the plugin's kernels, or TensorRT's own for standard operators.
         requested: type of its inputs and output in the file; inside, softmax and sums are fp32 whatever this is.
         precision: type that the engine inspector gives; None where it was not asked, or names no such layer.
+        plugin_version: of the operator's plugin, where one implements it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +59,7 @@ class FnaLayer(BaseModel):
     implementation: Literal["plugin", "operators"]
     requested: str
     precision: str | None = None
+    plugin_version: str = "1"
 
 
 def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
@@ -66,7 +69,12 @@ def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
         return ()
     types = tensor_types(model)
     return tuple(
-        RequestedLayer(node.name, node.op_type, _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"))
+        RequestedLayer(
+            node.name,
+            node.op_type,
+            _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"),
+            str(node_attributes(node).get("plugin_version", "1")),
+        )
         for node in nodes
     )
 
@@ -122,6 +130,7 @@ def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str
         implementation="plugin" if by_plugin else "operators",
         requested=layer.precision,
         precision=precision,
+        plugin_version=layer.plugin_version,
     )
 
 
