@@ -54,6 +54,9 @@ class BatchRange:
     largest: int
 
 
+DEFAULT_BATCH = BatchRange(1, 1, 8)
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What an engine is built for, and how.
@@ -61,7 +64,7 @@ class BuildOptions:
     Attributes:
         backend: the TensorRT flavour.
         targets: devices; none means all that TensorRT-RTX takes, or the device that TensorRT runs on.
-        batch: batch sizes that the engine takes.
+        batch: batch sizes that the engine takes; None is 1 to 8 tuned for 1, or the file's own where it is fixed.
         resolutions: heights and widths for files that leave them open; an optimisation profile for each.
         lowering: `plugin` or `portable`; None is what the flavour and the targets take.
         plugin: the plugin library; None is where `make plugin` puts it.
@@ -76,7 +79,7 @@ class BuildOptions:
 
     backend: Flavour = "tensorrt-rtx"
     targets: tuple[Target, ...] = ()
-    batch: BatchRange = BatchRange(1, 1, 1)
+    batch: BatchRange | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     lowering: Lowering | None = None
     plugin: Path | None = None
@@ -443,9 +446,11 @@ def _profiles(model: ModelProto, options: BuildOptions, metadata: FileMetadata) 
 
 
 def input_profiles(
-    model: ModelProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None = None
+    model: ModelProto, batch: BatchRange | None, metadata: FileMetadata, size: tuple[int, int] | None = None
 ) -> dict[str, ShapeRange]:
     """Return the shapes of each input of an image model; `size` is the height and width of files that leave them open.
+
+    Without `batch`, they are `DEFAULT_BATCH`, or the file's own where that is fixed.
 
     Raises:
         BuildError: for an input that is no batch of images, or whose size is not known.
@@ -461,7 +466,7 @@ def _real_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _shape_range(
-    value: onnx.ValueInfoProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None
+    value: onnx.ValueInfoProto, batch: BatchRange | None, metadata: FileMetadata, size: tuple[int, int] | None
 ) -> ShapeRange:
     dimensions = value.type.tensor_type.shape.dim
     fixed = [dimension.dim_value if dimension.HasField("dim_value") else None for dimension in dimensions]
@@ -469,15 +474,15 @@ def _shape_range(
         raise BuildError(f"input {value.name!r} is not [batch, 3, height, width]; only image models can be built")
     height, width = _image_size(value.name, (fixed[2], fixed[3]), size, metadata)
     channels = fixed[1]
-    counts = (batch.smallest, batch.usual, batch.largest) if fixed[0] is None else (fixed[0],) * 3
-    if (
-        fixed[0] is not None
-        and (batch.smallest, batch.largest) != (fixed[0], fixed[0])
-        and batch != BatchRange(1, 1, 1)
-    ):
-        raise InvalidArgumentError(
-            f"the file's batch size is fixed at {fixed[0]}; export it with a dynamic batch to use --batch"
-        )
+    if fixed[0] is None:
+        asked = batch or DEFAULT_BATCH
+        counts = (asked.smallest, asked.usual, asked.largest)
+    else:
+        counts = (fixed[0],) * 3
+        if batch is not None and (batch.smallest, batch.largest) not in ((1, 1), counts[:2]):
+            raise InvalidArgumentError(
+                f"the file's batch size is fixed at {fixed[0]}; export it with a dynamic batch to use --batch"
+            )
     smallest, usual, largest = ((count, channels, height, width) for count in counts)
     return ShapeRange(smallest=smallest, usual=usual, largest=largest)
 

@@ -80,6 +80,17 @@ def test_a_file_of_one_size_is_not_built_for_another(tiny_file: Find, tmp_path: 
         build_engine(tiny_file("traced"), tmp_path / "x.engine", options)
 
 
+def test_a_file_of_one_batch_size_is_built_for_that_alone(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.onnx")
+    model = load_onnx(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    path.write_bytes(model.SerializeToString())
+    manifest = build_engine(path, tmp_path / "x.engine", BuildOptions(targets=find_targets("rtx-ada")))
+    assert manifest.profiles["pixel_values"].largest == (2, 3, 32, 32)
+    with pytest.raises(InvalidArgumentError, match="batch size is fixed at 2"):
+        build_engine(path, tmp_path / "x.engine", BuildOptions(batch=BatchRange(1, 4, 8)))
+
+
 def test_interrupting_a_build_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.onnx")
     phases = []
