@@ -33,7 +33,7 @@ CHECKSUMS = "SHA256SUMS"
 BUILD_FOLDER = "build"
 """What the bundle's scripts make on the device lands in this folder of the bundle; it is not part of it."""
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 ARCHIVE_SUFFIX = ".tar.zst"
 
 _LARGEST_MANIFEST = 16 * 2**20

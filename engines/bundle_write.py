@@ -159,7 +159,7 @@ def write_bundle(
             tools=_tools(),
             target=options.target.name,
             capabilities=options.target.capabilities,
-            flavours=dict(options.target.flavours),
+            flavours={str(flavour): version for flavour, version in options.target.flavours.items()},
             lowering=options.target.lowering if kernels is not None else "portable",
             precision=precisions[0],
             profiles=profiles,

@@ -117,6 +117,8 @@ LIBRARIES = {
     "timm_vit_opset14": Library(lambda: timm_vit(fused=False), 2, opset=14),
     "timm_vit_dynamo": dynamo(timm_vit, 2),
     "timm_vit_half": Library(lambda: timm_vit(fused=False), 2, half=True),
+    "timm_vit_half_dynamo": Library(timm_vit, 2, exporter="dynamo", opset=18, half=True),
+    "torchvision_vit_half_dynamo": Library(torchvision_vit, 2, exporter="dynamo", opset=18, half=True),
     "timm_vit_query_key_norm": Library(lambda: timm_vit(qk_norm=True), 2),
     "timm_vit_registers": Library(lambda: timm_vit(reg_tokens=3, no_embed_class=True), 2),
     "timm_vit_layer_scale": dynamo(lambda: timm_vit(init_values=0.5), 2),
