@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from onnx import GraphProto, ModelProto, NodeProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.functions import ATTENTION, DOMAIN
+from fna.export.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
 
 _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
@@ -56,7 +56,8 @@ def find_blocks(model: ModelProto, num_blocks: int) -> dict[str, int]:
 
 def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], consumers: Consumers) -> int | None:
     """The node in which attention that starts at `node` ends: itself, or where the softmax meets the values."""
-    if (node.domain == DOMAIN and node.op_type == ATTENTION) or (node.domain != DOMAIN and node.op_type == "Attention"):
+    ours = node.domain == DOMAIN and node.op_type in (ATTENTION, MASKED_ATTENTION)
+    if ours or (node.domain != DOMAIN and node.op_type == "Attention"):
         return index
     if node.op_type != "Softmax":
         return None

@@ -17,16 +17,24 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from fna.errors import InvalidArgumentError
 from fna.landmarks import norm_grid_count
+from fna.tokens import LARGEST_SHARE, MASKED_SCORE, MINIMAL_GAP
 
 DOMAIN = "fna"
 DOMAIN_VERSION = 1
+MASKED_DOMAIN_VERSION = 2
+"""From here on FastNystromAttention has an optional sixth input, `key_mask`; files that do not use it stay at version 1."""
+
 ATTENTION = "FastNystromAttention"
 FARTHEST_POINTS = "FarthestPointSampling"
 NORM_GRID = "NormGridLandmarks"
+MASKED_ATTENTION = "MaskedAttention"
+MASSIVE_TOKENS = "MassiveTokens"
+ARTIFACT_TOKENS = "ArtifactTokens"
 PLUGIN_OPS = (ATTENTION, FARTHEST_POINTS)
 """Operators that a TensorRT plugin implements; the other operators of the domain are always inlined."""
 
 PLUGIN_FIELDS: dict[str, str] = {"plugin_version": "1", "plugin_namespace": ""}
+MASKED_PLUGIN_FIELDS: dict[str, str] = {**PLUGIN_FIELDS, "plugin_version": "2"}
 LOWEST_OPSET, HIGHEST_OPSET = 14, 23
 OVERLOAD_IR_VERSION = 10
 
@@ -44,13 +52,18 @@ class FunctionVariant:
     exact_rows: bool = False
     num_landmarks: int = 0
     prefix_tokens: int = 0
+    masked: bool = False
+    sink: bool = False
 
     @property
     def overload(self) -> str:
         """The name that tells this variant from others of the same operator in one file."""
+        mask = "" if not self.masked else "_sink" if self.sink else "_masked"
         if self.op_type == ATTENTION:
             rows = "exact_rows" if self.exact_rows else "published"
-            return f"{_type_name(self.element_type)}_{rows}_i{self.iterations}"
+            return f"{_type_name(self.element_type)}_{rows}_i{self.iterations}{mask}"
+        if self.op_type == MASKED_ATTENTION:
+            return f"{_type_name(self.element_type)}{mask}"
         return f"{_type_name(self.element_type)}_s{self.num_landmarks}_p{self.prefix_tokens}"
 
 
@@ -91,8 +104,12 @@ def attach_functions(
         for node in nodes:
             if node.op_type == op_type:
                 node.overload = variants[id(node)].overload if several else ""
-    if nodes and not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    version = MASKED_DOMAIN_VERSION if any(variant.masked for variant in variants.values()) else DOMAIN_VERSION
+    imported = [entry for entry in model.opset_import if entry.domain == DOMAIN]
+    for entry in imported:
+        entry.version = max(entry.version, version)
+    if nodes and not imported:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))
 
 
 def make_function(variant: FunctionVariant, opset: int, *, overload: str = "") -> FunctionProto:
@@ -106,9 +123,20 @@ def make_function(variant: FunctionVariant, opset: int, *, overload: str = "") -
             f"opset {opset} was asked for, but FNA function bodies exist for {LOWEST_OPSET} to {HIGHEST_OPSET}; "
             "convert the model with onnx.version_converter first"
         )
-    if opset < 15 and variant.op_type == ATTENTION and variant.element_type == TensorProto.UNDEFINED:
+    if (
+        opset < 15
+        and variant.op_type in (ATTENTION, MASKED_ATTENTION)
+        and variant.element_type == TensorProto.UNDEFINED
+    ):
         raise InvalidArgumentError("opset 14 has no CastLike: the element type of the FNA inputs must be given")
-    texts = {ATTENTION: _attention_text, FARTHEST_POINTS: _farthest_points_text, NORM_GRID: _norm_grid_text}
+    texts = {
+        ATTENTION: _attention_text,
+        FARTHEST_POINTS: _farthest_points_text,
+        NORM_GRID: _norm_grid_text,
+        MASKED_ATTENTION: _masked_attention_text,
+        MASSIVE_TOKENS: _massive_tokens_text,
+        ARTIFACT_TOKENS: _artifact_tokens_text,
+    }
     text = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n' + texts[variant.op_type](variant, opset)
     function = onnx.parser.parse_function(text)
     function.overload = overload
@@ -145,12 +173,26 @@ def node_attributes(node: NodeProto) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
+def has_key_mask(node: NodeProto) -> bool:
+    """Whether a FastNystromAttention node has its optional sixth input."""
+    return len(node.input) > 5 and bool(node.input[5])
+
+
 def _variant_of(node: NodeProto, element_type: int) -> FunctionVariant:
     given = node_attributes(node)
     if node.op_type == ATTENTION:
         return FunctionVariant(
-            ATTENTION, element_type, int(given.get("iterations", 6)), bool(given.get("exact_rows", 0))
+            ATTENTION,
+            element_type,
+            int(given.get("iterations", 6)),
+            bool(given.get("exact_rows", 0)),
+            masked=has_key_mask(node),
+            sink=bool(given.get("sink", 0)),
         )
+    if node.op_type == MASKED_ATTENTION:
+        return FunctionVariant(MASKED_ATTENTION, element_type, masked=True, sink=bool(given.get("sink", 0)))
+    if node.op_type in (MASSIVE_TOKENS, ARTIFACT_TOKENS):
+        return FunctionVariant(node.op_type, prefix_tokens=int(given["prefix_tokens"]))
     if node.op_type == FARTHEST_POINTS:
         return FunctionVariant(FARTHEST_POINTS, num_landmarks=int(given["num_landmarks"]))
     if node.op_type == NORM_GRID:
@@ -166,12 +208,14 @@ def _attribute_defaults(variant: FunctionVariant) -> Iterable[tuple[str, Any]]:
     if variant.op_type == ATTENTION:
         yield "iterations", variant.iterations
         yield "exact_rows", int(variant.exact_rows)
+    if variant.masked:
+        yield "sink", int(variant.sink)
     if variant.op_type in (FARTHEST_POINTS, NORM_GRID):
         yield "num_landmarks", variant.num_landmarks
-    if variant.op_type == NORM_GRID:
+    if variant.op_type in (NORM_GRID, MASSIVE_TOKENS, ARTIFACT_TOKENS):
         yield "prefix_tokens", variant.prefix_tokens
     if variant.op_type in PLUGIN_OPS:
-        yield from PLUGIN_FIELDS.items()
+        yield from (MASKED_PLUGIN_FIELDS if variant.masked else PLUGIN_FIELDS).items()
 
 
 _CORE_SCALE = 4 ** (-1 / 3)
@@ -191,7 +235,7 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
     result = "out" if typed else "result"
     last_product = "mixed" if variant.exact_rows else result
     lines = [
-        f"{ATTENTION} <scale> (query, key, value, landmarks, landmark_bias) => (out) {{",
+        f"{ATTENTION} <scale> (query, key, value, landmarks, landmark_bias{', key_mask' * variant.masked}) => (out) {{",
         *([] if typed else [f"{name}_f = Cast <to = 1> ({name})" for name in ("query", "key", "value")]),
         "scale = Constant <value_float: float = @scale> ()",
         "rows_axes = Constant <value_ints = [1, 3]> ()",
@@ -218,12 +262,20 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         "bias = Unsqueeze (landmark_bias, bias_axes)",
         # A
         "core_plain = MatMul (query_landmarks, key_columns)",
-        "core_scores = Add (core_plain, bias)",
+        *(_mask_lines(variant.sink) if variant.masked else []),
+        *_add_bias_lines("core_scores", "core_plain", "core_drop" if variant.masked else None),
         "core = Softmax <axis = -1> (core_scores)",
         # Bv
         "query_columns = Transpose <perm = [0, 1, 3, 2]> (query_scaled)",
         f"exact_columns = MatMul ({key}, query_columns)",
-        "exact_scores = Transpose <perm = [0, 1, 3, 2]> (exact_columns)",
+        *(
+            [
+                "exact_plain = Transpose <perm = [0, 1, 3, 2]> (exact_columns)",
+                "exact_scores = Sub (exact_plain, exact_drop)",
+            ]
+            if variant.masked
+            else ["exact_scores = Transpose <perm = [0, 1, 3, 2]> (exact_columns)"]
+        ),
         "exact_weights = Softmax <axis = -1> (exact_scores)",
         f"exact_rows_out = MatMul (exact_weights, {value})",
         # Z0
@@ -238,7 +290,7 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         *_last_iteration_lines(variant.iterations - 1),
         # output
         f"scores_plain = MatMul ({query}, key_columns)",
-        "scores = Add (scores_plain, bias)",
+        *_add_bias_lines("scores", "scores_plain", "scores_drop" if variant.masked else None),
         "weights = Softmax <axis = -1> (scores)",
         f"{last_product} = MatMul (weights, projected)",
     ]
@@ -249,6 +301,52 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
     elif not typed:
         lines.append(f"out = Cast <to = {variant.element_type}> ({result})")
     return "\n".join(lines) + "\n}"
+
+
+def _add_bias_lines(result: str, plain: str, drop: str | None) -> list[str]:
+    if drop is None:
+        return [f"{result} = Add ({plain}, bias)"]
+    return [f"{result}_biased = Add ({plain}, bias)", f"{result} = Sub ({result}_biased, {drop})"]
+
+
+def _mask_lines(sink: bool) -> list[str]:
+    """Write what masking takes off the scores of A, Bv and the output; see `fna.tokens.masked_scores`."""
+    lines = [
+        "mask_first = Constant <value_ints = [0]> ()",
+        "mask_third = Constant <value_ints = [2]> ()",
+        "mask_batch = Gather <axis = 0> (dims, mask_first)",
+        "mask_tokens = Gather <axis = 0> (dims, mask_third)",
+        "mask_shape = Concat <axis = 0> (mask_batch, mask_tokens)",
+        "index_shape_2d = Concat <axis = 0> (mask_batch, count)",
+        "mask_flags = Cast <to = 9> (key_mask)",
+        "mask_float = Cast <to = 1> (mask_flags)",
+        "mask_whole = Expand (mask_float, mask_shape)",
+        "landmarks_whole = Expand (landmarks, index_shape_2d)",
+        "mask_short = GatherElements <axis = 1> (mask_whole, landmarks_whole)",
+        f"masked_score = Constant <value_float = {MASKED_SCORE}> ()",
+        "drop_whole = Mul (mask_whole, masked_score)",
+        "drop_short = Mul (mask_short, masked_score)",
+    ]
+    if not sink:
+        return [
+            *lines,
+            "core_drop = Unsqueeze (drop_short, bias_axes)",
+            "exact_drop = Unsqueeze (drop_whole, bias_axes)",
+            "scores_drop = Identity (core_drop)",
+        ]
+    return [
+        *lines,
+        "drop_whole_row = Unsqueeze (drop_whole, bias_axes)",
+        "drop_short_row = Unsqueeze (drop_short, bias_axes)",
+        "mask_one = Constant <value_float = 1.0> ()",
+        "ordinary_whole = Sub (mask_one, mask_whole)",
+        "ordinary_short = Sub (mask_one, mask_short)",
+        "ordinary_whole_column = Unsqueeze (ordinary_whole, rows_axes)",
+        "ordinary_short_column = Unsqueeze (ordinary_short, rows_axes)",
+        "core_drop = Mul (drop_short_row, ordinary_short_column)",
+        "exact_drop = Mul (drop_whole_row, ordinary_short_column)",
+        "scores_drop = Mul (drop_short_row, ordinary_whole_column)",
+    ]
 
 
 def _exact_rows_lines(result: str) -> list[str]:
@@ -424,6 +522,126 @@ def _norm_grid_text(variant: FunctionVariant, opset: int) -> str:
         ]
     joined = f"Concat <axis = 1> ({', '.join(parts)})"
     return "\n".join([*lines, f"joined = {joined}", "landmarks = Cast <to = 6> (joined)"]) + "\n}"
+
+
+def _masked_attention_text(variant: FunctionVariant, opset: int) -> str:
+    """Write exact attention with masked keys, in the type of its inputs, as PyTorch's exporter writes exact attention."""
+
+    def cast(name: str, source: str) -> str:
+        if variant.element_type == TensorProto.UNDEFINED:
+            return f"{name} = CastLike ({source}, query)"
+        return f"{name} = Cast <to = {variant.element_type}> ({source})"
+
+    lines = [
+        f"{MASKED_ATTENTION} <scale> (query, key, value, key_mask) => (out) {{",
+        "scale = Constant <value_float: float = @scale> ()",
+        "root_float = Sqrt (scale)",
+        cast("root", "root_float"),
+        "mask_flags = Cast <to = 9> (key_mask)",
+        "mask_float = Cast <to = 1> (mask_flags)",
+        f"masked_score = Constant <value_float = {MASKED_SCORE}> ()",
+        "drop_flat = Mul (mask_float, masked_score)",
+        "row_axes = Constant <value_ints = [1, 2]> ()",
+        "drop_row = Unsqueeze (drop_flat, row_axes)",
+    ]
+    drop = "drop_row"
+    if variant.sink:
+        drop = "drop_pair"
+        lines += [
+            "one = Constant <value_float = 1.0> ()",
+            "ordinary = Sub (one, mask_float)",
+            "column_axes = Constant <value_ints = [1, 3]> ()",
+            "ordinary_column = Unsqueeze (ordinary, column_axes)",
+            "drop_pair = Mul (drop_row, ordinary_column)",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            cast("drop", drop),
+            "key_columns = Transpose <perm = [0, 1, 3, 2]> (key)",
+            "query_scaled = Mul (query, root)",
+            "key_scaled = Mul (key_columns, root)",
+            "scores_plain = MatMul (query_scaled, key_scaled)",
+            "scores = Sub (scores_plain, drop)",
+            "weights = Softmax <axis = -1> (scores)",
+            "out = MatMul (weights, value)\n}",
+        ]
+    )
+
+
+def _massive_tokens_text(variant: FunctionVariant, opset: int) -> str:
+    square_sum = _reduce("ReduceSumSquare", "values", 2, "channel_axis", opset, keepdims=0)
+    largest_gap = _reduce("ReduceMax", "gaps", 1, "token_axis", opset)
+    return f"""{MASSIVE_TOKENS} (hidden) => (key_mask) {{
+        values = Cast <to = 1> (hidden)
+        channel_axis = Constant <value_ints = [2]> ()
+        token_axis = Constant <value_ints = [1]> ()
+        first = Constant <value_ints = [0]> ()
+        before_last = Constant <value_ints = [-1]> ()
+        far_end = Constant <value_ints = [9223372036854775807]> ()
+        squared = {square_sum}
+        smallest = Constant <value_float = 1.17549435e-38> ()
+        safe = Max (squared, smallest)
+        log_squared = Log (safe)
+        half = Constant <value_float = 0.5> ()
+        log_norms = Mul (log_squared, half)
+        dims = Shape (hidden)
+        num_tokens = Gather <axis = 0> (dims, token_axis)
+        share = Constant <value_ints = [{LARGEST_SHARE}]> ()
+        part = Div (num_tokens, share)
+        most = Max (part, token_axis)
+        looked_at = Add (most, token_axis)
+        top, top_at = TopK <axis = 1, largest = 1, sorted = 1> (log_norms, looked_at)
+        upper = Slice (top, first, before_last, token_axis)
+        lower = Slice (top, token_axis, far_end, token_axis)
+        gaps = Sub (upper, lower)
+        gap = {largest_gap}
+        place = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (gaps)
+        threshold = GatherElements <axis = 1> (upper, place)
+        above = GreaterOrEqual (log_norms, threshold)
+        minimal = Constant <value_float = {MINIMAL_GAP:.9g}> ()
+        enough = GreaterOrEqual (gap, minimal)
+        massive = And (above, enough)
+        {_patch_lines(variant.prefix_tokens, "log_norms")}
+        chosen = And (massive, is_patch)
+        key_mask = Cast <to = 6> (chosen)
+    }}"""
+
+
+def _artifact_tokens_text(variant: FunctionVariant, opset: int) -> str:
+    mean = _reduce("ReduceMean", "weights", 1, "token_axis", opset, keepdims=0)
+    return f"""{ARTIFACT_TOKENS} <scale> (query, key) => (key_mask) {{
+        scale = Constant <value_float: float = @scale> ()
+        query_float = Cast <to = 1> (query)
+        key_float = Cast <to = 1> (key)
+        first = Constant <value_ints = [0]> ()
+        token_axis = Constant <value_ints = [1]> ()
+        third_axis = Constant <value_ints = [2]> ()
+        class_query = Slice (query_float, first, token_axis, third_axis)
+        class_scaled = Mul (class_query, scale)
+        key_columns = Transpose <perm = [0, 1, 3, 2]> (key_float)
+        scores = MatMul (class_scaled, key_columns)
+        weights = Softmax <axis = -1> (scores)
+        mean = {mean}
+        attention = Squeeze (mean, token_axis)
+        own = Slice (attention, first, token_axis, token_axis)
+        more = Greater (attention, own)
+        {_patch_lines(variant.prefix_tokens, "attention")}
+        chosen = And (more, is_patch)
+        key_mask = Cast <to = 6> (chosen)
+    }}"""
+
+
+def _patch_lines(prefix_tokens: int, like: str) -> str:
+    """Write `is_patch`, bool `[N]`, for a tensor `[B, N]`; floating-point, which every builder compares."""
+    return f"""like_dims = Shape ({like})
+        second = Constant <value_int = 1> ()
+        like_tokens = Gather <axis = 0> (like_dims, second)
+        like_zero = Constant <value_int = 0> ()
+        position_whole = Range (like_zero, like_tokens, second)
+        position = Cast <to = 1> (position_whole)
+        last_prefix = Constant <value_float = {prefix_tokens - 0.5}> ()
+        is_patch = Greater (position, last_prefix)"""
 
 
 def _reduce(op_type: str, tensor: str, axis: int, axis_name: str, opset: int, keepdims: int = 1) -> str:

@@ -25,11 +25,15 @@ from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceE
 from fna.export.files import save_model
 from fna.export.fold_scales import fold_channel_scales
 from fna.export.functions import (
+    ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
     DOMAIN_VERSION,
     FARTHEST_POINTS,
     HIGHEST_OPSET,
+    MASKED_ATTENTION,
+    MASKED_PLUGIN_FIELDS,
+    MASSIVE_TOKENS,
     NORM_GRID,
     PLUGIN_FIELDS,
     attach_functions,
@@ -120,7 +124,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         unpatch(model.module)
     _name_nodes(program, plan)
     fold_channel_scales(program.graph)
-    attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks else TensorProto.UNDEFINED)
+    attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
     metadata = FileMetadata(
         plan=plan,
         preprocessing=model.preprocessing,
@@ -216,6 +220,29 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             scale=scale, iterations=iterations, exact_rows=int(exact_rows), **PLUGIN_FIELDS,
         )  # fmt: skip
 
+    masked_attention, massive, artifact = (
+        values.Op(opset, name, operator_schema(name)) for name in (MASKED_ATTENTION, MASSIVE_TOKENS, ARTIFACT_TOKENS)
+    )
+    attention_with_mask = values.Op(opset, ATTENTION, operator_schema(ATTENTION, key_mask=True))
+
+    def write_attention_with_mask(  # type: ignore[no-untyped-def]
+        query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink
+    ):
+        bias = landmark_bias if landmark_bias is not None else _zero_bias(landmarks)
+        return attention_with_mask(
+            query, key, value, landmarks, bias, key_mask,
+            scale=scale, iterations=iterations, exact_rows=int(exact_rows), sink=int(sink), **MASKED_PLUGIN_FIELDS,
+        )  # fmt: skip
+
+    def write_masked_attention(query, key, value, key_mask, scale, sink):  # type: ignore[no-untyped-def]
+        return masked_attention(query, key, value, key_mask, scale=scale, sink=int(sink))
+
+    def write_massive(hidden, prefix_tokens):  # type: ignore[no-untyped-def]
+        return massive(hidden, prefix_tokens=prefix_tokens)
+
+    def write_artifact(query, key, scale, prefix_tokens):  # type: ignore[no-untyped-def]
+        return artifact(query, key, scale=scale, prefix_tokens=prefix_tokens)
+
     def write_gelu(self, approximate="none"):  # type: ignore[no-untyped-def]
         """In the order of operations that ONNX Runtime and TensorRT fuse; the exporter's own order they leave in pieces."""
         op = opset18
@@ -237,6 +264,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.aten.gelu.default: write_gelu,
         operators.attention.default: write_attention,
+        operators.attention_with_key_mask.default: write_attention_with_mask,
+        operators.masked_attention.default: write_masked_attention,
+        operators.massive_tokens.default: write_massive,
+        operators.artifact_tokens.default: write_artifact,
         operators.farthest_point_sampling.default: write_farthest,
         operators.norm_grid_landmarks.default: write_norm_grid,
     }
@@ -248,18 +279,18 @@ def _zero_bias(landmarks: Any) -> Any:
 
 def _name_nodes(model: ModelProto, plan: Plan) -> None:
     """Give every `fna` node a name that holds its block's number; attention nodes come in the order of the blocks."""
-    numbers = [entry.block for entry in plan.blocks]
-    attention = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    numbers = sorted({entry.block for entry in plan.blocks} | plan.masked_blocks)
+    attention = [node for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)]
     if len(attention) != len(numbers):
         raise ModelSourceError(
-            f"the trace holds {len(attention)} FNA nodes, but the plan has {len(numbers)} FNA blocks"
+            f"the trace holds {len(attention)} FNA or masked attention nodes, but the plan has {len(numbers)} such blocks"
         )
     for node, number in zip(attention, numbers, strict=True):
-        node.name = f"/blocks.{number}/{ATTENTION}"
+        node.name = f"/blocks.{number}/{node.op_type}"
     waiting = iter(numbers)
     current = next(waiting, 0)
     for node in fna_nodes(model.graph):
-        if node.op_type == ATTENTION:
+        if node.op_type in (ATTENTION, MASKED_ATTENTION):
             current = next(waiting, current)
         else:
             node.name = f"/blocks.{current}/{node.op_type}"

@@ -18,6 +18,7 @@ from fna.errors import (
     InvalidShapeError,
     UnsupportedAttentionError,
 )
+from fna.tokens import masked_scores
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -36,6 +37,8 @@ def fast_nystrom_attention(
     scale: float | None = None,
     iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], bool or int32
+    sink: bool = False,
     attn_mask: Tensor | None = None,
 ) -> Tensor:  # [B, H, N, D]
     """Approximate softmax self-attention through S landmark tokens, in time linear in the number of tokens N.
@@ -50,6 +53,8 @@ def fast_nystrom_attention(
         scale: factor on the scores; `D ** -0.5` if None.
         iterations: Newton-Schulz iterations. Six are the definition of the method.
         exact_rows: write the exactly known output of the landmark tokens over their approximation.
+        key_mask: tokens (non-zero) that nobody attends to, in all three softmaxes; see `fna.tokens`. One of zeros changes no bit.
+        sink: let masked tokens, as queries, keep all their keys.
         attn_mask: must be None. Accepted so that a call ported from `scaled_dot_product_attention` is refused by name.
 
     Returns:
@@ -70,8 +75,13 @@ def fast_nystrom_attention(
             f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)"
         )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.fna.attention(
-        query, key, value, landmarks.to(torch.int32), landmark_bias, factor, int(iterations), bool(exact_rows)
+    index, steps, rows = landmarks.to(torch.int32), int(iterations), bool(exact_rows)
+    if key_mask is None:
+        return torch.ops.fna.attention(query, key, value, index, landmark_bias, factor, steps, rows)
+    _check_key_mask(key_mask, query)
+    mask = key_mask.ne(0).to(torch.int32) if key_mask.dtype != torch.int32 else key_mask
+    return torch.ops.fna.attention_with_key_mask(
+        query, key, value, index, landmark_bias, mask, factor, steps, rows, bool(sink)
     )
 
 
@@ -84,6 +94,8 @@ def nystrom_attention_reference(
     scale: float,
     iterations: int,
     exact_rows: bool,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+    sink: bool = False,
 ) -> Tensor:  # [B, H, N, D]
     """Compute FNA from checked arguments; the formula of `fast_nystrom_attention`, nothing else."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -93,10 +105,20 @@ def nystrom_attention_reference(
     key_landmarks = key_full.gather(2, index) * scale
     bias = 0.0 if landmark_bias is None else landmark_bias.to(dtype)[:, None, None, :]
 
-    core = torch.softmax(query_landmarks @ key_landmarks.mT + bias, dim=-1)  # A: [B, H, S, S]
-    exact = torch.softmax((query_landmarks * scale) @ key_full.mT, dim=-1) @ value_full  # Bv: [B, H, S, D]
+    whole = at_landmarks = None
+    if key_mask is not None:
+        whole = (key_mask != 0).expand(query.shape[0], -1)  # [B, N]
+        at_landmarks = whole.gather(1, landmarks.long().expand(query.shape[0], -1))  # [B, S]
+
+    def mask(scores: Tensor, keys: Tensor | None, queries: Tensor | None) -> Tensor:
+        return scores if keys is None or queries is None else scores - masked_scores(keys, queries, sink, dtype)
+
+    core_scores = mask(query_landmarks @ key_landmarks.mT + bias, at_landmarks, at_landmarks)
+    core = torch.softmax(core_scores, dim=-1)  # A: [B, H, S, S]
+    exact_scores = mask((query_landmarks * scale) @ key_full.mT, whole, at_landmarks)
+    exact = torch.softmax(exact_scores, dim=-1) @ value_full  # Bv: [B, H, S, D]
     mixed = apply_newton_schulz(core, exact, iterations)
-    out = torch.softmax(query_full @ key_landmarks.mT + bias, dim=-1) @ mixed
+    out = torch.softmax(mask(query_full @ key_landmarks.mT + bias, at_landmarks, whole), dim=-1) @ mixed
     if exact_rows:
         out = out.scatter(2, index, exact)
     return out.to(query.dtype)
@@ -157,24 +179,77 @@ def _attention_fake(
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(query, key, value, landmarks, *([bias] if ctx.has_bias else []))
+    _save(ctx, query, key, value, landmarks, bias, None, False)
+
+
+def _save_masked_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, landmarks, bias, mask, ctx.scale, ctx.iterations, ctx.exact_rows, sink = inputs
+    _save(ctx, query, key, value, landmarks, bias, mask, sink)
+
+
+def _save(ctx, query, key, value, landmarks, bias, mask, sink) -> None:  # type: ignore[no-untyped-def]
+    ctx.has_bias, ctx.has_mask, ctx.sink = bias is not None, mask is not None, sink
+    ctx.save_for_backward(query, key, value, landmarks, *(t for t in (bias, mask) if t is not None))
 
 
 def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     query, key, value, landmarks, *rest = ctx.saved_tensors
-    bias = rest[0].detach().requires_grad_(True) if ctx.has_bias else None
+    bias = rest.pop(0).detach().requires_grad_(True) if ctx.has_bias else None
+    mask = rest.pop(0) if ctx.has_mask else None
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
         out = nystrom_attention_reference(
-            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows
+            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows, mask, ctx.sink
         )
         wanted = [*leaves, bias] if bias is not None else leaves
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
-    return (*grads[:3], None, grads[3] if bias is not None else None, None, None, None)
+    found = (*grads[:3], None, grads[3] if bias is not None else None)
+    return (*found, None, None, None, None, None) if ctx.has_mask else (*found, None, None, None)
 
 
 _attention_op.register_autograd(_attention_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("fna::attention_with_key_mask", mutates_args=())
+def _masked_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    landmark_bias: Tensor | None,
+    key_mask: Tensor,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+    sink: bool,
+) -> Tensor:
+    if query.is_cuda and load_cuda_kernels():
+        return torch.ops.fna.attention_with_key_mask(
+            query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink
+        )
+    check_index_range(landmarks, query.shape[2])
+    return nystrom_attention_reference(
+        query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink
+    )
+
+
+@_masked_op.register_fake
+def _masked_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    landmark_bias: Tensor | None,
+    key_mask: Tensor,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+    sink: bool,
+) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+_masked_op.register_autograd(_attention_backward, setup_context=_save_masked_for_backward)
 
 
 def check_index_range(landmarks: Tensor, num_tokens: int) -> None:
@@ -225,6 +300,15 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, 
             raise InvalidShapeError(
                 f"landmark_bias has {bias.shape[1]} columns, but there are {num_landmarks} landmarks"
             )
+
+
+def _check_key_mask(key_mask: Tensor, query: Tensor) -> None:
+    batch, tokens = query.shape[0], query.shape[2]
+    if key_mask.is_floating_point() or key_mask.is_complex():
+        raise InvalidDtypeError(f"key_mask is {key_mask.dtype}, but a boolean or int32 mask over the tokens is needed")
+    if key_mask.dim() != 2 or key_mask.shape[0] not in (1, batch) or key_mask.shape[1] != tokens:
+        needed = f"[1, {tokens}]" if batch == 1 else f"[1, {tokens}] or [{batch}, {tokens}]"
+        raise InvalidShapeError(f"key_mask has shape {list(key_mask.shape)}, but {needed} is needed")
 
 
 def _check_per_landmark(name: str, tensor: Tensor, batch: int) -> None:

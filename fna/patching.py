@@ -14,19 +14,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fna.attention import fast_nystrom_attention
 from fna.errors import InvalidPlanError, UnsupportedAttentionError
 from fna.landmarks import grid_landmarks, landmark_bias, random_landmarks, select_landmarks
-from fna.plan import BlockPlan, Plan
-from fna.tokens import detect_prefix_tokens
+from fna.plan import BlockPlan, MaskPlan, Plan
+from fna.tokens import detect_prefix_tokens, listed_tokens_mask
 
 ATTENTION_NAME = "fna"
 _STATE = "_fna_block"
 _EXACT = "_fna_exact"
 _CHOICE = "_fna_choice"
 _PATCH = "_fna_patch"
+_MASK = "_fna_mask"
+_MASK_SOURCE = "_fna_mask_source"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,17 @@ class _BlockState:
 
 
 @dataclass
+class _MaskState:
+    """What an attention module needs to know to mask keys; blocks of one range share `found`."""
+
+    name: str
+    entry: MaskPlan
+    prefix_tokens: int
+    finds: bool
+    found: dict[str, Tensor]
+
+
+@dataclass
 class _PatchRecord:
     """What `unpatch` needs to undo a patch."""
 
@@ -94,11 +108,12 @@ def patch(model: nn.Module, plan: Plan) -> list[AttentionBlock]:
             f"the plan is for a model of {plan.num_blocks} attention blocks, but this one has {len(blocks)}; "
             "make a plan for this model"
         )
-    for entry in plan.blocks:
-        block = blocks[entry.block]
-        if block.refusal is not None:
+    for block in blocks:
+        planned, masked = plan.find(block.number) is not None, plan.find_mask(block.number) is not None
+        if block.refusal is not None and (planned or masked):
             raise UnsupportedAttentionError(
-                f"block {block.number} ({block.name}) cannot be FNA: {block.refusal}; take it out of the plan's layers"
+                f"block {block.number} ({block.name}) cannot be {'FNA' if planned else 'masked'}: {block.refusal}; "
+                f"take it out of the plan's {'layers' if planned else 'masks'}"
             )
     _register_with_transformers()
     record = _PatchRecord()
@@ -160,10 +175,17 @@ def fna_attention_forward(
         UnsupportedAttentionError: if the block is called with a mask, a position bias, causally or as cross-attention.
     """
     state: _BlockState | None = getattr(module, _STATE, None)
-    if state is None:
+    masking: _MaskState | None = getattr(module, _MASK, None)
+    if state is None and masking is None:
         exact = _exact_implementation(module)
         return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    _refuse_call(state.name, query, key, attention_mask, dropout, kwargs)
+    name = state.name if state is not None else masking.name if masking is not None else ""
+    _refuse_call(name, query, key, attention_mask, dropout, kwargs)
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    key_mask = _find_mask(masking, query, key, factor) if masking is not None else None
+    sink = masking is not None and masking.entry.sink
+    if state is None:
+        return torch.ops.fna.masked_attention(query, key, value, key_mask, factor, sink).transpose(1, 2), None
     landmarks, bias = _landmarks_for(state, query, key, value)
     out = fast_nystrom_attention(
         query,
@@ -171,9 +193,11 @@ def fna_attention_forward(
         value,
         landmarks,
         landmark_bias=bias,
-        scale=scaling,
+        scale=factor,
         iterations=state.plan.iterations,
         exact_rows=state.plan.exact_rows,
+        key_mask=key_mask,
+        sink=sink,
     )
     return out.transpose(1, 2), None
 
@@ -224,6 +248,7 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
             _set(record, block.layer, _CHOICE, state)
             record.hooks.append(block.layer.register_forward_pre_hook(_choose_landmarks, with_kwargs=True))
+    _apply_masks(blocks, plan, prefix, record)
     for block in blocks:
         if not hasattr(block.attention, _STATE):
             _set(record, block.attention, _EXACT, block.attention.config._attn_implementation or "sdpa")
@@ -231,6 +256,42 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
     for config in {id(block.attention.config): block.attention.config for block in blocks}.values():
         record.configs.append((config, config._attn_implementation))
         config._attn_implementation = ATTENTION_NAME
+
+
+def _apply_masks(blocks: list[AttentionBlock], plan: Plan, prefix: int, record: _PatchRecord) -> None:
+    found: dict[int, dict[str, Tensor]] = {}
+    for block in blocks:
+        range_and_mask = plan.find_mask(block.number)
+        if range_and_mask is None:
+            continue
+        first, entry = range_and_mask
+        if entry.tokens == "artifact" and prefix < 1:
+            raise InvalidPlanError(
+                "the plan masks artifact tokens, which are those that the class token looks at, but this model has no class "
+                "token; mask massive tokens instead"
+            )
+        name = f"block {block.number} ({block.name})"
+        state = _MaskState(name, entry, prefix, block.number == first, found.setdefault(first, {}))
+        _set(record, block.attention, _MASK, state)
+        if state.finds and entry.tokens == "massive":
+            _set(record, block.layer, _MASK_SOURCE, state)
+            record.hooks.append(block.layer.register_forward_pre_hook(_find_massive, with_kwargs=True))
+
+
+def _find_massive(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of a range's first layer: find massive tokens in what enters it, the output of the block before."""
+    state: _MaskState = getattr(layer, _MASK_SOURCE)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    state.found["mask"] = torch.ops.fna.massive_tokens(hidden, state.prefix_tokens)
+
+
+def _find_mask(state: _MaskState, query: Tensor, key: Tensor, scale: float) -> Tensor:  # [B, N] or [1, N], int32
+    tokens = state.entry.tokens
+    if isinstance(tokens, tuple):
+        return listed_tokens_mask(tokens, query.shape[2], query.device)
+    if tokens == "artifact" and state.finds:
+        state.found["mask"] = torch.ops.fna.artifact_tokens(query, key, scale, state.prefix_tokens)
+    return state.found["mask"]
 
 
 def _set(record: _PatchRecord, module: nn.Module, name: str, value: Any) -> None:

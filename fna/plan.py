@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from fna.errors import InputFileError, InvalidPlanError
 
@@ -33,6 +33,22 @@ class BlockPlan(BaseModel):
         return (self.landmarks, self.sampler, self.feature)
 
 
+class MaskPlan(BaseModel):
+    """Tokens that nobody attends to, in a range of blocks, FNA or exact; see `fna.tokens`.
+
+    Attributes:
+        blocks: block numbers, as for `parse_layers`.
+        tokens: `artifact` or `massive`, found in every image at the first of the blocks, or token indices.
+        sink: let the masked tokens themselves attend to all tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    blocks: str
+    tokens: Literal["artifact", "massive"] | tuple[NonNegativeInt, ...]
+    sink: bool = False
+
+
 class Plan(BaseModel):
     """How a model's attention is to be replaced; see DESIGN for the method and the samplers.
 
@@ -45,6 +61,7 @@ class Plan(BaseModel):
         prefix_tokens: class and register tokens at the front; None means: detect them.
         resample: choose landmarks anew in every block instead of once for all blocks that share them.
         seed: for the `random` sampler.
+        masks: tokens masked as keys, per block range; no block in two of them.
         made_from: free-form record of what the plan was made from.
     """
 
@@ -58,6 +75,7 @@ class Plan(BaseModel):
     prefix_tokens: int | None = Field(default=None, ge=0)
     resample: bool = False
     seed: int = 0
+    masks: tuple[MaskPlan, ...] = ()
     made_from: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -67,6 +85,10 @@ class Plan(BaseModel):
             raise ValueError(f"blocks must be listed once each, ascending, but they are {numbers}")
         if numbers and numbers[-1] >= self.num_blocks:
             raise ValueError(f"block {numbers[-1]} is listed, but the model has blocks 0 to {self.num_blocks - 1}")
+        masked = [number for mask in self.masks for number in parse_layers(mask.blocks, self.num_blocks)]
+        twice = next((number for number in masked if masked.count(number) > 1), None)
+        if twice is not None:
+            raise ValueError(f"block {twice} is in more than one of the masks, but at most one is needed")
         return self
 
     @property
@@ -77,6 +99,19 @@ class Plan(BaseModel):
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
         return next((entry for entry in self.blocks if entry.block == block), None)
+
+    @property
+    def masked_blocks(self) -> set[int]:
+        """The blocks in which tokens are masked."""
+        return {number for mask in self.masks for number in parse_layers(mask.blocks, self.num_blocks)}
+
+    def find_mask(self, block: int) -> tuple[int, MaskPlan] | None:
+        """Return what is masked in one block, and the first block of its range, where the tokens are found; or None."""
+        for mask in self.masks:
+            numbers = parse_layers(mask.blocks, self.num_blocks)
+            if block in numbers:
+                return numbers[0], mask
+        return None
 
     def dump_json(self) -> str:
         """Return the plan as one line of JSON."""

@@ -40,6 +40,8 @@ def run_attention(
     landmarks: Tensor,  # [B, S] or [1, S], int32
     bias: Tensor | None = None,  # [B, S] or [1, S], fp32
     *,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+    sink: bool = False,
     iterations: int = 6,
     exact_rows: bool = False,
     multiprocessors: int = 4,
@@ -50,14 +52,17 @@ def run_attention(
     shape = AttentionShape(
         DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
         shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
+        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
     )  # fmt: skip
     plan = attention_plan(
         shape, scale=head_size**-0.5, iterations=iterations, exact_rows=exact_rows, multiprocessors=multiprocessors,
-        strides=Strides(*query.stride()[:3]),
+        strides=Strides(*query.stride()[:3]), sink=sink,
     )  # fmt: skip
     out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
-    tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "out": out}
-    return run_plan(plan, tensors)
+    # Without a mask nothing may read it: the stand-in is too short for that.
+    mask = torch.zeros(0, dtype=torch.int32) if key_mask is None else key_mask
+    tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "key_mask": mask}
+    return run_plan(plan, {**tensors, "out": out})
 
 
 def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None) -> Tensor:

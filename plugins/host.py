@@ -44,6 +44,7 @@ class PluginLibrary:
             ("open", pointer, (ctypes.c_char_p,)),
             ("messages", ctypes.c_char_p, (pointer,)),
             ("attention", pointer, (pointer, ctypes.c_float, numbers, numbers)),
+            ("masked_attention", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers)),
             ("sampling", pointer, (pointer, numbers)),
             ("free", None, (pointer,)),
             ("workspace", ctypes.c_size_t, tensors),
@@ -59,6 +60,13 @@ class PluginLibrary:
     def attention(self, *, scale: float, iterations: int = 6, exact_rows: bool = False) -> Plugin:
         """A FastNystromAttention that went through creation, cloning, serialization and attachment."""
         return self._plugin(self._host.fna_host_attention(self._library, scale, iterations, int(exact_rows)))
+
+    def masked_attention(
+        self, *, scale: float, iterations: int = 6, exact_rows: bool = False, sink: bool = False
+    ) -> Plugin:
+        """A FastNystromAttention of version 2, whose sixth input is a key mask."""
+        options = scale, iterations, int(exact_rows), int(sink)
+        return self._plugin(self._host.fna_host_masked_attention(self._library, *options))
 
     def sampling(self, num_landmarks: int) -> Plugin:
         """A FarthestPointSampling likewise."""

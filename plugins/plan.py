@@ -27,6 +27,9 @@ FINISH_COLUMNS = 32
 
 MAX_ITERATIONS = 64
 
+NO_MASK, MASK_ALL, MASK_BUT_SINKS = 0, 1, 2
+"""The kernels' `mask_mode`; without a mask they do not read `key_mask`, so any address stands for it."""
+
 WAVES = 2
 """How many programs per multiprocessor the split of the keys aims for."""
 
@@ -103,7 +106,7 @@ class Strides:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of one call: B, H, N, D, S, and whether landmarks and bias are per batch item or shared."""
+    """Sizes of one call: B, H, N, D, S; whether landmarks, bias and mask are per batch item or shared; if there is a mask."""
 
     dtype: Dtype
     batch: int
@@ -113,6 +116,8 @@ class AttentionShape:
     landmarks: int
     shared_landmarks: bool = False
     shared_bias: bool = False
+    masked: bool = False
+    shared_mask: bool = False
 
 
 def aligned(size: int) -> int:
@@ -154,7 +159,8 @@ def landmark_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
     """TILE_S: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD."""
     if dtype == "fp32":
         return 32 if block_d == 64 else 16
-    return min(s_pad, 2 * TILE)
+    # At 256 landmarks tiles of 128 would spill beside the maximum and the sum that are carried from tile to tile.
+    return s_pad if s_pad <= 2 * TILE else TILE
 
 
 def check_attention_shape(shape: AttentionShape) -> None:
@@ -241,6 +247,7 @@ def attention_plan(
     multiprocessors: int,
     strides: Strides | None = None,
     out_strides: Strides | None = None,
+    sink: bool = False,
 ) -> Plan:
     """Plan one call of FastNystromAttention.
 
@@ -252,6 +259,7 @@ def attention_plan(
         multiprocessors: of the GPU, which decides the split of the keys.
         strides: of query, key and value (one for all three); linear `[B, H, N, D]` if None.
         out_strides: of the output; linear if None.
+        sink: masked queries see masked keys; means nothing without a mask.
     """
     check_attention_shape(shape)
     if iterations < 1 or iterations > MAX_ITERATIONS:
@@ -263,6 +271,8 @@ def attention_plan(
     splits, split_tokens = split_keys(shape, multiprocessors)
     landmark_stride = 0 if shape.shared_landmarks else shape.landmarks
     bias_stride = 0 if shape.shared_bias else shape.landmarks
+    mask_stride = shape.tokens if shape.masked and not shape.shared_mask else 0
+    mask_mode = (MASK_BUT_SINKS if sink else MASK_ALL) if shape.masked else NO_MASK
     sizes = (shape.heads, shape.tokens, shape.landmarks, shape.head_size, taken.batch, taken.head, taken.token)
 
     core_programs = s_pad // TILE if s_pad > 2 * TILE else 1
@@ -270,8 +280,9 @@ def attention_plan(
         Launch(
             Variant("landmark", shape.dtype, s_pad, block_d),
             (bh, core_programs + splits * (s_pad // landmark_rows(shape.dtype, s_pad)), 1),
-            ("query", "key", "value", "landmarks", "bias", "partial", "stats", "matrices", "colsum")
-            + (*sizes, landmark_stride, bias_stride, splits, split_tokens, iterations - 1, scale),
+            ("query", "key", "value", "landmarks", "bias", "key_mask", "partial", "stats", "matrices", "colsum")
+            + (*sizes, landmark_stride, bias_stride, mask_stride, mask_mode)
+            + (splits, split_tokens, iterations - 1, scale),
         )
     ]
     if s_pad > 2 * TILE:
@@ -289,14 +300,17 @@ def attention_plan(
     )
     tiles = query_tiles(shape, multiprocessors)
     per_program = tiles * query_block(shape.dtype, s_pad, block_d)
-    launches.append(
-        Launch(
-            Variant("output", shape.dtype, s_pad, block_d),
-            (-(-shape.tokens // per_program), bh, 1),
-            ("query", "key", "landmarks", "bias", "exact", "mixed", "mixed_scale", "out", *sizes)
-            + (written.batch, written.head, written.token, landmark_stride, bias_stride, tiles, int(exact_rows), scale),
+    # Sinks: all rows without the masked keys, then the rows of the masked queries with them.
+    for mode in (MASK_ALL, MASK_BUT_SINKS) if mask_mode == MASK_BUT_SINKS else (mask_mode,):
+        launches.append(
+            Launch(
+                Variant("output", shape.dtype, s_pad, block_d),
+                (-(-shape.tokens // per_program), bh, 1),
+                ("query", "key", "landmarks", "bias", "key_mask", "exact", "mixed", "mixed_scale", "out", *sizes)
+                + (written.batch, written.head, written.token, landmark_stride, bias_stride, mask_stride, mode)
+                + (tiles, int(exact_rows), scale),
+            )
         )
-    )
     return Plan(tuple(launches), attention_buffers(shape, splits))
 
 

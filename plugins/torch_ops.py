@@ -46,6 +46,7 @@ def register() -> bool:
     if choose_backend() == "twin":
         return False
     torch.library.register_kernel("fna::attention", "cuda", attention)
+    torch.library.register_kernel("fna::attention_with_key_mask", "cuda", attention_with_key_mask)
     torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
     torch.library.register_kernel("fna::norm_grid_landmarks", "cuda", norm_grid)
     return True
@@ -76,8 +77,28 @@ def attention(
     exact_rows: bool,
 ) -> Tensor:  # [B, H, N, D]
     """CUDA kernel of `fna::attention`; sizes and types that the kernels do not take run as the plain-torch twin."""
+    return attention_with_key_mask(
+        query, key, value, landmarks, landmark_bias, None, scale, iterations, exact_rows, False
+    )
+
+
+def attention_with_key_mask(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S], int32
+    landmark_bias: Tensor | None,  # [B, S] or [1, S]
+    key_mask: Tensor | None,  # [B, N] or [1, N], int32
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+    sink: bool,
+) -> Tensor:  # [B, H, N, D]
+    """CUDA kernel of `fna::attention_with_key_mask`."""
     if not covers(query, landmarks, iterations):
-        return nystrom_attention_reference(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
+        return nystrom_attention_reference(
+            query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink
+        )
     query, key, value = kernel_layout(query, key, value)
     landmarks = landmarks.contiguous()
     if landmark_bias is None:
@@ -88,12 +109,16 @@ def attention(
     shape = AttentionShape(
         DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
         shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
+        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
     )  # fmt: skip
     plan = _cached_attention_plan(
-        shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3])
+        shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3]), sink
     )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    run_plan(plan, {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "out": out})
+    # Without a mask the kernels read none, but need an address.
+    mask = landmarks if key_mask is None else key_mask.contiguous()
+    tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "key_mask": mask}
+    run_plan(plan, {**tensors, "out": out})
     return out
 
 
@@ -195,11 +220,18 @@ def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str
 
 @functools.lru_cache(maxsize=256)
 def _cached_attention_plan(
-    shape: AttentionShape, scale: float, iterations: int, exact_rows: bool, processors: int, strides: Strides
+    shape: AttentionShape,
+    scale: float,
+    iterations: int,
+    exact_rows: bool,
+    processors: int,
+    strides: Strides,
+    sink: bool,
 ) -> Plan:
     return attention_plan(
-        shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides
-    )
+        shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides,
+        sink=sink,
+    )  # fmt: skip
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -115,7 +115,10 @@ class _CallRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.fna.attention.default:
             number = self.blocks[len(self.capture.calls) % len(self.blocks)]
-            self.capture.calls.append(AttentionCall(*args, out=result))
+            query, key, value, landmarks, bias, scale, iterations, exact_rows = args
+            self.capture.calls.append(
+                AttentionCall(query, key, value, landmarks, bias, scale, iterations, exact_rows, result)
+            )
             self.capture.arrays[Point(number, "fna")] = result.float().numpy()
         return result
 

@@ -418,7 +418,7 @@ def cluster(
     return tuple(
         means.predict(array.reshape(-1, array.shape[-1]).astype(some.dtype)).reshape(array.shape[:2])
         for array in (exact, fna)
-    )  # type: ignore[return-value]
+    )
 
 
 def _projected(results: _Results, chain: Chain, outputs: Outputs) -> None:
@@ -449,7 +449,7 @@ def _digits_probe(results: _Results, chain: Chain, count: int, on_step: Say) -> 
     pixels, truth = digits(chain, side, count)
     found: dict[str, NDArray[Any]] = {}
     for kind, run in (("exact", _batched(chain, model, None)), ("fna", _batched(chain, model, plan))):
-        features = run(pixels, lambda done, kind=kind: on_step(f"task: digits, {kind}", done, len(pixels)))  # type: ignore[misc]
+        features = run(pixels, lambda done, kind=kind: on_step(f"task: digits, {kind}", done, len(pixels)))
         if features is None:
             results.skipped.append("digits probe: the model has no image embedding")
             return

@@ -261,7 +261,8 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
             continue
         block = plan.find(row.block)
         if block is None:
-            row.decision, row.reason = Decision.KEPT, "not among the layers asked for"
+            if plan.find_mask(row.block) is None:
+                row.decision, row.reason = Decision.KEPT, "not among the layers asked for"
         elif min(row.tokens) <= block.landmarks:
             row.decision = Decision.REFUSED
             row.reason = f"{min(row.tokens)} tokens are not more than {block.landmarks} landmarks"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
+from fna.export.functions import MASKED_ATTENTION
 from fna.export.surgery.fold import numpy_type
 from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
 from fna.export.surgery.rewrite import Replacement, Rewritten
@@ -84,10 +85,7 @@ def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proo
         raise InputFileError(
             f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
         )
-    names = [
-        [item.query, item.key, item.value, item.fna.input[3], item.fna.input[4], item.output]
-        for item in rewritten.replacements
-    ]
+    names = [[item.query, item.key, item.value, *item.fna.input[3:], item.output] for item in rewritten.replacements]
     model = ModelProto()
     model.CopyFrom(rewritten.model)
     have = {item.name for item in model.graph.output}
@@ -113,19 +111,33 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     import torch
 
     from fna.attention import nystrom_attention_reference
+    from fna.tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
-    query, key, value, landmarks, bias, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
+    query, key, value, *others, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
     found, block = item.row.attention, item.row.block
     assert found is not None
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
+    scale, sink = float(np.float32(found.scale)), bool(attribute(item.fna, "sink", 0))
     with _one_thread():
-        expected = nystrom_attention_reference(
-            query, key, value, landmarks, bias, float(np.float32(found.scale)),
-            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")),
-        )  # fmt: skip
+        if item.fna.op_type == MASKED_ATTENTION:
+            expected = masked_attention(query.float(), key.float(), value.float(), others[0], scale, sink)
+        else:
+            iterations, exact_rows = int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows"))
+            expected = nystrom_attention_reference(
+                query,
+                key,
+                value,
+                others[0],
+                others[1],
+                scale,
+                iterations,
+                exact_rows,
+                others[2] if others[2:] else None,
+                sink,
+            )
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[found.element_type]
     proof.fna_errors[block] = error

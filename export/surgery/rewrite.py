@@ -12,9 +12,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InvalidPlanError
 from fna.export.functions import (
+    ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
     FARTHEST_POINTS,
+    MASKED_ATTENTION,
+    MASKED_PLUGIN_FIELDS,
+    MASSIVE_TOKENS,
     NORM_GRID,
     PLUGIN_FIELDS,
     attach_functions,
@@ -23,7 +27,8 @@ from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.stream import Stream, count_prefix_tokens, find_stream
-from fna.plan import BlockPlan, Plan
+from fna.plan import BlockPlan, MaskPlan, Plan
+from fna.tokens import listed_tokens_mask
 
 FUNCTIONS_IR_VERSION = 8
 GRID_STEPS = ("length", "stretched", "rounded", "place", "index", "all", "landmarks")
@@ -66,6 +71,7 @@ class _Writer:
     prefix: dict[int, int] = field(default_factory=dict)
     features: dict[int, str] = field(default_factory=dict)
     shared: dict[Any, tuple[str, str]] = field(default_factory=dict)
+    key_masks: dict[tuple[int, tuple[int, ...]], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def unique(self, name: str) -> str:
@@ -112,7 +118,6 @@ def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) 
 def _replace(writer: _Writer, row: Row) -> Replacement:
     found, block = row.attention, writer.plan.find(row.block)
     assert found is not None
-    assert block is not None
     prefix = writer.unique(f"{row.node}/fna_block_{row.block}")
     before = list(found.prelude)
     for tensor in found.initializers:
@@ -122,19 +127,25 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
         _operand_nodes(writer, operand, f"{prefix}/{name}", before)
         for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
     )
-    landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
+    key_mask, sink = _key_mask(writer, row, found, query, key, before)
+    attributes: dict[str, Any]
+    if block is None:
+        inputs, attributes = [query, key, value, *key_mask], {"sink": int(sink)}
+    else:
+        landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
+        inputs = [query, key, value, landmarks, bias, *key_mask]
+        attributes = {"iterations": writer.plan.iterations, "exact_rows": int(writer.plan.exact_rows)}
+        attributes |= {"sink": int(sink), **MASKED_PLUGIN_FIELDS} if key_mask else PLUGIN_FIELDS
     after: list[NodeProto] = []
     output = _result_nodes(writer, found.result, prefix, after)
     fna = helper.make_node(
-        ATTENTION,
-        [query, key, value, landmarks, bias],
+        MASKED_ATTENTION if block is None else ATTENTION,
+        inputs,
         [output],
         name=prefix,
         domain=DOMAIN,
         scale=float(found.scale),
-        iterations=writer.plan.iterations,
-        exact_rows=int(writer.plan.exact_rows),
-        **PLUGIN_FIELDS,
+        **attributes,
     )
     writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *after]
     return Replacement(row, fna, before, after, query, key, value, output)
@@ -187,6 +198,64 @@ def _result_nodes(writer: _Writer, result: Result, prefix: str, nodes: list[Node
     if result.reshape is not None:
         _reshape_node(writer, current, result.reshape, result.tensor, nodes)
     return output
+
+
+# ---------------------------------------------------------------- masked keys
+
+
+def _key_mask(
+    writer: _Writer, row: Row, found: Attention, query: str, key: str, nodes: list[NodeProto]
+) -> tuple[list[str], bool]:
+    """The name of the mask `[B or 1, N]` of one block, none where it has none, and whether it is a sink."""
+    planned = writer.plan.find_mask(row.block)
+    if planned is None:
+        return [], False
+    first, entry = planned
+    shared = (first, found.tokens)
+    if shared not in writer.key_masks:
+        writer.key_masks[shared] = _find_key_mask(writer, row, entry, found, query, key, nodes)
+    return [writer.key_masks[shared]], entry.sink
+
+
+def _find_key_mask(
+    writer: _Writer, row: Row, entry: MaskPlan, found: Attention, query: str, key: str, nodes: list[NodeProto]
+) -> str:
+    name = writer.unique(f"{row.node}/fna_key_mask_{row.block}")
+    if isinstance(entry.tokens, tuple):
+        if len(set(found.tokens)) > 1:
+            raise InvalidPlanError("token indices to be masked need a fixed number of tokens; this file leaves it open")
+        mask = listed_tokens_mask(entry.tokens, found.tokens[0])
+        return writer.constant(f"fna/key_mask_{row.block}", mask.numpy())
+    stream = find_stream(writer.graph, writer.points, found)
+    prefix = writer.plan.prefix_tokens
+    if prefix is None:
+        prefix = _detect_prefix(writer, found, stream)
+    if entry.tokens == "massive":
+        if stream is None:
+            raise InvalidPlanError(
+                f"massive tokens cannot be masked in block {row.block}: its hidden states could not be found"
+            )
+        inputs, op_type, attributes = [_hidden_states(writer, row, stream, nodes)], MASSIVE_TOKENS, {}
+    else:
+        if prefix < 1:
+            raise InvalidPlanError(
+                "artifact tokens are those that the class token looks at, but no class token was found; mask massive tokens, "
+                "or give --prefix-tokens"
+            )
+        inputs, op_type, attributes = [query, key], ARTIFACT_TOKENS, {"scale": float(found.scale)}
+    nodes.append(
+        helper.make_node(op_type, inputs, [name], name=name, domain=DOMAIN, prefix_tokens=prefix, **attributes)
+    )
+    return name
+
+
+def _hidden_states(writer: _Writer, row: Row, stream: Stream, nodes: list[NodeProto]) -> str:
+    """The residual stream as `[B, N, C]`."""
+    if not stream.sequence_first:
+        return stream.tensor
+    turned = writer.unique(f"{row.node}/fna_features_{row.block}")
+    nodes.append(helper.make_node("Transpose", [stream.tensor], [turned], name=turned, perm=(1, 0, 2)))
+    return turned
 
 
 # ---------------------------------------------------------------- landmarks
@@ -261,11 +330,7 @@ def _features(
     nodes: list[NodeProto],
 ) -> str:
     if block.feature == "input" and stream is not None:
-        if not stream.sequence_first:
-            return stream.tensor
-        turned = writer.unique(f"{row.node}/fna_features_{row.block}")
-        nodes.append(helper.make_node("Transpose", [stream.tensor], [turned], name=turned, perm=(1, 0, 2)))
-        return turned
+        return _hidden_states(writer, row, stream, nodes)
     if block.feature == "input":
         writer.notes.append(
             f"block {row.block}: its hidden states could not be found, so landmarks are chosen from its queries, averaged over heads"

@@ -10,39 +10,76 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fna.commands.options import json_option, make_console, quiet_option
+from fna.commands.options import (
+    image_options,
+    json_option,
+    load_photographs,
+    make_console,
+    parse_resolution,
+    progress,
+    quiet_option,
+)
 from fna.errors import InputFileError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fna.export.surgery.rows import Row
+    from fna.validate.tokens import FoundToken, TokenReport
+
+MOST_PLACES = 3
+"""Places of massive or artifact tokens that the table names for each block; --json has all."""
 
 
 @click.command("inspect", short_help="Show what attention is in an ONNX file, or what an engine is.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE|MODEL")
 @click.option(
     "--input-shape",
     "input_shapes",
     multiple=True,
     help="NAME=1x3x224x224: a size that an open input takes (repeatable).",
 )
+@click.option("--tokens", is_flag=True, help="Find massive and artifact tokens of a PyTorch MODEL on photographs.")
+@image_options
+@click.option("--resolution", help="With --tokens, image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
+@click.option(
+    "--output", "folder", type=click.Path(path_type=Path), help="With --tokens, folder for a picture of each."
+)
 @json_option
 @quiet_option
-def command(file: Path, input_shapes: tuple[str, ...], json_file: Path | None, quiet: bool) -> None:
-    """Print the attention blocks of an ONNX FILE, with what graft would say of each, or the manifest of an engine."""
+def command(
+    file: str,
+    input_shapes: tuple[str, ...],
+    tokens: bool,
+    images: Path | None,
+    resolution: str | None,
+    folder: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Print the attention blocks of an ONNX FILE, with what graft would say of each, or the manifest of an engine.
+
+    With --tokens: which tokens of a PyTorch MODEL (as for fna export) are massive or artifacts, block by block.
+    """
     from fna.export.files import write_text
 
     console = make_console(quiet)
-    if file.suffix == ".engine":
-        answer = _engine_manifest(file)
+    path = Path(file)
+    if tokens:
+        report = _survey(file, images, resolution, folder, quiet)
+        print_tokens(console, report)
+        answer: dict[str, Any] = report.model_dump(mode="json")
+    elif images is not None or resolution is not None or folder is not None:
+        raise InvalidArgumentError("--images, --resolution and --output belong to --tokens; add it, or leave them out")
+    elif path.suffix == ".engine":
+        answer = _engine_manifest(path)
         console.print_json(data=answer)
     else:
         from fna.export.surgery.graft import inspect_file
 
-        rows = inspect_file(file, parse_input_shapes(input_shapes))
-        print_table(console, file.name, rows)
-        answer = {"file": file.name, "blocks": [row.as_dict() for row in rows]}
+        rows = inspect_file(path, parse_input_shapes(input_shapes))
+        print_table(console, path.name, rows)
+        answer = {"file": path.name, "blocks": [row.as_dict() for row in rows]}
     if json_file is not None:
         text = json.dumps(answer, indent=2) + "\n"
         if str(json_file) == "-":
@@ -71,6 +108,83 @@ def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
         cells = [str(row.block), row.node, row.family, _text(row.heads), _text(row.head_size), tokens, scale]
         table.add_row(*(Text(cell) for cell in [*cells, row.decision.value, row.reason]))
     console.print(table)
+
+
+def print_tokens(console: Console, report: TokenReport) -> None:
+    """Print one line per block, joined over the photographs, and a verdict."""
+    from rich.table import Table
+    from rich.text import Text
+
+    count = len(report.images)
+    table = Table(
+        title=f"tokens of {report.model} at {report.height}x{report.width} on {count} photographs", title_justify="left"
+    )
+    for name in ("block", "median norm", "largest norm", "largest gap", "massive", "artifacts", "where"):
+        table.add_column(name, overflow="fold", justify="left" if name == "where" else "right")
+    totals = {"massive": 0, "artifact": 0}
+    for entries in zip(*(image.blocks for image in report.images), strict=True):
+        found = [
+            (kind, image.image, token)
+            for image, entry in zip(report.images, entries, strict=True)
+            for kind, tokens in (("massive", entry.massive), ("artifact", entry.artifacts or ()))
+            for token in tokens
+        ]
+        counts = {kind: sum(other == kind for other, _, _ in found) for kind in totals}
+        totals = {kind: totals[kind] + counts[kind] for kind in totals}
+        places = [f"{kind} {_place(token)} of {image}" for kind, image, token in found[:MOST_PLACES]]
+        more = f" and {len(found) - MOST_PLACES} more" if len(found) > MOST_PLACES else ""
+        artifacts = "" if entries[0].artifacts is None else str(counts["artifact"])
+        cells = (
+            str(entries[0].block),
+            f"{sum(entry.median_norm for entry in entries) / count:.3g}",
+            f"{max(entry.largest_norm for entry in entries):.3g}",
+            f"{max(entry.gap for entry in entries):.2f}x",
+            str(counts["massive"]),
+            artifacts,
+            ", ".join(places) + more,
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    if not any(totals.values()):
+        console.print("no massive and no artifact tokens: masking them would change nothing")
+    else:
+        console.print(f"{totals['massive']} massive and {totals['artifact']} artifact tokens in all")
+    for line in report.skipped:
+        console.print(Text(f"skipped {line}"))
+
+
+def _place(token: FoundToken) -> str:
+    at = "before the patches" if token.row is None else f"at row {token.row}, column {token.column}"
+    return f"{token.token} {at} ({token.value:.3g})"
+
+
+def _survey(name: str, images: Path | None, resolution: str | None, folder: Path | None, quiet: bool) -> TokenReport:
+    if Path(name).suffix in (".onnx", ".engine"):
+        raise InvalidArgumentError(
+            f"--tokens looks into a PyTorch model as it runs, but {name} is a file; name the model that it was made from"
+        )
+    size = parse_resolution(resolution)
+    if folder is not None:
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputFileError(f"output folder {folder} cannot be made: {error.strerror}") from None
+    photographs, skipped = load_photographs(images)
+    with progress(quiet) as say:
+        say("importing PyTorch")
+        from fna.export.sources import load_model
+        from fna.validate.tokens import survey_photographs
+
+        say(f"loading {name}")
+        model = load_model(name)
+        return survey_photographs(
+            model,
+            photographs,
+            size or (model.native_resolution,) * 2,
+            skipped=skipped,
+            picture_folder=folder,
+            say=say,
+        )
 
 
 def parse_input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,9 @@ attention output of the landmark tokens. All scratch is fp32 except `mixed`, the
 the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256), D to BLOCK_D (64 or 128); padded
 rows and columns of A are zero, which keeps those of Z, W and every product zero.
 
+Masked keys (`key_mask`, int32 [B or 1, N], with `mask_mode`: 0 none and the pointer is not read, 1 for all queries, 2 for queries
+that are not masked themselves) have MASKED taken off their scores, as in `fna.tokens`: finite, so that no row is empty.
+
 Landmark indices are clamped to the tokens that exist, so wrong indices give wrong rows but never a wild access.
 
 Scratch, per head (`bh` = batch item * heads + head):
@@ -22,6 +25,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+MASKED = tl.constexpr(16384.0)
 MATRIX_Z = tl.constexpr(0)
 MATRIX_W = tl.constexpr(1)
 MATRIX_A = tl.constexpr(2)
@@ -30,7 +34,7 @@ MATRIX_Y = tl.constexpr(4)
 TILE = tl.constexpr(64)
 
 # Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
-_SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride"]
+_SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
 _PLAIN = [*_SIZES, "splits", "split_tokens", "full_iterations"]
 _PLAIN_NEWTON = ["phase", "first"]
 _PLAIN_FINISH = ["splits", "count", "one_iteration"]
@@ -71,6 +75,21 @@ def _landmark_index(landmarks, row, count, tokens):
 
 
 @triton.jit
+def _masked(key_mask, wanted, index, inside):
+    """1 for tokens `index` that are masked, 0 for the others and outside; 0 for all, unread, where `wanted` is false."""
+    flags = tl.load(key_mask + index, mask=tl.where(inside, wanted, 0) != 0, other=0)
+    return tl.where(flags != 0, 1.0, 0.0)
+
+
+@triton.jit
+def _taken_off(key_mask, mask_mode, queries, keys, in_queries, in_keys):
+    """What masking takes off the scores (base 2) of `queries` against `keys`: nothing, to the bit, where nothing is masked."""
+    hidden = _masked(key_mask, mask_mode, keys, in_keys) * (MASKED * LOG2E)
+    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, queries, in_queries)
+    return ordinary[:, None] * hidden[None, :]
+
+
+@triton.jit
 def _deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_size,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """query[row] @ key[column]^T for fp32, read in steps of 32 channels: tf32x3 holds every operand twice."""
@@ -87,7 +106,7 @@ def _deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_si
 
 
 @triton.jit
-def _core_scores(query, key, stride_n, landmarks, bias, first, left, tokens, count, head_size, scale,
+def _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, left, tokens, count, head_size, scale,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Scores (base 2) of landmark rows from `first` on against columns from `left` on; -inf on padding columns."""
     row, column = first + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
@@ -100,8 +119,9 @@ def _core_scores(query, key, stride_n, landmarks, bias, first, left, tokens, cou
         queries = _gather_rows(query, stride_n, i, head_size, BLOCK_D)
         keys = _gather_rows(key, stride_n, j, head_size, BLOCK_D)
         scores = _dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
-    scores = scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]
-    return tl.where((column < count)[None, :], scores * LOG2E, float("-inf"))
+    scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
+    scores -= _taken_off(key_mask, mask_mode, i, j, row < count, column < count)
+    return tl.where((column < count)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -142,13 +162,14 @@ def _inverse_scale(colsum, apply, S_PAD: tl.constexpr):
 
 
 @triton.jit
-def _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, row, tokens, count, head_size, scale,
+def _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
+                     tokens, count, head_size, scale,
                      S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Write 64 rows of A, their transpose as the unscaled Z0, and their column sums."""
     size = S_PAD * S_PAD
     a, z = matrices + MATRIX_A * size, matrices + MATRIX_Z * size
     for left in tl.range(0, S_PAD, TILE, num_stages=1):
-        scores = _core_scores(query, key, stride_n, landmarks, bias, row, left, tokens, count, head_size, scale,
+        scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
                               TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
         tl.store(_matrix_tile(a, row, left, S_PAD), scores)
     tl.debug_barrier()
@@ -218,7 +239,7 @@ def _newton_blocked(matrices, colsum, full_iterations, S_PAD: tl.constexpr, HALF
 
 
 @triton.jit
-def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, first,
+def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, partial, stats, split, first,
                  split_tokens, tokens, count, head_size, scale,
                  S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
@@ -246,7 +267,8 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
             keys = tl.load(key + offset, mask=mask, other=0.0)
             scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E), float("-inf"))
+        taken_off = _taken_off(key_mask, mask_mode, index, token, row < count, token < high)
+        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E) - taken_off, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
@@ -261,8 +283,8 @@ def _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def landmark_kernel(
-    query, key, value, landmarks, bias, partial, stats, matrices, colsum,
-    heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride,
+    query, key, value, landmarks, bias, key_mask, partial, stats, matrices, colsum,
+    heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride, mask_stride, mask_mode,
     splits, split_tokens, full_iterations, scale,
     S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, UPCAST: tl.constexpr,
@@ -284,21 +306,22 @@ def landmark_kernel(
     value += head
     landmarks += item * landmark_stride
     bias += item * bias_stride
+    key_mask += item * mask_stride
     matrices += bh * matrix_count * S_PAD * S_PAD
     colsum += bh * (S_PAD // TILE) * S_PAD
     if job < core_programs:
         if matrix_count == 2:
-            scores = _core_scores(query, key, stride_n, landmarks, bias, 0, 0, tokens, count, head_size, scale,
+            scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
                                   S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             a = _softmax_rows(scores, 0, count, S_PAD)
             _newton_registers(a, matrices, full_iterations, S_PAD, HALF)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
-                _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, row,
+                _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
                                  tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             _newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
         else:
-            _core_to_scratch(query, key, stride_n, landmarks, bias, matrices, colsum, job * TILE,
+            _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
                              tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
     else:
         tiles: tl.constexpr = S_PAD // BLOCK_S
@@ -306,7 +329,7 @@ def landmark_kernel(
         first = ((job - core_programs) % tiles) * BLOCK_S
         partial += bh * splits * S_PAD * BLOCK_D
         stats += bh * splits * 2 * S_PAD
-        _exact_split(query, key, value, stride_n, landmarks, partial, stats, split, first,
+        _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, partial, stats, split, first,
                      split_tokens, tokens, count, head_size, scale,
                      S_PAD, BLOCK_S, BLOCK_N, BLOCK_D, UPCAST)  # fmt: skip
 
@@ -438,19 +461,22 @@ def _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size,
 
 
 @triton.jit
-def _landmark_values(bias, mixed, first, count, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding) of a tile of landmarks."""
+def _landmark_values(bias, mixed, landmarks, key_mask, hides, first, tokens, count,
+                     TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
     slot = first + tl.arange(0, TILE_S)
     values = tl.load(mixed + slot[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
+    index = _landmark_index(landmarks, slot, count, tokens)
+    offset -= _masked(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
     return values, tl.where(slot < count, offset, float("-inf"))
 
 
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
 def output_kernel(
-    query, key, landmarks, bias, exact, mixed, mixed_scale, out,
+    query, key, landmarks, bias, key_mask, exact, mixed, mixed_scale, out,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n,
-    landmark_stride, bias_stride, tiles, exact_rows, scale,
+    landmark_stride, bias_stride, mask_stride, mask_mode, tiles, exact_rows, scale,
     S_PAD: tl.constexpr, TILE_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale * query @ kp^T + bias) @ (Z6 Bv), and Bv over the rows of the landmarks.
@@ -458,6 +484,9 @@ def output_kernel(
     Grid: (ceil(N / (BLOCK_M * tiles)), B * H); a program takes `tiles` tiles of BLOCK_M queries, with kp and vp held
     on chip across them where S_PAD <= TILE_S. The exact rows of its own queries are written after a barrier, so they
     follow its own approximate rows; no other program touches them.
+
+    Here `mask_mode` is 0, 1 (masked keys are hidden from all queries), or 2: nothing is hidden, and only the rows of masked
+    queries are written. Sinks are a launch of 1 and then one of 2, which keeps a second vector of offsets out of registers.
     """
     bh = tl.program_id(1).to(tl.int64)
     item = bh // heads
@@ -467,6 +496,7 @@ def output_kernel(
     out += item * out_b + (bh % heads) * out_h
     landmarks += item * landmark_stride
     bias += item * bias_stride
+    key_mask += item * mask_stride
     exact += bh * S_PAD * BLOCK_D
     mixed += bh * S_PAD * BLOCK_D
     column = tl.arange(0, BLOCK_D)
@@ -474,7 +504,8 @@ def output_kernel(
     factor = tl.load(mixed_scale + bh * BLOCK_D + column)
     if S_PAD == TILE_S:
         keys = _landmark_keys(key, stride_n, landmarks, 0, tokens, count, head_size, TILE_S, BLOCK_D)
-        values, offset = _landmark_values(bias, mixed, 0, count, TILE_S, BLOCK_D)
+        values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, 0, tokens, count,
+                                          TILE_S, BLOCK_D)  # fmt: skip
     low = tl.program_id(0) * tiles * BLOCK_M
     high = tl.minimum(low + tiles * BLOCK_M, tokens)
     for start in tl.range(low, high, BLOCK_M):
@@ -503,7 +534,8 @@ def output_kernel(
                     keys = _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D)
                     queries = tl.load(own, mask=mask, other=0.0)
                     scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                values, offset = _landmark_values(bias, mixed, first, count, TILE_S, BLOCK_D)
+                values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, first, tokens, count,
+                                                  TILE_S, BLOCK_D)  # fmt: skip
                 scores = scores * (scale * LOG2E) + offset[None, :]
                 larger = tl.maximum(maximum, tl.max(scores, 1))
                 weight = tl.exp2(scores - larger[:, None])
@@ -513,7 +545,8 @@ def output_kernel(
                 maximum = larger
         result = acc / total[:, None] * factor[None, :]
         pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
-        tl.store(pointer, result.to(out.dtype.element_ty), mask=mask)
+        written = (token < tokens) & (_masked(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
+        tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])
     if exact_rows != 0:
         tl.debug_barrier()
         for first in tl.static_range(0, S_PAD, TILE):

@@ -31,7 +31,7 @@ KERNELS = {
     "norm_grid": norms.norm_grid_kernel,
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
-_INT_POINTERS = {"landmarks", "best_index"}
+_INT_POINTERS = {"landmarks", "key_mask", "best_index"}
 _FLOAT_POINTERS = {
     "bias",
     "partial",
@@ -46,7 +46,7 @@ _FLOAT_POINTERS = {
     "norms",
 }
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
-_UNALIGNED = {"landmarks", "bias"}
+_UNALIGNED = {"landmarks", "bias", "key_mask"}
 
 
 def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def signature(variant: Variant) -> dict[str, str]:
 def multiples_of_16(variant: Variant) -> list[int]:
     """Positions of the parameters that the compiler may take as multiples of 16: addresses in bytes, sizes in elements.
 
-    TensorRT aligns its tensors; landmarks and bias may be views in PyTorch, and are read element by element.
+    TensorRT aligns its tensors; landmarks, bias and mask may be views in PyTorch, and are read element by element.
     """
     names = set(_MULTIPLES_OF_16) | (
         {"channels"} if variant.kernel in ("fps", "fps_step", "norms") and variant.head_size else set()

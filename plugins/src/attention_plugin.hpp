@@ -1,7 +1,9 @@
 // FastNystromAttention as a TensorRT plugin.
 //
 // Inputs: query, key, value [B, H, N, D] of one type (fp32, fp16, bf16); landmarks [B, S] or [1, S] int32; landmark_bias [B, S]
-// or [1, S] fp32. Output: [B, H, N, D] of the query's type. All linear.
+// or [1, S] fp32; in version 2, optionally, key_mask [B, N] or [1, N] int32. Output: [B, H, N, D] of the query's type. All linear.
+//
+// Version 1 has no key_mask and no field sink; engines built with it keep finding it. Both versions run the same kernels.
 // Workspace: partial, stats, matrices, colsum, exact, mixed, mixed_scale, between, in this order, each aligned to 256 bytes;
 // fna/plugins/kernels/attention.py has their layouts.
 #pragma once
@@ -18,12 +20,16 @@ struct AttentionAttributes
     float scale{0.F};
     int32_t iterations{6};
     int32_t exactRows{0};
+    int32_t sink{0};
+    bool takesMask{false}; // version 2
 };
 
 class AttentionPlugin final : public PluginBase<AttentionPlugin>
 {
 public:
     static constexpr char const* kName = "FastNystromAttention";
+
+    static constexpr char const* kMaskVersion = "2";
 
     explicit AttentionPlugin(AttentionAttributes const& attributes);
     AttentionPlugin(AttentionPlugin const&) = delete;
@@ -34,6 +40,7 @@ public:
         return mAttributes;
     }
 
+    char const* getPluginVersion() const noexcept override;
     int32_t getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs, nvinfer1::DataType const* inputTypes,
         int32_t nbInputs) const noexcept override;
     int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const* shapeInputs,
@@ -54,22 +61,25 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    bool prepare(nvinfer1::PluginTensorDesc const* in) noexcept;
+    bool takes(int32_t nbInputs) const noexcept;
+    bool checkNumbers(int32_t nbInputs, int32_t nbOutputs) const noexcept;
+    bool prepare(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs) noexcept;
 
     AttentionAttributes mAttributes;
     std::string mTimingCacheId;
-    nvinfer1::PluginField mFields[3];
+    nvinfer1::PluginField mFields[4];
     nvinfer1::PluginFieldCollection mCollection{};
     AttentionShape mShape{};
     Device mDevice{};
     Plan mPlan{};
+    int32_t mInputs; // onShapeChange says how many; until then as many as there can be
     bool mReady{false};
 };
 
 class AttentionCreator final : public nvinfer1::IPluginCreatorV3One
 {
 public:
-    AttentionCreator();
+    explicit AttentionCreator(bool takesMask);
 
     nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
         nvinfer1::TensorRTPhase phase) noexcept override;
@@ -79,7 +89,8 @@ public:
     char const* getPluginNamespace() const noexcept override;
 
 private:
-    nvinfer1::PluginField mFields[3];
+    bool mTakesMask;
+    nvinfer1::PluginField mFields[4];
     nvinfer1::PluginFieldCollection mCollection;
 };
 

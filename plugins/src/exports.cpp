@@ -6,10 +6,11 @@
 
 nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
 {
-    static fna::AttentionCreator attention;
+    static fna::AttentionCreator attention(false);
+    static fna::AttentionCreator maskedAttention(true);
     static fna::SamplingCreator sampling;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &sampling};
-    nbCreators = 2;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &sampling, &maskedAttention};
+    nbCreators = 3;
     return creators;
 }
 

@@ -21,6 +21,9 @@ constexpr int64_t kFpsOneLaunchBytes = 256 * 1024;
 constexpr int64_t kFpsTile = 64;
 constexpr size_t kAlignment = 256;
 constexpr size_t kMaxArguments = 40;
+constexpr int64_t kNoMask = 0;
+constexpr int64_t kMaskAll = 1;
+constexpr int64_t kMaskButSinks = 2;
 
 using Sizes = std::initializer_list<std::pair<Slot, int64_t>>;
 
@@ -208,7 +211,7 @@ bool checkShape(SamplingShape const& shape) noexcept
 }
 
 Plan planAttention(
-    AttentionShape const& shape, float scale, int32_t iterations, bool exactRows, int32_t multiprocessors)
+    AttentionShape const& shape, float scale, int32_t iterations, bool exactRows, bool sink, int32_t multiprocessors)
 {
     int64_t const sPad = paddedLandmarks(shape.landmarks);
     int64_t const blockD = paddedHeadSize(shape.headSize);
@@ -216,6 +219,8 @@ Plan planAttention(
     auto const [splits, splitTokens] = splitKeys(shape, multiprocessors);
     int64_t const landmarkStride = shape.sharedLandmarks ? 0 : shape.landmarks;
     int64_t const biasStride = shape.sharedBias ? 0 : shape.landmarks;
+    int64_t const maskStride = shape.masked && !shape.sharedMask ? shape.tokens : 0;
+    int64_t const maskMode = !shape.masked ? kNoMask : sink ? kMaskButSinks : kMaskAll;
     int64_t const strideN = shape.headSize;
     int64_t const strideH = shape.tokens * strideN;
     int64_t const strideB = shape.heads * strideH;
@@ -225,9 +230,9 @@ Plan planAttention(
     int64_t const corePrograms = sPad > 2 * kTile ? sPad / kTile : 1;
     plan.launches.push_back(makeLaunch(variantName("landmark", shape.dtype, sPad, blockD), bh,
         corePrograms + splits * (sPad / landmarkRows(shape.dtype, sPad)),
-        {kQuery, kKey, kValue, kLandmarks, kBias, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
-            shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, splits, splitTokens,
-            static_cast<int64_t>(iterations - 1), scale}));
+        {kQuery, kKey, kValue, kLandmarks, kBias, kKeyMask, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
+            shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, maskStride, maskMode,
+            splits, splitTokens, static_cast<int64_t>(iterations - 1), scale}));
     if (sPad > 2 * kTile)
     {
         Dtype const operand = shape.dtype == Dtype::kFp32 ? Dtype::kFp32 : Dtype::kFp16;
@@ -242,11 +247,15 @@ Plan planAttention(
         {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,
             static_cast<int64_t>(iterations == 1 ? 1 : 0)}));
     int64_t const tiles = queryTiles(shape, multiprocessors);
-    plan.launches.push_back(makeLaunch(variantName("output", shape.dtype, sPad, blockD),
-        divideUp(shape.tokens, tiles * queryBlock(shape.dtype, blockD)), bh,
-        {kQuery, kKey, kLandmarks, kBias, kExact, kMixed, kMixedScale, kOut, shape.heads, shape.tokens, shape.landmarks,
-            shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN, landmarkStride, biasStride, tiles,
-            static_cast<int64_t>(exactRows ? 1 : 0), scale}));
+    // Sinks: all rows without the masked keys, then the rows of the masked queries with them.
+    for (int64_t mode = std::min(maskMode, kMaskAll); mode <= maskMode; ++mode)
+    {
+        plan.launches.push_back(makeLaunch(variantName("output", shape.dtype, sPad, blockD),
+            divideUp(shape.tokens, tiles * queryBlock(shape.dtype, blockD)), bh,
+            {kQuery, kKey, kLandmarks, kBias, kKeyMask, kExact, kMixed, kMixedScale, kOut, shape.heads, shape.tokens,
+                shape.landmarks, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN, landmarkStride, biasStride,
+                maskStride, mode, tiles, static_cast<int64_t>(exactRows ? 1 : 0), scale}));
+    }
     return plan;
 }
 

@@ -36,6 +36,8 @@ struct AttentionShape
     int64_t landmarks{0};
     bool sharedLandmarks{false};
     bool sharedBias{false};
+    bool masked{false};
+    bool sharedMask{false};
 };
 
 struct SamplingShape
@@ -55,6 +57,7 @@ enum Slot : uint8_t
     kValue,
     kLandmarks,
     kBias,
+    kKeyMask, // null where nothing is masked: the kernels do not read it then
     kOut,
     kFeatures,
     kPartial, // from here on: scratch
@@ -122,7 +125,7 @@ bool checkShape(AttentionShape const& shape) noexcept;
 bool checkShape(SamplingShape const& shape) noexcept;
 
 Plan planAttention(
-    AttentionShape const& shape, float scale, int32_t iterations, bool exactRows, int32_t multiprocessors);
+    AttentionShape const& shape, float scale, int32_t iterations, bool exactRows, bool sink, int32_t multiprocessors);
 Plan planSampling(SamplingShape const& shape);
 
 // Scratch that is enough for `shape`, everything smaller, and every GPU.

@@ -36,7 +36,8 @@ private:
     size_t mAt{0};
 };
 
-constexpr char const* kNames[] = {"scale", "iterations", "exact_rows", "num_landmarks", "plugin_version", "", nullptr, "Scale"};
+constexpr char const* kNames[]
+    = {"scale", "iterations", "exact_rows", "num_landmarks", "plugin_version", "", nullptr, "Scale", "sink", "scale"};
 constexpr PluginFieldType kTypes[] = {PluginFieldType::kFLOAT32, PluginFieldType::kINT32, PluginFieldType::kCHAR,
     PluginFieldType::kFLOAT64, PluginFieldType::kINT64, PluginFieldType::kUNKNOWN, static_cast<PluginFieldType>(99)};
 constexpr int32_t kLengths[] = {1, 1, 1, 1, 0, 2, -1, 2147483647};
@@ -54,14 +55,16 @@ auto pick(Values const& values, uint8_t byte)
 extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
 {
     Bytes bytes(data, size);
-    char const* const plugin = bytes.next() % 2 == 0 ? "FastNystromAttention" : "FarthestPointSampling";
+    uint8_t const kind = bytes.next() % 4;
+    char const* const plugin = kind < 3 ? "FastNystromAttention" : "FarthestPointSampling";
+    char const* const version = kind == 1 || kind == 2 ? "2" : "1";
     int32_t const count = bytes.next() % 6;
     std::vector<std::unique_ptr<int32_t>> storage; // each value alone in its allocation, so that a read past it is seen
     std::vector<PluginField> fields;
     for (int32_t i = 0; i < count; ++i)
     {
         char const* const name = pick(kNames, bytes.next());
-        PluginFieldType const type = pick(kTypes, bytes.next() % 3 == 0 ? bytes.next() : (name != nullptr && name[0] == 's' ? 0 : 1));
+        PluginFieldType const type = pick(kTypes, bytes.next() % 3 == 0 ? bytes.next() : (name != nullptr && std::strcmp(name, "scale") == 0 ? 0 : 1));
         int32_t const length = pick(kLengths, bytes.next());
         storage.push_back(std::make_unique<int32_t>(pick(kValues, bytes.next())));
         fields.emplace_back(name, bytes.next() % 8 == 0 ? nullptr : storage.back().get(), type, length);
@@ -71,7 +74,7 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
     {
         collection.nbFields = -3;
     }
-    IPluginCreatorV3One* const creator = library().creator(plugin);
+    IPluginCreatorV3One* const creator = library().creator(plugin, version);
     host::PluginPointer const made(
         creator->createPlugin(plugin, bytes.next() % 32 == 0 ? nullptr : &collection, TensorRTPhase::kBUILD));
     if (made != nullptr)

@@ -75,14 +75,14 @@ Library::~Library()
     dlclose(mHandle);
 }
 
-IPluginCreatorV3One* Library::creator(char const* name) const
+IPluginCreatorV3One* Library::creator(char const* name, char const* version) const
 {
     for (IPluginCreatorInterface* const each : mCreators)
     {
         if (std::strcmp(each->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0)
         {
             auto* const found = static_cast<IPluginCreatorV3One*>(each);
-            if (std::strcmp(found->getPluginName(), name) == 0)
+            if (std::strcmp(found->getPluginName(), name) == 0 && std::strcmp(found->getPluginVersion(), version) == 0)
             {
                 return found;
             }
@@ -132,9 +132,9 @@ DynamicPluginTensorDesc describe(Tensor const& tensor)
     return description;
 }
 
-PluginPointer deploy(Library& library, char const* name, std::vector<PluginField> const& fields)
+PluginPointer deploy(Library& library, char const* name, std::vector<PluginField> const& fields, char const* version)
 {
-    IPluginCreatorV3One* const creator = library.creator(name);
+    IPluginCreatorV3One* const creator = library.creator(name, version);
     PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
     PluginPointer const created(creator == nullptr ? nullptr : creator->createPlugin(name, &collection, TensorRTPhase::kBUILD));
     if (created == nullptr)
@@ -176,6 +176,15 @@ extern "C"
         std::vector<PluginField> const fields{{"scale", &scale, PluginFieldType::kFLOAT32, 1},
             {"iterations", &iterations, PluginFieldType::kINT32, 1}, {"exact_rows", &exactRows, PluginFieldType::kINT32, 1}};
         return host::deploy(*library, "FastNystromAttention", fields).release();
+    }
+
+    IPluginV3* fna_host_masked_attention(
+        host::Library* library, float scale, int32_t iterations, int32_t exactRows, int32_t sink)
+    {
+        std::vector<PluginField> const fields{{"scale", &scale, PluginFieldType::kFLOAT32, 1},
+            {"iterations", &iterations, PluginFieldType::kINT32, 1}, {"exact_rows", &exactRows, PluginFieldType::kINT32, 1},
+            {"sink", &sink, PluginFieldType::kINT32, 1}};
+        return host::deploy(*library, "FastNystromAttention", fields, "2").release();
     }
 
     IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks)

@@ -56,7 +56,7 @@ public:
     Library(Library const&) = delete;
     Library& operator=(Library const&) = delete;
 
-    nvinfer1::IPluginCreatorV3One* creator(char const* name) const; // nullptr when there is none
+    nvinfer1::IPluginCreatorV3One* creator(char const* name, char const* version = "1") const; // nullptr when there is none
     int32_t count() const;
     Logger& logger();
 
@@ -82,7 +82,8 @@ nvinfer1::IPluginV3OneRuntime* runtime(nvinfer1::IPluginV3& plugin);
 nvinfer1::DynamicPluginTensorDesc describe(Tensor const& tensor);
 
 // Create, clone, serialize, create again at run time and attach to a context: what stands between fields and an execution.
-PluginPointer deploy(Library& library, char const* name, std::vector<nvinfer1::PluginField> const& fields);
+PluginPointer deploy(
+    Library& library, char const* name, std::vector<nvinfer1::PluginField> const& fields, char const* version = "1");
 
 } // namespace host
 
@@ -91,6 +92,8 @@ extern "C"
     host::Library* fna_host_open(char const* path);
     char const* fna_host_messages(host::Library* library);
     nvinfer1::IPluginV3* fna_host_attention(host::Library* library, float scale, int32_t iterations, int32_t exactRows);
+    nvinfer1::IPluginV3* fna_host_masked_attention(
+        host::Library* library, float scale, int32_t iterations, int32_t exactRows, int32_t sink);
     nvinfer1::IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks);
     void fna_host_free(nvinfer1::IPluginV3* plugin);
     size_t fna_host_workspace(nvinfer1::IPluginV3* plugin, host::Tensor const* inputs, int32_t count, host::Tensor const* output);

@@ -93,6 +93,14 @@ std::vector<DynamicPluginTensorDesc> attentionInputs(
         host::describe(tensor(DataType::kINT32, {1, landmarks})), host::describe(tensor(DataType::kFLOAT, {1, landmarks}))};
 }
 
+std::vector<DynamicPluginTensorDesc> maskedInputs(
+    DataType type, int64_t batch, int64_t heads, int64_t tokens, int64_t headSize, int64_t landmarks)
+{
+    std::vector<DynamicPluginTensorDesc> all = attentionInputs(type, batch, heads, tokens, headSize, landmarks);
+    all.push_back(host::describe(tensor(DataType::kINT32, {batch, tokens})));
+    return all;
+}
+
 bool mentions(host::Library& library, char const* text)
 {
     std::string const messages = library.logger().take();
@@ -106,7 +114,12 @@ bool mentions(host::Library& library, char const* text)
 
 void walkCreators(host::Library& library)
 {
-    CHECK(library.count() == 2);
+    CHECK(library.count() == 3);
+    IPluginCreatorV3One* const second = library.creator("FastNystromAttention", "2");
+    CHECK(second != nullptr && second != library.creator("FastNystromAttention"));
+    CHECK(second->getFieldNames()->nbFields == 4);
+    CHECK(std::strcmp(second->getFieldNames()->fields[3].name, "sink") == 0);
+    CHECK(library.creator("FarthestPointSampling", "2") == nullptr);
     for (char const* name : {"FastNystromAttention", "FarthestPointSampling"})
     {
         IPluginCreatorV3One* const creator = library.creator(name);
@@ -262,6 +275,55 @@ void walkShapes(host::Library& library)
     CHECK(mentions(library, "B * H is 8000 * 12"));
 }
 
+// Version 2: the sixth input is optional, int32 [B or 1, N]; the version and sink survive serialization and cloning.
+void walkMask(host::Library& library)
+{
+    float const scale = 0.5F;
+    int32_t const one = 1;
+    host::PluginPointer const plugin = host::deploy(library, "FastNystromAttention",
+        {{"scale", &scale, PluginFieldType::kFLOAT32, 1}, {"sink", &one, PluginFieldType::kINT32, 1}}, "2");
+    CHECK(plugin != nullptr);
+    CHECK(std::strcmp(host::core(*plugin)->getPluginVersion(), "2") == 0);
+    CHECK(std::strcmp(host::build(*plugin)->getTimingCacheID(),
+              "FastNystromAttention-2:scale=0.5,iterations=6,exact_rows=0,sink=1")
+        == 0);
+    CHECK(host::runtime(*plugin)->getFieldsToSerialize()->nbFields == 4);
+    int32_t const two = 2;
+    CHECK(host::deploy(library, "FastNystromAttention",
+              {{"scale", &scale, PluginFieldType::kFLOAT32, 1}, {"sink", &two, PluginFieldType::kINT32, 1}}, "2")
+        == nullptr);
+    CHECK(mentions(library, "field sink is 2"));
+
+    std::vector<DynamicPluginTensorDesc> all = maskedInputs(DataType::kHALF, 2, 3, 200, 64, 8);
+    all.push_back(all[0]);
+    for (DataType const type : {DataType::kINT32, DataType::kBOOL, DataType::kFLOAT})
+    {
+        all[5].desc.type = type;
+        std::vector<DynamicPluginTensorDesc> const seen(all.begin(), all.begin() + 6);
+        CHECK(host::build(*plugin)->supportsFormatCombination(5, seen.data(), 6, 1) == (type == DataType::kINT32));
+    }
+    CHECK(host::build(*plugin)->supportsFormatCombination(6, all.data(), 6, 1));
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 6, &all[0], 1) == 0);
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 5, &all[0], 1) == 0);
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 4, &all[0], 1) != 0);
+    CHECK(mentions(library, "4 inputs and 1 outputs were given, but 6 and 1 are needed"));
+    size_t const plain = host::build(*plugin)->getWorkspaceSize(all.data(), 5, &all[0], 1);
+    CHECK(plain > 0 && host::build(*plugin)->getWorkspaceSize(all.data(), 6, &all[0], 1) == plain);
+    all[5].min.d[1] = all[5].max.d[1] = 199;
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 6, &all[0], 1) != 0);
+    CHECK(mentions(library, "key_mask has 199 columns, but there are 200 tokens"));
+    all[5].min.d[1] = all[5].max.d[1] = 200;
+    all[5].min.d[0] = all[5].max.d[0] = 5;
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 6, &all[0], 1) != 0);
+    CHECK(mentions(library, "key_mask has 5 rows"));
+
+    host::PluginPointer const first
+        = host::deploy(library, "FastNystromAttention", {{"scale", &scale, PluginFieldType::kFLOAT32, 1}});
+    CHECK(std::strcmp(host::core(*first)->getPluginVersion(), "1") == 0);
+    CHECK(host::build(*first)->configurePlugin(all.data(), 6, &all[0], 1) != 0);
+    CHECK(mentions(library, "6 inputs and 1 outputs were given, but 5 and 1 are needed"));
+}
+
 // Without a driver an execution is refused, with a reason, and nothing crashes.
 void walkRuntimeWithoutDriver(host::Library& library)
 {
@@ -317,6 +379,7 @@ int main(int argc, char** argv)
         walkFields(library);
         walkFormats(library);
         walkShapes(library);
+        walkMask(library);
         walkSampling(library);
         walkRuntimeWithoutDriver(library);
         CHECK(library.logger().take().empty());
