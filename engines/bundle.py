@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ CHECKSUMS = "SHA256SUMS"
 BUILD_FOLDER = "build"
 """What the bundle's scripts make on the device lands in this folder of the bundle; it is not part of it."""
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 ARCHIVE_SUFFIX = ".tar.zst"
 
 _LARGEST_MANIFEST = 16 * 2**20
@@ -273,25 +275,11 @@ def unpack_bundle(archive: Path, folder: Path) -> Path:
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     sizes |= {MANIFEST: _LARGEST_MANIFEST, CHECKSUMS: _LARGEST_MANIFEST}
     written: set[str] = set()
-    for member, stream in _members(archive):
-        name = _inner_path(archive, member, top)
-        if name is None:
-            continue
-        if name not in sizes:
-            raise InputFileError(f"{archive}: {name} is not listed in its {MANIFEST}; make the bundle again")
-        if name in written:
-            raise InputFileError(f"{archive}: {name} is in it twice; make the bundle again")
-        if member.size > sizes[name]:
-            raise InputFileError(
-                f"{archive}: {name} has {member.size} bytes, but its {MANIFEST} says {sizes[name]}; make the bundle again"
-            )
-        written.add(name)
-        place = folder / top / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("wb") as output:
-            while chunk := stream.read(2**20):
-                output.write(chunk)
-        place.chmod(0o755 if member.mode & 0o100 else 0o644)
+    with _damage_said(archive), _open_archive(archive) as tar:
+        for member in tar:
+            name = _inner_path(archive, member, top)
+            if name is not None:
+                _unpack_member(archive, tar, member, folder / top, name, sizes, written)
     return folder / top
 
 
@@ -371,13 +359,42 @@ def _check_name(shown: Path, name: str) -> None:
 
 
 def _read_archived_manifest(archive: Path) -> tuple[BundleManifest, str]:
-    for member, stream in _members(archive):
-        parts = PurePosixPath(member.name).parts
-        if member.isfile() and len(parts) == 2 and parts[1] == MANIFEST:
-            _check_name(archive, member.name)
-            text = stream.read(_LARGEST_MANIFEST).decode("utf-8", errors="replace")
-            return _parse_manifest(text, str(archive)), parts[0]
+    with _damage_said(archive), _open_archive(archive) as tar:
+        for member in tar:
+            parts = PurePosixPath(member.name).parts
+            content = tar.extractfile(member) if member.isfile() and len(parts) == 2 and parts[1] == MANIFEST else None
+            if content is not None:
+                _check_name(archive, member.name)
+                text = content.read(_LARGEST_MANIFEST).decode("utf-8", errors="replace")
+                return _parse_manifest(text, str(archive)), parts[0]
     raise InputFileError(f"{archive} has no {MANIFEST}, so it is no bundle; make it with fna bundle")
+
+
+def _unpack_member(
+    archive: Path,
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    folder: Path,
+    name: str,
+    sizes: dict[str, int],
+    written: set[str],
+) -> None:
+    if name not in sizes:
+        raise InputFileError(f"{archive}: {name} is not listed in its {MANIFEST}; make the bundle again")
+    if name in written:
+        raise InputFileError(f"{archive}: {name} is in it twice; make the bundle again")
+    if member.size > sizes[name]:
+        raise InputFileError(
+            f"{archive}: {name} has {member.size} bytes, but its {MANIFEST} says {sizes[name]}; make the bundle again"
+        )
+    written.add(name)
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    content = tar.extractfile(member)
+    if content is not None:
+        with place.open("wb") as output:
+            shutil.copyfileobj(content, output)
+        place.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
 def _inner_path(archive: Path, member: tarfile.TarInfo, top: str) -> str | None:
@@ -391,19 +408,26 @@ def _inner_path(archive: Path, member: tarfile.TarInfo, top: str) -> str | None:
     return None if member.isdir() else "/".join(parts[1:])
 
 
-def _members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """Yield the archive's members, in order, with a stream of each one's content."""
+@contextmanager
+def _open_archive(archive: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive as a stream, so that nothing of it is believed before it is read."""
+    import zstandard
+
+    with (
+        archive.open("rb") as file,
+        zstandard.ZstdDecompressor().stream_reader(file) as unpacked,
+        tarfile.open(fileobj=_Limited(unpacked), mode="r|") as tar,
+    ):
+        yield tar
+
+
+@contextmanager
+def _damage_said(archive: Path) -> Iterator[None]:
+    """Say in one line what is wrong with an archive that cannot be read."""
     import zstandard
 
     try:
-        with (
-            archive.open("rb") as file,
-            zstandard.ZstdDecompressor().stream_reader(file) as unpacked,
-            tarfile.open(fileobj=_Limited(unpacked), mode="r|") as tar,
-        ):
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                yield member, content or io.BytesIO()
+        yield
     except (tarfile.TarError, zstandard.ZstdError, EOFError, OSError, ValueError) as error:
         raise InputFileError(f"{archive} is damaged or truncated: {error}; copy the bundle again") from None
 

@@ -50,6 +50,7 @@ from fna.export.functions import PLUGIN_OPS, fna_nodes
 from fna.export.lower import Lowering, lower
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.sources import load_model
+from fna.export.variants import Precision, Variant, make_variant
 from fna.patching import patch, unpatch
 from fna.plugins.table import FALLBACK_SM, Kernel, load_table
 
@@ -85,6 +86,8 @@ class BundleOptions:
         target: the device.
         images: photographs to record, by name.
         batch: batch sizes that the engine takes unless `build_engine.sh --batch` says otherwise.
+        precisions: of the models, the default first; none means the file's own.
+        keep_fp32: blocks that stay fp32 in the models that are cast.
         resolution: height and width for files that leave them open.
         table: folder of the kernel table and the prebuilt libraries.
     """
@@ -92,13 +95,15 @@ class BundleOptions:
     target: Target
     images: Sequence[tuple[str, Image.Image]]
     batch: BatchRange
+    precisions: tuple[Precision, ...] = ()
+    keep_fp32: tuple[int, ...] = ()
     resolution: tuple[int, int] | None = None
     table: Path = DEFAULT_TABLE
 
 
 def write_bundle(
     path: Path, output: Path, options: BundleOptions, on_step: Callable[[str], None] = lambda _text: None
-) -> BundleManifest:
+) -> tuple[BundleManifest, tuple[str, ...]]:
     """Make a bundle of an FNA file, as a folder or, where `output` ends in `.tar.zst`, an archive; whole or not at all.
 
     Args:
@@ -107,9 +112,12 @@ def write_bundle(
         options: target, photographs, batch sizes.
         on_step: called with what is being done.
 
+    Returns:
+        The manifest, and a line for each block whose values leave fp16's range on the photographs.
+
     Raises:
         InputFileError: if the file cannot be read, or the output not be written.
-        InvalidArgumentError: if the target does not compute in the file's precision.
+        InvalidArgumentError: if the target does not compute in a precision, or the file cannot be cast to it.
         MissingCapabilityError: if the target needs the plugin and its kernels are not compiled; says how to.
         ModelSourceError: if the model that the file was traced from cannot be loaded, to record its outputs.
     """
@@ -117,43 +125,51 @@ def write_bundle(
     _check_output(output, archive)
     model = load_onnx(path, tensors=False)
     metadata = read_metadata(model, str(path))
-    _check_precision(metadata.precision, options.target)
-    layers = plugin_layers(model, metadata.precision)
-    kernels = _choose_kernels(options, bool(layers))
-    name = _bundle_name(path, options.target)
+    precisions = _check_precisions(metadata, options)
+    has_layers = any(node.op_type in PLUGIN_OPS for node in fna_nodes(model.graph))
+    kernels = _choose_kernels(options, has_layers)
+    name = f"{safe_name(path.name.removesuffix('.onnx'))}-{options.target.name}"
     profiles = input_profiles(model, options.batch, metadata, options.resolution)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=_folder_of(output)) as temporary:
         root = Path(temporary) / name
-        root.mkdir()
-        on_step("lowering the model")
-        models = write_models(model, path.parent, root, metadata.precision)
+        (root / "check").mkdir(parents=True)
+        models: list[BundledModel] = []
+        layers: list[tuple[PluginLayer, ...]] = []
+        notes: list[str] = []
+        for precision in precisions:
+            made, more = _cast(path, Path(temporary), metadata, precision, options, on_step)
+            notes += more
+            on_step(f"lowering the model, {precision}")
+            other = load_onnx(made, tensors=False)
+            layers.append(plugin_layers(other, precision))
+            stem = "model" if precision == precisions[0] else f"model.{precision}"
+            models += write_models(other, made.parent, root, precision, stem)
         plugin = None
         if kernels is not None:
             on_step("copying the plugin")
             plugin = BundledPlugin(
                 chips=tuple(sorted({kernel.sm for kernel in kernels})),
                 prebuilt=_write_plugin(root / "plugin", options.table, kernels),
-                layers=layers,
+                layers=_join_layers(layers),
             )
-            _write_plugin_layers(root, layers)
+            _write_plugin_layers(root, plugin.layers, precisions)
         on_step("recording photographs and their outputs")
-        check = _record(path, root, metadata, profiles, options.images)
         manifest = BundleManifest(
             name=name,
             tools=_tools(),
             target=options.target.name,
             capabilities=options.target.capabilities,
-            flavours=dict(options.target.flavours),
+            flavours={str(flavour): version for flavour, version in options.target.flavours.items()},
             lowering=options.target.lowering if kernels is not None else "portable",
-            precision=metadata.precision,
+            precision=precisions[0],
             profiles=profiles,
             dynamic=_has_open_dimension(model),
             onnx_name=path.name,
             onnx_sha256=file_sha256(path),
             metadata=metadata,
-            models=models,
+            models=tuple(models),
             plugin=plugin,
-            check=check,
+            check=_record(path, root, metadata, profiles, options.images, precisions),
             files={},
         )
         on_step("hashing")
@@ -164,7 +180,7 @@ def write_bundle(
             write_archive(root, output)
         else:
             _replace_folder(root, output)
-    return manifest
+    return manifest, tuple(notes)
 
 
 def plugin_layers(model: ModelProto, precision: str) -> tuple[PluginLayer, ...]:
@@ -176,7 +192,7 @@ def plugin_layers(model: ModelProto, precision: str) -> tuple[PluginLayer, ...]:
     )
 
 
-def write_models(model: ModelProto, source: Path, root: Path, precision: str) -> tuple[BundledModel, ...]:
+def write_models(model: ModelProto, source: Path, root: Path, precision: str, stem: str) -> tuple[BundledModel, ...]:
     """Write both lowerings of a model into `root`, with one file of weights between them.
 
     Args:
@@ -184,15 +200,16 @@ def write_models(model: ModelProto, source: Path, root: Path, precision: str) ->
         source: the folder that its external data is relative to.
         root: of the bundle.
         precision: of the file.
+        stem: what the files' names begin with.
     """
-    weights = "model.weights"
+    weights = f"{stem}.weights"
     wrote = split_weights(model, source, root / weights)
     lowerings: tuple[Lowering, ...] = ("plugin", "portable")
     if not any(node.op_type in PLUGIN_OPS for node in fna_nodes(model.graph)):
         lowerings = ("portable",)
     models = []
     for lowering in lowerings:
-        name = f"model.{lowering}.onnx"
+        name = f"{stem}.{lowering}.onnx"
         (root / name).write_bytes(lower(model, lowering).SerializeToString(deterministic=True))
         models.append(
             BundledModel(path=name, weights=weights if wrote else None, lowering=lowering, precision=precision)
@@ -265,12 +282,49 @@ def _tensor_bytes(tensor: TensorProto, source: Path) -> bytes | None:
     return tensor.raw_data if len(tensor.raw_data) > INLINE_BYTES else None
 
 
-def _check_precision(precision: str, target: Target) -> None:
-    if precision not in target.precisions:
+def _check_precisions(metadata: FileMetadata, options: BundleOptions) -> tuple[Precision, ...]:
+    if metadata.quantized is not None:
         raise InvalidArgumentError(
-            f"the file is {precision}, but {target.name} computes in {', '.join(target.precisions)}; "
-            "export it with another --precision"
+            f"the file is {metadata.quantized}, for which no tolerance has been measured that a device could be held to; "
+            "bundle the file that it was made from"
         )
+    chosen: tuple[Precision, ...] = tuple(dict.fromkeys(options.precisions)) or (metadata.precision,)
+    for precision in chosen:
+        if precision not in options.target.precisions:
+            raise InvalidArgumentError(
+                f"{precision} was asked for, but {options.target.name} computes in {', '.join(options.target.precisions)}; "
+                "choose another --precision"
+            )
+        if precision != metadata.precision and metadata.precision != "fp32":
+            raise InvalidArgumentError(
+                f"the file is {metadata.precision}, so there is no {precision} to be had from it; bundle the fp32 file"
+            )
+    return chosen
+
+
+def _cast(
+    path: Path,
+    folder: Path,
+    metadata: FileMetadata,
+    precision: Precision,
+    options: BundleOptions,
+    on_step: Callable[[str], None],
+) -> tuple[Path, list[str]]:
+    """Return the file in a precision, cast into `folder` where it is not in it already, and what the cast had to say."""
+    if precision == metadata.precision:
+        return path, []
+    cast = folder / f"cast-{precision}.onnx"
+    variant = Variant(precision, keep_fp32=options.keep_fp32)
+    return cast, make_variant(path, cast, variant, options.images, resolution=options.resolution, on_step=on_step)
+
+
+def _join_layers(layers: Sequence[tuple[PluginLayer, ...]]) -> tuple[PluginLayer, ...]:
+    """Join the layers of the same model in several precisions."""
+    types: dict[str, dict[str, str]] = {}
+    operators = {layer.name: layer.op_type for of_model in layers for layer in of_model}
+    for layer in (layer for of_model in layers for layer in of_model):
+        types.setdefault(layer.name, {}).update(layer.precision)
+    return tuple(PluginLayer(name=name, op_type=operators[name], precision=found) for name, found in types.items())
 
 
 def _choose_kernels(options: BundleOptions, has_layers: bool) -> list[Kernel] | None:
@@ -326,9 +380,8 @@ def _write_kernels(folder: Path, table: Path, kernels: Sequence[Kernel]) -> None
     (folder / "kernel_table.inc").write_text("".join(rows), encoding="utf-8")
 
 
-def _write_plugin_layers(root: Path, layers: Sequence[PluginLayer]) -> None:
-    (root / "check").mkdir(exist_ok=True)
-    for precision in sorted({precision for layer in layers for precision in layer.precision}):
+def _write_plugin_layers(root: Path, layers: Sequence[PluginLayer], precisions: Sequence[str]) -> None:
+    for precision in precisions:
         lines = [f"{layer.name}\t{layer.precision[precision].replace('unknown', '?')}\n" for layer in layers]
         (root / "check" / f"plugin_layers.{precision}.txt").write_text("".join(lines), encoding="utf-8")
 
@@ -339,6 +392,7 @@ def _record(
     metadata: FileMetadata,
     profiles: dict[str, ShapeRange],
     images: Sequence[tuple[str, Image.Image]],
+    precisions: Sequence[str],
 ) -> Check:
     """Write the photographs as the input they become, and the outputs that the engine has to give, both fp32."""
     if len(profiles) != 1:
@@ -349,7 +403,6 @@ def _record(
     traced = metadata.origin == "trace"
     outputs = _run_pytorch(metadata, pixels) if traced else _run_onnxruntime(path, name, metadata, pixels)
     folder = root / "check"
-    folder.mkdir(exist_ok=True)
     files = {}
     for output, array in outputs.items():
         files[output] = f"check/expected.{safe_name(output)}.npy"
@@ -360,7 +413,7 @@ def _record(
         inputs={name: "check/input.npy"},
         outputs=files,
         reference="pytorch" if traced else "onnxruntime",
-        tolerances={metadata.precision: TOLERANCES[metadata.precision]},
+        tolerances={precision: TOLERANCES[precision] for precision in precisions},
     )
 
 
@@ -422,6 +475,7 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
         "DEFAULT_BATCH": batch,
         "INPUT_SHAPES": inputs,
         "PLUGIN_SOURCES": [source for source in sources if not source.endswith(REGISTER_SOURCE)],
+        "PREBUILT_FOR": manifest.plugin.prebuilt if manifest.plugin is not None else (),
         "CHECK_INPUTS": [f"{name}={path}" for name, path in check.inputs.items()],
         "CHECK_OUTPUTS": [f"{name}={path}" for name, path in check.outputs.items()],
         "REFERENCE": f"FNA in PyTorch fp32 on {', '.join(check.images)}"
@@ -504,10 +558,6 @@ def _tools() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _bundle_name(path: Path, target: Target) -> str:
-    return f"{safe_name(path.name.removesuffix('.onnx'))}-{target.name}"
 
 
 def safe_name(name: str) -> str:

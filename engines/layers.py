@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import onnx
 from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
 from fna.export.functions import ATTENTION, PLUGIN_OPS, fna_nodes
+from fna.export.types import tensor_types
 
 _ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -69,21 +69,6 @@ def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
         RequestedLayer(node.name, node.op_type, _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"))
         for node in nodes
     )
-
-
-def tensor_types(model: ModelProto) -> dict[str, int]:
-    """Return the element type of every tensor whose type is known, by name."""
-    skeleton = ModelProto()
-    skeleton.CopyFrom(model)
-    for tensor in skeleton.graph.initializer:
-        if len(tensor.raw_data) > 4096:  # types do not depend on values, and inference copies the model
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value="left-out")
-    inferred = onnx.shape_inference.infer_shapes(skeleton)
-    graph = inferred.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
 def describe_layers(

@@ -417,7 +417,7 @@ def _polygraphy_runner(backend: str) -> Callable[[Any], Any]:
     config.USE_TENSORRT_RTX = rtx
     from polygraphy.backend.trt import TrtRunner
 
-    return TrtRunner  # type: ignore[no-any-return]
+    return TrtRunner
 
 
 @contextmanager

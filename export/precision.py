@@ -21,6 +21,7 @@ from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.functions import ATTENTION, DOMAIN, attach_functions, fna_nodes, model_opset
 from fna.export.metadata import read_metadata, write_metadata
+from fna.export.types import infer_types
 
 HalfPrecision = Literal["fp16", "bf16"]
 ONNX_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -65,10 +66,14 @@ def cast_model(
     kept_blocks = _blocks_of(result, keep_fp32, metadata.plan.num_blocks)
     biases = _detach_biases(result)
     originals = {tensor.name: tensor for tensor in result.graph.initializer}
+    inferred = infer_types(result)
+    del result.graph.value_info[:]
+    result.graph.value_info.extend(inferred.value_info)
     fp32_values = {key: numpy_helper.to_array(tensor) for key, tensor in originals.items() if _is_float(tensor)}
     result = float16.convert_float_to_float16(
         result,
         keep_io_types=keep_io,
+        disable_shape_infer=True,  # done above; its own fails on large files
         op_block_list=sorted({*float16.DEFAULT_OP_BLOCK_LIST, *KEPT_OPERATORS, *_without_half(result, precision)}),
         node_block_list=sorted(
             {*kept_blocks, *norm_nodes(result), *_pixel_independent(result), *_quantized_nodes(result)}

@@ -38,8 +38,8 @@ class TensorRange:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude."""
-        return max(abs(self.lowest), abs(self.highest))
+        """The largest magnitude; NaN if there is one."""
+        return float(np.max(np.abs([self.lowest, self.highest])))
 
 
 def quantize_model(

@@ -111,8 +111,7 @@ def mask_plans(num_blocks: int) -> dict[str, tuple[MaskPlan, ...]]:
     for tokens in ("artifact", "massive"):
         for sink in (False, True):
             plans[f"{tokens}{', sinks' if sink else ''}"] = tuple(
-                MaskPlan(blocks=str(block), tokens=tokens, sink=sink)  # type: ignore[arg-type]
-                for block in range(num_blocks)
+                MaskPlan(blocks=str(block), tokens=tokens, sink=sink) for block in range(num_blocks)
             )
     return plans
 
@@ -288,7 +287,7 @@ def measure_landmarks(
                         landmarks,
                         method="grid",
                         prefix_tokens=prefix,
-                        **masks,  # type: ignore[arg-type]
+                        **masks,
                     )
                     own = masks.get("guarantee", torch.zeros_like(massive)).clone()
                     own[:, :prefix] = True

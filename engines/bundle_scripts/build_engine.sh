@@ -200,7 +200,7 @@ make_runner() {
 make_plugin() {
   local prebuilt said
   prebuilt=plugin/prebuilt/$(uname -m)/libfna_plugin.so
-  if [[ -f $prebuilt ]]; then
+  if [[ " ${PREBUILT_FOR[*]} " == *" $(uname -m) "* ]]; then
     if said=$("$runner" --check-plugin "$prebuilt" 2>&1); then
       plugin=$prebuilt
       return

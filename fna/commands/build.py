@@ -88,7 +88,7 @@ def command(
         sizes = tuple(size for size in map(parse_resolution, resolutions) if size is not None)
         cache = settings.pop("timing_cache") or Path.home() / ".cache" / "fna" / "timing"
         options = BuildOptions(
-            targets=find_targets(target) if target is not None else (),
+            targets=find_targets(target) if target and target != "all" else (),
             batch=parse_batch(batch),
             resolutions=sizes,
             workspace_mib=workspace,

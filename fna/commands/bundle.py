@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,8 @@ from fna.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from fna.engines.bundle import BundleManifest
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 @click.command("bundle", short_help="Pack what a device needs to build, check and time its own engine.")
 @click.argument("file", type=click.Path(path_type=Path))
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual).",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    metavar="P[,P...]",
+    help="Models to hold: fp32, fp16, bf16, the default first; build_engine.sh --precision chooses.  [default: the file's]",
+)
+@click.option("--keep-fp32", help="Blocks that stay fp32 in models that are cast, as in 0,11.")
 @click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
 @click.option(
     "--record",
@@ -61,6 +70,8 @@ def command(
     output: Path | None,
     target: str | None,
     batch: str,
+    precisions: str | None,
+    keep_fp32: str | None,
     resolution: str | None,
     record: int,
     table: Path | None,
@@ -94,12 +105,21 @@ def command(
         if output is not None and target is not None:
             from fna.engines.bundle_write import DEFAULT_TABLE, BundleOptions, write_bundle
             from fna.engines.targets import find_target
+            from fna.export.precision import parse_blocks
 
             device = find_target(target)
             photographs, skipped = load_photographs(images)
-            options = BundleOptions(device, photographs[:record], range_, size, table or DEFAULT_TABLE)
-            manifest = write_bundle(file, output, options, say)
-            lines.append(_describe(manifest, output))
+            options = BundleOptions(
+                device,
+                photographs[:record],
+                range_,
+                _parse_precisions(precisions),
+                parse_blocks(keep_fp32),
+                size,
+                table or DEFAULT_TABLE,
+            )
+            manifest, notes = write_bundle(file, output, options, say)
+            lines += [_describe(manifest, output), *notes]
             if skipped:
                 lines.append(f"skipped {len(skipped)} unreadable: {'; '.join(skipped)}")
             if json_file is not None:
@@ -111,6 +131,16 @@ def command(
             lines += [f"left out {reason}" for reason in written.left_out]
     for line in lines:
         make_console(quiet).print(line)
+
+
+def _parse_precisions(text: str | None) -> tuple[Any, ...]:
+    chosen = tuple(part.strip() for part in text.split(",")) if text is not None else ()
+    for precision in chosen:
+        if precision not in PRECISIONS:
+            raise InvalidArgumentError(
+                f"--precision {precision!r} cannot be bundled; choose from {', '.join(PRECISIONS)}, as in fp16,fp32"
+            )
+    return chosen
 
 
 def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
@@ -130,7 +160,7 @@ def _describe(manifest: BundleManifest, place: Path) -> str:
     plugin = manifest.plugin
     parts = [
         f"{place}: {len(manifest.files)} files, {megabytes:.1f} MB for {manifest.target}",
-        f"{manifest.precision}, {manifest.lowering} lowering",
+        f"{', '.join(manifest.check.tolerances)}, {manifest.lowering} lowering",
         f"{len(manifest.check.images)} photographs recorded",
     ]
     if plugin is not None:

@@ -170,6 +170,25 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield say
 
 
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
+    """As `progress`, with a bar: the function that it yields takes what is being done, how much of it is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def say(text: str, done: int = 0, total: int | None = None) -> None:
+            bars.update(task, description=text, completed=done, total=total)
+
+        yield say
+
+
 def make_console(quiet: bool) -> Console:
     """Return the console for results, on stdout."""
     from rich.console import Console
