@@ -283,11 +283,13 @@ class _Builder:
             return
         if parser.num_errors == 0:
             raise BuildError(f"{self._title}'s parser refused the model: {self._reason()}")
-        error = parser.get_error(0)
-        where = error.node_name() or f"node number {error.node()}"
+        parser_error = parser.get_error(0)
+        where = parser_error.node_name() or f"node number {parser_error.node()}"
         more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-        reason = " ".join(str(error.desc()).split())
-        raise BuildError(f"{self._title}'s parser refused node {where} ({error.node_operator()}): {reason}{more}")
+        reason = " ".join(str(parser_error.desc()).split())
+        raise BuildError(
+            f"{self._title}'s parser refused node {where} ({parser_error.node_operator()}): {reason}{more}"
+        )
 
     def _check_network(self, network: Any, plugin_layers: Sequence[RequestedLayer]) -> None:
         """Refuse, before the minutes of a build, a network in which the parser put something else in a plugin's place."""
@@ -318,8 +320,8 @@ class _Builder:
         if path is not None:
             stored = path.read_bytes() if path.is_file() else b""
             self._cache = config.create_timing_cache(stored)
-            if not config.set_timing_cache(self._cache, False):
-                # of another version or device: TensorRT refuses it, and it is written anew
+            if self._cache is None or not config.set_timing_cache(self._cache, False):
+                # damaged, or of another version or device: TensorRT refuses it, and it is written anew
                 self._cache = config.create_timing_cache(b"")
                 config.set_timing_cache(self._cache, False)
 

@@ -30,6 +30,7 @@ ROLES = {
     "network": "INetworkDefinition",
     "config": "IBuilderConfig",
     "parser": "OnnxParser",
+    "parser_error": "ParserError",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
     "_runtime": "Runtime",
