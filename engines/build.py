@@ -137,6 +137,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     targets = choose_targets(options.backend, options.targets)
     model = load_onnx(path)
     metadata = read_metadata(model, str(path))
+    _check_precision(path, metadata, targets)
     profiles = _profiles(model, options, metadata)
     lowering = options.lowering or lowering_of(options.backend, targets)
     requested = requested_layers(model)
@@ -430,6 +431,16 @@ def _check_options(options: BuildOptions) -> None:
                 )
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise InvalidArgumentError(f"optimisation level {options.optimization_level} was asked for, but it is 0 to 5")
+
+
+def _check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Target]) -> None:
+    for target in targets:
+        for wanted in (metadata.precision, metadata.quantized or metadata.precision):
+            if wanted not in target.precisions:
+                raise InvalidArgumentError(
+                    f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 file to "
+                    "one of those"
+                )
 
 
 def _plugin_of(lowered: ModelProto, options: BuildOptions) -> Path | None:
