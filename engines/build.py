@@ -438,8 +438,8 @@ def _check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Targe
         for wanted in (metadata.precision, metadata.quantized or metadata.precision):
             if wanted not in target.precisions:
                 raise InvalidArgumentError(
-                    f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 file to "
-                    "one of those"
+                    f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "
+                    "file to one of those"
                 )
 
 
