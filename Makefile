@@ -10,6 +10,7 @@ SAMPLER    ?= grid
 METHOD     ?= weighted
 TARGET     ?= all
 PRECISION  ?= fp32
+CHECKS     ?= --bisect --task --bench quick
 BUILD      ?= build
 PLAN       ?=
 
@@ -37,8 +38,8 @@ help: ## Print the goals and the build folder's layout
 	@echo "                 the model with FNA nodes; other settings, another file name"
 	@echo "             $(ENGINE)"
 	@echo "                 the TensorRT-RTX engine; its manifest lies beside it as .engine.json"
-	@echo "             $(BUILD)/validate/  errors as JSON, saliency overlay as PNG"
-	@echo "             $(BUILD)/bench/     dense against FNA, as JSON"
+	@echo "             $(BUILD)/validate/  report.html, its numbers as JSON, saliency overlay as PNG; CHECKS= for the budget alone"
+	@echo "             $(BUILD)/bench/     dense against FNA, as JSON, CSV and a plot"
 
 setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
 
@@ -63,14 +64,16 @@ engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
 
 validate: $(STAMP) ## Measure how far the result is from PyTorch, step by step
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export
-	$(BIN)/fna validate $(if $(wildcard $(ENGINE)),$(ENGINE),$(ONNX)) --output $(BUILD)/validate
+	$(BIN)/fna validate $(if $(wildcard $(ENGINE)),$(ENGINE),$(ONNX)) --output $(BUILD)/validate $(CHECKS) \
+	    --report $(BUILD)/validate/report.html
 
 bench: $(STAMP) ## Time dense against FNA on this machine
 	@mkdir -p $(BUILD)/bench
 	$(BIN)/fna bench $(MODEL) --backend onnxruntime --layers all --landmarks 64 --resolution 518 --resolution 1022 \
-	    --json $(BUILD)/bench/onnxruntime.json
+	    --json $(BUILD)/bench/onnxruntime.json --csv $(BUILD)/bench/onnxruntime.csv --plot $(BUILD)/bench/onnxruntime.svg
 
 test: $(STAMP) lint ## Run lint and all tests
+	@tests/install_browser.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## Check formatting, style and types

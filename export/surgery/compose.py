@@ -79,7 +79,7 @@ def compose(
         exact = _exact_attention(names, site, kept, nodes)
     else:
         exact = names.unique(f"{site.name}/exact_heads")
-        nodes.append(make_exact(*kept, exact))
+        nodes.append(make_exact(kept[0], kept[1], kept[2], exact))
     joined = names.unique(f"{site.name}/all_heads")
     nodes.append(helper.make_node("Concat", [approximate, exact], [joined], name=joined, axis=1))
     order = [*heads, *others]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,14 @@ class Planner:
                 kept = self._worthwhile(total)
                 total = total.only({(block, c) for block, candidates in kept.items() for c in candidates})
             label = f"moments-{_digest(pixels)}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
-            total.merge(self.cached(label, lambda pixels=pixels, kept=kept: self._measure_image(pixels, kept)))
+            total.merge(self.cached(label, partial(self._measure_image, pixels, kept)))
         return total
 
     def _worthwhile(self, measurement: Measurement) -> dict[int, list[Candidate]]:
         """The candidates of each block that no cheaper one clearly beats."""
         fits = self.with_dependence(self.fits(measurement))
         heads, kernel = self.layout.heads, self.kernel
-        found = {}
+        found: dict[int, list[Candidate]] = {}
         for number in self.blocks:
             rows = [
                 (self.cost.block(candidate, heads, kernel), float(fit.losses.sum()), candidate)
@@ -342,7 +343,7 @@ def make_best_plan(planner: Planner) -> Planned:
     verified = planner.run(plan, planner.held_out)
     exact_cost = planner.cost.exact(planner.layout.heads) * planner.layout.num_blocks
     point = FrontPoint(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
-    points = []
+    points: list[FrontPoint] = []
     for index in _spread(front, position):
         choice = front[index]
         candidate = planner.make_plan(choice.items, fits)
