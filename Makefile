@@ -33,6 +33,7 @@ help: ## Print the goals and the build folder's layout
 	@echo "                 the TensorRT-RTX engine; its manifest lies beside it as .engine.json"
 	@echo "             $(BUILD)/validate/  errors as JSON, saliency overlay as PNG"
 	@echo "             $(BUILD)/bench/     dense against FNA, as JSON"
+	@echo "             $(BUILD)/bundle/    what goes to a device, a folder for each TARGET"
 
 setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
 
