@@ -26,7 +26,7 @@ from fna.validate.runners import Arrays, patched
 
 RECALLS = (1, 5, 10)
 CLUSTERS = 8
-DIGITS = 600
+DIGITS = 240
 DIGITS_SIDE = 98
 """Pixels: DINOv2's patches are 14 wide, so digits become 7x7 patches."""
 
@@ -97,7 +97,7 @@ def measure_tasks(
         InputFileError: if the labels do not match the model's, or are too few to hold some out.
     """
     results = _Results()
-    collected = _collect(chain, last, photographs, on_step)
+    collected = _collect(chain, last, photographs, outputs, on_step)
     _retrieval(results, collected)
     _classification(results, chain, collected, photographs)
     _maps(results, chain, outputs)
@@ -122,18 +122,23 @@ class _Collected:
     embedding: str
 
 
-def _collect(chain: Chain, last: str, photographs: Photographs, on_step: Say) -> _Collected:
-    """Run all images, and crops of them where there are too few to have ten neighbours."""
+def _collect(chain: Chain, last: str, photographs: Photographs, outputs: Outputs, on_step: Say) -> _Collected:
+    """Run all images, and crops of them where there are too few to have ten neighbours; what was kept is not run again."""
     pictures = [image for _, image in photographs.images]
     whole = len(pictures)
     if whole < FEWEST_FOR_RETRIEVAL:
         pictures = [*pictures, *(crop for image in pictures for crop in _crops(image, FEWEST_FOR_RETRIEVAL + 4, whole))]
     rows: dict[str, list[NDArray[Any]]] = {}
     name = ""
+    kept = len(next(iter(outputs.exact.values()), []))
     for index, picture in enumerate(pictures):
         on_step("task: embeddings and classes", index, len(pictures))
-        pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
-        for kind, arrays in (("exact", chain.stages[EXACT](pixels)), ("fna", chain.stages[last](pixels))):
+        if index < min(whole, kept):
+            exact, fna = (_image_of(arrays, index) for arrays in (outputs.exact, outputs.exported))
+        else:
+            pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
+            exact, fna = chain.stages[EXACT](pixels), chain.stages[last](pixels)
+        for kind, arrays in (("exact", exact), ("fna", fna)):
             name, vector = _embedding(chain, arrays)
             if vector is not None:
                 rows.setdefault(kind, []).append(vector)
@@ -143,6 +148,10 @@ def _collect(chain: Chain, last: str, photographs: Photographs, on_step: Say) ->
     return _Collected(
         stacked.get("exact"), stacked.get("fna"), stacked.get("exact_logits"), stacked.get("fna_logits"), whole, name
     )
+
+
+def _image_of(arrays: Arrays, index: int) -> Arrays:
+    return {name: array[index : index + 1] for name, array in arrays.items()}
 
 
 def _crops(image: Image.Image, wanted: int, images: int) -> list[Image.Image]:
@@ -499,7 +508,7 @@ def _batched(chain: Chain, model: LoadedModel, plan: Plan | None) -> Callable[..
                 tensors = model.module(torch.from_numpy(pixels[start : start + 25]))
                 batch = {name: t.float().numpy() for name, t in zip(model.output_names, tensors, strict=True)}
                 for index in range(len(pixels[start : start + 25])):
-                    _, vector = _embedding(chain, {name: array[index : index + 1] for name, array in batch.items()})
+                    _, vector = _embedding(chain, _image_of(batch, index))
                     if vector is None:
                         return None
                     vectors.append(vector.copy())
