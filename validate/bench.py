@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fna.engines.run import open_onnx, run_onnx
-from fna.errors import InputFileError, MissingCapabilityError
+from fna.errors import InputFileError, InvalidLandmarksError, MissingCapabilityError
 from fna.export.sources import LoadedModel, check_resolution
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
 from fna.patching import find_attention_blocks, patch
@@ -166,10 +166,12 @@ def bench(
 
     Raises:
         ModelSourceError: for a resolution that the model does not take.
+        InvalidLandmarksError: for more landmarks than tokens at a resolution.
         MissingCapabilityError: if this machine lacks the backend.
     """
     for resolution in resolutions:
         check_resolution(model, resolution, resolution)
+        _check_landmarks(model, plans, resolution)
     open_model = _OPENERS[backend]
     rows = []
     for place, resolution in enumerate(sorted(set(resolutions))):
@@ -199,6 +201,15 @@ def bench(
         rows=tuple(rows),
         break_even=find_break_even(rows),
     )
+
+
+def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], resolution: int) -> None:
+    most = max((entry.landmarks for plan in plans for entry in plan.blocks), default=0)
+    tokens = (resolution // model.patch_size) ** 2 + detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+    if most > tokens:
+        raise InvalidLandmarksError(
+            f"{most} landmarks were asked for, but at resolution {resolution} there are only {tokens} tokens; ask for fewer"
+        )
 
 
 def check_backend(backend: str) -> None:
