@@ -70,6 +70,8 @@ class BuildOptions:
         timing_cache: file or folder that keeps measured kernel times between builds; None keeps none. Only TensorRT measures.
         hardware_compatible: an engine for every chip from Ampere on, at the cost of speed. Only TensorRT.
         version_compatible: an engine that later versions of the same major version run too. Only TensorRT.
+        tf32: whether fp32 products may be computed in TF32, with 10 bits of mantissa. FNA's insides are fp32 products in the portable
+            lowering, and lose with it about as much as fp16 does, or more.
     """
 
     backend: Flavour = "tensorrt-rtx"
@@ -83,6 +85,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     hardware_compatible: bool = False
     version_compatible: bool = False
+    tf32: bool = False
 
 
 def parse_batch(text: str) -> BatchRange:
@@ -171,6 +174,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
             inspection=inspection,
             hardware_compatible=options.hardware_compatible,
             version_compatible=options.version_compatible,
+            tf32=options.tf32,
             device=gpu.name if gpu is not None and options.backend == "tensorrt" else None,
             plugin_name=plugin.name if plugin is not None else None,
             plugin_sha256=file_sha256(plugin) if plugin is not None else None,
@@ -304,6 +308,8 @@ class _Builder:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if not options.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         set_devices(trt, config, options.backend, self._targets)
         path = self._timing_path()
         if path is not None:
@@ -346,22 +352,29 @@ def _run_interruptibly(work: Callable[[], Any], stop: threading.Event) -> Any:
     """
     results: list[Any] = []
     failures: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             failures.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=run, name="builder")
     thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.1)
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-        raise
+    interrupted = False
+    # an event, not join(): Python 3.11 takes a thread for ended whose join() was interrupted
+    while not done.is_set():
+        try:
+            done.wait(0.1)
+        except KeyboardInterrupt:
+            interrupted = True
+            stop.set()
+    thread.join()
+    if interrupted:
+        raise KeyboardInterrupt
     if failures:
         raise failures[0]
     return results[0]

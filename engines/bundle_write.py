@@ -252,7 +252,7 @@ def write_archive(root: Path, output: Path) -> None:
     with (
         written_whole(output) as temporary,
         temporary.open("wb") as file,
-        zstandard.ZstdCompressor(level=10, threads=0).stream_writer(file) as packed,
+        zstandard.ZstdCompressor(level=3, threads=0).stream_writer(file) as packed,
         tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):
         for name in (MANIFEST, *(other for other in list_files(root) if other != MANIFEST)):

@@ -39,7 +39,7 @@ PORTABLE = "model.onnx"
 _HERE = Path(__file__).resolve().parent
 _TYPES = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "TYPE_FP16", TensorProto.BFLOAT16: "TYPE_BF16"}
 _RESIZE = {"bilinear": "linear", "bicubic": "cubic"}  # onnxruntime breaks ties of nearest otherwise than Pillow
-_IMAGE = "image"
+_IMAGE = "raw_image"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def make_preprocess_model(
 ) -> ModelProto:
     """Return an ONNX model that does to decoded photographs what `Preprocessing.apply` does.
 
-    Input `image` `[batch, rows, columns, 3]` uint8, RGB; output `[batch, 3, height, width]`. Pillow resizes the columns, then the
+    Input `raw_image` `[batch, rows, columns, 3]` uint8, RGB; output `[batch, 3, height, width]`. Pillow resizes the columns, then the
     rows, and rounds to bytes after each, so this does too.
 
     Args:
@@ -145,28 +145,28 @@ def make_preprocess_model(
             f"ONNX has no operator that resizes as Pillow's {preprocessing.resize} does; it has {' and '.join(_RESIZE)}"
         )
     constants = {
-        "columns": np.array([width], np.int64),
-        "size": np.array([height, width], np.int64),
-        "rescale": np.array(preprocessing.rescale, np.float32),
-        "mean": np.array(preprocessing.mean, np.float32).reshape(1, 3, 1, 1),
-        "std": np.array(preprocessing.std, np.float32).reshape(1, 3, 1, 1),
-        "half": np.array(0.5, np.float32),
-        "black": np.array(0, np.float32),
-        "white": np.array(255, np.float32),
+        "preprocess/columns": np.array([width], np.int64),
+        "preprocess/size": np.array([height, width], np.int64),
+        "preprocess/rescale": np.array(preprocessing.rescale, np.float32),
+        "preprocess/mean": np.array(preprocessing.mean, np.float32).reshape(1, 3, 1, 1),
+        "preprocess/std": np.array(preprocessing.std, np.float32).reshape(1, 3, 1, 1),
+        "preprocess/half": np.array(0.5, np.float32),
+        "preprocess/black": np.array(0, np.float32),
+        "preprocess/white": np.array(255, np.float32),
     }
     nodes = [
-        helper.make_node("Transpose", [_IMAGE], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["planes"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Shape", ["pixels"], ["rows_shape"], start=0, end=3),
-        helper.make_node("Concat", ["rows_shape", "columns"], ["wide_shape"], axis=0),
-        *_resize("pixels", "wide_shape", "wide", preprocessing.resize),
-        helper.make_node("Shape", ["wide"], ["items_shape"], start=0, end=2),
-        helper.make_node("Concat", ["items_shape", "size"], ["full_shape"], axis=0),
-        *_resize("wide", "full_shape", "resized", preprocessing.resize),
-        helper.make_node("Mul", ["resized", "rescale"], ["scaled"]),
-        helper.make_node("Sub", ["scaled", "mean"], ["centred"]),
-        helper.make_node("Div", ["centred", "std"], ["normalised"]),
-        helper.make_node("Cast", ["normalised"], [output], to=element_type),
+        helper.make_node("Transpose", [_IMAGE], ["preprocess/planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["preprocess/planes"], ["preprocess/pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Shape", ["preprocess/pixels"], ["preprocess/rows_shape"], start=0, end=3),
+        helper.make_node("Concat", ["preprocess/rows_shape", "preprocess/columns"], ["preprocess/wide_shape"], axis=0),
+        *_resize("preprocess/pixels", "preprocess/wide_shape", "preprocess/wide", preprocessing.resize),
+        helper.make_node("Shape", ["preprocess/wide"], ["preprocess/items_shape"], start=0, end=2),
+        helper.make_node("Concat", ["preprocess/items_shape", "preprocess/size"], ["preprocess/full_shape"], axis=0),
+        *_resize("preprocess/wide", "preprocess/full_shape", "preprocess/resized", preprocessing.resize),
+        helper.make_node("Mul", ["preprocess/resized", "preprocess/rescale"], ["preprocess/scaled"]),
+        helper.make_node("Sub", ["preprocess/scaled", "preprocess/mean"], ["preprocess/centred"]),
+        helper.make_node("Div", ["preprocess/centred", "preprocess/std"], ["preprocess/normalised"]),
+        helper.make_node("Cast", ["preprocess/normalised"], [output], to=element_type),
     ]
     graph = helper.make_graph(
         nodes,
@@ -188,9 +188,9 @@ def _resize(source: str, shape: str, result: str, name: str) -> list[onnx.NodePr
         helper.make_node(
             "Resize", inputs, [f"{result}_exact"], antialias=1, cubic_coeff_a=-0.5, exclude_outside=1, **settings
         ),
-        helper.make_node("Add", [f"{result}_exact", "half"], [f"{result}_up"]),
+        helper.make_node("Add", [f"{result}_exact", "preprocess/half"], [f"{result}_up"]),
         helper.make_node("Floor", [f"{result}_up"], [f"{result}_whole"]),
-        helper.make_node("Clip", [f"{result}_whole", "black", "white"], [result]),
+        helper.make_node("Clip", [f"{result}_whole", "preprocess/black", "preprocess/white"], [result]),
     ]
 
 

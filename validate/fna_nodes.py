@@ -15,7 +15,7 @@ from fna.export.functions import ATTENTION, fna_nodes, node_attributes
 from fna.validate.points import attention_block
 from fna.validate.runners import Arrays, OnnxRunner
 
-_INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")  # the last is optional
+_INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FnaNode:
         scale: factor on the scores.
         iterations: of Newton-Schulz.
         exact_rows: whether landmark rows are written exactly.
-        sink: whether masked queries keep all their keys.
+        sink: whether masked tokens attend to themselves; see `fna.attention`.
     """
 
     block: int
@@ -121,14 +121,14 @@ def expected_output(
     query, key, value, landmarks, bias = (
         torch.from_numpy(np.array(arrays[node.inputs[name]])) for name in (*order, "landmarks", "landmark_bias")
     )
-    mask = torch.from_numpy(np.array(arrays[node.inputs["key_mask"]])) if "key_mask" in node.inputs else None
+    mask = node.inputs.get("key_mask")
     with torch.inference_mode():
         out = nystrom_attention_reference(
             query.float(), key.float(), value.float(), landmarks, bias.float(),
             node.scale if scale is None else scale,
             node.iterations if iterations is None else iterations,
             node.exact_rows if exact_rows is None else exact_rows,
-            mask,
-            node.sink,
+            key_mask=None if mask is None else torch.from_numpy(np.array(arrays[mask])),
+            sink=node.sink,
         )  # fmt: skip
     return out.numpy()

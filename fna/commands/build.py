@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--hardware-compatible", is_flag=True, help="One engine for all chips from Ampere on, slower (TensorRT).")
 @click.option("--version-compatible", is_flag=True, help="Runs on later TensorRT of the same major version (TensorRT).")
+@click.option("--tf32", is_flag=True, help="Let fp32 products be TF32: faster, with 10 bits of mantissa.")
 @json_option
 @quiet_option
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from tiny_engines import write_model
 
 from fna.cli import main
 from fna.engines.build import BatchRange, BuildOptions, build_engine
-from fna.engines.layers import FnaLayer, check_layers, read_type, requested_layers
+from fna.engines.layers import (
+    FnaLayer,
+    RequestedLayer,
+    check_layers,
+    describe_layers,
+    read_type,
+    requested_layers,
+)
 from fna.engines.manifest import read_manifest
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError
@@ -84,6 +92,7 @@ def test_interrupting_a_build_ends_it_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         build_engine(path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada")), interrupt)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.onnx"]
+    assert len(phases) < 100  # a whole build tells of about 400 steps
 
 
 def test_progress_is_told_by_phase(tmp_path: Path) -> None:
@@ -161,3 +170,24 @@ def test_types_in_the_inspectors_words(text: str, name: str) -> None:
 
 def test_layers_by_operators_are_never_reported_missing() -> None:
     check_layers([FnaLayer(name="a", op_type="FastNystromAttention", implementation="operators", requested="fp16")])
+
+
+def test_the_types_of_standard_operators_are_read_by_the_names_that_lowering_gives() -> None:
+    """Layers as TensorRT's inspector writes them: fused ones name all that they came from."""
+    requested = [RequestedLayer(f"/blocks.{number}/fna", "FastNystromAttention", "fp16") for number in (1, 11, 2)]
+    layers = [
+        {
+            "Name": "__myl_CastMul",
+            "Metadata": "[ONNX Layer: /blocks.1/fna/core]\x1e[ONNX Layer: /blocks.1/fna/w_0]",
+            "Outputs": [{"Format/Datatype": "Float"}],
+        },
+        {"Name": "/blocks.1/fna/out", "Outputs": [{"Format/Datatype": "Half"}]},
+        {"Name": "/blocks.11/fna/out", "Outputs": [{"Format/Datatype": "BFloat16"}]},
+    ]
+    found = describe_layers(requested, "portable", json.dumps({"Layers": layers}))
+    assert [(layer.implementation, layer.precision) for layer in found] == [
+        ("operators", "fp16+fp32"),
+        ("operators", "bf16"),
+        ("operators", None),
+    ]
+    check_layers(found)

@@ -206,6 +206,7 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
     assert calls["IOptimizationProfile.set_shape"][1:] == ((1, 3, 32, 32), (4, 3, 32, 32), (8, 3, 32, 32))
     assert calls["IBuilderConfig.set_memory_pool_limit"] == (fake.MemoryPoolType.WORKSPACE, 64 * 2**20)
     assert calls["IBuilderConfig.set_flag"] == (fake.BuilderFlag.VERSION_COMPATIBLE,)
+    assert calls["IBuilderConfig.clear_flag"] == (fake.BuilderFlag.TF32,)
     assert calls["Builder.create_network"] == (1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
     assert fake.settings["IBuilderConfig.builder_optimization_level"] == 4
     assert fake.settings["IBuilderConfig.hardware_compatibility_level"] == fake.HardwareCompatibilityLevel.AMPERE_PLUS
