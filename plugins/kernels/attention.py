@@ -251,6 +251,8 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     if query.dtype.element_ty != tl.float32:
         queries = _gather_rows(query, stride_n, index, head_size, BLOCK_D)
 
+    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, index, row < count)
+
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -267,8 +269,9 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
             keys = tl.load(key + offset, mask=mask, other=0.0)
             scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        taken_off = _taken_off(key_mask, mask_mode, index, token, row < count, token < high)
-        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E) - taken_off, float("-inf"))
+        hidden = _masked(key_mask, mask_mode, token, token < high) * (MASKED * LOG2E)
+        scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
+        scores = tl.where((token < high)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
