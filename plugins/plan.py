@@ -159,7 +159,7 @@ def landmark_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
     """TILE_S: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD."""
     if dtype == "fp32":
         return 32 if block_d == 64 else 16
-    # At 256 landmarks tiles of 128 spill beside the maximum, the sum and the mask that are carried from tile to tile.
+    # At 256 landmarks tiles of 128 would spill beside the maximum and the sum that are carried from tile to tile.
     return s_pad if s_pad <= 2 * TILE else TILE
 
 
@@ -305,15 +305,17 @@ def attention_plan(
     )
     tiles = query_tiles(shape, multiprocessors)
     per_program = tiles * query_block(shape.dtype, s_pad, block_d)
-    launches.append(
-        Launch(
-            Variant("output", shape.dtype, s_pad, block_d),
-            (-(-shape.tokens // per_program), bh, 1),
-            ("query", "key", "landmarks", "bias", "key_mask", "exact", "mixed", "mixed_scale", "out", *sizes)
-            + (written.batch, written.head, written.token, landmark_stride, bias_stride, mask_stride, mask_mode)
-            + (tiles, int(exact_rows), scale),
+    # Sinks: all rows without the masked keys, then the rows of the masked queries with them.
+    for mode in (MASK_ALL, MASK_BUT_SINKS) if mask_mode == MASK_BUT_SINKS else (mask_mode,):
+        launches.append(
+            Launch(
+                Variant("output", shape.dtype, s_pad, block_d),
+                (-(-shape.tokens // per_program), bh, 1),
+                ("query", "key", "landmarks", "bias", "key_mask", "exact", "mixed", "mixed_scale", "out", *sizes)
+                + (written.batch, written.head, written.token, landmark_stride, bias_stride, mask_stride, mode)
+                + (tiles, int(exact_rows), scale),
+            )
         )
-    )
     return Plan(tuple(launches), attention_buffers(shape, splits))
 
 

@@ -6,8 +6,7 @@ the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256)
 rows and columns of A are zero, which keeps those of Z, W and every product zero.
 
 Masked keys (`key_mask`, int32 [B or 1, N], with `mask_mode`: 0 none and the pointer is not read, 1 for all queries, 2 for queries
-that are not masked themselves) have MASKED taken off their scores, as in `fna.tokens`: finite, so that no row is empty. It is
-a product of a row and a column vector, which takes nothing off, to the bit, where nothing is masked.
+that are not masked themselves) have MASKED taken off their scores, as in `fna.tokens`: finite, so that no row is empty.
 
 Landmark indices are clamped to the tokens that exist, so wrong indices give wrong rows but never a wild access.
 
@@ -75,17 +74,18 @@ def _landmark_index(landmarks, row, count, tokens):
 
 
 @triton.jit
-def _hidden_keys(key_mask, mask_mode, index, inside):
-    """What is taken off the scores (base 2) of keys `index`; 0 where they are not masked."""
-    masked = tl.load(key_mask + index, mask=inside & (mask_mode != 0), other=0)
-    return tl.where(masked != 0, MASKED * LOG2E, 0.0)
+def _masked(key_mask, wanted, index, inside):
+    """1 for tokens `index` that are masked, 0 for the others and outside; 0 for all, unread, where `wanted` is false."""
+    flags = tl.load(key_mask + index, mask=tl.where(inside, wanted, 0) != 0, other=0)
+    return tl.where(flags != 0, 1.0, 0.0)
 
 
 @triton.jit
-def _ordinary_queries(key_mask, mask_mode, index, inside):
-    """1 for queries `index` that masking holds for, 0 for those that see masked keys: masked ones in mode 2."""
-    masked = tl.load(key_mask + index, mask=inside & (mask_mode == 2), other=0)
-    return tl.where(masked != 0, 0.0, 1.0)
+def _taken_off(key_mask, mask_mode, queries, keys, in_queries, in_keys):
+    """What masking takes off the scores (base 2) of `queries` against `keys`: nothing, to the bit, where nothing is masked."""
+    hidden = _masked(key_mask, mask_mode, keys, in_keys) * (MASKED * LOG2E)
+    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, queries, in_queries)
+    return ordinary[:, None] * hidden[None, :]
 
 
 @triton.jit
@@ -119,8 +119,7 @@ def _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, fir
         keys = _gather_rows(key, stride_n, j, head_size, BLOCK_D)
         scores = _dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
     scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
-    hidden = _hidden_keys(key_mask, mask_mode, j, column < count)
-    scores -= _ordinary_queries(key_mask, mask_mode, i, row < count)[:, None] * hidden[None, :]
+    scores -= _taken_off(key_mask, mask_mode, i, j, row < count, column < count)
     return tl.where((column < count)[None, :], scores, float("-inf"))
 
 
@@ -251,8 +250,6 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     if query.dtype.element_ty != tl.float32:
         queries = _gather_rows(query, stride_n, index, head_size, BLOCK_D)
 
-    ordinary = _ordinary_queries(key_mask, mask_mode, index, row < count)
-
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -269,9 +266,8 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
             keys = tl.load(key + offset, mask=mask, other=0.0)
             scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        hidden = _hidden_keys(key_mask, mask_mode, token, token < high)
-        scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
-        scores = tl.where((token < high)[None, :], scores, float("-inf"))
+        taken_off = _taken_off(key_mask, mask_mode, index, token, row < count, token < high)
+        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E) - taken_off, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
@@ -458,19 +454,15 @@ def _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size,
 
 
 @triton.jit
-def _landmark_values(bias, mixed, first, count, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding) of a tile of landmarks."""
+def _landmark_values(bias, mixed, landmarks, key_mask, hides, first, tokens, count,
+                     TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
     slot = first + tl.arange(0, TILE_S)
     values = tl.load(mixed + slot[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
+    index = _landmark_index(landmarks, slot, count, tokens)
+    offset -= _masked(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
     return values, tl.where(slot < count, offset, float("-inf"))
-
-
-@triton.jit
-def _hidden_landmarks(key_mask, mask_mode, landmarks, first, tokens, count, TILE_S: tl.constexpr):
-    """What is taken off the scores of a tile of landmarks."""
-    slot = first + tl.arange(0, TILE_S)
-    return _hidden_keys(key_mask, mask_mode, _landmark_index(landmarks, slot, count, tokens), slot < count)
 
 
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
@@ -485,6 +477,9 @@ def output_kernel(
     Grid: (ceil(N / (BLOCK_M * tiles)), B * H); a program takes `tiles` tiles of BLOCK_M queries, with kp and vp held
     on chip across them where S_PAD <= TILE_S. The exact rows of its own queries are written after a barrier, so they
     follow its own approximate rows; no other program touches them.
+
+    Here `mask_mode` is 0, 1 (masked keys are hidden from all queries), or 2: nothing is hidden, and only the rows of masked
+    queries are written. Sinks are a launch of 1 and then one of 2, which keeps a second vector of offsets out of registers.
     """
     bh = tl.program_id(1).to(tl.int64)
     item = bh // heads
@@ -502,19 +497,18 @@ def output_kernel(
     factor = tl.load(mixed_scale + bh * BLOCK_D + column)
     if S_PAD == TILE_S:
         keys = _landmark_keys(key, stride_n, landmarks, 0, tokens, count, head_size, TILE_S, BLOCK_D)
-        values, offset = _landmark_values(bias, mixed, 0, count, TILE_S, BLOCK_D)
-        hidden = _hidden_landmarks(key_mask, mask_mode, landmarks, 0, tokens, count, TILE_S)
+        values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, 0, tokens, count,
+                                          TILE_S, BLOCK_D)  # fmt: skip
     low = tl.program_id(0) * tiles * BLOCK_M
     high = tl.minimum(low + tiles * BLOCK_M, tokens)
     for start in tl.range(low, high, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M)
         mask = (token < tokens)[:, None] & in_head[None, :]
         own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
-        ordinary = _ordinary_queries(key_mask, mask_mode, token, token < tokens)
         if S_PAD == TILE_S:
             queries = tl.load(own, mask=mask, other=0.0)
             scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-            scores = scores * (scale * LOG2E) + offset[None, :] - ordinary[:, None] * hidden[None, :]
+            scores = scores * (scale * LOG2E) + offset[None, :]
             weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
             total = tl.sum(weight, 1)
             acc = _dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
@@ -533,9 +527,9 @@ def output_kernel(
                     keys = _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D)
                     queries = tl.load(own, mask=mask, other=0.0)
                     scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                values, offset = _landmark_values(bias, mixed, first, count, TILE_S, BLOCK_D)
-                hidden = _hidden_landmarks(key_mask, mask_mode, landmarks, first, tokens, count, TILE_S)
-                scores = scores * (scale * LOG2E) + offset[None, :] - ordinary[:, None] * hidden[None, :]
+                values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, first, tokens, count,
+                                                  TILE_S, BLOCK_D)  # fmt: skip
+                scores = scores * (scale * LOG2E) + offset[None, :]
                 larger = tl.maximum(maximum, tl.max(scores, 1))
                 weight = tl.exp2(scores - larger[:, None])
                 shrink = tl.exp2(maximum - larger)
@@ -544,7 +538,8 @@ def output_kernel(
                 maximum = larger
         result = acc / total[:, None] * factor[None, :]
         pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
-        tl.store(pointer, result.to(out.dtype.element_ty), mask=mask)
+        written = (token < tokens) & (_masked(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
+        tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])
     if exact_rows != 0:
         tl.debug_barrier()
         for first in tl.static_range(0, S_PAD, TILE):

@@ -244,11 +244,15 @@ Plan planAttention(
         {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,
             static_cast<int64_t>(iterations == 1 ? 1 : 0)}));
     int64_t const tiles = queryTiles(shape, multiprocessors);
-    plan.launches.push_back(makeLaunch(variantName("output", shape.dtype, sPad, blockD),
-        divideUp(shape.tokens, tiles * queryBlock(shape.dtype, blockD)), bh,
-        {kQuery, kKey, kLandmarks, kBias, kKeyMask, kExact, kMixed, kMixedScale, kOut, shape.heads, shape.tokens,
-            shape.landmarks, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN, landmarkStride, biasStride,
-            maskStride, maskMode, tiles, static_cast<int64_t>(exactRows ? 1 : 0), scale}));
+    // Sinks: all rows without the masked keys, then the rows of the masked queries with them.
+    for (int64_t mode = std::min(maskMode, kMaskAll); mode <= maskMode; ++mode)
+    {
+        plan.launches.push_back(makeLaunch(variantName("output", shape.dtype, sPad, blockD),
+            divideUp(shape.tokens, tiles * queryBlock(shape.dtype, blockD)), bh,
+            {kQuery, kKey, kLandmarks, kBias, kKeyMask, kExact, kMixed, kMixedScale, kOut, shape.heads, shape.tokens,
+                shape.landmarks, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN, landmarkStride, biasStride,
+                maskStride, mode, tiles, static_cast<int64_t>(exactRows ? 1 : 0), scale}));
+    }
     return plan;
 }
 

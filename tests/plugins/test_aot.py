@@ -112,6 +112,12 @@ PLANS = [
     for dtype in DTYPES
     for count in (64, 128, 256)
 ]
+PLANS += [
+    attention_plan(
+        AttentionShape("fp16", 2, 6, 1370, 64, 64, masked=True), scale=1.0, iterations=6, exact_rows=True,
+        multiprocessors=16, sink=True,
+    )
+]  # fmt: skip
 PLANS += [sampling_plan("fp16", 1, tokens, 64, 33) for tokens in (200, 1370)]
 PLANS += [norm_grid_plan("fp16", 1, 1370, 384, 64, prefix=1, by_norm=5)]
 

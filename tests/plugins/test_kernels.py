@@ -152,6 +152,50 @@ def test_real_weights_give_the_published_codes_output(attend, name: str) -> None
     assert (attend(call)["out"] - wanted).abs().max() < 2e-5
 
 
+def masked_reference(call: Call, mask: Tensor, *, sink: bool) -> Tensor:
+    full = (tensor.double() for tensor in (call.query, call.key, call.value))
+    return nystrom_attention_reference(
+        *full, call.landmarks, call.bias.double(), call.scale, 6, True, key_mask=mask, sink=sink
+    )
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "count", "rows"),
+    [
+        pytest.param(torch.float16, 150, 33, 1, id="in registers"),
+        pytest.param(torch.float32, 131, 20, 2, id="through scratch"),
+        pytest.param(torch.float16, 140, 100, 2, id="two tiles of landmarks"),
+        pytest.param(torch.float16, 210, 200, 1, id="several programs"),
+    ],
+)
+def test_masked_keys_agree_with_the_twin(attend, dtype, tokens, count, rows, sink) -> None:
+    call = make_call(dtype, 2 if count < 100 else 1, 1, tokens, count, 32)
+    mask = (torch.rand(min(rows, len(call.query)), tokens) < 0.2).int()
+    mask[:, call.landmarks[0, :3].long()] = 1
+    out = attend(call, exact_rows=True, key_mask=mask, sink=sink)["out"]
+    assert relative_error(out, masked_reference(call, mask, sink=sink)) < RELATIVE[dtype]
+    assert relative_error(out, reference(call, exact_rows=True)) > 10 * RELATIVE[dtype]
+
+
+def test_a_stretch_of_keys_that_is_masked_throughout_counts_for_nothing(attend) -> None:
+    call = make_call(torch.float32, 1, 1, 330, 16, 32)
+    mask = torch.zeros(1, 330, dtype=torch.int32)
+    mask[:, :200] = 1
+    call.landmarks[0] = torch.arange(16) * 20
+    found = attend(call, exact_rows=True, key_mask=mask, multiprocessors=200)["out"]
+    assert relative_error(found, masked_reference(call, mask, sink=False)) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("count", [33, 70])
+def test_a_mask_of_zeros_changes_no_bit(attend, count) -> None:
+    call = make_call(torch.float16, 1, 1, 90, count, 32)
+    plain = attend(call, exact_rows=True)["out"]
+    for sink in (False, True):
+        none = torch.zeros(1, 90, dtype=torch.int32)
+        assert torch.equal(attend(call, exact_rows=True, key_mask=none, sink=sink)["out"], plain)
+
+
 def test_padding_stays_zero(attend) -> None:
     found = attend(make_call(torch.float32, 1, 1, 150, 70, 64))
     matrices = found["matrices"].view(5, 128, 128)

@@ -115,7 +115,7 @@ def driver(programs: Programs, table: Path, tmp_path: Path) -> FakeDriver:
 
 def expected_launches(plan: Plan, inputs: tuple[str, ...], output: str) -> list[dict]:
     """What the stand-in driver has to see: see plugins/tests/enqueue.cpp for the addresses."""
-    addresses = {name: (i + 1) << 32 for i, name in enumerate(inputs)} | {output: 100 << 32}
+    addresses = {"key_mask": 0} | {name: (i + 1) << 32 for i, name in enumerate(inputs)} | {output: 100 << 32}
     addresses |= {name: (200 << 32) + buffer.offset for name, buffer in plan.buffers.items()}
 
     def describe(launch: Launch) -> dict:
@@ -226,6 +226,24 @@ def test_the_library_launches_what_the_plan_says(
         assert (call["symbol"], call["threads"], call["shared"]) == (kernel.symbol, 32 * kernel.warps, kernel.shared)
 
 
+@pytest.mark.parametrize(
+    ("mask_rows", "sink"), [(1, 0), (3, 1), (0, 1)], ids=["one mask", "a mask and sinks for each image", "none"]
+)
+@pytest.mark.parametrize("count", [33, 200])
+def test_version_2_launches_what_the_plan_with_a_mask_says(all_variants_driver, count, mask_rows, sink) -> None:
+    shape = AttentionShape("bf16", 3, 6, 300, 64, count, True, True, masked=mask_rows > 0, shared_mask=mask_rows == 1)
+    plan = attention_plan(shape, scale=0.125, iterations=6, exact_rows=True, multiprocessors=16, sink=bool(sink))
+    done, calls = all_variants_driver.run(
+        "attention", TENSORRT_TYPE["bf16"], 3, 6, 300, 64, count, 1, 1, 0.125, 6, 1, mask_rows, sink,
+        FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS="16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert workspace_of(done) == workspace_bound(shape)
+    found = [{n: call[n] for n in ("grid", "arguments", "tail")} for call in calls if call["call"] == "launch"]
+    inputs = (*INPUTS, "key_mask") if mask_rows else INPUTS
+    assert found == expected_launches(plan, inputs, "out") * 2
+
+
 def test_the_library_launches_sampling_as_planned(driver: FakeDriver) -> None:
     plan = sampling_plan("fp16", 2, 1370, 384, 64)
     done, calls = driver.run("sampling", 1, 2, 1370, 384, 64)
@@ -290,7 +308,10 @@ registry = trt.get_plugin_registry()
 registry.load_library(sys.argv[1])
 attention = registry.get_creator("FastNystromAttention", "1", "")
 sampling = registry.get_creator("FarthestPointSampling", "1", "")
+masked = registry.get_creator("FastNystromAttention", "2", "")
 scale, six, count = np.array([0.125], np.float32), np.array([6], np.int32), np.array([64], np.int32)
+sink = np.array([1], np.int32)
+assert masked.create_plugin("m", fields(scale=scale, sink=sink), trt.TensorRTPhase.BUILD).plugin_version == "2"
 assert attention.create_plugin("a", fields(scale=scale, iterations=six), trt.TensorRTPhase.BUILD) is not None
 assert sampling.create_plugin("s", fields(num_landmarks=count), trt.TensorRTPhase.BUILD) is not None
 assert attention.create_plugin("a", fields(iterations=six), trt.TensorRTPhase.BUILD) is None
@@ -312,7 +333,7 @@ def needs_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
 
 
-def test_the_registry_of_tensorrt_rtx_creates_both_plugins(programs: Programs) -> None:
+def test_the_registry_of_tensorrt_rtx_creates_all_plugins(programs: Programs) -> None:
     needs_tensorrt_rtx()
     command = [sys.executable, "-c", REGISTRY, str(programs.library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -354,20 +375,25 @@ def plugin_lowered_model(node: str, domain: str) -> bytes:
     """As `fna.export.lower` writes it (domain fna), or as someone might by hand (the default domain)."""
     from onnx import TensorProto, helper
 
-    common = {"plugin_version": "1", "plugin_namespace": "", "domain": domain, "name": "block7/fna"}
+    version = "2" if node == "with a mask" else "1"
+    common = {"plugin_version": version, "plugin_namespace": "", "domain": domain, "name": "block7/fna"}
     if node == "FarthestPointSampling":
         made = helper.make_node(node, ["features"], ["landmarks"], num_landmarks=48, **common)
         inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT16, [1, 100, 64])]
         outputs = [helper.make_tensor_value_info("landmarks", TensorProto.INT32, [1, 48])]
         constants = []
     else:
-        names = ["query", "key", "value", "landmarks", "bias"]
-        made = helper.make_node(node, names, ["out"], scale=0.25, iterations=5, exact_rows=1, **common)
+        names = ["query", "key", "value", "landmarks", "bias", *(["key_mask"] if version == "2" else [])]
+        common |= {"sink": 1} if version == "2" else {}
+        made = helper.make_node(
+            "FastNystromAttention", names, ["out"], scale=0.25, iterations=5, exact_rows=1, **common
+        )
         inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 2, 100, 64]) for n in names[:3]]
         outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT16, [1, 2, 100, 64])]
         constants = [
             helper.make_tensor("landmarks", TensorProto.INT32, [1, 8], list(range(8))),
             helper.make_tensor("bias", TensorProto.FLOAT, [1, 8], [0.0] * 8),
+            *([helper.make_tensor("key_mask", TensorProto.INT32, [1, 100], [0] * 100)] * (version == "2")),
         ]
     opsets = [helper.make_opsetid("", 18), *([helper.make_opsetid(domain, 1)] if domain else [])]
     graph = helper.make_graph([made], "g", inputs, outputs, constants)
@@ -382,7 +408,8 @@ def plugin_lowered_model(node: str, domain: str) -> bytes:
 @pytest.mark.parametrize(
     ("node", "fields"),
     [
-        ("FastNystromAttention", "FastNystromAttention created: scale=0.25 iterations=5 exact_rows=1"),
+        ("FastNystromAttention", "FastNystromAttention created: scale=0.25 iterations=5 exact_rows=1 sink=0 version=1"),
+        ("with a mask", "FastNystromAttention created: scale=0.25 iterations=5 exact_rows=1 sink=1 version=2"),
         ("FarthestPointSampling", "FarthestPointSampling created: num_landmarks=48"),
     ],
 )
@@ -397,4 +424,5 @@ def test_the_parser_of_tensorrt_rtx_creates_the_plugin_with_the_files_attributes
     env = {**os.environ, "FNA_PLUGIN_VERBOSE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert fields in done.stdout + done.stderr
-    assert f"Successfully created plugin: {node}" in done.stdout + done.stderr
+    created = "FarthestPointSampling" if node == "FarthestPointSampling" else "FastNystromAttention"
+    assert f"Successfully created plugin: {created}" in done.stdout + done.stderr

@@ -54,6 +54,19 @@ def test_the_operator_runs_the_plan(launches, bias) -> None:
     assert len(launches) == 1
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_the_operator_with_a_mask_runs_the_plan(launches, sink) -> None:
+    inputs = make_inputs()
+    mask = (torch.rand(2, 90) < 0.2).int()
+    found = torch_ops.attention_with_key_mask(*inputs, None, mask, 0.2, 6, True, sink)
+    query, key, value, landmarks = inputs
+    wanted = nystrom_attention_reference(
+        query.double(), key.double(), value.double(), landmarks, None, 0.2, 6, True, mask, sink
+    )
+    assert relative_error(found, wanted) < 2e-5
+    assert len(launches) == 1
+
+
 def test_views_of_a_packed_projection_are_not_copied(launches) -> None:
     packed = torch.randn(2, 90, 3, 2, 32)
     query, key, value = packed.permute(2, 0, 3, 1, 4)
