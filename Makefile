@@ -75,4 +75,4 @@ lint: $(STAMP) ## Check formatting, style and types
 clean: ## Remove build/
 	rm -rf $(BUILD)
 
--include plugins/plugin.mk
+-include plugins/plugin.mk engines/bundle.mk

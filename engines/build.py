@@ -1,12 +1,15 @@
-"""Building TensorRT-RTX engines from FNA files, on a machine that needs no GPU.
+"""Building engines from FNA files: one builder over both TensorRT flavours.
 
-TensorRT-RTX has no plugin layers, so it is given the portable lowering: standard operators only.
+Files are lowered here and never by a parser: to the plugin's nodes for TensorRT, to standard operators for TensorRT-RTX, which has
+no plugin layers and builds for all its GPUs on a machine that has none.
 """
 
 from __future__ import annotations
 
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,32 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
+from fna.engines.device import find_gpu
+from fna.engines.flavours import (
+    FLAVOURS,
+    capabilities_of,
+    choose_targets,
+    default_plugin,
+    import_flavour,
+    load_plugins,
+    lowering_of,
+    set_devices,
+    timing_cache_name,
+)
+from fna.engines.layers import FnaLayer, RequestedLayer, check_layers, describe_layers, requested_layers
 from fna.engines.manifest import Manifest, ShapeRange, write_manifest
-from fna.engines.targets import Target
-from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
-from fna.export.files import file_sha256, load_onnx, written_whole
-from fna.export.functions import fna_nodes
+from fna.engines.targets import Flavour, Lowering, Target
+from fna.errors import BuildError, InvalidArgumentError
+from fna.export.files import file_sha256, load_onnx, save_model, written_whole
+from fna.export.functions import PLUGIN_OPS, fna_nodes, node_attributes
 from fna.export.lower import lower
 from fna.export.metadata import FileMetadata, read_metadata
+
+LARGEST_MESSAGE = 2_000_000_000
+"""Bytes; a protobuf message ends at 2 GiB."""
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a phase's name, the steps done, and how many there are; None for the number when the phase is over."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,37 @@ class BatchRange:
     smallest: int
     usual: int
     largest: int
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for, and how.
+
+    Attributes:
+        backend: the TensorRT flavour.
+        targets: devices; none means all that TensorRT-RTX takes, or the device that TensorRT runs on.
+        batch: batch sizes that the engine takes.
+        resolutions: heights and widths for files that leave them open; an optimisation profile for each.
+        lowering: `plugin` or `portable`; None is what the flavour and the targets take.
+        plugin: the plugin library; None is where `make plugin` puts it.
+        workspace_mib: most scratch memory that a layer may use, in MiB; None is all of the device's.
+        optimization_level: 0 to 5, the builder's effort; None is its default.
+        timing_cache: file or folder that keeps measured kernel times between builds; None keeps none. Only TensorRT measures.
+        hardware_compatible: an engine for every chip from Ampere on, at the cost of speed. Only TensorRT.
+        version_compatible: an engine that later versions of the same major version run too. Only TensorRT.
+    """
+
+    backend: Flavour = "tensorrt-rtx"
+    targets: tuple[Target, ...] = ()
+    batch: BatchRange = BatchRange(1, 1, 1)
+    resolutions: tuple[tuple[int, int], ...] = ()
+    lowering: Lowering | None = None
+    plugin: Path | None = None
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
 
 
 def parse_batch(text: str) -> BatchRange:
@@ -52,44 +105,75 @@ def parse_batch(text: str) -> BatchRange:
 
 
 def build_rtx_engine(path: Path, output: Path, targets: Sequence[Target], batch: BatchRange) -> Manifest:
-    """Build a TensorRT-RTX engine from an FNA file and write it with its manifest.
+    """Build a TensorRT-RTX engine; `build_engine` with the options that matter there."""
+    return build_engine(path, output, BuildOptions(targets=tuple(targets), batch=batch))
+
+
+def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: Progress | None = None) -> Manifest:
+    """Build an engine from an FNA file and write it with its manifest.
+
+    Ctrl-C ends the builder at its next step; then nothing has been written.
 
     Args:
-        path: file written by `fna export` or `fna graft`.
+        path: file written by `fna export` or `fna graft`, or by `fna.export.precision` from one of those.
         output: the engine file; the manifest lies beside it as `<output>.json`.
-        targets: device families; one engine serves all of them.
-        batch: batch sizes that the engine takes.
+        options: for which devices, and how.
+        on_progress: called with the builder's progress, from another thread.
 
     Raises:
         InputFileError: if the ONNX file cannot be read or the engine not be written.
-        BuildError: if the parser or builder refuses the model; the message names the node.
-        MissingCapabilityError: if TensorRT-RTX is not installed.
+        InvalidArgumentError: if the options do not fit the file, the flavour or each other.
+        BuildError: if the parser or builder refuses the model, naming the node, or the engine has not the layers asked for.
+        MissingCapabilityError: if this machine lacks the flavour, or for TensorRT a GPU or the plugin.
     """
-    trt = import_tensorrt_rtx()
+    _check_options(options)
+    trt = import_flavour(options.backend)
+    targets = choose_targets(options.backend, options.targets)
     model = load_onnx(path)
     metadata = read_metadata(model, str(path))
-    profiles = {value.name: _shape_range(value, batch, metadata) for value in _real_inputs(model)}
-    blocks = tuple(node.name for node in fna_nodes(model.graph))
+    profiles = _profiles(model, options, metadata)
+    lowering = options.lowering or lowering_of(options.backend, targets)
+    requested = requested_layers(model)
+    lowered = lower(model, lowering)
+    del model
+    plugin = _plugin_of(lowered, options)
+    messages: list[str] = []
+    logger = make_logger(trt, messages)
+    if plugin is not None:
+        load_plugins(trt, plugin, _operators(lowered))
+    gpu = find_gpu()
     started = time.perf_counter()
     with written_whole(output) as temporary:
-        serialized = _build(trt, lower(model, "portable"), targets, profiles)
+        serialized = _Builder(trt, logger, messages, options, targets).build(
+            lowered, profiles, requested if lowering == "plugin" else (), on_progress
+        )
         temporary.write_bytes(serialized)
+        seconds = time.perf_counter() - started
+        layers, inspection = _inspect(trt, logger, serialized, requested, lowering, has_gpu=gpu is not None)
         manifest = Manifest(
-            backend="tensorrt-rtx",
+            backend=options.backend,
             backend_version=trt.__version__,
             targets=tuple(target.name for target in targets),
-            compute_capabilities=_capabilities(targets),
+            compute_capabilities=capabilities_of(targets),
             onnx_name=path.name,
             onnx_sha256=file_sha256(path),
             engine_sha256=file_sha256(temporary),
             engine_bytes=temporary.stat().st_size,
-            lowering="portable",
+            lowering=lowering,
             plan=metadata.plan,
             precision=metadata.precision,
             preprocessing=metadata.preprocessing,
-            profiles=profiles,
-            seconds=round(time.perf_counter() - started, 2),
-            layers_with_fna=blocks,
+            profiles=profiles[0],
+            more_profiles=tuple(profiles[1:]),
+            seconds=round(seconds, 2),
+            layers_with_fna=tuple(layer.name for layer in requested),
+            layers=layers,
+            inspection=inspection,
+            hardware_compatible=options.hardware_compatible,
+            version_compatible=options.version_compatible,
+            device=gpu.name if gpu is not None and options.backend == "tensorrt" else None,
+            plugin_name=plugin.name if plugin is not None else None,
+            plugin_sha256=file_sha256(plugin) if plugin is not None else None,
         )
     write_manifest(manifest, output)
     return manifest
@@ -101,13 +185,7 @@ def import_tensorrt_rtx() -> Any:
     Raises:
         MissingCapabilityError: if it is not installed, or its libraries do not load.
     """
-    try:
-        import tensorrt_rtx
-    except (ImportError, OSError) as error:
-        raise MissingCapabilityError(
-            f"TensorRT-RTX cannot be imported ({error}); install it with: pip install 'fna[rtx]'"
-        ) from None
-    return tensorrt_rtx
+    return import_flavour("tensorrt-rtx")
 
 
 def make_logger(trt: Any, messages: list[str]) -> Any:
@@ -124,41 +202,243 @@ def make_logger(trt: Any, messages: list[str]) -> Any:
     return CollectingLogger()
 
 
-def _build(trt: Any, model: ModelProto, targets: Sequence[Target], profiles: dict[str, ShapeRange]) -> bytes:
-    messages: list[str] = []
-    logger = make_logger(trt, messages)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model.SerializeToString()):
-        raise BuildError(_describe_parser_errors(parser, messages))
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    for name, shapes in profiles.items():
-        profile.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
-    config.add_optimization_profile(profile)
-    capabilities = _capabilities(targets)
-    config.num_compute_capabilities = len(capabilities)
-    for index, capability in enumerate(capabilities):
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
-        raise BuildError(f"TensorRT-RTX could not build the engine: {messages[-1] if messages else 'no reason given'}")
-    return bytes(serialized)
+def make_monitor(trt: Any, on_progress: Progress, stop: threading.Event) -> Any:
+    """Return a progress monitor that passes progress on, and ends the build once `stop` is set."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            on_progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            on_progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
+            return not stop.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            on_progress(phase_name, self._steps.pop(phase_name, 0), None)
+
+    return Monitor()
 
 
-def _describe_parser_errors(parser: Any, messages: list[str]) -> str:
-    if parser.num_errors == 0:
-        return f"TensorRT-RTX's parser refused the model: {messages[-1] if messages else 'no reason given'}"
-    error = parser.get_error(0)
-    where = error.node_name() or f"node number {error.node()}"
-    more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-    reason = " ".join(str(error.desc()).split())
-    return f"TensorRT-RTX's parser refused node {where} ({error.node_operator()}): {reason}{more}"
+class _Builder:
+    """One build; holds what TensorRT's objects refer to, for as long as they live."""
+
+    def __init__(
+        self, trt: Any, logger: Any, messages: list[str], options: BuildOptions, targets: Sequence[Target]
+    ) -> None:
+        self._trt, self._messages, self._options, self._targets = trt, messages, options, targets
+        self._logger = logger
+        self._title = FLAVOURS[options.backend].title
+        self._cache: Any = None
+
+    def build(
+        self,
+        model: ModelProto,
+        profiles: Sequence[dict[str, ShapeRange]],
+        plugin_layers: Sequence[RequestedLayer],
+        on_progress: Progress | None,
+    ) -> bytes:
+        trt = self._trt
+        builder = trt.Builder(self._logger)
+        # by name: the flags were renumbered between TensorRT 10 and 11
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._logger)
+        self._parse(parser, model)
+        self._check_network(network, plugin_layers)
+        config = builder.create_builder_config()
+        for shapes_by_name in profiles:
+            profile = builder.create_optimization_profile()
+            for name, shapes in shapes_by_name.items():
+                profile.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
+            config.add_optimization_profile(profile)
+        self._configure(config)
+        stop = threading.Event()
+        config.progress_monitor = make_monitor(trt, on_progress or _say_nothing, stop)
+        serialized = _run_interruptibly(lambda: builder.build_serialized_network(network, config), stop)
+        if serialized is None:
+            raise BuildError(f"{self._title} could not build the engine: {self._reason()}")
+        self._keep_timings(config)
+        return bytes(serialized)
+
+    def _parse(self, parser: Any, model: ModelProto) -> None:
+        if model.ByteSize() < LARGEST_MESSAGE:
+            parsed = parser.parse(model.SerializeToString())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                whole = Path(folder) / "model.onnx"
+                save_model(model, whole)
+                parsed = parser.parse_from_file(str(whole))
+        if parsed:
+            return
+        if parser.num_errors == 0:
+            raise BuildError(f"{self._title}'s parser refused the model: {self._reason()}")
+        error = parser.get_error(0)
+        where = error.node_name() or f"node number {error.node()}"
+        more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+        reason = " ".join(str(error.desc()).split())
+        raise BuildError(f"{self._title}'s parser refused node {where} ({error.node_operator()}): {reason}{more}")
+
+    def _check_network(self, network: Any, plugin_layers: Sequence[RequestedLayer]) -> None:
+        """Refuse, before the minutes of a build, a network in which the parser put something else in a plugin's place."""
+        wanted = {layer.name for layer in plugin_layers if layer.op_type in PLUGIN_OPS}
+        if not wanted:
+            return
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        plugins = [layer.name for layer in layers if layer.type == self._trt.LayerType.PLUGIN_V3]
+        missing = sorted(name for name in wanted if not any(_is_layer_of(found, name) for found in plugins))
+        if missing:
+            raise BuildError(f"{self._title}'s parser made no plugin layer of {', '.join(missing)}: {self._reason()}")
+
+    def _configure(self, config: Any) -> None:
+        trt, options = self._trt, self._options
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers with types, for the inspector
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        set_devices(trt, config, options.backend, self._targets)
+        path = self._timing_path()
+        if path is not None:
+            stored = path.read_bytes() if path.is_file() else b""
+            self._cache = config.create_timing_cache(stored)
+            if not config.set_timing_cache(self._cache, False):
+                # of another version or device: TensorRT refuses it, and it is written anew
+                self._cache = config.create_timing_cache(b"")
+                config.set_timing_cache(self._cache, False)
+
+    def _timing_path(self) -> Path | None:
+        options = self._options
+        gpu = find_gpu()
+        if options.timing_cache is None or options.backend != "tensorrt" or gpu is None:
+            return None
+        if options.timing_cache.suffix:
+            return options.timing_cache
+        options.timing_cache.mkdir(parents=True, exist_ok=True)
+        return options.timing_cache / timing_cache_name(options.backend, self._trt.__version__, gpu)
+
+    def _keep_timings(self, config: Any) -> None:
+        path = self._timing_path()
+        if path is None:
+            return
+        with written_whole(path) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+    def _reason(self) -> str:
+        return " ".join(self._messages[-1].split()) if self._messages else "no reason given"
 
 
-def _capabilities(targets: Sequence[Target]) -> tuple[int, ...]:
-    return tuple(sorted({capability for target in targets for capability in target.capabilities}))
+def _say_nothing(_phase: str, _done: int, _total: int | None) -> None:
+    """The monitor's listener where nobody wants to know; the monitor itself is what makes a build interruptible."""
+
+
+def _run_interruptibly(work: Callable[[], Any], stop: threading.Event) -> Any:
+    """Run `work` in a thread, so that Ctrl-C reaches this one; it then ends at the monitor's next step.
+
+    An exception raised inside TensorRT's callbacks would cross C++ frames that do not expect one.
+    """
+    results: list[Any] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="builder")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join()
+        raise
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def _inspect(
+    trt: Any,
+    logger: Any,
+    serialized: bytes,
+    requested: Sequence[RequestedLayer],
+    lowering: Lowering,
+    *,
+    has_gpu: bool,
+) -> tuple[tuple[FnaLayer, ...], str]:
+    """Read what became of the FNA nodes; an engine is deserialised for it, which takes a GPU."""
+    if not has_gpu:
+        return describe_layers(
+            requested, lowering, None
+        ), "not read: this machine has no GPU to deserialise the engine on"
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(serialized)
+    if engine is None:
+        if lowering == "plugin":
+            raise BuildError("the engine that was built cannot be deserialised here, so its layers are not known")
+        return describe_layers(requested, lowering, None), "not read: the engine is for another GPU than this machine's"
+    inspector = engine.create_engine_inspector()
+    layers = describe_layers(requested, lowering, inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    check_layers(layers)
+    return layers, "read from the engine"
+
+
+def _is_layer_of(layer: str, node: str) -> bool:
+    """Whether a network layer has a node's name, perhaps with the number that makes it unique."""
+    return layer == node or (layer.startswith(f"{node}_") and layer[len(node) + 1 :].isdigit())
+
+
+def _check_options(options: BuildOptions) -> None:
+    if options.backend == "tensorrt-rtx":
+        for name, given in (
+            ("--lowering plugin", options.lowering == "plugin"),
+            ("--hardware-compatible", options.hardware_compatible),
+            ("--version-compatible", options.version_compatible),
+        ):
+            if given:
+                raise InvalidArgumentError(
+                    f"{name} was asked for, but TensorRT-RTX does not take it (it has no plugin layers, and one engine serves "
+                    "all its targets); leave it out, or use --backend tensorrt"
+                )
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise InvalidArgumentError(f"optimisation level {options.optimization_level} was asked for, but it is 0 to 5")
+
+
+def _plugin_of(lowered: ModelProto, options: BuildOptions) -> Path | None:
+    if not any(True for _ in fna_nodes(lowered.graph)):
+        return None
+    return options.plugin or default_plugin()
+
+
+def _operators(lowered: ModelProto) -> list[tuple[str, str]]:
+    """The plugins that a lowered file's nodes name: (operator, version)."""
+    return sorted({(node.op_type, str(node_attributes(node)["plugin_version"])) for node in fna_nodes(lowered.graph)})
+
+
+def _profiles(model: ModelProto, options: BuildOptions, metadata: FileMetadata) -> list[dict[str, ShapeRange]]:
+    return [input_profiles(model, options.batch, metadata, size) for size in options.resolutions or (None,)]
+
+
+def input_profiles(
+    model: ModelProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None = None
+) -> dict[str, ShapeRange]:
+    """Return the shapes of each input of an image model; `size` is the height and width of files that leave them open.
+
+    Raises:
+        BuildError: for an input that is no batch of images, or whose size is not known.
+        InvalidArgumentError: for a batch range or a size that the file does not take.
+    """
+    return {value.name: _shape_range(value, batch, metadata, size) for value in _real_inputs(model)}
 
 
 def _real_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
@@ -167,16 +447,14 @@ def _real_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in constant]
 
 
-def _shape_range(value: onnx.ValueInfoProto, batch: BatchRange, metadata: FileMetadata) -> ShapeRange:
+def _shape_range(
+    value: onnx.ValueInfoProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None
+) -> ShapeRange:
     dimensions = value.type.tensor_type.shape.dim
     fixed = [dimension.dim_value if dimension.HasField("dim_value") else None for dimension in dimensions]
     if len(fixed) != 4 or fixed[1] is None:
         raise BuildError(f"input {value.name!r} is not [batch, 3, height, width]; only image models can be built")
-    height, width = fixed[2] or metadata.height, fixed[3] or metadata.width
-    if height is None or width is None:
-        raise BuildError(
-            f"input {value.name!r} leaves height and width open; export with a fixed --resolution to build an engine"
-        )
+    height, width = _image_size(value.name, (fixed[2], fixed[3]), size, metadata)
     channels = fixed[1]
     counts = (batch.smallest, batch.usual, batch.largest) if fixed[0] is None else (fixed[0],) * 3
     if (
@@ -189,3 +467,22 @@ def _shape_range(value: onnx.ValueInfoProto, batch: BatchRange, metadata: FileMe
         )
     smallest, usual, largest = ((count, channels, height, width) for count in counts)
     return ShapeRange(smallest=smallest, usual=usual, largest=largest)
+
+
+def _image_size(
+    name: str, fixed: tuple[int | None, int | None], asked: tuple[int, int] | None, metadata: FileMetadata
+) -> tuple[int, int]:
+    known = fixed[0] or metadata.height, fixed[1] or metadata.width
+    if asked is not None:
+        for side, number in zip(known, asked, strict=True):
+            if side is not None and side != number:
+                raise InvalidArgumentError(
+                    f"the file takes {known[0]}x{known[1]} images only, but --resolution asks for {asked[0]}x{asked[1]}; "
+                    "export it with --dynamic-size, or at that resolution"
+                )
+        return asked
+    if known[0] is None or known[1] is None:
+        raise BuildError(
+            f"input {name!r} leaves height and width open; give --resolution (it may be repeated), or export with a fixed one"
+        )
+    return known[0], known[1]

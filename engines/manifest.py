@@ -7,12 +7,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fna.engines.layers import FnaLayer
 from fna.errors import InputFileError
 from fna.export.files import file_sha256, write_text
 from fna.export.preprocessing import Preprocessing
 from fna.plan import Plan, describe_validation_error
 
-Backend = Literal["tensorrt-rtx"]
+Backend = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class ShapeRange(BaseModel):
@@ -30,7 +31,7 @@ class Manifest(BaseModel):
 
     Attributes:
         backend: the TensorRT flavour.
-        backend_version: its version; an engine runs on this version only.
+        backend_version: its version; an engine runs on this version only, unless it is version compatible.
         targets: names of the device families that it was built for.
         compute_capabilities: times ten.
         onnx_name: file name of the ONNX model.
@@ -41,9 +42,17 @@ class Manifest(BaseModel):
         plan: which blocks are FNA.
         precision: of weights and activations in the ONNX file.
         preprocessing: how photographs become the input.
-        profiles: shapes by input name.
+        profiles: shapes by input name, of the first optimisation profile.
+        more_profiles: the same for further optimisation profiles, one per further resolution.
         seconds: that the build took.
-        layers_with_fna: names of the FNA blocks that the builder was given.
+        layers_with_fna: names of the FNA nodes that the builder was given.
+        layers: the same with what they became.
+        inspection: how `layers` was filled: read from the engine, or why it could not be.
+        hardware_compatible: whether the engine also runs on other chips from Ampere on.
+        version_compatible: whether it also runs on later versions of the same major version.
+        device: name of the GPU that it was built on; None where it was built without one.
+        plugin_name: file name of the plugin library that it needs; None where it needs none.
+        plugin_sha256: of that file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +73,14 @@ class Manifest(BaseModel):
     profiles: dict[str, ShapeRange]
     seconds: float
     layers_with_fna: tuple[str, ...]
+    more_profiles: tuple[dict[str, ShapeRange], ...] = ()
+    layers: tuple[FnaLayer, ...] = ()
+    inspection: str = ""
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    device: str | None = None
+    plugin_name: str | None = None
+    plugin_sha256: str | None = None
 
 
 def manifest_path(engine: Path) -> Path:

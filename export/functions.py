@@ -218,11 +218,17 @@ def _attribute_defaults(variant: FunctionVariant) -> Iterable[tuple[str, Any]]:
         yield from (MASKED_PLUGIN_FIELDS if variant.masked else PLUGIN_FIELDS).items()
 
 
+_CORE_SCALE = 4 ** (-1 / 3)
+_COEFFICIENTS = {"low": 7 / (4 * _CORE_SCALE**2), "middle": 15 / (4 * _CORE_SCALE), "high": 13 / 4}
+"""An iteration's polynomial in W = U / s is `13/4 I - U (15/4s I - U (7/4s^2 I - U/4s^3))`, so with 4 s^3 = 1 the innermost
+factor is 1 and costs nothing."""
+
+
 def _attention_text(variant: FunctionVariant, opset: int) -> str:
     """Write FNA as ONNX text.
 
-    The scale goes to the S landmark rows, never to the N tokens. An iteration is written as
-    `Z (13/4 I - W (15/4 I - W (7/4 I - W/4)))`, four elementwise operators beside its four products; the last is applied to Bv.
+    The scale goes to the S landmark rows, never to the N tokens. An iteration is written over
+    `U = (s A) Z` (see `_CORE_SCALE`), three elementwise operators beside its four products; the last is applied to Bv.
     """
     typed = variant.element_type == TensorProto.FLOAT
     query, key, value = ("query", "key", "value") if typed else ("query_f", "key_f", "value_f")
@@ -277,8 +283,8 @@ def _attention_text(variant: FunctionVariant, opset: int) -> str:
         "column_sums = ReduceSum <keepdims = 1> (core, column_axis)",
         "largest_sum = " + _reduce("ReduceMax", "column_sums", -1, "row_axis", opset),
         "inverse_0 = Div (core_transposed, largest_sum)",
-        *(f"c{number} = Constant <value_float = {number}.0> ()" for number in (7, 13, 15)),
-        "quarter = Constant <value_float = 0.25> ()",
+        f"core_scale = Constant <value_float = {_CORE_SCALE!r}> ()",
+        "core_scaled = Mul (core, core_scale)",
         *_identity_lines(),
         *(line for step in range(variant.iterations - 1) for line in _newton_schulz_lines(step)),
         *_last_iteration_lines(variant.iterations - 1),
@@ -379,7 +385,7 @@ def _identity_lines() -> list[str]:
         "identity = Cast <to = 1> (diagonal)",
         *(
             line
-            for name, value in (("low", 1.75), ("middle", 3.75), ("high", 3.25))
+            for name, value in _COEFFICIENTS.items()
             for line in (
                 f"{name}_value = Constant <value_float = {value}> ()",
                 f"{name} = Mul (identity, {name}_value)",
@@ -390,9 +396,8 @@ def _identity_lines() -> list[str]:
 
 def _newton_schulz_lines(step: int) -> list[str]:
     return [
-        f"w_{step} = MatMul (core, inverse_{step})",
-        f"w_quarter_{step} = Mul (w_{step}, quarter)",
-        f"inner_{step} = Sub (low, w_quarter_{step})",
+        f"w_{step} = MatMul (core_scaled, inverse_{step})",
+        f"inner_{step} = Sub (low, w_{step})",
         f"inner_w_{step} = MatMul (w_{step}, inner_{step})",
         f"outer_{step} = Sub (middle, inner_w_{step})",
         f"outer_w_{step} = MatMul (w_{step}, outer_{step})",
@@ -402,16 +407,16 @@ def _newton_schulz_lines(step: int) -> list[str]:
 
 
 def _last_iteration_lines(step: int) -> list[str]:
-    lines = [f"w_last = MatMul (core, inverse_{step})"]
+    lines = [f"w_last = MatMul (core_scaled, inverse_{step})"]
     vector = "exact_rows_out"
-    for number in (7, 15, 13):
+    for name in _COEFFICIENTS:
         lines += [
-            f"p_{number} = MatMul (w_last, {vector})",
-            f"b_{number} = Mul (exact_rows_out, c{number})",
-            f"s_{number} = Sub (b_{number}, p_{number})",
+            f"p_{name} = MatMul (w_last, {vector})",
+            f"b_{name} = Mul (exact_rows_out, {name}_value)",
+            f"s_{name} = Sub (b_{name}, p_{name})",
         ]
-        vector = f"s_{number}"
-    return [*lines, f"z_last = MatMul (inverse_{step}, {vector})", "projected = Mul (z_last, quarter)"]
+        vector = f"s_{name}"
+    return [*lines, f"projected = MatMul (inverse_{step}, {vector})"]
 
 
 def _farthest_points_text(variant: FunctionVariant, opset: int) -> str:

@@ -24,6 +24,8 @@ class FileMetadata(BaseModel):
         source: the model name, or the grafted file's name.
         origin: which command wrote the file.
         precision: of weights and activations.
+        fp32_blocks: blocks that stay fp32 although `precision` says otherwise.
+        quantized: type that the linear layers compute in, where it is not `precision`.
         height: of the input in pixels; None where it is dynamic.
         width: of the input in pixels; None where it is dynamic.
         patch_size: pixels along a patch's side; None where it is not known.
@@ -31,6 +33,7 @@ class FileMetadata(BaseModel):
         map_outputs: graph outputs that are one-channel maps.
         tools: versions of what wrote the file.
         original_sha256: of the file that was grafted.
+        original_data_sha256: of that file's external data files, by name, where it has any.
         attention_table: what graft found in that file, one entry per attention block; see `fna.export.surgery`.
     """
 
@@ -41,6 +44,8 @@ class FileMetadata(BaseModel):
     source: str
     origin: Literal["trace", "graft"]
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    fp32_blocks: tuple[int, ...] = ()
+    quantized: Literal["int8"] | None = None
     height: int | None = None
     width: int | None = None
     patch_size: int | None = None
@@ -48,6 +53,7 @@ class FileMetadata(BaseModel):
     map_outputs: tuple[str, ...] = ()
     tools: dict[str, str] = Field(default_factory=dict)
     original_sha256: str | None = None
+    original_data_sha256: dict[str, str] | None = None
     attention_table: list[dict[str, Any]] | None = None
 
 
@@ -72,7 +78,7 @@ def read_metadata(model: ModelProto, name: str) -> FileMetadata:
     }
     if not raw:
         raise InputFileError(f"{name} has no fna metadata; write it with fna export or fna graft")
-    texts = {"source", "origin", "precision", "original_sha256"}
+    texts = {"source", "origin", "precision", "quantized", "original_sha256"}
     try:
         values = {key: text if key in texts else json.loads(text) for key, text in raw.items()}
         return FileMetadata.model_validate(values)

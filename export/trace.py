@@ -23,6 +23,7 @@ import fna.landmarks
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.files import save_model
+from fna.export.fold_scales import fold_channel_scales
 from fna.export.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
@@ -122,6 +123,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         model.module.load_state_dict(weights, assign=True)
         unpatch(model.module)
     _name_nodes(program, plan)
+    fold_channel_scales(program.graph)
     attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
     metadata = FileMetadata(
         plan=plan,

@@ -17,10 +17,12 @@ COMMANDS = {
     "export": ("fna.commands.export", "Trace a PyTorch model to an ONNX file with FNA."),
     "graft": ("fna.commands.graft", "Replace the self-attention in an ONNX file by FNA."),
     "inspect": ("fna.commands.inspect", "Show what attention is in an ONNX file, or what an engine is."),
-    "build": ("fna.commands.build", "Build an engine from an FNA file; needs no GPU."),
+    "build": ("fna.commands.build", "Build an engine from an FNA file."),
     "run": ("fna.commands.run", "Run an engine or an ONNX file on images."),
     "validate": ("fna.commands.validate", "Measure how far a file is from PyTorch, step by step."),
+    "bundle": ("fna.commands.bundle", "Pack what a device needs to build, check and time its own engine."),
     "bench": ("fna.commands.bench", "Time dense against FNA on this machine."),
+    "doctor": ("fna.commands.doctor", "Show what this machine is and which targets it can build for."),
 }
 
 

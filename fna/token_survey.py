@@ -14,6 +14,10 @@ from fna.patching import find_attention_blocks, is_patched
 from fna.tokens import MINIMAL_GAP, class_attention, detect_prefix_tokens, find_massive_tokens
 
 SURVEY_NAME = "fna_survey"
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+"""Called with a block's number, its query, key and value `[B, H, N, D]`, and the scale."""
+
 _RECORD = "_fna_survey"
 
 
@@ -47,6 +51,7 @@ def survey_tokens(
     *,
     prefix_tokens: int | None = None,
     minimal_gap: float = MINIMAL_GAP,
+    observe: Observer | None = None,
 ) -> list[BlockTokens]:
     """Run a model once, as it is, and report on the tokens of each attention block.
 
@@ -55,6 +60,7 @@ def survey_tokens(
         run: calls the model on one batch; called once, without gradients.
         prefix_tokens: class and register tokens at the front; None detects them.
         minimal_gap: as for `find_massive_tokens`.
+        observe: called in every block of plain self-attention as it runs.
 
     Returns:
         One entry per attention block that ran, in order. The model is left as it was.
@@ -78,7 +84,7 @@ def survey_tokens(
     hooks = []
     try:
         for block in blocks:
-            setattr(block.attention, _RECORD, {"prefix": prefix})
+            setattr(block.attention, _RECORD, {"prefix": prefix, "block": block.number, "observe": observe})
             hooks.append(block.layer.register_forward_hook(_keep_output(outputs, block.number)))
         for config in configs:
             config._attn_implementation = SURVEY_NAME
@@ -131,9 +137,12 @@ def _record_class_attention(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     record = getattr(module, _RECORD, None)
-    if record is not None and record["prefix"] and attention_mask is None and key.shape == query.shape:
+    if record is not None and attention_mask is None and key.shape == query.shape:
         factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        record["attention"] = class_attention(query, key, factor).detach()
+        if record["prefix"]:
+            record["attention"] = class_attention(query, key, factor).detach()
+        if record["observe"] is not None:
+            record["observe"](record["block"], query, key, value, factor)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, Tensor | None] = sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return result

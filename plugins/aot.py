@@ -279,6 +279,8 @@ def _prepare_worker(cache: str) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
+    if path.is_file() and path.read_bytes() == data:
+        return  # its time stays, so that libraries that hold it are not built again
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

@@ -17,5 +17,5 @@ plugin: $(STAMP) ## Compile the kernels for every chip, and the TensorRT plugin 
 
 test-gpu: $(STAMP) ## Check the kernels and the plugin on this machine's GPU, compute-sanitizer included
 	$(MAKE) --no-print-directory plugin
-	$(BIN)/python -m pytest -m gpu tests/plugins
+	$(BIN)/python -m pytest -m gpu tests/plugins tests/engines
 	$(BIN)/python -m fna.plugins.sanitize

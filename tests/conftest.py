@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,31 @@ import torch
 # Two pytest workers share two cores: more threads each would only take turns.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The path of a tiny FNA file, `traced`, `norm-grid`, `dense` or `grafted`; written once for all workers."""
+    from filelock import FileLock
+    from tiny_files import write_grafted, write_traced
+
+    folder = tmp_path_factory.getbasetemp().parent
+    writers = {
+        "traced": write_traced,
+        "norm-grid": lambda path: write_traced(path, layers="1,3", sampler="norm-grid"),
+        "dense": lambda path: write_traced(path, layers="none"),
+        "dynamic": lambda path: write_traced(path, dynamic_size=True),
+        "grafted": write_grafted,
+    }
+
+    def find(name: str) -> Path:
+        path = folder / f"tiny-{name}.onnx"
+        with FileLock(folder / f"tiny-{name}.lock"):
+            if not path.exists():
+                writers[name](path)
+        return path
+
+    return find
 
 
 @pytest.fixture(autouse=True)

@@ -1,33 +1,41 @@
-"""The error budget: how far each step is from the one before it, measured on photographs."""
+"""The error budget: how far each step is from the one before it, measured on photographs by changing one thing at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from fna.engines.manifest import read_manifest
-from fna.engines.run import RtxEngine, open_onnx, run_onnx
-from fna.errors import InputFileError, MissingCapabilityError
-from fna.export.files import file_sha256, load_onnx
-from fna.export.metadata import FileMetadata, read_metadata
-from fna.export.sources import LoadedModel, check_resolution, load_model
-from fna.patching import patch, unpatch
-from fna.validate.metrics import OutputError, measure
+from fna.errors import InputFileError
+from fna.export.metadata import FileMetadata
+from fna.validate.chain import (
+    DEPLOYED,
+    ENGINE,
+    EXACT,
+    FNA,
+    PORTABLE,
+    Chain,
+    Link,
+    Say,
+    describe_types,
+    open_chain,
+    open_subject,
+)
+from fna.validate.fna_nodes import NodeProbe, expected_output
+from fna.validate.metrics import ErrorMeter, OutputError
+from fna.validate.not_finite import NotFinite, find_not_finite
+from fna.validate.points import Point, captured
+from fna.validate.runners import Arrays, patched, run_torch
+from fna.validate.tolerances import find_tolerance
 
-Arrays = dict[str, NDArray[Any]]
-Step = Callable[[str], None]
-
-EXPORT_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
-"""Relative L2 error of the ONNX file against FNA in PyTorch fp32, by the file's precision. fp32 is the project's contract; fp16
-and bf16 have 11 and 8 significant bits, and their tolerance covers the rounding of weights and activations as well."""
+MOST_PICTURES = 6
+"""Images whose outputs are kept for pictures; the others are measured and forgotten."""
 
 
 class StepError(BaseModel):
@@ -51,16 +59,52 @@ class StepError(BaseModel):
 
     def failures(self) -> list[str]:
         """Say for each output that is out of tolerance, or not finite, what it is and what it should be."""
-        lines = []
-        for error in self.errors:
-            if error.not_finite:
-                lines.append(f"{self.step}: output {error.output} holds {error.not_finite} NaN or infinite values")
-            elif self.tolerance is not None and not error.relative_l2 <= self.tolerance:
-                lines.append(
-                    f"{self.step}: output {error.output} has relative L2 error {error.relative_l2:.2e} "
-                    f"(tolerance {self.tolerance:.0e})"
-                )
-        return lines
+        return [line for line in map(self.failure_of, self.errors) if line is not None]
+
+    def failure_of(self, error: OutputError) -> str | None:
+        """Say it for one of the outputs; None where it is within tolerance."""
+        if error.not_finite:
+            return f"{self.step}: output {error.output} holds {error.not_finite} NaN or infinite values"
+        if self.tolerance is not None and not error.relative_l2 <= self.tolerance:
+            return (
+                f"{self.step}: output {error.output} has relative L2 error {error.relative_l2:.2e} "
+                f"(tolerance {self.tolerance:.0e})"
+            )
+        return None
+
+
+class BlockError(BaseModel):
+    """How far the hidden states that leave a block are from exact attention's.
+
+    Attributes:
+        block: its number.
+        fna: whether it is FNA.
+        relative_l2: over all images.
+        cosine_mean: over all tokens and images.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    block: int
+    fna: bool
+    relative_l2: float
+    cosine_mean: float
+
+
+class ImageLandmarks(BaseModel):
+    """The landmark tokens of one image.
+
+    Attributes:
+        image: its name.
+        block: the block that they were chosen for first.
+        tokens: their indices, prefix tokens included.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: str
+    block: int
+    tokens: tuple[int, ...]
 
 
 class Validation(BaseModel):
@@ -68,23 +112,54 @@ class Validation(BaseModel):
 
     Attributes:
         file: the file that was validated.
+        kind: `onnx`, `engine` or `bundle`.
         metadata: what it says about itself.
+        original: for grafted files, the file that they are compared with.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
         images: names of the photographs.
         skipped: image files that could not be read.
         steps: the error budget, in order.
+        total: from exact attention to the last step that was measured.
+        blocks: the approximation error as it builds up, block by block; empty for grafted files.
+        landmarks: of the images that have pictures.
+        not_finite: the first tensor that holds NaN or infinite values, per step that has them.
+        fna_types: the element type of each FNA node in the file, by block.
+        notes: how something was run, where that matters.
     """
 
     model_config = ConfigDict(frozen=True)
 
     file: str
+    kind: str
     metadata: FileMetadata
+    original: str | None = None
+    height: int
+    width: int
     images: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     steps: tuple[StepError, ...]
+    total: StepError
+    blocks: tuple[BlockError, ...] = ()
+    landmarks: tuple[ImageLandmarks, ...] = ()
+    not_finite: tuple[NotFinite, ...] = ()
+    fna_types: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+
+    def failures(self) -> list[str]:
+        """Say what is out of tolerance, NaN and infinite values first."""
+        lines = [line for step in self.steps for line in step.failures()]
+        return [item.describe() for item in self.not_finite] + sorted(lines, key=lambda line: "NaN" not in line)
 
 
 class Outputs(BaseModel):
-    """The outputs of every step, for pictures."""
+    """The outputs of some images, for pictures and tasks.
+
+    Attributes:
+        exact: with exact attention.
+        approximated: with FNA, in PyTorch (of grafted files: in the file).
+        exported: of the last step that was measured.
+    """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -98,170 +173,224 @@ def validate_file(
     images: Sequence[tuple[str, Image.Image]],
     *,
     skipped: Sequence[str] = (),
-    tolerance: float | None = None,
+    tolerances: Mapping[str, float] | None = None,
     resolution: tuple[int, int] | None = None,
-    on_step: Step = lambda _name: None,
+    original: Path | None = None,
+    on_step: Say = lambda *_progress: None,
 ) -> tuple[Validation, Outputs]:
-    """Measure the approximation, export and engine error of a traced file or of an engine built from one.
+    """Measure every step from exact attention in PyTorch to a file, an engine or a bundle.
 
     Args:
-        path: an ONNX file, or an engine with its manifest and its ONNX file beside it.
+        path: an ONNX file, an engine with its manifest and its ONNX file beside it, or a bundle's folder.
         images: photographs, by name.
         skipped: names of image files that could not be read, for the record.
-        tolerance: of the export error; by precision if None.
+        tolerances: by step, instead of the table's (`fna.validate.tolerances`).
         resolution: height and width for files that leave them open.
-        on_step: called with the name of each step as it starts.
+        original: of a grafted file, where it is not beside it.
+        on_step: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        InputFileError: if the file cannot be read, or its model cannot be loaded from its metadata.
+        InputFileError: if the file cannot be read, or its model or original cannot be found.
     """
-    engine = path if path.suffix == ".engine" else None
-    onnx_path = _onnx_of_engine(path) if engine else path
-    metadata = read_metadata(load_onnx(onnx_path, tensors=False), str(onnx_path))
-    if metadata.origin != "trace":
-        raise InputFileError(
-            f"{onnx_path} was grafted from {metadata.source}, which has no PyTorch source to compare with"
-        )
-    on_step("loading the model")
-    model = load_model(metadata.source)
-    height, width = _size(metadata, resolution, model)
-    pixels = np.stack([metadata.preprocessing.apply(image, height, width) for _, image in images])
+    chain = open_chain(open_subject(path, original), resolution, on_step)
+    return measure_chain(chain, images, skipped=skipped, tolerances=tolerances or {}, on_step=on_step)
 
-    on_step("exact attention in PyTorch")
-    exact = run_torch(model, pixels)
-    on_step("FNA in PyTorch")
-    with patched(model, metadata):
-        approximated = run_torch(model, pixels)
-    on_step("the ONNX file on onnxruntime")
-    exported, failure = _run_file(onnx_path, model, metadata, pixels)
 
-    compare = _comparer(metadata)
-    limit = tolerance if tolerance is not None else EXPORT_TOLERANCE[metadata.precision]
-    steps = [
-        StepError(
-            step="approximation",
-            compares="FNA against exact attention, PyTorch fp32",
-            errors=compare(exact, approximated),
-        ),
-        StepError(
-            step="export",
-            compares=f"ONNX file ({metadata.precision}, onnxruntime) against FNA in PyTorch fp32",
-            errors=compare(approximated, exported) if exported else (),
-            tolerance=limit,
-            not_measured=failure,
-        ),
-    ]
-    if engine is not None:
-        on_step("the engine")
-        steps.append(_engine_step(engine, metadata, pixels, exported or approximated, limit, compare))
+def measure_chain(
+    chain: Chain,
+    images: Sequence[tuple[str, Image.Image]],
+    *,
+    skipped: Sequence[str] = (),
+    tolerances: Mapping[str, float],
+    on_step: Say,
+) -> tuple[Validation, Outputs]:
+    """As `validate_file`, of a chain that is open already."""
+    if not images:
+        raise InputFileError("there are no images to validate on; give a folder of photographs as --images")
+    gauge = _Gauge(chain)
+    for index, (name, image) in enumerate(images):
+        on_step(f"comparing on {name}", index, len(images))
+        pixels = chain.metadata.preprocessing.apply(image, chain.height, chain.width)[None]
+        gauge.add(name, pixels)
+    on_step("summing up", len(images), len(images))
+    steps = tuple(gauge.step(link, tolerances) for link in chain.links)
     validation = Validation(
-        file=str(path),
-        metadata=metadata,
+        file=str(chain.subject.file),
+        kind=chain.subject.kind,
+        metadata=chain.metadata,
+        original=str(chain.subject.original) if chain.subject.original else None,
+        height=chain.height,
+        width=chain.width,
         images=tuple(name for name, _ in images),
         skipped=tuple(skipped),
-        steps=tuple(steps),
+        steps=steps,
+        total=gauge.total(),
+        blocks=gauge.block_errors(),
+        landmarks=tuple(gauge.landmarks),
+        not_finite=_locate_not_finite(chain, steps, images, on_step),
+        fna_types=dict(describe_types(chain.proto)),
+        notes=tuple(chain.notes),
     )
-    return validation, Outputs(exact=exact, approximated=approximated, exported=exported or approximated)
+    return validation, gauge.outputs()
 
 
-def run_torch(
-    model: LoadedModel,
-    pixels: NDArray[np.float32],  # [B, 3, H, W]
-) -> Arrays:
-    """Run a model in PyTorch fp32, an image at a time, and return its outputs by name."""
-    batches = []
-    with torch.inference_mode():
-        for image in pixels:
-            batches.append([tensor.float().numpy() for tensor in model.module(torch.from_numpy(image[None]))])
-    return {
-        name: np.concatenate(parts) for name, parts in zip(model.output_names, zip(*batches, strict=True), strict=True)
-    }
+@dataclass
+class _Gauge:
+    """The meters of all steps, fed image by image."""
 
+    chain: Chain
+    meters: dict[str, dict[str, ErrorMeter]] = field(default_factory=dict)
+    blocks: dict[Point, ErrorMeter] = field(default_factory=dict)
+    kept: dict[str, list[Arrays]] = field(default_factory=dict)
+    landmarks: list[ImageLandmarks] = field(default_factory=list)
+    probe: NodeProbe | None = None
 
-@contextmanager
-def patched(model: LoadedModel, metadata: FileMetadata) -> Iterator[None]:
-    """Have the model compute FNA by a file's plan within the block."""
-    patch(model.module, metadata.plan)
-    try:
-        yield
-    finally:
-        unpatch(model.module)
+    def __post_init__(self) -> None:
+        if self.chain.reference is not None:
+            self.probe = NodeProbe(self.chain.proto, self.chain.folder, self.chain.subject.onnx.name)
 
+    @property
+    def last(self) -> str:
+        """The last stage that can be run."""
+        return last_stage(self.chain)
 
-def _run_file(
-    path: Path, model: LoadedModel, metadata: FileMetadata, pixels: NDArray[np.float32]
-) -> tuple[Arrays | None, str | None]:
-    try:
-        session = open_onnx(path)
-    except InputFileError as error:
-        if metadata.precision == "fp32":
-            raise
-        return None, f"onnxruntime's CPU provider does not run this {metadata.precision} file ({error})"
-    name = session.get_inputs()[0].name
-    if metadata.precision == "bf16":
-        return None, "onnxruntime takes no bf16 arrays from Python on a CPU"
-    dtype = np.float16 if metadata.precision == "fp16" else np.float32
-    parts = [run_onnx(session, {name: image[None].astype(dtype)}) for image in pixels]
-    return {output: np.concatenate([part[output] for part in parts]) for output in model.output_names}, None
+    def add(self, name: str, pixels: NDArray[np.float32]) -> None:
+        """Run every stage on one image and compare."""
+        chain = self.chain
+        done = self._run_torch(name, pixels) if chain.model is not None else {}
+        for stage, run in chain.stages.items():
+            if stage == DEPLOYED and run is chain.stages.get(PORTABLE, chain.stages[FNA]):
+                continue
+            if stage not in done:
+                done[stage] = run(pixels)
+        if DEPLOYED in chain.stages:
+            done.setdefault(DEPLOYED, done[PORTABLE if PORTABLE in done else FNA])
+        for link in chain.links:
+            if link.not_measured is None and link.reference != link.actual:
+                self._compare(link.step, done[link.reference], done[link.actual])
+        self._compare("total", done[EXACT], done[self.last])
+        if self.probe is not None:
+            self._compare_nodes(self.probe, pixels)
+        for key, stage in (("exact", EXACT), ("approximated", FNA), ("exported", self.last)):
+            kept = self.kept.setdefault(key, [])
+            if len(kept) < MOST_PICTURES:
+                kept.append({output: done[stage][output] for output in chain.outputs})
 
+    def _run_torch(self, name: str, pixels: NDArray[np.float32]) -> dict[str, Arrays]:
+        """Exact and FNA in PyTorch, comparing what leaves each block on the way."""
+        model, plan = self.chain.model, self.chain.metadata.plan
+        assert model is not None
+        numbers = [entry.block for entry in plan.blocks]
+        with captured(model.module) as seen:
+            exact = run_torch(model, pixels)
+            before = dict(seen.arrays)
+        with patched(model, plan), captured(model.module, numbers) as seen:
+            fna = run_torch(model, pixels)
+        for point, array in before.items():
+            if point in seen.arrays and point.part == "output" and array.ndim == 3:
+                meter = self.blocks.setdefault(point, ErrorMeter(str(point), 0))
+                meter.add(array, seen.arrays[point])
+        if seen.calls and len(self.landmarks) < MOST_PICTURES:
+            tokens = tuple(seen.calls[0].landmarks[0].tolist())
+            self.landmarks.append(ImageLandmarks(image=name, block=numbers[0], tokens=tokens))
+        return {EXACT: exact, FNA: fna}
 
-def _comparer(metadata: FileMetadata) -> Callable[[Arrays, Arrays], tuple[OutputError, ...]]:
-    def compare(reference: Arrays, actual: Arrays) -> tuple[OutputError, ...]:
-        return tuple(
-            measure(
-                name,
-                reference[name],
-                actual[name],
-                prefix_tokens=metadata.plan.prefix_tokens if name in metadata.token_outputs else None,
+    def _compare(self, step: str, reference: Arrays, actual: Arrays) -> None:
+        chain = self.chain
+        for output in chain.outputs:
+            meters = self.meters.setdefault(step, {})
+            prefix = (chain.metadata.plan.prefix_tokens or 0) if is_tokens(chain, output, reference[output]) else None
+            try:
+                meters.setdefault(output, ErrorMeter(output, prefix)).add(reference[output], actual[output])
+            except ValueError as error:
+                raise InputFileError(f"{chain.subject.onnx.name} does not fit its model: {error}") from None
+
+    def _compare_nodes(self, probe: NodeProbe, pixels: NDArray[np.float32]) -> None:
+        arrays = probe.run(pixels)
+        meters = self.meters.setdefault("export", {})
+        for node in probe.nodes:
+            meter = meters.setdefault(node.name, ErrorMeter(node.name))
+            scale, plan = _table_scale(self.chain.metadata, node.block), self.chain.metadata.plan
+            expected = expected_output(
+                node, arrays, scale=scale, iterations=plan.iterations, exact_rows=plan.exact_rows
             )
-            for name in reference
+            meter.add(expected, arrays[node.output].astype(np.float32))
+
+    def step(self, link: Link, tolerances: Mapping[str, float]) -> StepError:
+        """The errors of one step."""
+        meters = self.meters.get(link.step, {}) if link.not_measured is None else {}
+        return StepError(
+            step=link.step,
+            compares=link.compares,
+            errors=tuple(meter.result() for meter in meters.values()),
+            tolerance=find_tolerance(link.step, self.chain.subject.precision, tolerances),
+            not_measured=link.not_measured,
         )
 
-    return compare
-
-
-def _engine_step(
-    engine: Path,
-    metadata: FileMetadata,
-    pixels: NDArray[np.float32],
-    reference: Arrays,
-    tolerance: float,
-    compare: Callable[[Arrays, Arrays], tuple[OutputError, ...]],
-) -> StepError:
-    compares = "engine against the ONNX file"
-    try:
-        runner = RtxEngine(engine)
-    except MissingCapabilityError as error:
-        return StepError(step="engine", compares=compares, not_measured=str(error))
-    dtype = np.float16 if metadata.precision == "fp16" else np.float32
-    (name,) = runner.manifest.profiles
-    parts = [runner.run({name: image[None].astype(dtype)}) for image in pixels]
-    outputs = {output: np.concatenate([part[output] for part in parts]) for output in reference}
-    return StepError(step="engine", compares=compares, errors=compare(reference, outputs), tolerance=tolerance)
-
-
-def _onnx_of_engine(engine: Path) -> Path:
-    manifest = read_manifest(engine)
-    path = engine.parent / manifest.onnx_name
-    if not path.is_file():
-        raise InputFileError(
-            f"{engine.name} was built from {manifest.onnx_name}, which is not beside it; put it there to validate"
+    def total(self) -> StepError:
+        """From exact attention to the last stage."""
+        names = {ENGINE: "the engine", DEPLOYED: "the file", PORTABLE: "the fp32 file", FNA: "FNA"}
+        return StepError(
+            step="total",
+            compares=f"{names[self.last]} against exact attention",
+            errors=tuple(meter.result() for meter in self.meters["total"].values()),
         )
-    if file_sha256(path) != manifest.onnx_sha256:
-        raise InputFileError(
-            f"{path} is not the file that {engine.name} was built from (its SHA-256 differs); build the engine again"
-        )
-    return path
 
-
-def _size(metadata: FileMetadata, resolution: tuple[int, int] | None, model: LoadedModel) -> tuple[int, int]:
-    size = (metadata.height, metadata.width)
-    if size[0] is not None and size[1] is not None:
-        if resolution is not None and resolution != size:
-            raise InputFileError(
-                f"the file takes {size[0]}x{size[1]} images, but --resolution asks for {resolution[0]}x{resolution[1]}"
+    def block_errors(self) -> tuple[BlockError, ...]:
+        """The approximation error as it builds up."""
+        plan = self.chain.metadata.plan
+        found = []
+        for point, meter in sorted(self.blocks.items()):
+            error = meter.result()
+            found.append(
+                BlockError(
+                    block=point.block,
+                    fna=plan.find(point.block) is not None,
+                    relative_l2=error.relative_l2,
+                    cosine_mean=error.cosine_mean,
+                )
             )
-        return size[0], size[1]
-    chosen = resolution or (model.native_resolution,) * 2
-    check_resolution(model, *chosen)
-    return chosen
+        return tuple(found)
+
+    def outputs(self) -> Outputs:
+        """The outputs that were kept, images stacked."""
+        stacked = {
+            key: {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            for key, parts in self.kept.items()
+        }
+        return Outputs(**stacked)
+
+
+def last_stage(chain: Chain) -> str:
+    """Return the last stage of a chain that can be run."""
+    return next(stage for stage in (ENGINE, DEPLOYED, PORTABLE, FNA) if stage in chain.stages)
+
+
+def is_tokens(chain: Chain, output: str, array: NDArray[Any]) -> bool:
+    """Return whether an output is `[B, N, C]` tokens: its file says so, or, grafted, its attention has that many tokens."""
+    if chain.reference is None:
+        return output in chain.metadata.token_outputs
+    table = chain.metadata.attention_table or []
+    return array.ndim == 3 and array.shape[1] in {row.get("tokens") for row in table}
+
+
+def _table_scale(metadata: FileMetadata, block: int) -> float | None:
+    """The scale that graft found for a block."""
+    rows = [row for row in metadata.attention_table or [] if row.get("block") == block]
+    return rows[0].get("scale") if rows else None
+
+
+def _locate_not_finite(
+    chain: Chain, steps: Sequence[StepError], images: Sequence[tuple[str, Image.Image]], say: Say
+) -> tuple[NotFinite, ...]:
+    """For the first step whose result is not finite, the first tensor that is not; later steps inherit it."""
+    for step in steps:
+        bad = next((error for error in step.errors if error.not_finite), None)
+        if bad is None:
+            continue
+        name, image = images[bad.worst_item]
+        say(f"looking for the first tensor that is not finite on {name}")
+        pixels = chain.metadata.preprocessing.apply(image, chain.height, chain.width)[None]
+        found = find_not_finite(chain, step.step, pixels, name)
+        return (found,) if found is not None else ()
+    return ()

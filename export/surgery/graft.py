@@ -73,6 +73,7 @@ class GraftResult:
     features: dict[int, str]
     sha256: str
     notes: list[str] = field(default_factory=list)
+    data_sha256: dict[str, str] = field(default_factory=dict)
 
     def count(self, decision: Decision) -> int:
         """How many blocks were replaced, kept or refused."""
@@ -107,6 +108,7 @@ class GraftResult:
                 errors.setdefault(number, {})["fna_error"] = error
         return {
             "source_sha256": self.sha256,
+            "source_data_sha256": self.data_sha256,
             "replaced": self.count(Decision.REPLACED),
             "refused": self.count(Decision.REFUSED),
             "kept": self.count(Decision.KEPT),
@@ -166,6 +168,9 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     notes: list[str] = []
     model = load_model(source)
     sha256 = file_sha256(source)
+    data_sha256 = {
+        str(path.relative_to(source.parent)): file_sha256(path) for path in _external_files(model, source.parent)
+    }
     model = _prepared(model, notes)
     if options.resolution is not None:
         from fna.export.surgery.resolution import set_resolution
@@ -180,9 +185,9 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     rows = scan(graph, points)
     plan = _decide(rows, options)
     if output is None:
-        return GraftResult(rows, None, plan, None, None, {}, sha256, notes)
+        return GraftResult(rows, None, plan, None, None, {}, sha256, notes, data_sha256)
     result = _replace_and_prove(graph, points, rows, plan, options, progress)
-    result.sha256, result.notes = sha256, [*notes, *result.notes]
+    result.sha256, result.data_sha256, result.notes = sha256, data_sha256, [*notes, *result.notes]
     if result.model is None:
         raise InvalidPlanError(f"{source}: nothing was replaced: {_why_nothing(rows)}")
     if options.strict and result.count(Decision.REFUSED):
@@ -343,6 +348,7 @@ def _add_metadata(result: GraftResult, source: Path, plan: Plan) -> None:
         patch_size=_patch_size(model),
         tools={"fna": fna.__version__, "onnx": onnx.__version__},
         original_sha256=result.sha256,
+        original_data_sha256=result.data_sha256 or None,
         attention_table=[row.as_dict() for row in result.rows],
     )
     write_metadata(model, metadata)
@@ -427,11 +433,15 @@ def _write_bytes(content: bytes, output: Path) -> None:
         temporary.write_bytes(content)
 
 
-def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
+def _external_files(model: ModelProto, folder: Path) -> list[Path]:
     files = {
         external_file(tensor, folder) for tensor in all_tensors(model) if tensor.data_location == TensorProto.EXTERNAL
     }
-    for path in sorted(files):
+    return sorted(files)
+
+
+def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
+    for path in _external_files(model, folder):
         destination = target / path.relative_to(folder)
         if destination.exists():
             if destination.stat().st_size == path.stat().st_size and file_sha256(destination) == file_sha256(path):

@@ -128,6 +128,7 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
         for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
     )
     key_mask, sink = _key_mask(writer, row, found, query, key, before)
+    attributes: dict[str, Any]
     if block is None:
         inputs, attributes = [query, key, value, *key_mask], {"sink": int(sink)}
     else:

@@ -2,85 +2,128 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fna.commands.options import (
+    METHODS,
+    SAMPLERS,
     check_writable,
     json_option,
     make_console,
     make_plan,
-    plan_options,
-    progress,
+    progress_bar,
     quiet_option,
 )
+
+if TYPE_CHECKING:
+    from fna.validate.bench import BenchResult
+
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensorrt", "tensorrt-rtx")
 
 
 @click.command("bench", short_help="Time dense against FNA on this machine.")
 @click.argument("model", default="dinov2-small-saliency")
-@click.option("--backend", type=click.Choice(("onnxruntime",)), default="onnxruntime", show_default=True)
-@plan_options
+@click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
+@click.option("--layers", help="Blocks that become FNA: 6-11, or 0-2,6-11, all or none.  [default: the later half]")
+@click.option(
+    "--landmarks", "counts", type=click.IntRange(min=1), multiple=True, help="S; may be repeated.  [default: 64]"
+)
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="grid", show_default=True)
+@click.option("--method", type=click.Choice(METHODS), default="weighted", show_default=True)
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of the options above.")
 @click.option(
     "--resolution", "resolutions", type=int, multiple=True, help="Side of the images; may be repeated.  [default: 518]"
 )
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each model.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", show_default=True)
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write every number as CSV.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw time against tokens: .svg, .png or .pdf.")
 @json_option
 @quiet_option
 def command(
     model: str,
     backend: str,
+    counts: tuple[int, ...],
     resolutions: tuple[int, ...],
     runs: int,
+    batch: int,
+    precision: str,
+    csv_file: Path | None,
+    plot: Path | None,
     json_file: Path | None,
     quiet: bool,
     **plan_settings: Any,
 ) -> None:
-    """Time MODEL dense against FNA, taking turns in one process, batch 1."""
-    if json_file is not None:
-        check_writable(json_file)
-    with progress(quiet) as say, tempfile.TemporaryDirectory() as folder:
-        say("importing PyTorch")
-        import json
+    """Time MODEL dense against FNA, taking turns in one process; count operations and bytes beside.
 
+    Exit code 3, with the reason, for a backend that this machine lacks.
+    """
+    for path in (json_file, csv_file, plot):
+        if path is not None:
+            check_writable(path)
+    with progress_bar(quiet) as say:
+        say("importing PyTorch")
         from fna.export.files import write_text
         from fna.export.sources import load_model
-        from fna.validate.bench import bench_onnxruntime, describe_machine
+        from fna.validate.bench import bench, check_backend, draw, dump_csv
 
+        check_backend(backend)
         loaded = load_model(model)
-        plan = make_plan(loaded.num_blocks, plan_settings)
-        rows = bench_onnxruntime(
-            loaded, plan, resolutions or (loaded.native_resolution,), runs=runs, folder=Path(folder), on_step=say
+        plans = [
+            make_plan(loaded.num_blocks, {**plan_settings, "landmarks": count})
+            for count in dict.fromkeys(counts or (64,))
+        ]
+        result = bench(
+            loaded,
+            plans if plan_settings["plan_file"] is None else plans[:1],
+            resolutions or (loaded.native_resolution,),
+            backend=backend,  # type: ignore[arg-type]
+            runs=runs,
+            batch=batch,
+            precision=precision,  # type: ignore[arg-type]
+            on_step=say,
         )
-        machine = describe_machine()
-    if json_file is not None:
-        document = {
-            "model": model,
-            "machine": machine,
-            "plan": plan.model_dump(),
-            "rows": [row.model_dump() for row in rows],
-        }
-        write_text(json_file, json.dumps(document, indent=2) + "\n")
-    console = make_console(quiet)
-    console.print(
-        f"{model} on {backend}, {machine['processor']}, {machine['threads']} threads, batch 1, fp32, milliseconds"
-    )
+        if json_file is not None:
+            write_text(json_file, result.model_dump_json(indent=2) + "\n")
+        if csv_file is not None:
+            write_text(csv_file, dump_csv(result))
+        if plot is not None:
+            draw(result, plot)
+    _print(result, quiet)
+
+
+def _print(result: BenchResult, quiet: bool) -> None:
     from rich.table import Table
 
+    console = make_console(quiet)
+    machine = result.machine
+    console.print(
+        f"{result.model} on {result.backend}, {machine.get('gpu') or machine['processor']}, {machine['threads']} threads, batch "
+        f"{result.batch}, {result.precision}, milliseconds (fastest-slowest)"
+    )
     table = Table(box=None, pad_edge=False)
-    for title in (
+    titles = (
         "resolution",
         "tokens",
         "S",
         "FNA blocks",
-        "dense (fastest-slowest)",
-        "FNA (fastest-slowest)",
+        "dense",
+        "FNA",
         "speed-up",
-    ):
+        "images/s",
+        "GFLOP",
+        "attention",
+        "peak MiB",
+    )
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
+    for row in result.rows:
+        counted = row.counts
+        peaks = [timing.peak_mib for timing in (row.dense, row.fna)]
         table.add_row(
             str(row.resolution),
             str(row.tokens),
@@ -88,5 +131,12 @@ def command(
             str(row.blocks),
             *(f"{timing.median:.0f} ({timing.fastest:.0f}-{timing.slowest:.0f})" for timing in (row.dense, row.fna)),
             f"{row.speedup:.2f}x",
+            f"{row.dense.images_per_second:.2f} {row.fna.images_per_second:.2f}",
+            f"{counted.dense_gflop:.1f} {counted.fna_gflop:.1f}" if counted else "",
+            f"{counted.attention_share:.0%}" if counted else "",
+            " ".join(f"{peak:.0f}" for peak in peaks if peak is not None),
         )
     console.print(table)
+    for crossing in result.break_even:
+        said = f"pays from {crossing.tokens:.0f} tokens on, " if crossing.tokens is not None else ""
+        console.print(f"S={crossing.landmarks}: {said}{crossing.reason}")

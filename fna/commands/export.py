@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import click
 
 from fna.commands.options import (
     check_writable,
+    image_options,
     json_option,
+    load_photographs,
     make_console,
     make_plan,
     parse_resolution,
     plan_options,
+    precision_options,
     progress,
     quiet_option,
 )
@@ -24,8 +28,9 @@ from fna.commands.options import (
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @plan_options
 @click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
-@click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", show_default=True)
-@click.option("--opset", type=click.IntRange(18, 23), help="ONNX operator set.  [default: 18; 22 for bf16]")
+@precision_options
+@image_options
+@click.option("--opset", type=click.IntRange(18, 23), help="ONNX operator set.  [default: 18]")
 @click.option("--batch", default="dynamic", show_default=True, help="dynamic, or one fixed batch size.")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open.")
 @click.option("--resample", is_flag=True, help="Choose landmarks anew in every block.")
@@ -38,6 +43,9 @@ def command(
     output: Path,
     resolution: str | None,
     precision: Any,
+    int8: bool,
+    keep_fp32: str | None,
+    images: Path | None,
     opset: int | None,
     batch: str,
     dynamic_size: bool,
@@ -59,24 +67,41 @@ def command(
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.export.files import load_onnx, write_text
+        from fna.export.metadata import read_metadata
+        from fna.export.precision import parse_blocks
         from fna.export.sources import load_model
         from fna.export.trace import TraceOptions, export_onnx
+        from fna.export.variants import Variant, make_variant
+
+        variant = Variant(precision or "fp32", int8, parse_blocks(keep_fp32))
 
         say(f"loading {model}")
         loaded = load_model(model)
         plan = make_plan(loaded.num_blocks, plan_settings, resample=resample, prefix_tokens=prefix_tokens, seed=seed)
         height, width = size or (loaded.native_resolution,) * 2
-        options = TraceOptions(height, width, opset, precision, fixed_batch, dynamic_size)
+        options = TraceOptions(height, width, opset, "fp32", fixed_batch, dynamic_size)
         say(f"tracing {model} at {height}x{width}")
-        metadata = export_onnx(loaded, plan, options, output)
+        notes: list[str] = []
+        if variant.changes:
+            with tempfile.TemporaryDirectory() as folder:
+                traced = Path(folder) / output.name
+                export_onnx(loaded, plan, options, traced)
+                notes = make_variant(
+                    traced, output, variant, load_photographs(images)[0], resolution=(height, width), on_step=say
+                )
+        else:
+            export_onnx(loaded, plan, options, output)
+        metadata = read_metadata(load_onnx(output, tensors=False), str(output))
     if json_file is not None:
         write_text(json_file, metadata.model_dump_json(indent=2) + "\n")
     opset = next(entry.version for entry in load_onnx(output, tensors=False).opset_import if entry.domain == "")
     numbers = ", ".join(str(entry.block) for entry in metadata.plan.blocks) or "none"
     make_console(quiet).print(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {precision}, "
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {variant.label}, "
         f"FNA blocks {numbers} of {metadata.plan.num_blocks}"
     )
+    for note in notes:
+        make_console(quiet).print(f"fp16 overflow: {note}")
 
 
 def _parse_batch(text: str) -> int | None:

@@ -164,8 +164,11 @@ def _survey(name: str, images: Path | None, resolution: str | None, folder: Path
             f"--tokens looks into a PyTorch model as it runs, but {name} is a file; name the model that it was made from"
         )
     size = parse_resolution(resolution)
-    if folder is not None and not folder.is_dir():
-        raise InputFileError(f"output folder {folder} does not exist; make it first")
+    if folder is not None:
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputFileError(f"output folder {folder} cannot be made: {error.strerror}") from None
     photographs, skipped = load_photographs(images)
     with progress(quiet) as say:
         say("importing PyTorch")

@@ -57,6 +57,23 @@ def plan_options(function: Function) -> Function:
     return function
 
 
+def precision_options(function: Function) -> Function:
+    """Add the options that cast a file: precision, int8, and blocks that stay fp32."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--precision",
+                type=click.Choice(("fp32", "fp16", "bf16")),
+                help="Cast weights and activations; inputs, outputs, norms and softmax stay fp32.  [default: the file's]",
+            ),
+            click.option("--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."),
+            click.option("--keep-fp32", help="Blocks that stay fp32, as in 0,11."),
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
 def image_options(function: Function) -> Function:
     """Add the option that says which photographs are used."""
     return click.option(
@@ -149,6 +166,25 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
         def say(text: str) -> None:
             bars.update(task, description=text)
+
+        yield say
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
+    """As `progress`, with a bar: the function that it yields takes what is being done, how much of it is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def say(text: str, done: int = 0, total: int | None = None) -> None:
+            bars.update(task, description=text, completed=done, total=total)
 
         yield say
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from fna.commands.options import (
     check_writable,
     image_options,
+    json_option,
     load_photographs,
     make_console,
     parse_resolution,
@@ -24,74 +26,114 @@ from fna.commands.options import (
 @image_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all outputs to this .npz file.")
 @click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@click.option(
+    "--provider", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="For .onnx files."
+)
+@click.option("--plugin", type=click.Path(path_type=Path), help="libfna_plugin.so.  [default: that of make plugin]")
+@click.option("--bench", "runs", type=click.IntRange(min=1), is_flag=False, flag_value=100, help="Time RUNS batches.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a timed batch.")
+@json_option
 @quiet_option
-def command(file: Path, images: Path | None, output: Path | None, resolution: str | None, quiet: bool) -> None:
-    """Run FILE, an .engine or .onnx file, on photographs and say what came out.
+def command(
+    file: Path,
+    images: Path | None,
+    output: Path | None,
+    resolution: str | None,
+    provider: Any,
+    plugin: Path | None,
+    runs: int | None,
+    batch: int,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Run FILE, an .engine or .onnx file, on photographs and say what came out; with --bench, time it.
 
     An engine needs a GPU it was built for; without one the exit code is 3, and the ONNX file it came from runs anywhere.
     """
     size = parse_resolution(resolution)
-    if output is not None:
-        check_writable(output)
+    for path in (output, json_file):
+        if path is not None:
+            check_writable(path)
     with progress(quiet) as say:
         say("loading")
         import numpy as np
 
-        from fna.export.files import written_whole
+        from fna.engines.run import open_model
+        from fna.export.files import write_text, written_whole
 
-        execute, preprocess = _open(file, size)
+        name, shape, preprocessing = _describe(file, size)
+        model = open_model(file, provider=provider, plugin=plugin)
         photographs, skipped = load_photographs(images)
-        rows, parts = [], []
-        for name, photograph in photographs:
-            say(f"running {name}")
-            pixels = preprocess(photograph)
-            started = time.perf_counter()
-            outputs = execute(pixels)
-            rows.append((name, (time.perf_counter() - started) * 1e3, outputs))
-            parts.append(outputs)
-        if output is not None:
-            stacked: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        pixels = [preprocessing.apply(photograph, *shape)[None] for _, photograph in photographs]
+        rows: list[Any] = []
+        latency = None
+        if runs is not None:
+            say(f"timing {runs} batches of {batch}")
+            stacked = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
+            latency = model.bench({name: stacked}, runs=runs, warm_up=max(2, runs // 10))
+        else:
+            for (title, _), image in zip(photographs, pixels, strict=True):
+                say(f"running {title}")
+                started = time.perf_counter()
+                outputs = model.run({name: image})
+                rows.append((title, (time.perf_counter() - started) * 1e3, outputs))
+        model.close()
+        if output is not None and rows:
+            arrays: dict[str, Any] = {key: np.concatenate([row[2][key] for row in rows]) for key in rows[0][2]}
             with written_whole(output) as temporary, temporary.open("wb") as stream:
-                np.savez_compressed(stream, images=np.array([name for name, _ in photographs]), **stacked)
+                np.savez_compressed(stream, images=np.array([row[0] for row in rows]), **arrays)
+        if json_file is not None:
+            write_text(json_file, _as_json(file, rows, latency) + "\n")
+    if latency is not None:
+        _print_latency(file, latency, quiet)
+        return
     _print(rows, skipped, output, quiet)
 
 
-def _open(file: Path, size: tuple[int, int] | None) -> tuple[Any, Any]:
-    """Return a function that runs one preprocessed image, and the function that preprocesses."""
-    import numpy as np
-
-    from fna.engines.run import RtxEngine, open_onnx, run_onnx
+def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], Any]:
+    """Return a file's input, its height and width, and how photographs become it."""
     from fna.errors import InputFileError
     from fna.export.files import load_onnx
     from fna.export.metadata import read_metadata
     from fna.export.preprocessing import Preprocessing
 
     if file.suffix == ".engine":
-        engine = RtxEngine(file)
-        manifest = engine.manifest
+        from fna.engines.manifest import read_manifest
+
+        manifest = read_manifest(file)
         ((name, shapes),) = manifest.profiles.items()
-        height, width = shapes.usual[2:]
-        preprocessing = manifest.preprocessing
-        dtype = np.float16 if manifest.precision == "fp16" else np.float32
-        return (
-            lambda pixels: engine.run({name: pixels.astype(dtype)}),
-            lambda image: preprocessing.apply(image, height, width)[None],
-        )
+        return name, size or (shapes.usual[2], shapes.usual[3]), manifest.preprocessing
     model = load_onnx(file, tensors=False)
-    session = open_onnx(file)
-    value = session.get_inputs()[0]
+    constant = {tensor.name for tensor in model.graph.initializer}
+    value = next(entry for entry in model.graph.input if entry.name not in constant)
     has_metadata = any(entry.key.startswith("fna.") for entry in model.metadata_props)
     preprocessing = read_metadata(model, str(file)).preprocessing if has_metadata else Preprocessing()
-    fixed = [side if isinstance(side, int) else None for side in value.shape[2:4]]
-    height, width = (fixed[0] or (size or (0, 0))[0]), (fixed[1] or (size or (0, 0))[1])
-    if len(value.shape) != 4 or not height or not width:
+    sides = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+    asked = size or (0, 0)
+    height, width = (sides[2] or asked[0], sides[3] or asked[1]) if len(sides) == 4 else (0, 0)
+    if not height or not width:
         raise InputFileError(
-            f"{file} has input {value.name} {value.shape}: give --resolution for a [batch, 3, height, width] input"
+            f"{file} has input {value.name} {sides}: give --resolution for a [batch, 3, height, width] input"
         )
-    dtype = np.float16 if "float16" in value.type else np.float32
-    return (
-        lambda pixels: run_onnx(session, {value.name: pixels.astype(dtype)}),
-        lambda image: preprocessing.apply(image, height, width)[None],
+    return value.name, (height, width), preprocessing
+
+
+def _as_json(file: Path, rows: list[Any], latency: Any) -> str:
+    document: dict[str, Any] = {"file": str(file)}
+    if latency is not None:
+        document["latency"] = latency.model_dump()
+    document["images"] = [
+        {"image": title, "ms": round(ms, 3), "outputs": {key: list(array.shape) for key, array in outputs.items()}}
+        for title, ms, outputs in rows
+    ]
+    return json.dumps(document, indent=2)
+
+
+def _print_latency(file: Path, latency: Any, quiet: bool) -> None:
+    graph = ", CUDA graph" if latency.cuda_graph else ""
+    make_console(quiet).print(
+        f"{file}: median {latency.median:.2f} ms, p99 {latency.p99:.2f} ms, fastest {latency.fastest:.2f} ms, "
+        f"{latency.throughput:.1f} images/s, batch {latency.batch}, {latency.runs} runs ({latency.measures}{graph})"
     )
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fna.commands.options import (
+    check_writable,
     image_options,
     json_option,
-    load_photographs,
     make_console,
     parse_resolution,
-    progress,
+    progress_bar,
     quiet_option,
 )
 
 if TYPE_CHECKING:
-    from fna.validate.budget import Validation
+    from fna.validate.document import Document
 
 
 @click.command("validate", short_help="Measure how far a file is from PyTorch, step by step.")
@@ -28,92 +28,139 @@ if TYPE_CHECKING:
     "--output", type=click.Path(path_type=Path), help="Folder for the JSON and the picture.  [default: FILE-validation]"
 )
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0, min_open=True), help="Of the export error.  [default: by precision]"
+    "--original", type=click.Path(path_type=Path), help="What a grafted FILE was made from, where it is not beside it."
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="STEP=NUMBER",
+    help="Largest relative L2 error of a step: approximation, export, precision or engine (repeatable).",
 )
 @click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@click.option("--bisect", "with_bisect", is_flag=True, help="Measure every block, and name the one to blame.")
+@click.option("--task", "with_task", is_flag=True, help="Measure retrieval, classification, segmentation and saliency.")
+@click.option(
+    "--bench",
+    metavar="FILE|quick",
+    help="Show times: of a JSON file of fna bench, or measured now in PyTorch, a few runs each.",
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Write one HTML page, and a JSON file beside it.")
 @json_option
 @quiet_option
 def command(
     file: Path,
     images: Path | None,
     output: Path | None,
-    tolerance: float | None,
+    original: Path | None,
+    tolerances: tuple[str, ...],
     resolution: str | None,
+    with_bisect: bool,
+    with_task: bool,
+    bench: str | None,
+    report: Path | None,
     json_file: Path | None,
     quiet: bool,
 ) -> None:
-    """Compare FILE, an .onnx file or an .engine with its ONNX file beside it, with PyTorch on photographs.
+    """Compare FILE with PyTorch on photographs. FILE is an .onnx file, an .engine with its .onnx beside it, or a bundle.
 
-    Three separate errors: approximation (FNA against exact attention), export (the ONNX file against FNA in PyTorch) and engine
-    (where this machine can run one). Exit code 1 when an error is out of tolerance.
+    Separate errors, each measured by changing one thing: approximation (FNA against exact attention), export (the ONNX file in
+    fp32 against FNA in PyTorch), precision (fp16, bf16 or int8 against fp32) and engine (where this machine can run one). A
+    grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance.
     """
     size = parse_resolution(resolution)
-    with progress(quiet) as say:
+    for path in (json_file, report):
+        if path is not None:
+            check_writable(path)
+    with progress_bar(quiet) as say:
         say("importing PyTorch")
         from fna.errors import CheckFailedError, InputFileError
         from fna.export.files import write_text
-        from fna.validate.budget import validate_file
+        from fna.validate.document import Extras, make_document
         from fna.validate.overlay import draw_overlay
+        from fna.validate.photographs import load_labelled
+        from fna.validate.tolerances import parse_tolerances
 
+        limits = parse_tolerances(tolerances)
+        photographs = load_labelled(images)
+        extras = Extras(bisect=with_bisect, task=with_task, bench=bench, command=_command_line())
+        document, outputs = make_document(file, photographs, limits, size, original, extras, say)
         folder = output or file.with_name(f"{file.stem}-validation")
-        photographs, skipped = load_photographs(images)
-        result, outputs = validate_file(
-            file, photographs, skipped=skipped, tolerance=tolerance, resolution=size, on_step=say
-        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputFileError(f"{folder} cannot be made: {error.strerror}; give another --output") from None
         say("drawing")
         picture = folder / "overlay.png"
-        drawn = draw_overlay(photographs, outputs, result.metadata, picture)
-        text = result.model_dump_json(indent=2) + "\n"
+        drawn = draw_overlay(photographs.images, outputs, document.validation.metadata, picture)
+        text = document.dump_json()
         write_text(folder / "errors.json", text)
         if json_file is not None:
             write_text(json_file, text)
-    _print(result, folder, picture if drawn else None, quiet)
-    failures = [line for step in result.steps for line in step.failures()]
+        if report is not None:
+            from fna.validate.report import write_report
+
+            write_report(document, outputs, photographs.images, report)
+    _print(document, folder, picture if drawn else None, report, quiet)
+    failures = document.failures()
     if failures:
         raise CheckFailedError("; ".join(failures))
 
 
-def _print(result: Validation, folder: Path, picture: Path | None, quiet: bool) -> None:
-    from rich.table import Table
+def _command_line() -> str:
+    import shlex
+    import sys
 
+    return shlex.join(["fna", *sys.argv[1:]])
+
+
+def _print(document: Document, folder: Path, picture: Path | None, report: Path | None, quiet: bool) -> None:
     console = make_console(quiet)
+    result = document.validation
     plan = result.metadata.plan
     counts = sorted({entry.landmarks for entry in plan.blocks})
     samplers = sorted({entry.sampler for entry in plan.blocks})
     numbers = [entry.block for entry in plan.blocks]
     console.print(
         f"{result.file}: {result.metadata.source}, {len(result.images)} photographs, FNA blocks {numbers} of {plan.num_blocks}, "
-        f"S={'/'.join(map(str, counts))}, {'/'.join(samplers)}, {plan.method}"
+        f"S={'/'.join(map(str, counts))}, {'/'.join(samplers)}, {plan.method}, {result.metadata.precision}"
     )
-    table = Table(box=None, pad_edge=False)
-    for title in (
-        "step",
-        "output",
-        "max abs",
-        "rel L2",
-        "cos min",
-        "cos p5",
-        "cos mean",
-        "class",
-        "patches",
-        "worst",
-        "verdict",
-    ):
-        left = title in ("step", "output", "worst", "verdict")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for item in result.not_finite:
+        console.print(item.describe(), markup=False)
+    console.print(_budget_table(result))
     for step in result.steps:
-        failed = {line.split("output ")[1].split()[0] for line in step.failures()}
+        if step.not_measured:
+            console.print(f"{step.step}: not measured: {step.not_measured}", markup=False)
+    for line in document.summary():
+        console.print(line, markup=False)
+    if result.skipped:
+        console.print(f"skipped {len(result.skipped)} unreadable: {'; '.join(result.skipped)}", markup=False)
+    parts = [f"numbers: {folder / 'errors.json'}"]
+    parts += [f"picture: {picture}"] if picture else []
+    parts += [f"report: {report}"] if report else []
+    console.print("   ".join(parts), markup=False)
+
+
+def _budget_table(result: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("step", "output"):
+        table.add_column(title, no_wrap=True)
+    for title in ("max abs", "max rel", "rel L2", "SQNR dB", "cos min", "cos p5", "cos mean", "class", "patches"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("worst", "verdict"):
+        table.add_column(title, no_wrap=True)
+    for step in (*result.steps, result.total):
         for index, error in enumerate(step.errors):
-            verdict = "FAILED" if error.output in failed else "ok" if step.tolerance is not None else ""
+            verdict = "FAILED" if step.failure_of(error) else "ok" if step.tolerance is not None else ""
             table.add_row(
                 step.step if index == 0 else "",
                 error.output,
                 f"{error.max_abs:.2e}",
+                f"{error.max_rel:.1e}",
                 f"{error.relative_l2:.2e}",
+                "exact" if error.sqnr_db is None else f"{error.sqnr_db:.1f}",
                 f"{error.cosine_min:.5f}",
                 f"{error.cosine_p5:.5f}",
                 f"{error.cosine_mean:.5f}",
@@ -122,13 +169,7 @@ def _print(result: Validation, folder: Path, picture: Path | None, quiet: bool) 
                 result.images[error.worst_item],
                 verdict,
             )
-    console.print(table)
-    for step in result.steps:
-        if step.not_measured:
-            console.print(f"{step.step}: not measured: {step.not_measured}")
-    if result.skipped:
-        console.print(f"skipped {len(result.skipped)} unreadable: {'; '.join(result.skipped)}")
-    console.print(f"numbers: {folder / 'errors.json'}" + (f"   picture: {picture}" if picture else ""))
+    return table
 
 
 def _optional(value: float | None) -> str:

@@ -4,57 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from tiny_engines import write_model
 
 from fna.cli import main
 from fna.engines.build import BatchRange, build_rtx_engine, parse_batch
 from fna.engines.manifest import manifest_path, read_manifest
 from fna.engines.run import check_engine_can_run
-from fna.engines.targets import TARGET_NAMES, find_targets
+from fna.engines.targets import find_targets
 from fna.errors import BuildError, InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256, load_onnx
-from fna.export.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, NORM_GRID, PLUGIN_FIELDS, attach_functions
-from fna.export.metadata import FileMetadata, write_metadata
-from fna.plan import BlockPlan, Plan
+from fna.export.functions import NORM_GRID
 
 needs_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
-
-
-def write_model(path: Path, *, sampler: str = FARTHEST_POINTS, extra: str | None = None) -> Path:
-    """A file with one FNA block over the patches of 32-pixel images, as small as an engine can be."""
-    torch.manual_seed(0)
-    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])
-    tokens = helper.make_tensor_value_info("tokens", TensorProto.FLOAT, None)
-    constants = {
-        "kernel": torch.randn(32, 3, 4, 4).numpy(),
-        "shape": torch.tensor([0, 2, 16, 64]).numpy(),
-        "bias": torch.zeros(1, 8).numpy(),
-        "hidden_shape": torch.tensor([0, 64, 32]).numpy(),
-    }
-    settings = {"num_landmarks": 8} | (PLUGIN_FIELDS if sampler == FARTHEST_POINTS else {"prefix_tokens": 1})
-    nodes = [
-        helper.make_node("Conv", ["pixel_values", "kernel"], ["patches"], strides=[4, 4], name="patches"),
-        helper.make_node("Reshape", ["patches", "shape"], ["flat"], name="flatten"),
-        helper.make_node("Transpose", ["flat"], ["heads"], perm=[0, 1, 3, 2], name="heads"),
-        helper.make_node("Reshape", ["heads", "hidden_shape"], ["hidden"], name="hidden"),
-        helper.make_node(sampler, ["hidden"], ["landmarks"], name="/blocks.0/sampler", domain=DOMAIN, **settings),
-        helper.make_node(
-            ATTENTION, ["heads", "heads", "heads", "landmarks", "bias"], ["mixed"], name="/blocks.0/fna", domain=DOMAIN,
-            scale=0.25, iterations=6, exact_rows=1, **PLUGIN_FIELDS,
-        ),
-        helper.make_node(extra or "Relu", ["mixed"], ["tokens"], name="last"),
-    ]  # fmt: skip
-    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "tiny", [pixels], [tokens], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    attach_functions(model, TensorProto.FLOAT)
-    plan = Plan(num_blocks=1, blocks=(BlockPlan(block=0, landmarks=8, sampler="fps"),), prefix_tokens=0)
-    write_metadata(model, FileMetadata(plan=plan, source="tiny", origin="trace", height=32, width=32, patch_size=4))
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +105,3 @@ def test_batch_ranges(text: str, range_: tuple[int, int, int]) -> None:
 def test_batch_ranges_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match="batch"):
         parse_batch(text)
-
-
-def test_targets_are_those_of_the_table() -> None:
-    assert TARGET_NAMES == ("rtx-ampere", "rtx-ada", "rtx-blackwell", "all")
-    with pytest.raises(InvalidArgumentError, match="voodoo.*rtx-ada"):
-        find_targets("voodoo")

@@ -170,7 +170,7 @@ def test_malformed_masks_name_what_is_wrong(mask: str, said: str) -> None:
 
 
 class Planted(nn.Module):
-    """A layer after which some tokens have a large constant added to their residual: massive tokens, by construction."""
+    """A layer after which some tokens have a large constant added to one channel: massive tokens, as they are in the wild."""
 
     def __init__(self, layer: nn.Module, tokens: list[int], constant: float) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Planted(nn.Module):
         output = self.layer(hidden, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         added = torch.zeros(hidden.shape[1], hidden.shape[2])
-        added[self.tokens] = self.constant
+        added[self.tokens, 0] = self.constant
         hidden = hidden + added
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -341,6 +341,31 @@ def test_the_registry_of_tensorrt_rtx_creates_all_plugins(programs: Programs) ->
     assert "scale (kFLOAT32), which is missing" in done.stdout + done.stderr
 
 
+LOADING = """
+import sys
+from pathlib import Path
+import tensorrt_rtx as trt
+from fna.engines.flavours import load_plugins
+from fna.errors import MissingCapabilityError
+
+operators = [("FarthestPointSampling", "1"), ("FastNystromAttention", "1")]
+for _ in range(2):  # a library that is loaded already is not loaded again
+    load_plugins(trt, Path(sys.argv[1]), operators)
+try:
+    load_plugins(trt, Path(sys.argv[1]), [*operators, ("Later", "1")])
+except MissingCapabilityError as error:
+    print(error)
+"""
+
+
+def test_the_builders_loader_loads_the_library_once_and_names_what_it_lacks(programs: Programs) -> None:
+    needs_tensorrt_rtx()
+    command = [sys.executable, "-c", LOADING, str(programs.library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "did not bring Later version 1" in done.stdout
+
+
 REGISTERING = """
 import ctypes
 import sys

@@ -60,6 +60,14 @@ def slim(source: Path, target: Path) -> None:
     onnx.save(onnxslim.slim(onnx.load(source)), target)
 
 
+def simplify(source: Path, target: Path) -> None:
+    import onnxsim
+
+    model, checked = onnxsim.simplify(onnx.load(source))
+    assert checked
+    onnx.save(model, target)
+
+
 def quantize_dynamically(source: Path, target: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
@@ -82,6 +90,7 @@ def quantize(source: Path, target: Path) -> None:
 
 OPTIMISERS: dict[str, Optimiser] = {
     "onnxslim": slim,
+    "onnxsim": simplify,
     "ort_basic": offline(ort.GraphOptimizationLevel.ORT_ENABLE_BASIC),
     "ort_extended": offline(ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED),
     "ort_all": offline(ort.GraphOptimizationLevel.ORT_ENABLE_ALL),

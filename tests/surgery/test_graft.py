@@ -132,6 +132,9 @@ def test_external_data_is_kept_and_copied(plain: Path, tmp_path: Path):
     output = tmp_path / "here" / "out.onnx"
     graft(source, output, GraftOptions(landmarks=3))
     assert (tmp_path / "here" / "weights.bin").read_bytes() == (source.parent / "weights.bin").read_bytes()
+    written = read_metadata(onnx.load(output, load_external_data=False), "out")
+    assert written.original_sha256 == file_sha256(source)
+    assert written.original_data_sha256 == {"weights.bin": file_sha256(source.parent / "weights.bin")}
     ort.InferenceSession(str(output), providers=["CPUExecutionProvider"]).run(None, {"x": random_image()})
 
 

@@ -48,6 +48,10 @@ def test_every_opset_of_the_torchscript_exporter(opset: int, export: Export, tmp
 OPTIMISED = [
     ("core_sdpa", "onnxslim", 2),
     ("packed_timm", "onnxslim", 2),
+    ("core_sdpa", "onnxsim", 2),
+    ("packed_timm", "onnxsim", 2),
+    ("torch_mha", "onnxsim", 2),
+    ("position_bias", "onnxsim", 0),
     ("scale_scores_div", "ort_basic", 2),
     ("scale_scores_div", "ort_extended", 2),  # FusedMatMul
     ("scale_scores_div", "ort_all", 2),  # NCHWc convolutions

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cosine as scipy_cosine_distance
 from sklearn.metrics.pairwise import paired_cosine_distances
 
-from fna.validate.metrics import cosine, measure
+from fna.validate.metrics import RELATIVE_FLOOR, ErrorMeter, cosine, measure
 
 
 def tokens() -> tuple[np.ndarray, np.ndarray]:
@@ -34,12 +35,60 @@ def test_token_outputs_are_compared_token_by_token() -> None:
     assert error.relative_l2 == pytest.approx(np.linalg.norm(reference - actual) / np.linalg.norm(reference), rel=1e-6)
 
 
-def test_a_planted_error_is_found_in_its_image() -> None:
+def test_sqnr_is_pytorchs_mean_square_in_decibels() -> None:
+    reference, actual = tokens()
+    noise = torch.nn.functional.mse_loss(torch.from_numpy(actual), torch.from_numpy(reference)).item()
+    expected = 10 * np.log10(np.square(reference).mean() / noise)
+    assert measure("tokens", reference, actual).sqnr_db == pytest.approx(expected, abs=1e-3)
+    assert measure("tokens", reference, reference).sqnr_db is None
+
+
+def test_the_largest_relative_error_is_numpys_where_no_value_is_near_zero() -> None:
+    reference = np.linspace(1, 2, 40).reshape(2, 20)
+    actual = reference * (1 + 0.1 * torch.rand(2, 20).numpy())
+    error = measure("x", reference, actual)
+    with pytest.raises(AssertionError, match="Max relative difference") as caught:
+        np.testing.assert_allclose(actual, reference, rtol=1e-9)
+    line = next(line for line in str(caught.value).splitlines() if "Max relative difference" in line)
+    assert error.max_rel == pytest.approx(float(line.split()[-1]), rel=1e-6)
+
+
+def test_values_near_zero_do_not_blow_the_relative_error_up() -> None:
+    reference = np.array([[0.0, 1.0, 1.0, 1.0]])
+    error = measure("x", reference, reference + np.array([[1e-3, 0, 0, 0]]))
+    assert error.max_rel == pytest.approx(1e-3 / (RELATIVE_FLOOR * np.sqrt(0.75)))
+
+
+def test_every_token_position_has_its_own_errors() -> None:
+    reference, actual = tokens()
+    each = measure("tokens", reference, actual, prefix_tokens=1).tokens
+    assert each is not None
+    for position in range(10):
+        alone = measure(
+            "one", reference[:, position : position + 1], actual[:, position : position + 1], prefix_tokens=0
+        )
+        assert each.relative_l2[position] == pytest.approx(alone.relative_l2, rel=1e-6)
+        assert each.max_abs[position] == pytest.approx(alone.max_abs, rel=1e-6)
+        assert each.sqnr_db[position] == pytest.approx(alone.sqnr_db, abs=1e-3)
+        distances = [scipy_cosine_distance(reference[item, position], actual[item, position]) for item in range(3)]
+        assert each.cosine_min[position] == pytest.approx(1 - max(distances), abs=1e-6)
+        assert each.cosine_mean[position] == pytest.approx(1 - np.mean(distances), abs=1e-6)
+
+
+def test_images_one_by_one_give_what_all_at_once_give() -> None:
+    reference, actual = tokens()
+    meter = ErrorMeter("tokens", 1)
+    for one, other in zip(reference, actual, strict=True):
+        meter.add(one[None], other[None])
+    assert meter.result() == measure("tokens", reference, actual, prefix_tokens=1)
+
+
+def test_a_planted_error_is_found_in_its_image_and_token() -> None:
     reference, _ = tokens()
     actual = reference.copy()
     actual[2, 5] *= -1
     error = measure("tokens", reference, actual, prefix_tokens=1)
-    assert error.worst_item == 2
+    assert (error.worst_item, error.worst_token) == (2, 5)
     assert error.cosine_min == pytest.approx(-1)
 
 
@@ -49,6 +98,7 @@ def test_other_outputs_are_compared_item_by_item() -> None:
     assert error.cosine_min == pytest.approx(1)
     assert error.relative_l2 == pytest.approx(1)
     assert error.cosine_patches is None
+    assert error.tokens is None
 
 
 def test_values_that_are_not_finite_are_counted() -> None:

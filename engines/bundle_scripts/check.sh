@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Builds the engine if it is not there, runs it on the recorded photographs, compares its outputs with the recorded ones, and times
+# it. Needs no Python. Prints the power mode and the clocks beside the latency, which means nothing without them.
+#
+# Exit codes: 0 within tolerance; 1 an output is out of tolerance, or a layer of the plugin is missing or runs in another precision;
+# 2 and 3 as build_engine.sh.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: ./check.sh [--runs N] [--graph] [options of build_engine.sh]
+
+  --runs N   timed runs (100); 0 checks only
+  --graph    time a CUDA graph instead of single launches
+END
+}
+
+say() { printf '%s\n' "$*"; }
+fail() {
+  local code=$1
+  shift
+  printf 'check.sh: %s\n' "$*" >&2
+  exit "$code"
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+runs=100
+options=()
+build=()
+while (($#)); do
+  case $1 in
+    --runs)
+      [[ ${2:-} =~ ^[0-9]{1,7}$ ]] || fail 2 "--runs needs a number; see --help"
+      runs=$2
+      shift
+      ;;
+    --graph) options+=(--graph) ;;
+    --dry-run) fail 2 "--dry-run is an option of build_engine.sh" ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --)
+      build+=("$@")
+      break
+      ;;
+    *) build+=("$1") ;;
+  esac
+  shift
+done
+
+./build_engine.sh ${build[@]+"${build[@]}"}
+# shellcheck source=/dev/null
+source ./settings.sh
+# shellcheck source=/dev/null
+source ./build/last.sh
+
+power() {
+  if [[ -r /proc/device-tree/model ]]; then say "machine: $(tr -d '\0' < /proc/device-tree/model)"; fi
+  if [[ -r /etc/nv_tegra_release ]]; then say "release: $(head -n 1 /etc/nv_tegra_release)"; fi
+  if command -v nvpmodel > /dev/null; then say "power mode: $(nvpmodel -q 2> /dev/null | tr '\n' ' ' || true)"; fi
+  if command -v jetson_clocks > /dev/null; then
+    # It wants root; ask only where that needs no password.
+    if clocks=$(jetson_clocks --show 2> /dev/null || sudo -n jetson_clocks --show 2> /dev/null); then
+      say "$clocks" | grep -E 'GPU|EMC|cpu0' || true
+    else
+      say "jetson_clocks --show needs root; run it with sudo to see whether the clocks are fixed"
+    fi
+  fi
+  local unit
+  for unit in /sys/class/devfreq/*gpu* /sys/class/devfreq/*gpc*; do
+    if [[ -r $unit/cur_freq ]]; then
+      say "GPU clock: ${unit##*/} $(($(< "$unit/cur_freq") / 1000000)) MHz, at most $(($(< "$unit/max_freq") / 1000000)) MHz"
+    fi
+  done
+  if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu --format=csv 2> /dev/null || true
+  fi
+}
+
+tolerance=TOLERANCE_$PRECISION
+read -r relative_l2 cosine <<< "${!tolerance}"
+options+=(--relative-l2 "$relative_l2" --cosine "$cosine" --runs "$runs" --json build/check.json)
+for entry in "${CHECK_INPUTS[@]}"; do options+=(--input "$entry"); done
+for entry in "${CHECK_OUTPUTS[@]}"; do options+=(--expect "$entry"); done
+if [[ -n $PLUGIN ]]; then options+=(--plugin "$PLUGIN" --plugin-layers "check/plugin_layers.$PRECISION.txt"); fi
+
+say "reference: $REFERENCE; tolerance at $PRECISION: relative L2 $relative_l2, cosine $cosine"
+power
+code=0
+"$RUNNER" "$ENGINE" "${options[@]}" || code=$?
+if ((runs > 0 && code < 2)); then
+  say "after the timed runs:"
+  power
+fi
+case $code in
+  0) say "check passed; numbers in build/check.json" ;;
+  1) say "check FAILED; numbers in build/check.json" >&2 ;;
+esac
+exit "$code"

@@ -1,0 +1,156 @@
+"""Which nodes of an ONNX file belong to which transformer block.
+
+A block runs from where the residual stream enters it to where it enters the next. The attention operators are anchors: an
+`fna` node, a softmax whose result is multiplied, or the standard `Attention`. Between two anchors the stream's last
+tensor that everything passes through, and that also flows past the next attention, is where the next block begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx import GraphProto, ModelProto, NodeProto
+
+from fna.errors import InvalidArgumentError
+from fna.export.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+
+_SHAPE_ONLY = ("Shape", "Size")
+_PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
+_PASSED = ("Cast", "Dropout", "Identity", "Where", "Reshape", "QuantizeLinear", "DequantizeLinear")
+
+Consumers = dict[str, list[int]]
+"""Indices of the nodes that use a tensor's values, by its name."""
+
+
+def find_blocks(model: ModelProto, num_blocks: int) -> dict[str, int]:
+    """Return the block number of each output tensor of a node; tensors outside all blocks are left out.
+
+    Args:
+        model: with its nodes in topological order.
+        num_blocks: attention blocks, as the file's plan counts them.
+
+    Raises:
+        InvalidArgumentError: if the file does not hold that many attention operators.
+    """
+    graph = model.graph
+    nodes = list(graph.node)
+    consumers = _consumers(graph)
+    found = [_attention_end(node, index, nodes, consumers) for index, node in enumerate(nodes)]
+    anchors = sorted({index for index in found if index is not None})
+    if len(anchors) != num_blocks:
+        raise InvalidArgumentError(
+            f"the file's plan has {num_blocks} attention blocks, but {len(anchors)} attention operators are recognised in it, so "
+            "blocks cannot be told apart"
+        )
+    starts = [
+        _stream_before(nodes, consumers, left, right) for left, right in zip([None, *anchors], anchors, strict=False)
+    ]
+    ends = [*starts[1:], _stream_after(nodes, consumers, anchors, starts)]
+    return {
+        name: block
+        for block, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for index in _between(nodes, consumers, start, end)
+        for name in nodes[index].output
+    }
+
+
+def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], consumers: Consumers) -> int | None:
+    """The node in which attention that starts at `node` ends: itself, or where the softmax meets the values."""
+    ours = node.domain == DOMAIN and node.op_type in (ATTENTION, MASKED_ATTENTION)
+    if ours or (node.domain != DOMAIN and node.op_type == "Attention"):
+        return index
+    if node.op_type != "Softmax":
+        return None
+    waiting = [(index, 0)]
+    while waiting:
+        place, depth = waiting.pop(0)
+        for follower in _next(nodes, consumers, place):
+            if nodes[follower].op_type in _PRODUCTS:
+                return follower
+            if nodes[follower].op_type in _PASSED and depth < 4:
+                waiting.append((follower, depth + 1))
+    return None
+
+
+def _consumers(graph: GraphProto) -> Consumers:
+    """Indices of the nodes that use a tensor's values; those that use its shape alone do not count."""
+    found: Consumers = {}
+    for index, node in enumerate(graph.node):
+        if node.op_type not in _SHAPE_ONLY:
+            for name in dict.fromkeys(node.input):
+                found.setdefault(name, []).append(index)
+    return found
+
+
+def _next(nodes: Sequence[NodeProto], consumers: Consumers, index: int) -> list[int]:
+    return [follower for name in nodes[index].output for follower in consumers.get(name, [])]
+
+
+def _reached(nodes: Sequence[NodeProto], consumers: Consumers, start: int, without: int | None = None) -> set[int]:
+    found, waiting = set(), [start]
+    while waiting:
+        for follower in _next(nodes, consumers, waiting.pop()):
+            if follower not in found and follower != without:
+                found.add(follower)
+                waiting.append(follower)
+    return found
+
+
+def _leading_to(nodes: Sequence[NodeProto], consumers: Consumers, target: int) -> set[int]:
+    producers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    found, waiting = set(), [target]
+    while waiting:
+        node = nodes[waiting.pop()]
+        for name in node.input:
+            index = producers.get(name)
+            if index is not None and index not in found and nodes[index].op_type not in _SHAPE_ONLY:
+                found.add(index)
+                waiting.append(index)
+    return found
+
+
+def _bottlenecks(nodes: Sequence[NodeProto], consumers: Consumers, path: Sequence[int], target: int) -> list[int]:
+    """Nodes of `path`, in order, that everything on it passes through on its way to `target`."""
+    inside, furthest, found = {*path, target}, -1, []
+    for index in path:
+        if furthest <= index:
+            found.append(index)
+        furthest = max([furthest, *(follower for follower in _next(nodes, consumers, index) if follower in inside)])
+    return found
+
+
+def _stream_before(nodes: Sequence[NodeProto], consumers: Consumers, left: int | None, right: int) -> int | None:
+    """The node whose output is the residual stream that enters the block of attention `right`."""
+    leading = _leading_to(nodes, consumers, right)
+    path = sorted(leading if left is None else leading & _reached(nodes, consumers, left))
+    for index in reversed(_bottlenecks(nodes, consumers, path, right)):
+        if any(not nodes[other].output or other > right for other in _reached(nodes, consumers, index, without=right)):
+            return index
+    return None
+
+
+def _stream_after(
+    nodes: Sequence[NodeProto], consumers: Consumers, anchors: Sequence[int], starts: Sequence[int | None]
+) -> int | None:
+    """The end of the last block: the bottleneck at the same place behind its attention as in the block before."""
+    last = anchors[-1]
+    behind = sorted(_reached(nodes, consumers, last))
+    if len(anchors) == 1 or starts[-1] is None:
+        return None
+    before = sorted(_leading_to(nodes, consumers, anchors[-1]) & _reached(nodes, consumers, anchors[-2]))
+    places = _bottlenecks(nodes, consumers, before, anchors[-1])
+    place = places.index(starts[-1])
+    bottlenecks = _bottlenecks(nodes, consumers, behind, len(nodes))
+    same = [index for index in bottlenecks[place:] if nodes[index].op_type == nodes[starts[-1]].op_type]
+    return same[0] if same else None
+
+
+def _between(nodes: Sequence[NodeProto], consumers: Consumers, start: int | None, end: int | None) -> list[int]:
+    """The nodes after the block's first tensor up to its last."""
+    if start is None:
+        found = set(range(len(nodes)))
+    else:
+        found = _reached(nodes, consumers, start)
+    if end is None:
+        return sorted(found)
+    return sorted((found & _leading_to(nodes, consumers, end)) | {end})

@@ -1,0 +1,169 @@
+"""`fna bundle`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fna.commands.options import (
+    image_options,
+    json_option,
+    load_photographs,
+    make_console,
+    parse_resolution,
+    progress,
+    quiet_option,
+)
+from fna.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from fna.engines.bundle import BundleManifest
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@click.command("bundle", short_help="Pack what a device needs to build, check and time its own engine.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write, or an archive: NAME.tar.zst.")
+@click.option("--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
+@click.option(
+    "--batch",
+    default="1",
+    show_default=True,
+    help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual).",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    metavar="P[,P...]",
+    help="Models to hold: fp32, fp16, bf16, the default first; build_engine.sh --precision chooses.  [default: the file's]",
+)
+@click.option("--keep-fp32", help="Blocks that stay fp32 in models that are cast, as in 0,11.")
+@click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@click.option(
+    "--record",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Photographs to record inputs and outputs of.",
+)
+@click.option(
+    "--plugin",
+    "table",
+    type=click.Path(path_type=Path),
+    help="Folder of make plugin's kernels and libraries.  [default: build/plugin]",
+)
+@click.option(
+    "--triton-repository",
+    "repository",
+    type=click.Path(path_type=Path),
+    help="Write a Triton Inference Server model repository to this folder.",
+)
+@click.option("--verify", is_flag=True, help="Check FILE, a bundle, instead: every file and its SHA-256.")
+@image_options
+@json_option
+@quiet_option
+def command(
+    file: Path,
+    output: Path | None,
+    target: str | None,
+    batch: str,
+    precisions: str | None,
+    keep_fp32: str | None,
+    resolution: str | None,
+    record: int,
+    table: Path | None,
+    repository: Path | None,
+    verify: bool,
+    images: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Pack FILE, as fna export or fna graft wrote it, for a device that has TensorRT but no Python.
+
+    The bundle holds both lowerings of the model, the plugin, a C++ runner, and recorded photographs with the outputs that PyTorch
+    gives. On the device ./check.sh builds the engine, compares its outputs, and times it.
+    """
+    if verify:
+        _verify(file, json_file, quiet)
+        return
+    if output is None and repository is None:
+        raise InvalidArgumentError("--output is needed to make a bundle, or --triton-repository to make only that")
+    if output is not None and target is None:
+        raise InvalidArgumentError("--target is needed to make a bundle, as in --target jetson-agx-orin")
+    size = parse_resolution(resolution)
+    lines = []
+    with progress(quiet) as say:
+        say("importing PyTorch")
+        from fna.engines.build import parse_batch
+        from fna.engines.triton import write_triton_repository
+        from fna.export.files import write_text
+
+        range_ = parse_batch(batch)
+        if output is not None and target is not None:
+            from fna.engines.bundle_write import DEFAULT_TABLE, BundleOptions, write_bundle
+            from fna.engines.targets import find_target
+            from fna.export.precision import parse_blocks
+
+            device = find_target(target)
+            photographs, skipped = load_photographs(images)
+            options = BundleOptions(
+                device,
+                photographs[:record],
+                range_,
+                _parse_precisions(precisions),
+                parse_blocks(keep_fp32),
+                size,
+                table or DEFAULT_TABLE,
+            )
+            manifest, notes = write_bundle(file, output, options, say)
+            lines += [_describe(manifest, output), *notes]
+            if skipped:
+                lines.append(f"skipped {len(skipped)} unreadable: {'; '.join(skipped)}")
+            if json_file is not None:
+                write_text(json_file, manifest.model_dump_json(indent=2) + "\n")
+        if repository is not None:
+            say("writing the model repository")
+            written = write_triton_repository(file, repository, batch=range_, resolution=size)
+            lines.append(f"{repository}: Triton models {', '.join(written.models)}")
+            lines += [f"left out {reason}" for reason in written.left_out]
+    for line in lines:
+        make_console(quiet).print(line)
+
+
+def _parse_precisions(text: str | None) -> tuple[Any, ...]:
+    chosen = tuple(part.strip() for part in text.split(",")) if text is not None else ()
+    for precision in chosen:
+        if precision not in PRECISIONS:
+            raise InvalidArgumentError(
+                f"--precision {precision!r} cannot be bundled; choose from {', '.join(PRECISIONS)}, as in fp16,fp32"
+            )
+    return chosen
+
+
+def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
+    with progress(quiet) as say:
+        say(f"checking {file.name}")
+        from fna.engines.bundle import open_bundle
+        from fna.export.files import write_text
+
+        with open_bundle(file) as bundle:
+            if json_file is not None:
+                write_text(json_file, bundle.manifest.model_dump_json(indent=2) + "\n")
+    make_console(quiet).print(_describe(bundle.manifest, file) + f"\nwhole; digest {bundle.digest}")
+
+
+def _describe(manifest: BundleManifest, place: Path) -> str:
+    megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    plugin = manifest.plugin
+    parts = [
+        f"{place}: {len(manifest.files)} files, {megabytes:.1f} MB for {manifest.target}",
+        f"{', '.join(manifest.check.tolerances)}, {manifest.lowering} lowering",
+        f"{len(manifest.check.images)} photographs recorded",
+    ]
+    if plugin is not None:
+        machines = f"prebuilt for {', '.join(plugin.prebuilt)}" if plugin.prebuilt else "no prebuilt library"
+        parts.append(f"plugin with {len(plugin.layers)} layers, {machines}")
+    return "; ".join(parts)

@@ -1,0 +1,105 @@
+"""`fna doctor` prints whatever happens, and says of each target whether it can be built here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fna.cli import main
+from fna.engines import device, doctor
+from fna.engines.targets import TARGETS
+
+
+def test_every_target_gets_a_verdict_for_both_flavours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["targets"]) == {target.name for target in TARGETS}
+    for verdicts in report["targets"].values():
+        assert set(verdicts) == {"tensorrt", "tensorrt-rtx"}
+        assert all(reason for reason in verdicts.values())
+    assert report["python"].startswith(".".join(map(str, sys.version_info[:3])))
+
+
+def test_probes_that_fail_say_so_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise RuntimeError("on fire")
+
+    for name in ("_lines", "_output", "read_gpu", "default_plugin"):
+        monkeypatch.setattr(doctor, name, fail)
+    monkeypatch.setattr(doctor.subprocess, "run", fail)
+    report = doctor.diagnose()
+    text = doctor.format_report(report)
+    assert "could not be found out (RuntimeError: on fire)" in report["gpu"]
+    assert "packages:" in text
+    assert "jetson-agx-orin" in text
+
+
+GPU = {"name": "Orin", "capability": 8.7, "memory": "61 GiB", "multiprocessors": 16, "CUDA": "12.6"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plugin", "verdict"),
+    [
+        (GPU, True, "yes"),
+        (GPU, False, "the plugin is not built; make plugin builds it"),
+        (
+            GPU | {"name": "Thor", "capability": 11.0},
+            True,
+            "builds on the device itself, and this machine's GPU is Thor (11.0)",
+        ),
+        ("none: no driver", True, "builds on the device itself, and this machine has no GPU"),
+    ],
+    ids=["all there", "no plugin", "another GPU", "no GPU"],
+)
+def test_what_tensorrt_needs_to_build_for_an_orin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: object, plugin: bool, verdict: str
+) -> None:
+    library = tmp_path / "libfna_plugin.so"
+    if plugin:
+        library.touch()
+    monkeypatch.setattr(doctor, "default_plugin", lambda: library)
+    report = {"tensorrt": "10.3.0", "gpu": gpu, "plugin": "not built; make plugin builds it"}
+    orin = next(target for target in TARGETS if target.name == "jetson-agx-orin")
+    assert doctor._verdict("tensorrt", orin, report).endswith(verdict)
+
+
+def test_it_imports_the_standard_library_alone() -> None:
+    """In an interpreter that has no site-packages at all."""
+    folder = Path(doctor.__file__).parent
+    for name in ("doctor", "device", "flavours", "targets"):
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        outside = {module for module in modules if module.split(".")[0] not in {*sys.stdlib_module_names, "fna"}}
+        assert outside == set()
+        ours = {module for module in modules if module.split(".")[0] == "fna"}
+        assert ours <= {"fna.errors", "fna.engines.device", "fna.engines.flavours", "fna.engines.targets"}
+
+
+def test_it_runs_as_a_module_without_click(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise ImportError('no click')")
+    (tmp_path / "numpy.py").write_text("raise ImportError('no numpy')")
+    done = subprocess.run(
+        [sys.executable, "-m", "fna.engines.doctor"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "what can be built here:" in done.stdout
+
+
+def test_without_a_driver_the_gpu_is_none_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_name: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(device.ctypes, "CDLL", absent)
+    assert device.find_gpu() is None
+    with pytest.raises(device.NoGpuError, match=r"libcuda\.so\.1"):
+        device.read_gpu()

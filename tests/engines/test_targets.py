@@ -1,0 +1,43 @@
+"""The table of devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from fna.engines.targets import TARGET_NAMES, TARGETS, find_target, find_targets
+from fna.errors import InvalidArgumentError
+
+ISSUE = """jetson-orin-nano jetson-orin-nx jetson-agx-orin jetson-thor rtx-turing rtx-ampere rtx-ada rtx-blackwell
+    l4 t4 a100 h100 h200"""
+
+
+def test_the_table_has_every_device_that_was_asked_for() -> None:
+    assert list(TARGET_NAMES) == [*ISSUE.split(), "all"]
+
+
+def test_all_is_what_tensorrt_rtx_builds_for() -> None:
+    capabilities = {capability for target in find_targets("all") for capability in target.capabilities}
+    assert capabilities == {80, 86, 89, 120}
+
+
+def test_several_targets_are_named_with_commas() -> None:
+    assert [target.name for target in find_targets("rtx-ada, l4")] == ["rtx-ada", "l4"]
+
+
+def test_an_unknown_target_is_refused_with_the_list() -> None:
+    with pytest.raises(InvalidArgumentError, match="voodoo.*rtx-ada"):
+        find_targets("rtx-ada,voodoo")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_rates_and_lowerings_are_consistent(target) -> None:
+    """Tensor cores are 2 to 32 times as fast as the rest; only chips that the kernels are compiled for get the plugin."""
+    assert 1 < target.fp16_tflops / target.fp32_tflops <= 33
+    assert target.fp32_tflops / target.multiprocessors < 1
+    assert target.memory_gib >= 8
+    assert target.bandwidth_gb_s > 60
+    assert (target.lowering == "plugin") == (min(target.capabilities) >= 80)
+    assert ("bf16" in target.precisions) == (min(target.capabilities) >= 80)
+    assert set(target.systems.values()) <= {"10.3", "10.13"}
+    assert bool(target.systems) == target.name.startswith("jetson")
+    assert find_target(target.name) is target

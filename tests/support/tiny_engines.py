@@ -1,0 +1,55 @@
+"""A model as small as an engine can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from fna.export.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, PLUGIN_FIELDS, attach_functions
+from fna.export.metadata import FileMetadata, write_metadata
+from fna.plan import BlockPlan, Plan
+
+
+def write_model(
+    path: Path, *, sampler: str = FARTHEST_POINTS, extra: str | None = None, element_type: int = TensorProto.FLOAT
+) -> Path:
+    """A file with one FNA block over the patches of 32-pixel images, as small as an engine can be."""
+    torch.manual_seed(0)
+    pixels = helper.make_tensor_value_info("pixel_values", element_type, ["batch", 3, 32, 32])
+    tokens = helper.make_tensor_value_info("tokens", element_type, None)
+    constants = {
+        "kernel": torch.randn(32, 3, 4, 4).numpy().astype(helper.tensor_dtype_to_np_dtype(element_type)),
+        "shape": torch.tensor([0, 2, 16, 64]).numpy(),
+        "bias": torch.zeros(1, 8).numpy(),
+        "hidden_shape": torch.tensor([0, 64, 32]).numpy(),
+    }
+    settings = {"num_landmarks": 8} | (PLUGIN_FIELDS if sampler == FARTHEST_POINTS else {"prefix_tokens": 1})
+    nodes = [
+        helper.make_node("Conv", ["pixel_values", "kernel"], ["patches"], strides=[4, 4], name="patches"),
+        helper.make_node("Reshape", ["patches", "shape"], ["flat"], name="flatten"),
+        helper.make_node("Transpose", ["flat"], ["heads"], perm=[0, 1, 3, 2], name="heads"),
+        helper.make_node("Reshape", ["heads", "hidden_shape"], ["hidden"], name="hidden"),
+        helper.make_node(sampler, ["hidden"], ["landmarks"], name="/blocks.0/sampler", domain=DOMAIN, **settings),
+        helper.make_node(
+            ATTENTION, ["heads", "heads", "heads", "landmarks", "bias"], ["mixed"], name="/blocks.0/fna", domain=DOMAIN,
+            scale=0.25, iterations=6, exact_rows=1, **PLUGIN_FIELDS,
+        ),
+        helper.make_node(extra or "Relu", ["mixed"], ["tokens"], name="last"),
+    ]  # fmt: skip
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "tiny", [pixels], [tokens], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    attach_functions(model, element_type)
+    plan = Plan(num_blocks=1, blocks=(BlockPlan(block=0, landmarks=8, sampler="fps"),), prefix_tokens=0)
+    write_metadata(
+        model,
+        FileMetadata(
+            plan=plan, source="tiny", origin="trace", height=32, width=32, patch_size=4,
+            precision="fp32" if element_type == TensorProto.FLOAT else "fp16",
+        ),
+    )  # fmt: skip
+    path.write_bytes(model.SerializeToString())
+    return path

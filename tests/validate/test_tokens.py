@@ -1,0 +1,140 @@
+"""`fna inspect --tokens`: what it prints, writes and draws; and the measurement of what masking changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fna.cli import main
+from fna.export.sources import LoadedModel, wrap_model
+from fna.validate import masking
+from fna.validate.masking import measure_landmarks, measure_photographs, planted, segmentation_smoothness, write_report
+from fna.validate.tokens import TokenReport, survey_photographs
+
+FACTORY = """
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+def tiny(massive=(4, 11)):
+    torch.manual_seed(0)
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)
+    ).eval()
+    model.embeddings.position_embeddings.data[:, list(massive), 0] += 500.0
+    return model
+
+def plain():
+    return tiny(())
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model factory and one photograph."""
+    (tmp_path / "surveyfactory.py").write_text(FACTORY)
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "images" / "noise.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(name: str) -> LoadedModel:
+    space: dict = {}
+    exec(FACTORY, space)
+    return wrap_model(name, space[name]())
+
+
+def photographs() -> list[tuple[str, Image.Image]]:
+    generator = np.random.default_rng(1)
+    return [(name, Image.fromarray(generator.integers(0, 255, (70, 70, 3), dtype=np.uint8))) for name in ("a", "b")]
+
+
+def test_planted_massive_tokens_are_printed_written_and_drawn(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["inspect", "surveyfactory:tiny", "--tokens", "--images", "images", "--resolution", "56"]
+    assert main([*command, "--json", "report.json", "--output", "pictures"]) == 0
+    printed = capsys.readouterr().out
+    assert "massive 4 at row 0, column 3" in printed
+    assert "massive 11 at row 2, column 2" in printed
+    assert "skipped broken.png" in printed
+    assert "8 massive and" in printed  # two tokens in four blocks
+    report = TokenReport.model_validate_json((here / "report.json").read_text())
+    for block in report.images[0].blocks:
+        assert [(token.token, token.row, token.column) for token in block.massive] == [(4, 0, 3), (11, 2, 2)]
+        assert all(token.value > 400 for token in block.massive)
+        assert block.gap > report.minimal_ratio
+    with Image.open(here / "pictures" / "tokens-noise.png") as picture:
+        red, green, blue = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int).T
+    assert ((red > 180) & (green < 90) & (blue < 90)).sum() > 100  # two squares in each of four panels
+
+
+def test_a_model_with_none_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "surveyfactory:plain", "--tokens", "--images", "images", "--json", "-", "--quiet"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert all(not block["massive"] for block in answer["images"][0]["blocks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x.onnx", "--tokens"], "--tokens looks into a PyTorch model"),
+        (["x.onnx", "--resolution", "56"], "belong to --tokens"),
+        (["surveyfactory:plain", "--tokens", "--images", "nowhere"], "image folder nowhere does not exist"),
+        (["surveyfactory:plain", "--tokens", "--images", "images", "--resolution", "60"], "60 is not a multiple"),
+        (["surveyfactory:plain", "--tokens", "--output", "no/where"], "output folder no/where cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_smoothness_is_the_share_of_neighbours_in_one_segment() -> None:
+    left_right = np.zeros((4, 6, 2), np.float32)
+    left_right[:, :3, 0], left_right[:, 3:, 1] = 1, 1
+    pairs = 3 * 6 + 4 * 5
+    assert segmentation_smoothness(left_right.reshape(24, 2), (4, 6), 2) == pytest.approx((pairs - 4) / pairs)
+    chequered = np.eye(2, dtype=np.float32)[np.indices((4, 6)).sum(0) % 2]
+    assert segmentation_smoothness(chequered.reshape(24, 2), (4, 6), 2) == 0.0
+
+
+def test_planting_ends_with_its_context() -> None:
+    model = load("plain")
+    before = survey_photographs(model, photographs()[:1], (56, 56))
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(masking, "PLANTED_BLOCK", 1)
+        patcher.setattr(masking, "PLANTED_TOKENS", 2)
+        patcher.setattr(masking, "PLANTED_CHANNELS", (7,))
+        with planted(model, True):
+            during = survey_photographs(model, photographs()[:1], (56, 56))
+    assert [len(block.massive) for block in during.images[0].blocks] == [0, 2, 2, 2]
+    assert survey_photographs(model, photographs()[:1], (56, 56)) == before
+
+
+def test_the_measurement_of_masking_runs_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
+    monkeypatch.setattr(masking, "PLANTED_TOKENS", 2)
+    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
+    model = load("plain")
+    results = measure_photographs(model, photographs(), 56, 4)
+    choices = measure_landmarks(model, photographs(), 56, 4)
+    assert len(results) == 2 * 2 * 2 * 5
+    first = results[0]
+    assert (first.attention, first.mask, first.planted, first.masked_tokens) == ("exact", "none", False, 0)
+    assert first.patch_cosine == pytest.approx(1.0)
+    by_condition = {(r.attention, r.mask, r.planted): r for r in results if r.image == "a"}
+    assert by_condition["exact", "massive", True].masked_tokens == 4  # two tokens in the two blocks after the planting
+    assert by_condition["exact", "massive", False].patch_cosine == pytest.approx(1.0)
+    guaranteed = next(c for c in choices if c.planted and c.landmarks == "massive guaranteed")
+    assert guaranteed.artifacts_or_massive == 2 * 2 * 2  # images, blocks, tokens
+    report = write_report(results, [], choices)
+    assert "| planted | exact | massive, sinks |" in report
+    assert torch.isfinite(torch.tensor([c.error for c in choices])).all()
