@@ -168,7 +168,7 @@ PROBE = """<script>addEventListener("load", () => {
 def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (tests/install_browser.sh)")
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (tests/install_programs.sh)")
     return found
 
 
