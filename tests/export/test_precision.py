@@ -251,5 +251,5 @@ def test_the_export_command_casts_what_it_traces(tmp_path: Path, capsys: pytest.
     assert [entry.name for entry in tmp_path.iterdir()] == ["half.onnx"]
     report = tmp_path / "errors.json"
     assert main(["validate", str(path), "--output", str(tmp_path / "out"), "--json", str(report)]) == 0
-    steps = {step["step"]: step for step in json.loads(report.read_text())["steps"]}
-    assert 1e-5 < steps["export"]["errors"][0]["relative_l2"] < 2e-3
+    steps = {step["step"]: step for step in json.loads(report.read_text())["validation"]["steps"]}
+    assert 1e-5 < steps["precision"]["errors"][0]["relative_l2"] < 2e-3
