@@ -40,6 +40,7 @@ help: ## Print the goals and the build folder's layout
 	@echo "                 the TensorRT-RTX engine; its manifest lies beside it as .engine.json"
 	@echo "             $(BUILD)/validate/  report.html, its numbers as JSON, saliency overlay as PNG; CHECKS= for the budget alone"
 	@echo "             $(BUILD)/bench/     dense against FNA, as JSON, CSV and a plot"
+	@echo "             $(BUILD)/bundle/    what goes to a device, a folder for each TARGET"
 
 setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
 
@@ -73,7 +74,7 @@ bench: $(STAMP) ## Time dense against FNA on this machine
 	    --json $(BUILD)/bench/onnxruntime.json --csv $(BUILD)/bench/onnxruntime.csv --plot $(BUILD)/bench/onnxruntime.svg
 
 test: $(STAMP) lint ## Run lint and all tests
-	@tests/install_browser.sh
+	@tests/install_programs.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## Check formatting, style and types

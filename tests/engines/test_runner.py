@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -198,3 +199,114 @@ def test_help_tells_every_option(runner: Path) -> None:
         "--check-plugin",
     ):
         assert option in done.stdout
+
+
+class StandInDevice:
+    """The runner with a stand-in driver, on an "engine" that doubles [batch, 4]; see stand_in/runtime.hpp and stand_in/cuda.cpp."""
+
+    def __init__(self, runner: Path, driver: Path, folder: Path) -> None:
+        self.runner, self.driver, self.folder = runner, driver, folder
+        self.items = np.arange(20, dtype=np.float32).reshape(5, 4) - 7
+        np.save(folder / "x.npy", self.items)
+        np.save(folder / "doubled.npy", self.items * 2)
+        (folder / "x.raw").write_bytes(self.items.tobytes())
+        (folder / "engine").write_text("doubles")
+        (folder / "layers.txt").write_text("/blocks.0/fna\tfp16\n")
+
+    def run(self, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.runner), *map(str, arguments)]
+        settings = {**os.environ, "LD_LIBRARY_PATH": str(self.driver), **env}
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder, env=settings)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    compile_cpp("-shared", "-fPIC", Path(__file__).parent / "stand_in" / "cuda.cpp", "-o", folder / "libcuda.so.1")
+    return folder
+
+
+@pytest.fixture
+def device(runner: Path, driver: Path, tmp_path: Path) -> StandInDevice:
+    return StandInDevice(runner, driver, tmp_path)
+
+
+def test_all_items_run_in_batches_and_outputs_are_compared_and_written(device: StandInDevice) -> None:
+    """Five items in batches of two: the last batch wraps around, and its second output is dropped."""
+    done = device.run("engine", "--input", "x=x.npy", "--expect", "doubled=doubled.npy", "--output", ".", "--runs", 0)
+    assert done.returncode == 0, done.stderr
+    assert "device: Stand-in GPU, compute capability 8.7, driver for CUDA 12.6" in done.stdout
+    assert re.search(r"doubled +0.00e\+00 +1.000000 +0.00e\+00 +ok", done.stdout)
+    assert "stand-in context: batch 2" in done.stdout
+    (device.folder / "doubled.npy").rename(device.folder / "written.npy")
+    assert np.array_equal(np.load(device.folder / "written.npy"), device.items * 2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_of_the_profile_gives_the_same_outputs(device: StandInDevice, batch: int) -> None:
+    (device.folder / "out").mkdir()
+    done = device.run("engine", "--input", "x.raw", "--batch", batch, "--output", "out", "--runs", 0)
+    assert done.returncode == 0, done.stderr
+    assert f"stand-in context: batch {batch}" in done.stdout
+    assert np.array_equal(np.load(device.folder / "out" / "doubled.npy"), device.items * 2)
+
+
+def test_timing_is_the_events_median_and_99th_percentile(device: StandInDevice) -> None:
+    record = device.folder / "check.json"
+    done = device.run("engine", "--input", "x.npy", "--runs", 100, "--warm-up", 3, "--json", record)
+    assert done.returncode == 0, done.stderr
+    assert "latency: batch 2, median 50.500 ms, p99 99.000 ms" in done.stdout
+    numbers = json.loads(record.read_text())
+    assert (numbers["median_ms"], numbers["p99_ms"], numbers["batch"], numbers["runs"]) == (50.5, 99, 2, 100)
+    assert (numbers["device"], numbers["cuda_graph"]) == ("Stand-in GPU", False)
+
+
+def test_a_cuda_graph_is_timed_where_the_engine_can_be_captured(device: StandInDevice) -> None:
+    assert "CUDA graph" in device.run("engine", "--input", "x.npy", "--runs", 2, "--graph").stdout
+    done = device.run("engine", "--input", "x.npy", "--runs", 2, "--graph", STAND_IN_NO_CAPTURE="1")
+    assert done.returncode == 0
+    assert "cannot be captured as a CUDA graph" in done.stderr
+    assert "CUDA graph" not in done.stdout
+
+
+def test_wrong_outputs_exit_with_1_and_name_the_output(device: StandInDevice) -> None:
+    (device.folder / "engine").write_text("halves")
+    done = device.run("engine", "--input", "x.npy", "--expect", "doubled.npy", "--runs", 0, "--json", "check.json")
+    assert done.returncode == 1
+    assert "fna_runner: output doubled has relative L2 error 7.50e-01 (tolerance 1e-03)" in done.stderr
+    assert json.loads((device.folder / "check.json").read_text())["failures"]
+
+
+def test_plugin_layers_are_judged_by_name_and_type(device: StandInDevice) -> None:
+    def judge(lines: str) -> subprocess.CompletedProcess[str]:
+        (device.folder / "layers.txt").write_text(lines)
+        return device.run("engine", "--input", "x.npy", "--runs", 0, "--plugin-layers", "layers.txt")
+
+    done = judge("/blocks.0/fna\tfp16\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "plugin layers: 1 of 1; 1 in fp16" in done.stdout
+    done = judge("/blocks.0/fna\tfp32\n/blocks.1/fna\t?\n")
+    assert done.returncode == 1
+    assert "layer /blocks.0/fna runs in fp16, but fp32 was asked for" in done.stderr
+    assert "layer /blocks.1/fna is not in the engine as a plugin layer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "said"),
+    [
+        (["engine", "--input", "x.npy"], {"STAND_IN_GPUS": "0"}, 3, "no NVIDIA GPU that can be used"),
+        (["layers.txt", "--input", "x.npy"], {}, 3, "cannot be loaded here (stand-in runtime: this is no engine)"),
+        (["engine", "--input", "x.npy", "--plugin", "./none.so"], {}, 3, "./none.so does not load"),
+        (["engine"], {}, 2, "input x is missing"),
+        (["engine", "--input", "y=x.npy"], {}, 2, "the engine has no input 'y'; its first is 'x'"),
+        (["engine", "--input", "x.npy", "--batch", "4"], {}, 2, "--batch 4 was asked for, but the engine takes 1 to 3"),
+        (["engine", "--input", "layers.txt"], {}, 2, "is no raw fp32 file"),
+        (["engine", "--input", "x.npy", "--expect", "tripled=x.npy"], {}, 2, "output tripled is expected"),
+    ],
+)
+def test_what_cannot_run_is_one_line(
+    device: StandInDevice, arguments: list[str], env: dict[str, str], code: int, said: str
+) -> None:
+    done = device.run(*arguments, **env)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stderr

@@ -1,14 +1,14 @@
-// A stand-in for libnvinfer.so: the plugin registry and the version, nothing that builds or runs. It loads a plugin library as TensorRT
-// does (dlopen, setLoggerFinder, getCreators), so that scripts and the runner can be tested where there is no TensorRT.
+// A stand-in for libnvinfer.so: the version, a plugin registry that loads a library as TensorRT does (dlopen, getCreators), and the
+// runtime of runtime.hpp, so that scripts and the runner can be tested where there is no TensorRT.
 #include <NvInferRuntime.h>
 #include <NvInferVersion.h>
+
+#include "runtime.hpp"
 
 #include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
 #include <vector>
-
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 
 namespace
 {
@@ -85,7 +85,7 @@ extern "C" __attribute__((visibility("default"))) int32_t getInferLibVersion() n
     return NV_TENSORRT_VERSION;
 }
 
-extern "C" __attribute__((visibility("default"))) void* createInferRuntime_INTERNAL(void*, int32_t) noexcept
+extern "C" __attribute__((visibility("default"))) void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept
 {
-    return nullptr;
+    return new stand_in::Runtime(logger);
 }
