@@ -10,29 +10,36 @@ SAMPLER    ?= grid
 METHOD     ?= weighted
 TARGET     ?= all
 PRECISION  ?= fp32
+CHECKS     ?= --bisect --task --bench quick
 BUILD      ?= build
+PLAN       ?=
 
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 comma  := ,
 NAME   := $(notdir $(subst :,-,$(MODEL)))-$(RESOLUTION)-layers$(subst $(comma),+,$(LAYERS))-s$(LANDMARKS)-$(SAMPLER)-$(METHOD)-$(PRECISION)
+ifneq ($(PLAN),)
+NAME   := $(notdir $(subst :,-,$(MODEL)))-$(basename $(notdir $(PLAN)))-$(PRECISION)
+endif
+HOW    := $(if $(PLAN),--plan $(PLAN),--resolution $(RESOLUTION) --layers $(LAYERS) --landmarks $(LANDMARKS) --sampler $(SAMPLER) --method $(METHOD))
 ONNX   := $(BUILD)/$(NAME).onnx
 ENGINE := $(BUILD)/$(NAME).engine
 
-.PHONY: help setup export engine validate bench test lint clean
+.PHONY: help setup plan export engine validate bench test lint clean
 
 help: ## Print the goals and the build folder's layout
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: MODEL=$(MODEL) RESOLUTION=$(RESOLUTION) LANDMARKS=$(LANDMARKS) LAYERS=$(LAYERS)"
 	@echo "             SAMPLER=$(SAMPLER) METHOD=$(METHOD) TARGET=$(TARGET) PRECISION=$(PRECISION)"
+	@echo "             PLAN=$(PLAN), a plan file instead of RESOLUTION, LANDMARKS, LAYERS, SAMPLER and METHOD"
 	@echo "  Results:   $(ONNX)"
 	@echo "                 the model with FNA nodes; other settings, another file name"
 	@echo "             $(ENGINE)"
 	@echo "                 the TensorRT-RTX engine; its manifest lies beside it as .engine.json"
-	@echo "             $(BUILD)/validate/  errors as JSON, saliency overlay as PNG"
-	@echo "             $(BUILD)/bench/     dense against FNA, as JSON"
+	@echo "             $(BUILD)/validate/  report.html, its numbers as JSON, saliency overlay as PNG; CHECKS= for the budget alone"
+	@echo "             $(BUILD)/bench/     dense against FNA, as JSON, CSV and a plot"
 	@echo "             $(BUILD)/bundle/    what goes to a device, a folder for each TARGET"
 
 setup: $(STAMP) ## Make .venv and install everything, versions pinned by constraints.txt
@@ -44,10 +51,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -rf fna.egg-info  # it would hide the installed entry points from a Python started here
 	@touch $@
 
+plan: $(STAMP) ## Choose blocks, heads and landmarks: build/plan.json, for make export PLAN=build/plan.json
+	@mkdir -p $(BUILD)
+	$(BIN)/fna plan $(MODEL) -o $(BUILD)/plan.json --resolution $(RESOLUTION) --plot $(BUILD)/pareto.png
+
 export: $(STAMP) ## Write the ONNX file with FNA
 	@mkdir -p $(BUILD)
-	$(BIN)/fna export $(MODEL) -o $(ONNX) --resolution $(RESOLUTION) --layers $(LAYERS) --landmarks $(LANDMARKS) \
-	    --sampler $(SAMPLER) --method $(METHOD) --precision $(PRECISION)
+	$(BIN)/fna export $(MODEL) -o $(ONNX) $(HOW) --precision $(PRECISION)
 
 engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export
@@ -55,14 +65,16 @@ engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
 
 validate: $(STAMP) ## Measure how far the result is from PyTorch, step by step
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export
-	$(BIN)/fna validate $(if $(wildcard $(ENGINE)),$(ENGINE),$(ONNX)) --output $(BUILD)/validate
+	$(BIN)/fna validate $(if $(wildcard $(ENGINE)),$(ENGINE),$(ONNX)) --output $(BUILD)/validate $(CHECKS) \
+	    --report $(BUILD)/validate/report.html
 
 bench: $(STAMP) ## Time dense against FNA on this machine
 	@mkdir -p $(BUILD)/bench
 	$(BIN)/fna bench $(MODEL) --backend onnxruntime --layers all --landmarks 64 --resolution 518 --resolution 1022 \
-	    --json $(BUILD)/bench/onnxruntime.json
+	    --json $(BUILD)/bench/onnxruntime.json --csv $(BUILD)/bench/onnxruntime.csv --plot $(BUILD)/bench/onnxruntime.svg
 
 test: $(STAMP) lint ## Run lint and all tests
+	@tests/install_browser.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## Check formatting, style and types

@@ -54,6 +54,9 @@ class BatchRange:
     largest: int
 
 
+DEFAULT_BATCH = BatchRange(1, 1, 8)
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What an engine is built for, and how.
@@ -61,7 +64,7 @@ class BuildOptions:
     Attributes:
         backend: the TensorRT flavour.
         targets: devices; none means all that TensorRT-RTX takes, or the device that TensorRT runs on.
-        batch: batch sizes that the engine takes.
+        batch: batch sizes that the engine takes; None is 1 to 8 tuned for 1, or the file's own where it is fixed.
         resolutions: heights and widths for files that leave them open; an optimisation profile for each.
         lowering: `plugin` or `portable`; None is what the flavour and the targets take.
         plugin: the plugin library; None is where `make plugin` puts it.
@@ -70,11 +73,13 @@ class BuildOptions:
         timing_cache: file or folder that keeps measured kernel times between builds; None keeps none. Only TensorRT measures.
         hardware_compatible: an engine for every chip from Ampere on, at the cost of speed. Only TensorRT.
         version_compatible: an engine that later versions of the same major version run too. Only TensorRT.
+        tf32: whether fp32 products may be computed in TF32, with 10 bits of mantissa. FNA's insides are fp32 products in the portable
+            lowering, and lose with it about as much as fp16 does, or more.
     """
 
     backend: Flavour = "tensorrt-rtx"
     targets: tuple[Target, ...] = ()
-    batch: BatchRange = BatchRange(1, 1, 1)
+    batch: BatchRange | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     lowering: Lowering | None = None
     plugin: Path | None = None
@@ -83,6 +88,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     hardware_compatible: bool = False
     version_compatible: bool = False
+    tf32: bool = False
 
 
 def parse_batch(text: str) -> BatchRange:
@@ -131,6 +137,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     targets = choose_targets(options.backend, options.targets)
     model = load_onnx(path)
     metadata = read_metadata(model, str(path))
+    _check_precision(path, metadata, targets)
     profiles = _profiles(model, options, metadata)
     lowering = options.lowering or lowering_of(options.backend, targets)
     requested = requested_layers(model)
@@ -171,6 +178,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
             inspection=inspection,
             hardware_compatible=options.hardware_compatible,
             version_compatible=options.version_compatible,
+            tf32=options.tf32,
             device=gpu.name if gpu is not None and options.backend == "tensorrt" else None,
             plugin_name=plugin.name if plugin is not None else None,
             plugin_sha256=file_sha256(plugin) if plugin is not None else None,
@@ -276,11 +284,13 @@ class _Builder:
             return
         if parser.num_errors == 0:
             raise BuildError(f"{self._title}'s parser refused the model: {self._reason()}")
-        error = parser.get_error(0)
-        where = error.node_name() or f"node number {error.node()}"
+        parser_error = parser.get_error(0)
+        where = parser_error.node_name() or f"node number {parser_error.node()}"
         more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-        reason = " ".join(str(error.desc()).split())
-        raise BuildError(f"{self._title}'s parser refused node {where} ({error.node_operator()}): {reason}{more}")
+        reason = " ".join(str(parser_error.desc()).split())
+        raise BuildError(
+            f"{self._title}'s parser refused node {where} ({parser_error.node_operator()}): {reason}{more}"
+        )
 
     def _check_network(self, network: Any, plugin_layers: Sequence[RequestedLayer]) -> None:
         """Refuse, before the minutes of a build, a network in which the parser put something else in a plugin's place."""
@@ -304,13 +314,15 @@ class _Builder:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if not options.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         set_devices(trt, config, options.backend, self._targets)
         path = self._timing_path()
         if path is not None:
             stored = path.read_bytes() if path.is_file() else b""
             self._cache = config.create_timing_cache(stored)
-            if not config.set_timing_cache(self._cache, False):
-                # of another version or device: TensorRT refuses it, and it is written anew
+            if self._cache is None or not config.set_timing_cache(self._cache, False):
+                # damaged, or of another version or device: TensorRT refuses it, and it is written anew
                 self._cache = config.create_timing_cache(b"")
                 config.set_timing_cache(self._cache, False)
 
@@ -346,22 +358,29 @@ def _run_interruptibly(work: Callable[[], Any], stop: threading.Event) -> Any:
     """
     results: list[Any] = []
     failures: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             failures.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=run, name="builder")
     thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.1)
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-        raise
+    interrupted = False
+    # an event, not join(): Python 3.11 takes a thread for ended whose join() was interrupted
+    while not done.is_set():
+        try:
+            done.wait(0.1)
+        except KeyboardInterrupt:
+            interrupted = True
+            stop.set()
+    thread.join()
+    if interrupted:
+        raise KeyboardInterrupt
     if failures:
         raise failures[0]
     return results[0]
@@ -414,6 +433,16 @@ def _check_options(options: BuildOptions) -> None:
         raise InvalidArgumentError(f"optimisation level {options.optimization_level} was asked for, but it is 0 to 5")
 
 
+def _check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Target]) -> None:
+    for target in targets:
+        for wanted in (metadata.precision, metadata.quantized or metadata.precision):
+            if wanted not in target.precisions:
+                raise InvalidArgumentError(
+                    f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "
+                    "file to one of those"
+                )
+
+
 def _plugin_of(lowered: ModelProto, options: BuildOptions) -> Path | None:
     if not any(True for _ in fna_nodes(lowered.graph)):
         return None
@@ -430,9 +459,11 @@ def _profiles(model: ModelProto, options: BuildOptions, metadata: FileMetadata) 
 
 
 def input_profiles(
-    model: ModelProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None = None
+    model: ModelProto, batch: BatchRange | None, metadata: FileMetadata, size: tuple[int, int] | None = None
 ) -> dict[str, ShapeRange]:
     """Return the shapes of each input of an image model; `size` is the height and width of files that leave them open.
+
+    Without `batch`, they are `DEFAULT_BATCH`, or the file's own where that is fixed.
 
     Raises:
         BuildError: for an input that is no batch of images, or whose size is not known.
@@ -448,7 +479,7 @@ def _real_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _shape_range(
-    value: onnx.ValueInfoProto, batch: BatchRange, metadata: FileMetadata, size: tuple[int, int] | None
+    value: onnx.ValueInfoProto, batch: BatchRange | None, metadata: FileMetadata, size: tuple[int, int] | None
 ) -> ShapeRange:
     dimensions = value.type.tensor_type.shape.dim
     fixed = [dimension.dim_value if dimension.HasField("dim_value") else None for dimension in dimensions]
@@ -456,15 +487,15 @@ def _shape_range(
         raise BuildError(f"input {value.name!r} is not [batch, 3, height, width]; only image models can be built")
     height, width = _image_size(value.name, (fixed[2], fixed[3]), size, metadata)
     channels = fixed[1]
-    counts = (batch.smallest, batch.usual, batch.largest) if fixed[0] is None else (fixed[0],) * 3
-    if (
-        fixed[0] is not None
-        and (batch.smallest, batch.largest) != (fixed[0], fixed[0])
-        and batch != BatchRange(1, 1, 1)
-    ):
-        raise InvalidArgumentError(
-            f"the file's batch size is fixed at {fixed[0]}; export it with a dynamic batch to use --batch"
-        )
+    if fixed[0] is None:
+        asked = batch or DEFAULT_BATCH
+        counts = (asked.smallest, asked.usual, asked.largest)
+    else:
+        counts = (fixed[0],) * 3
+        if batch is not None and (batch.smallest, batch.largest) not in ((1, 1), counts[:2]):
+            raise InvalidArgumentError(
+                f"the file's batch size is fixed at {fixed[0]}; export it with a dynamic batch to use --batch"
+            )
     smallest, usual, largest = ((count, channels, height, width) for count in counts)
     return ShapeRange(smallest=smallest, usual=usual, largest=largest)
 

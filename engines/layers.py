@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
-from fna.export.functions import ATTENTION, PLUGIN_OPS, fna_nodes
+from fna.export.functions import ATTENTION, PLUGIN_OPS, fna_nodes, node_attributes
 from fna.export.types import tensor_types
 
 _ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -37,6 +37,7 @@ class RequestedLayer:
     name: str
     op_type: str
     precision: str
+    plugin_version: str = "1"
 
 
 class FnaLayer(BaseModel):
@@ -47,7 +48,9 @@ class FnaLayer(BaseModel):
         op_type: its operator.
         implementation: the plugin's kernels, or TensorRT's own for standard operators.
         requested: type of its inputs and output in the file; inside, softmax and sums are fp32 whatever this is.
-        precision: type that the engine inspector gives; None where it was not asked, or names no such layer.
+        precision: type that the engine inspector gives; of standard operators all that their layers give, as in fp16+fp32. None where
+            it was not asked, or names no such layer.
+        plugin_version: of the operator's plugin, where one implements it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +60,7 @@ class FnaLayer(BaseModel):
     implementation: Literal["plugin", "operators"]
     requested: str
     precision: str | None = None
+    plugin_version: str = "1"
 
 
 def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
@@ -66,7 +70,12 @@ def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
         return ()
     types = tensor_types(model)
     return tuple(
-        RequestedLayer(node.name, node.op_type, _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"))
+        RequestedLayer(
+            node.name,
+            node.op_type,
+            _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"),
+            str(node_attributes(node).get("plugin_version", "1")),
+        )
         for node in nodes
     )
 
@@ -108,20 +117,24 @@ def check_layers(layers: Sequence[FnaLayer]) -> None:
 
 def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str, Any]]) -> FnaLayer:
     by_plugin = lowering == "plugin" and layer.op_type in PLUGIN_OPS
-    found = [entry for entry in inspected if _names(entry, layer.name)]
-    if by_plugin:
-        found = [entry for entry in found if str(entry.get("LayerType", "")).startswith("Plugin")]
     precision = None
-    if found:
-        side = "Outputs" if layer.op_type == ATTENTION else "Inputs"  # landmarks are integers whatever comes in
-        if by_plugin:
+    if by_plugin:
+        named = [entry for entry in inspected if _names(entry, layer.name)]
+        found = [entry for entry in named if str(entry.get("LayerType", "")).startswith("Plugin")]
+        if found:
+            side = "Outputs" if layer.op_type == ATTENTION else "Inputs"  # landmarks are integers whatever comes in
             precision = read_type((found[0].get(side) or [{}])[0])
+    else:
+        inside = [entry for entry in inspected if _names_inside(entry, layer.name)]
+        types = {read_type(tensor) for entry in inside for tensor in entry.get("Outputs") or []}
+        precision = "+".join(sorted(types & {"fp32", "fp16", "bf16", "int8"})) or None
     return FnaLayer(
         name=layer.name,
         op_type=layer.op_type,
         implementation="plugin" if by_plugin else "operators",
         requested=layer.precision,
         precision=precision,
+        plugin_version=layer.plugin_version,
     )
 
 
@@ -147,4 +160,10 @@ def _inspected(information: str) -> Iterator[dict[str, Any]]:
 def _names(entry: dict[str, Any], node: str) -> bool:
     """Whether an engine layer is, or comes from, a node of the file: by its name or by the parser's metadata."""
     pattern = rf"(?<![\w/.]){re.escape(node)}(?:_\d+)?(?![\w/.])"
+    return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))
+
+
+def _names_inside(entry: dict[str, Any], node: str) -> bool:
+    """Whether an engine layer comes from a node's function body; lowering names its nodes `<node>/<tensor>`."""
+    pattern = rf"(?<![\w/.]){re.escape(node)}/"
     return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))

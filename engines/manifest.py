@@ -50,6 +50,7 @@ class Manifest(BaseModel):
         inspection: how `layers` was filled: read from the engine, or why it could not be.
         hardware_compatible: whether the engine also runs on other chips from Ampere on.
         version_compatible: whether it also runs on later versions of the same major version.
+        tf32: whether fp32 products may be computed in TF32.
         device: name of the GPU that it was built on; None where it was built without one.
         plugin_name: file name of the plugin library that it needs; None where it needs none.
         plugin_sha256: of that file.
@@ -78,6 +79,7 @@ class Manifest(BaseModel):
     inspection: str = ""
     hardware_compatible: bool = False
     version_compatible: bool = False
+    tf32: bool = False
     device: str | None = None
     plugin_name: str | None = None
     plugin_sha256: str | None = None

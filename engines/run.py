@@ -25,7 +25,6 @@ from fna.engines.flavours import FLAVOURS, default_plugin, import_flavour, load_
 from fna.engines.manifest import Manifest, ShapeRange, read_manifest
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256
-from fna.export.functions import PLUGIN_FIELDS
 
 Arrays = dict[str, NDArray[Any]]
 Provider = Literal["cpu", "cuda"]
@@ -231,7 +230,7 @@ class Engine:
         if self.manifest.plugin_sha256 is not None:
             operators = sorted(
                 {
-                    (layer.op_type, PLUGIN_FIELDS["plugin_version"])
+                    (layer.op_type, layer.plugin_version)
                     for layer in self.manifest.layers
                     if layer.implementation == "plugin"
                 }
@@ -417,7 +416,8 @@ def _polygraphy_runner(backend: str) -> Callable[[Any], Any]:
     config.USE_TENSORRT_RTX = rtx
     from polygraphy.backend.trt import TrtRunner
 
-    return TrtRunner
+    runner: Callable[[Any], Any] = TrtRunner
+    return runner
 
 
 @contextmanager

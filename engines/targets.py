@@ -43,15 +43,15 @@ class Target:
     fp16_tflops: float
     fp32_tflops: float
     multiprocessors: int
-    flavours: Mapping[Flavour, str]
+    flavours: Mapping[str, str]
     systems: Mapping[str, str]
     precisions: tuple[str, ...]
     lowering: Lowering
     limits: str = ""
 
 
-_TENSORRT_ONLY: Mapping[Flavour, str] = {"tensorrt": "10.3"}
-_BOTH: Mapping[Flavour, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
+_TENSORRT_ONLY: Mapping[str, str] = {"tensorrt": "10.3"}
+_BOTH: Mapping[str, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
 _AMPERE_ON = ("fp32", "fp16", "bf16", "int8")
 _TURING = ("fp32", "fp16", "int8")
 _TURING_LIMITS = (

@@ -106,7 +106,16 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         )
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
+    plan.check_fits(model.name, None if options.dynamic_size else (options.height, options.width))
     plan = plan.model_copy(update={"prefix_tokens": prefix})
+    if plan.needs_positions and options.dynamic_size:
+        raise InvalidArgumentError(
+            "the plan depends on where on the image a token is (lattice landmarks or corrections), so height and width cannot "
+            "be left open; use grid landmarks without corrections"
+        )
+    if plan.needs_positions and plan.patches is None:
+        patches = (options.height // model.patch_size, options.width // model.patch_size)
+        plan = plan.model_copy(update={"patches": patches})
     if options.dynamic_size and any(entry.sampler == "random" for entry in plan.blocks):
         raise InvalidArgumentError(
             "the random sampler draws its tokens at export time, so height and width cannot be left open; use grid"
@@ -279,7 +288,9 @@ def _zero_bias(landmarks: Any) -> Any:
 
 def _name_nodes(model: ModelProto, plan: Plan) -> None:
     """Give every `fna` node a name that holds its block's number; attention nodes come in the order of the blocks."""
-    numbers = sorted({entry.block for entry in plan.blocks} | plan.masked_blocks)
+    # a masked block of which only some heads are FNA has a node for either
+    divided = [entry.block for entry in plan.blocks if entry.heads is not None and entry.block in plan.masked_blocks]
+    numbers = sorted([*({entry.block for entry in plan.blocks} | plan.masked_blocks), *divided])
     attention = [node for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)]
     if len(attention) != len(numbers):
         raise ModelSourceError(

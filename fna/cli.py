@@ -16,6 +16,7 @@ from fna.errors import FnaError
 COMMANDS = {
     "export": ("fna.commands.export", "Trace a PyTorch model to an ONNX file with FNA."),
     "graft": ("fna.commands.graft", "Replace the self-attention in an ONNX file by FNA."),
+    "plan": ("fna.commands.plan", "Choose blocks, heads and landmarks for a fidelity and a device."),
     "inspect": ("fna.commands.inspect", "Show what attention is in an ONNX file, or what an engine is."),
     "build": ("fna.commands.build", "Build an engine from an FNA file."),
     "run": ("fna.commands.run", "Run an engine or an ONNX file on images."),

@@ -1,10 +1,13 @@
 """Choosing landmark tokens, and how many tokens each of them stands for.
 
-Four samplers: `fps` (farthest point sampling), `grid` (prefix tokens, then evenly spaced), `norm-grid` (prefix tokens, the
-tenth of largest norm, then evenly spaced) and `random` (seeded). All are batched; none reads a tensor back from the device.
+Five samplers: `fps` (farthest point sampling), `grid` (prefix tokens, then evenly spaced in a row), `lattice` (prefix tokens, then
+evenly spaced over the image, every other row shifted), `norm-grid` (prefix tokens, the tenth of largest norm, then evenly
+spaced) and `random` (seeded). All are batched; none reads a tensor back from the device.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -24,17 +27,20 @@ def select_landmarks(
     exclude: Tensor | None = None,  # [N] or [B, N], bool
     prefix_tokens: int = 1,
     seed: int = 0,
+    patches: tuple[int, int] | None = None,
 ) -> Tensor:  # [B, S], int32
     """Choose `num_landmarks` distinct token indices per batch item.
 
     Args:
         features: what the samplers look at: hidden states, or query, key or value averaged over the heads.
         num_landmarks: S, from 1 to N.
-        method: the sampler. `grid` and `random` look at the shape of `features` only.
+        method: the sampler. `grid`, `lattice` and `random` look at the shape of `features` only; with masks, `lattice` spaces the
+            rest as `grid` does.
         guarantee: tokens that come first, in ascending order, whatever the sampler.
         exclude: tokens that are never chosen; a token that is also guaranteed is chosen.
         prefix_tokens: class and register tokens at the front, taken by `grid`, `norm-grid` and `random` unless excluded.
         seed: for `random`.
+        patches: rows and columns of the patch tokens, for `lattice`; None takes them for a square.
 
     Returns:
         Landmark indices `[B, S]`, int32, on the device of `features`.
@@ -55,6 +61,9 @@ def select_landmarks(
 
     if unmasked and method == "grid":
         return grid_landmarks(num_tokens, num_landmarks, prefix_tokens, device=features.device).expand(batch, -1)
+    if unmasked and method == "lattice":
+        lattice = lattice_landmarks(num_tokens, num_landmarks, prefix_tokens, patches)
+        return lattice.to(features.device).expand(batch, -1)
     if unmasked and method == "norm-grid":
         return torch.ops.fna.norm_grid_landmarks(features, num_landmarks, prefix_tokens)
     if unmasked:
@@ -71,7 +80,7 @@ def select_landmarks(
         picks = torch.arange(num_landmarks, device=features.device).expand(batch, -1)
     else:
         slot = torch.arange(num_landmarks, device=features.device)[None]
-        spread = evenly_spaced if method == "grid" else middles_of_stretches
+        spread = middles_of_stretches if method == "norm-grid" else evenly_spaced
         picks = spread(slot, free.sum(1, keepdim=True), (num_landmarks - wanted.sum(1, keepdim=True)).clamp(min=1))
     return _after_guaranteed(wanted, rest.gather(1, picks.clamp(min=0, max=num_tokens - 1)), num_landmarks)
 
@@ -126,6 +135,60 @@ def grid_landmarks(
         return slot.int()[None]
     even = prefix + evenly_spaced(slot - prefix, num_tokens - prefix, spaced)
     return torch.where(slot < prefix, slot, even).int()[None]
+
+
+def lattice_landmarks(
+    num_tokens: int,
+    num_landmarks: int,
+    prefix_tokens: int,
+    patches: tuple[int, int] | None = None,
+) -> Tensor:  # [1, S], int32
+    """Prefix tokens, then patch tokens on a lattice over the image: rows a little closer than columns, every other one shifted.
+
+    Neighbouring landmarks of a hexagonal lattice are equally far apart, which covers the image best; on the CPU, the same for
+    every image.
+
+    Args:
+        num_tokens: N.
+        num_landmarks: S.
+        prefix_tokens: class and register tokens at the front.
+        patches: rows and columns of the patch tokens; None takes them for a square.
+
+    Raises:
+        InvalidArgumentError: if the rows and columns do not account for the tokens.
+    """
+    prefix = min(prefix_tokens, num_landmarks)
+    height, width = patch_grid(num_tokens, prefix_tokens, patches)
+    spaced = num_landmarks - prefix
+    if spaced == 0:
+        return torch.arange(prefix, dtype=torch.int32)[None]
+    lines = round(math.sqrt(spaced * height / width * 2 / math.sqrt(3)))
+    lines = min(max(lines, -(-spaced // width), 1), height)
+    index = list(range(prefix))
+    for line in range(lines):
+        count = (line + 1) * spaced // lines - line * spaced // lines
+        row = (2 * line + 1) * height // (2 * lines)
+        shift = 1 if line % 2 else 3  # quarters of the distance between two landmarks
+        index += [prefix_tokens + row * width + (4 * slot + shift) * width // (4 * count) for slot in range(count)]
+    return torch.tensor([index], dtype=torch.int32)
+
+
+def patch_grid(num_tokens: int, prefix_tokens: int, patches: tuple[int, int] | None) -> tuple[int, int]:
+    """Return rows and columns of the patches: those given, else a square.
+
+    Raises:
+        InvalidArgumentError: if they do not account for the tokens.
+    """
+    count = num_tokens - prefix_tokens
+    side = math.isqrt(max(count, 0))
+    rows, columns = patches or (side, side)
+    if rows * columns != count:
+        given = f"{rows} x {columns} patches were given" if patches else "it is no square number"
+        raise InvalidArgumentError(
+            f"where {count} patch tokens lie on the image cannot be told: {given}; the plan's field patches, [rows, columns], "
+            "says it"
+        )
+    return rows, columns
 
 
 def evenly_spaced(

@@ -16,10 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from fna.attention import fast_nystrom_attention
+from fna.composition import compose_heads, correct
 from fna.errors import InvalidPlanError, UnsupportedAttentionError
-from fna.landmarks import grid_landmarks, landmark_bias, random_landmarks, select_landmarks
+from fna.landmarks import (
+    grid_landmarks,
+    landmark_bias,
+    lattice_landmarks,
+    patch_grid,
+    random_landmarks,
+    select_landmarks,
+)
 from fna.plan import BlockPlan, MaskPlan, Plan
 from fna.tokens import detect_prefix_tokens, listed_tokens_mask
 
@@ -177,49 +186,82 @@ def fna_attention_forward(
     state: _BlockState | None = getattr(module, _STATE, None)
     masking: _MaskState | None = getattr(module, _MASK, None)
     if state is None and masking is None:
-        exact = _exact_implementation(module)
-        return exact(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        exact_name = getattr(module, _EXACT, "sdpa")
+        return exact_attention_forward(
+            exact_name, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     name = state.name if state is not None else masking.name if masking is not None else ""
     _refuse_call(name, query, key, attention_mask, dropout, kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     key_mask = _find_mask(masking, query, key, factor) if masking is not None else None
     sink = masking is not None and masking.entry.sink
+
+    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if key_mask is not None:
+            return torch.ops.fna.masked_attention(query, key, value, key_mask, factor, sink)
+        return scaled_dot_product_attention(query, key, value, scale=scaling)
+
     if state is None:
-        return torch.ops.fna.masked_attention(query, key, value, key_mask, factor, sink).transpose(1, 2), None
+        return exact(query, key, value).transpose(1, 2), None
     landmarks, bias = _landmarks_for(state, query, key, value)
-    out = fast_nystrom_attention(
-        query,
-        key,
+
+    def nystrom(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = fast_nystrom_attention(
+            query,
+            key,
+            value,
+            landmarks,
+            landmark_bias=bias,
+            scale=factor,
+            iterations=state.plan.iterations_of(state.entry),
+            exact_rows=state.plan.exact_rows,
+            key_mask=key_mask,
+            sink=sink,
+        )
+        return _corrected(state, out, value, landmarks)
+
+    return compose_heads(query, key, value, state.entry.heads, nystrom, exact).transpose(1, 2), None
+
+
+def _corrected(state: _BlockState, out: Tensor, value: Tensor, landmarks: Tensor) -> Tensor:
+    correction = state.entry.correction
+    if correction is None:
+        return out
+    if len(correction.gains) != out.shape[1]:
+        raise InvalidPlanError(
+            f"{state.name}: the correction has kernels for {len(correction.gains)} heads, but {out.shape[1]} are FNA"
+        )
+    return correct(
+        out,
         value,
         landmarks,
-        landmark_bias=bias,
-        scale=factor,
-        iterations=state.plan.iterations,
+        correction,
+        prefix_tokens=state.prefix_tokens,
+        patches=patch_grid(out.shape[2], state.prefix_tokens, state.plan.patches),
         exact_rows=state.plan.exact_rows,
-        key_mask=key_mask,
-        sink=sink,
     )
-    return out.transpose(1, 2), None
 
 
-def _exact_implementation(module: nn.Module) -> Any:
-    """Return the attention function that an exact block ran before the patch; `sdpa` for modules that are no block."""
+def exact_attention_forward(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Run the attention function of one of transformers' implementations; `eager` is the module's own file's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = getattr(module, _EXACT, "sdpa")
-    if name == "eager":  # not in the registry: every modelling file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
+    if name == "eager":  # not in the registry
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+    result: tuple[Tensor, Tensor | None] = attend(module, *args, **kwargs)
+    return result
 
 
 def _register_with_transformers() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, fna_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
 
 
-def _make_mask(
+def make_mask(
     *args: Any,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
@@ -241,9 +283,12 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
     seen: set[tuple[int, str, str]] = set()
     for entry in plan.blocks:
         block = blocks[entry.block]
-        chooses = plan.resample or entry.sharing_key not in seen
-        seen.add(entry.sharing_key)
-        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, chosen)
+        alone = plan.resamples(entry)
+        chooses = alone or entry.sharing_key not in seen
+        if not alone:
+            seen.add(entry.sharing_key)
+        shared = {} if alone else chosen
+        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, shared)
         _set(record, block.attention, _STATE, state)
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
             _set(record, block.layer, _CHOICE, state)
@@ -320,6 +365,8 @@ def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor
     num_tokens = query.shape[2]
     if entry.sampler == "grid":
         landmarks = grid_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, device=query.device)
+    elif entry.sampler == "lattice":
+        landmarks = lattice_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.patches).to(query.device)
     elif entry.sampler == "random":
         drawn = random_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed)
         landmarks = drawn.to(query.device)

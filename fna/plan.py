@@ -4,21 +4,67 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from fna.errors import InputFileError, InvalidPlanError
 
-Sampler = Literal["fps", "grid", "norm-grid", "random"]
+Sampler = Literal["fps", "grid", "lattice", "norm-grid", "random"]
 Method = Literal["weighted", "published"]
 Feature = Literal["input", "query", "key", "value"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 METHODS: tuple[str, ...] = get_args(Method)
 
 
+_Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Correction(BaseModel):
+    """What FNA leaves out, put back: `out = gain * FNA + (kernel over the patch grid) * value`, fitted on photographs.
+
+    Landmark attention is smooth: it loses the attention that a token pays to its near neighbours. A small kernel over the grid
+    of patches puts the part of it back that is alike in all images. Prefix tokens and exactly known rows are left as they are.
+
+    Attributes:
+        size: of the square kernel, odd.
+        kernels: a kernel for each FNA head, row by row.
+        gains: the factor on FNA for each FNA head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=1, le=15)
+    kernels: tuple[tuple[_Weight, ...], ...]
+    gains: tuple[_Weight, ...]
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Correction:
+        if self.size % 2 == 0:
+            raise ValueError(f"size is {self.size}, but a kernel has a middle: an odd size is needed")
+        if len(self.kernels) != len(self.gains):
+            raise ValueError(
+                f"{len(self.kernels)} kernels were given, but {len(self.gains)} gains; both are one per head"
+            )
+        for head, kernel in enumerate(self.kernels):
+            if len(kernel) != self.size**2:
+                raise ValueError(f"kernels.{head} has {len(kernel)} weights, but {self.size**2} are needed")
+        return self
+
+
 class BlockPlan(BaseModel):
-    """One FNA block. Blocks that a plan does not list stay exact."""
+    """One FNA block. Blocks that a plan does not list stay exact.
+
+    Attributes:
+        block: its number.
+        landmarks: S.
+        sampler: how landmarks are chosen.
+        feature: what `fps` and `norm-grid` look at.
+        heads: the heads that become FNA, ascending; the others stay exact. None is all of them.
+        iterations: Newton-Schulz iterations here; None is the plan's.
+        resample: choose landmarks anew in this block; None is the plan's.
+        correction: see `Correction`; None for none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,6 +72,20 @@ class BlockPlan(BaseModel):
     landmarks: int = Field(ge=1)
     sampler: Sampler = "grid"
     feature: Feature = "input"
+    heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    iterations: int | None = Field(default=None, ge=1, le=20)
+    resample: bool | None = None
+    correction: Correction | None = None
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> BlockPlan:
+        if self.heads is not None and list(self.heads) != sorted(set(self.heads)):
+            raise ValueError(f"heads must be listed once each, ascending, but they are {list(self.heads)}")
+        if self.heads is not None and self.correction is not None and len(self.correction.gains) != len(self.heads):
+            raise ValueError(
+                f"correction has kernels for {len(self.correction.gains)} heads, but heads lists {len(self.heads)}"
+            )
+        return self
 
     @property
     def sharing_key(self) -> tuple[int, str, str]:
@@ -62,6 +122,9 @@ class Plan(BaseModel):
         resample: choose landmarks anew in every block instead of once for all blocks that share them.
         seed: for the `random` sampler.
         masks: tokens masked as keys, per block range; no block in two of them.
+        model: the model that it was made for; None fits any of as many blocks.
+        resolution: height and width in pixels that it was made for; None fits any.
+        patches: rows and columns of patches, for what depends on where a token is (`lattice`, corrections); None infers a square.
         made_from: free-form record of what the plan was made from.
     """
 
@@ -76,6 +139,9 @@ class Plan(BaseModel):
     resample: bool = False
     seed: int = 0
     masks: tuple[MaskPlan, ...] = ()
+    model: str | None = None
+    resolution: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    patches: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     made_from: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -95,6 +161,42 @@ class Plan(BaseModel):
     def exact_rows(self) -> bool:
         """Whether the landmark tokens' own rows are written exactly."""
         return self.method == "weighted"
+
+    def resamples(self, entry: BlockPlan) -> bool:
+        """Whether a block chooses its landmarks anew."""
+        return self.resample if entry.resample is None else entry.resample
+
+    def iterations_of(self, entry: BlockPlan) -> int:
+        """Newton-Schulz iterations of a block."""
+        return self.iterations if entry.iterations is None else entry.iterations
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether something in the plan depends on where on the image a token is, and so on the image's shape."""
+        return any(entry.sampler == "lattice" or entry.correction is not None for entry in self.blocks)
+
+    def check_fits(self, model: str, resolution: tuple[int, int] | None) -> None:
+        """Refuse a model or a resolution that the plan was not made for.
+
+        A plan made from PyTorch may be tried on an ONNX file, which has another name, and the other way round.
+
+        Raises:
+            InvalidPlanError: naming both.
+        """
+        same_kind = self.model is not None and self.model.endswith(".onnx") == model.endswith(".onnx")
+        if same_kind and self.model != model:
+            raise InvalidPlanError(
+                f"the plan is for model {self.model}, but the model is {model}; make a plan for it with fna plan"
+            )
+        if self.resolution is not None and resolution is None:
+            raise InvalidPlanError(
+                f"the plan is for {_size(self.resolution)} images, but height and width are left open; trace it at that size"
+            )
+        if self.resolution is not None and resolution is not None and self.resolution != tuple(resolution):
+            raise InvalidPlanError(
+                f"the plan is for {_size(self.resolution)} images, but the resolution is {_size(resolution)}; "
+                f"use --resolution {_size(self.resolution)}, or make a plan for {_size(resolution)} with fna plan"
+            )
 
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
@@ -116,6 +218,10 @@ class Plan(BaseModel):
     def dump_json(self) -> str:
         """Return the plan as one line of JSON."""
         return self.model_dump_json()
+
+
+def _size(resolution: tuple[int, int]) -> str:
+    return f"{resolution[0]}x{resolution[1]}"
 
 
 def uniform_plan(

@@ -298,6 +298,18 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def plot_kind(path: Path) -> str:
+    """Return the format of a plot by its path's suffix.
+
+    Raises:
+        InputFileError: for another than .svg, .png and .pdf.
+    """
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in ("svg", "png", "pdf"):
+        raise InputFileError(f"{path} is to be a plot; give a name ending in .svg, .png or .pdf")
+    return kind
+
+
 def draw(result: BenchResult, path: Path) -> None:
     """Draw time against tokens on logarithmic axes, the break-even marked; SVG, PNG or PDF by the path's suffix.
 
@@ -308,9 +320,7 @@ def draw(result: BenchResult, path: Path) -> None:
 
     from fna.export.files import written_whole
 
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in ("svg", "png", "pdf"):
-        raise InputFileError(f"{path} is to be a plot; give a name ending in .svg, .png or .pdf")
+    kind = plot_kind(path)
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     dense = {row.tokens: row.dense for row in result.rows}

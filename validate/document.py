@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fna import __version__
 from fna.errors import InvalidArgumentError
+from fna.validate.bench import bench_quickly, read_bench
 from fna.validate.bisect import Bisection, Divergence, bisect, locate
 from fna.validate.budget import Outputs, Validation, last_stage, measure_chain
 from fna.validate.chain import Chain, Say, open_chain, open_subject
@@ -124,7 +125,12 @@ def make_document(
     Raises:
         InputFileError, ModelSourceError: see `fna.validate.budget.validate_file`.
     """
+    bench_file = None if extras.bench in (None, "quick") else read_bench(Path(str(extras.bench)))
     chain = open_chain(open_subject(file, original), resolution, on_step)
+    if extras.bench == "quick" and chain.model is None:
+        raise InvalidArgumentError(
+            "--bench quick times the PyTorch model, which a grafted file has not; give a JSON file"
+        )
     validation, outputs = measure_chain(
         chain, photographs.images, skipped=photographs.skipped, tolerances=tolerances, on_step=on_step
     )
@@ -139,7 +145,7 @@ def make_document(
         bisection=bisection,
         divergences=divergences,
         task=measure_tasks(chain, last_stage(chain), photographs, outputs, on_step) if extras.task else None,
-        bench=_find_bench(chain, extras.bench, on_step) if extras.bench else None,
+        bench=_bench_now(chain, on_step) if extras.bench == "quick" else bench_file,
     )
     return document, outputs
 
@@ -167,16 +173,8 @@ def _find_blame(
     return None, tuple(divergences)
 
 
-def _find_bench(chain: Chain, wanted: str, on_step: Say) -> dict[str, Any]:
-    """A file that `fna bench` wrote, or, for `quick`, times measured now."""
-    from fna.validate.bench import bench_quickly, read_bench
-
-    if wanted != "quick":
-        return read_bench(Path(wanted))
-    if chain.model is None:
-        raise InvalidArgumentError(
-            "--bench quick times the PyTorch model, which a grafted file has not; give a JSON file"
-        )
+def _bench_now(chain: Chain, on_step: Say) -> dict[str, Any]:
+    assert chain.model is not None
     return bench_quickly(chain.model, chain.metadata.plan, chain.height, on_step)
 
 

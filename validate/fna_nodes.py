@@ -15,7 +15,7 @@ from fna.export.functions import ATTENTION, fna_nodes, node_attributes
 from fna.validate.points import attention_block
 from fna.validate.runners import Arrays, OnnxRunner
 
-_INPUTS = ("query", "key", "value", "landmarks", "landmark_bias")
+_INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FnaNode:
         scale: factor on the scores.
         iterations: of Newton-Schulz.
         exact_rows: whether landmark rows are written exactly.
+        sink: whether masked tokens attend to themselves; see `fna.attention`.
     """
 
     block: int
@@ -39,6 +40,7 @@ class FnaNode:
     scale: float
     iterations: int
     exact_rows: bool
+    sink: bool = False
 
 
 def list_fna_nodes(model: ModelProto) -> list[FnaNode]:
@@ -53,11 +55,12 @@ def _describe(node: NodeProto, index: int) -> FnaNode:
     return FnaNode(
         block=index if number is None else number,
         name=node.name,
-        inputs=dict(zip(_INPUTS, node.input, strict=True)),
+        inputs={name: tensor for name, tensor in zip(_INPUTS, node.input, strict=False) if tensor},
         output=node.output[0],
         scale=float(given["scale"]),
         iterations=int(given.get("iterations", 6)),
         exact_rows=bool(given.get("exact_rows", 0)),
+        sink=bool(given.get("sink", 0)),
     )
 
 
@@ -118,11 +121,14 @@ def expected_output(
     query, key, value, landmarks, bias = (
         torch.from_numpy(np.array(arrays[node.inputs[name]])) for name in (*order, "landmarks", "landmark_bias")
     )
+    mask = node.inputs.get("key_mask")
     with torch.inference_mode():
         out = nystrom_attention_reference(
             query.float(), key.float(), value.float(), landmarks, bias.float(),
             node.scale if scale is None else scale,
             node.iterations if iterations is None else iterations,
             node.exact_rows if exact_rows is None else exact_rows,
+            key_mask=None if mask is None else torch.from_numpy(np.array(arrays[mask])),
+            sink=node.sink,
         )  # fmt: skip
     return out.numpy()

@@ -56,6 +56,8 @@ class AttentionCall:
     iterations: int
     exact_rows: bool
     out: Tensor
+    key_mask: Tensor | None = None  # [B, N] or [1, N]
+    sink: bool = False
 
 
 @dataclass

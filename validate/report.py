@@ -13,7 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from fna.errors import InputFileError
 from fna.export.files import write_text
 from fna.validate.budget import Outputs, Validation
 from fna.validate.charts import block_chart, share_chart, time_chart
@@ -36,8 +35,6 @@ def write_report(document: Document, outputs: Outputs, images: Sequence[tuple[st
     Raises:
         InputFileError: if the files cannot be written there.
     """
-    if path.suffix == ".json":
-        raise InputFileError(f"{path} is to be an HTML page, and its JSON lies beside it; give a name ending in .html")
     data = report_data(document)
     write_text(path.with_suffix(".json"), dump_compactly(data))
     write_text(path, render(document, data, outputs, images))

@@ -161,8 +161,9 @@ def draw_tokens(
     photograph = np.asarray(image.convert("RGB").resize((width, height)).convert("L"))
     across = min(4, len(found))
     down = -(-len(found) // across)
-    figure = Figure(figsize=(3 * across, 3.2 * down), layout="constrained")
+    figure = Figure(figsize=(3 * across, 3.2 * down))
     axes = figure.subplots(down, across, squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.24 / down, wspace=0.03, hspace=0.12)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, entry in zip(axes.flat, found, strict=False):

@@ -130,9 +130,9 @@ def inspect_file(path: Path, input_shapes: dict[str, Shape] | None = None) -> li
         InputFileError: if the file cannot be read or does not hold together.
     """
     try:
-        model = _prepared(load_model(path), [])
+        model = prepare(load_model(path), [])
         graph = Graph(model, path.parent)
-        return scan(graph, _points(graph, input_shapes or {}))
+        return scan(graph, find_points_of(graph, input_shapes or {}))
     except (*MALFORMED, RecursionError, MemoryError) as error:
         if isinstance(error, FnaError):
             raise
@@ -171,7 +171,7 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     data_sha256 = {
         str(path.relative_to(source.parent)): file_sha256(path) for path in _external_files(model, source.parent)
     }
-    model = _prepared(model, notes)
+    model = prepare(model, notes)
     if options.resolution is not None:
         from fna.export.surgery.resolution import set_resolution
 
@@ -180,9 +180,11 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     if not graph.was_sorted:
         notes.append("the nodes were not in topological order; they were sorted")
     _check_opset(graph)
-    points = _points(graph, options.input_shapes)
+    points = find_points_of(graph, options.input_shapes)
     progress("looking for attention")
     rows = scan(graph, points)
+    if options.plan is not None:
+        _check_plan_fits(options.plan, source, model)
     plan = _decide(rows, options)
     if output is None:
         return GraftResult(rows, None, plan, None, None, {}, sha256, notes, data_sha256)
@@ -202,7 +204,7 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     return result
 
 
-def _prepared(model: ModelProto, notes: list[str]) -> ModelProto:
+def prepare(model: ModelProto, notes: list[str]) -> ModelProto:
     """Put model-local functions of other tools in place of their calls; ours stay."""
     foreign = [(function.domain, function.name) for function in model.functions if function.domain != "fna"]
     if not foreign:
@@ -216,7 +218,12 @@ def _prepared(model: ModelProto, notes: list[str]) -> ModelProto:
         raise InputFileError(f"the file's functions cannot be inlined: {one_line(error)}") from None
 
 
-def _points(graph: Graph, shapes: dict[str, Shape]) -> list[Point]:
+def find_points_of(graph: Graph, shapes: dict[str, Shape]) -> list[Point]:
+    """Input sizes that the file holds together at, those given among them.
+
+    Raises:
+        InputFileError: if there are none, or an input is named that the file does not have.
+    """
     unknown = set(shapes) - {item.name for item in graph.inputs}
     if unknown:
         names = ", ".join(item.name for item in graph.inputs)
@@ -267,6 +274,11 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
             row.decision = Decision.REFUSED
             row.reason = f"{min(row.tokens)} tokens are not more than {block.landmarks} landmarks"
     return plan
+
+
+def _check_plan_fits(plan: Plan, source: Path, model: ModelProto) -> None:
+    height, width = find_image_size(model)
+    plan.check_fits(source.name, None if height is None or width is None else (height, width))
 
 
 def _replace_and_prove(
@@ -336,7 +348,7 @@ def _add_metadata(result: GraftResult, source: Path, plan: Plan) -> None:
             "prefix_tokens": plan.prefix_tokens if plan.prefix_tokens is not None else result.prefix_tokens,
         }
     )
-    height, width = _image_size(model)
+    height, width = find_image_size(model)
     metadata = FileMetadata(
         plan=kept,
         preprocessing=_known_preprocessing(model),
@@ -362,7 +374,8 @@ def _image_input(model: ModelProto) -> onnx.ValueInfoProto | None:
     return images[0] if images else None
 
 
-def _image_size(model: ModelProto) -> tuple[int | None, int | None]:
+def find_image_size(model: ModelProto) -> tuple[int | None, int | None]:
+    """Height and width of a file's image input; None where they are open, or there is no such input."""
     image = _image_input(model)
     if image is None:
         return None, None

@@ -111,6 +111,8 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     import torch
 
     from fna.attention import nystrom_attention_reference
+    from fna.composition import compose_heads, correct
+    from fna.landmarks import patch_grid
     from fna.tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
@@ -120,24 +122,37 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
-    scale, sink = float(np.float32(found.scale)), bool(attribute(item.fna, "sink", 0))
+    site, scale = item.site, float(np.float32(found.scale))
+    sink = bool(attribute(item.fna, "sink", 0))
+    key_mask = others[-1] if item.fna.op_type == MASKED_ATTENTION or others[2:] else None
+
+    def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        assert site is not None
+        landmarks, bias = others[:2]
+        result = nystrom_attention_reference(
+            query, key, value, landmarks, bias, scale,
+            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")), key_mask, sink,
+        )  # fmt: skip
+        if site.block.correction is None:
+            return result
+        return correct(
+            result, value, landmarks, site.block.correction,
+            prefix_tokens=site.prefix_tokens,
+            patches=patch_grid(value.shape[2], site.prefix_tokens, site.plan.patches),
+            exact_rows=site.plan.exact_rows,
+        )  # fmt: skip
+
+    def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        operands = (query.float(), key.float(), value.float())
+        if key_mask is not None:
+            return masked_attention(*operands, key_mask, scale, sink).to(query.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(*operands, scale=scale).to(query.dtype)
+
     with _one_thread():
-        if item.fna.op_type == MASKED_ATTENTION:
-            expected = masked_attention(query.float(), key.float(), value.float(), others[0], scale, sink)
+        if site is None:
+            expected = exact(query, key, value)
         else:
-            iterations, exact_rows = int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows"))
-            expected = nystrom_attention_reference(
-                query,
-                key,
-                value,
-                others[0],
-                others[1],
-                scale,
-                iterations,
-                exact_rows,
-                others[2] if others[2:] else None,
-                sink,
-            )
+            expected = compose_heads(query, key, value, site.block.heads, nystrom, exact)
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[found.element_type]
     proof.fna_errors[block] = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from fna.export.functions import (
     PLUGIN_FIELDS,
     attach_functions,
 )
+from fna.export.surgery.compose import Site, compose
 from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
@@ -46,6 +47,7 @@ class Replacement:
     key: str
     value: str
     output: str
+    site: Site | None
     constants: list[TensorProto] = field(default_factory=list)
 
 
@@ -112,6 +114,32 @@ def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) 
     return Rewritten(model, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
 
 
+def operand_writer(
+    graph: Graph, points: list[Point], plan: Plan
+) -> tuple[_Writer, Callable[[Row, list[NodeProto]], tuple[str, str, str]]]:
+    """Return a writer, and a function that adds the nodes that make query, key and value `[B, H, N, D]` of a row.
+
+    The writer's `initializers` are those that the nodes need.
+    """
+    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
+    writer = _Writer(graph, points, plan, taken | set(graph.initializers) | {item.name for item in graph.inputs})
+
+    def write(row: Row, nodes: list[NodeProto]) -> tuple[str, str, str]:
+        found = row.attention
+        assert found is not None
+        prefix = writer.unique(f"{row.node}/fna_operands_{row.block}")
+        nodes.extend(found.prelude)
+        for tensor in found.initializers:
+            writer.initializers[tensor.name] = tensor
+        query, key, value = (
+            _operand_nodes(writer, operand, f"{prefix}/{name}", nodes)
+            for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
+        )
+        return query, key, value
+
+    return writer, write
+
+
 # ---------------------------------------------------------------- one block
 
 
@@ -134,21 +162,34 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     else:
         landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
         inputs = [query, key, value, landmarks, bias, *key_mask]
-        attributes = {"iterations": writer.plan.iterations, "exact_rows": int(writer.plan.exact_rows)}
+        attributes = {"iterations": writer.plan.iterations_of(block), "exact_rows": int(writer.plan.exact_rows)}
         attributes |= {"sink": int(sink), **MASKED_PLUGIN_FIELDS} if key_mask else PLUGIN_FIELDS
     after: list[NodeProto] = []
     output = _result_nodes(writer, found.result, prefix, after)
-    fna = helper.make_node(
-        MASKED_ATTENTION if block is None else ATTENTION,
-        inputs,
-        [output],
-        name=prefix,
-        domain=DOMAIN,
-        scale=float(found.scale),
-        **attributes,
-    )
-    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *after]
-    return Replacement(row, fna, before, after, query, key, value, output)
+
+    def make_node(op_type: str, inputs: Sequence[str], result: str, name: str, settings: dict[str, Any]) -> NodeProto:
+        return helper.make_node(
+            op_type, inputs, [result], name=name, domain=DOMAIN, scale=float(found.scale), **settings
+        )
+
+    around: list[NodeProto] = []
+    site = None
+    if block is None:
+        fna = make_node(MASKED_ATTENTION, inputs, output, prefix, attributes)
+    else:
+        site = Site(found, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
+
+        def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
+            return make_node(ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
+
+        def make_masked(query: str, key: str, value: str, result: str) -> NodeProto:
+            return make_node(
+                MASKED_ATTENTION, [query, key, value, *key_mask], result, f"{prefix}/exact", {"sink": int(sink)}
+            )
+
+        fna, around = compose(writer, site, output, make_fna, make_masked if key_mask else None)
+    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *around, *after]
+    return Replacement(row, fna, before, after, query, key, value, output, site)
 
 
 def _reshape_node(
@@ -278,11 +319,19 @@ def _landmarks(
     static = len(set(found.tokens)) == 1
     by_features = block.sampler in ("fps", "norm-grid")
     origin = _origin(writer, stream, found) if by_features or not static else None
-    key = (block.sharing_key, found.tokens, prefix, origin, row.block if writer.plan.resample and by_features else -1)
+    key = (
+        block.sharing_key,
+        found.tokens,
+        prefix,
+        origin,
+        row.block if writer.plan.resamples(block) and by_features else -1,
+    )
     if key in writer.shared:
         return writer.shared[key]
-    if block.sampler == "random" and not static:
-        raise InvalidPlanError("random landmarks need a fixed number of tokens; this file leaves its input size open")
+    if block.sampler in ("random", "lattice") and not static:
+        raise InvalidPlanError(
+            f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
+        )
     if by_features:
         features = _features(writer, row, block, stream, operands, nodes)
         writer.features[row.block] = features
@@ -358,9 +407,11 @@ def _sampler_node(block: BlockPlan, prefix: int, features: str, landmarks: str) 
 
 
 def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: int) -> str:
-    from fna.landmarks import grid_landmarks, random_landmarks
+    from fna.landmarks import grid_landmarks, lattice_landmarks, random_landmarks
 
-    if block.sampler == "random":
+    if block.sampler == "lattice":
+        index = lattice_landmarks(tokens, block.landmarks, prefix, writer.plan.patches)
+    elif block.sampler == "random":
         index = random_landmarks(tokens, block.landmarks, prefix, writer.plan.seed)
     else:
         index = grid_landmarks(tokens, block.landmarks, prefix)

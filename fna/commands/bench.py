@@ -69,9 +69,11 @@ def command(
         say("importing PyTorch")
         from fna.export.files import write_text
         from fna.export.sources import load_model
-        from fna.validate.bench import bench, check_backend, draw, dump_csv
+        from fna.validate.bench import bench, check_backend, draw, dump_csv, plot_kind
 
         check_backend(backend)
+        if plot is not None:
+            plot_kind(plot)
         loaded = load_model(model)
         plans = [
             make_plan(loaded.num_blocks, {**plan_settings, "landmarks": count})

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--batch",
-    default="1:1:8",
-    show_default=True,
-    help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual).",
+    help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual).  [default: 1:1:8, or the file's own]",
 )
 @click.option(
     "--resolution", "resolutions", multiple=True, help="Image size for files that leave it open; may be repeated."
@@ -54,13 +52,14 @@ if TYPE_CHECKING:
 )
 @click.option("--hardware-compatible", is_flag=True, help="One engine for all chips from Ampere on, slower (TensorRT).")
 @click.option("--version-compatible", is_flag=True, help="Runs on later TensorRT of the same major version (TensorRT).")
+@click.option("--tf32", is_flag=True, help="Let fp32 products be TF32: faster, with 10 bits of mantissa.")
 @json_option
 @quiet_option
 def command(
     onnx_file: Path,
     output: Path,
     target: str | None,
-    batch: str,
+    batch: str | None,
     resolutions: tuple[str, ...],
     precision: Any,
     int8: bool,
@@ -89,7 +88,7 @@ def command(
         cache = settings.pop("timing_cache") or Path.home() / ".cache" / "fna" / "timing"
         options = BuildOptions(
             targets=find_targets(target) if target and target != "all" else (),
-            batch=parse_batch(batch),
+            batch=parse_batch(batch) if batch is not None else None,
             resolutions=sizes,
             workspace_mib=workspace,
             timing_cache=cache,

@@ -77,8 +77,15 @@ def command(
 
         say(f"loading {model}")
         loaded = load_model(model)
-        plan = make_plan(loaded.num_blocks, plan_settings, resample=resample, prefix_tokens=prefix_tokens, seed=seed)
-        height, width = size or (loaded.native_resolution,) * 2
+        if plan_settings["layers"] == "auto" and plan_settings["plan_file"] is None:
+            from fna.commands.plan import plan_automatically
+
+            plan = plan_automatically(model, size, say)
+        else:
+            plan = make_plan(
+                loaded.num_blocks, plan_settings, resample=resample, prefix_tokens=prefix_tokens, seed=seed
+            )
+        height, width = size or plan.resolution or (loaded.native_resolution,) * 2
         options = TraceOptions(height, width, opset, "fp32", fixed_batch, dynamic_size)
         say(f"tracing {model} at {height}x{width}")
         notes: list[str] = []

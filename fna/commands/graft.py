@@ -17,14 +17,15 @@ from fna.commands.options import (
     progress,
     quiet_option,
 )
-from fna.errors import CheckFailedError, InvalidArgumentError
+from fna.errors import CheckFailedError
 
 
 @click.command("graft", short_help="Replace the self-attention in an ONNX file by FNA.")
 @click.argument("onnx_file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The ONNX file to write.")
 @click.option(
-    "--layers", help="Blocks of the table that become FNA: 6-11, or 0-2,6-11, or all.  [default: all that can]"
+    "--layers",
+    help="Blocks of the table that become FNA: 6-11, or 0-2,6-11, all, or auto (see fna plan).  [default: all that can]",
 )
 @click.option("--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks S per block.")
 @click.option(
@@ -65,10 +66,6 @@ def command(
     """
     if output is None and not dry_run:
         raise click.UsageError("give -o OUT.onnx, or --dry-run to see the table only")
-    if layers == "auto":
-        raise InvalidArgumentError(
-            "--layers auto needs measurements: make a plan with fna plan, then pass it as --plan"
-        )
     size = parse_resolution(resolution)
     if output is not None and not dry_run:
         check_writable(output)
@@ -80,6 +77,10 @@ def command(
         from fna.plan import load_plan
 
         plan = None if plan_file is None else load_plan(plan_file)
+        if plan is None and layers == "auto":
+            from fna.commands.plan import plan_automatically
+
+            plan = plan_automatically(str(onnx_file), size, say)
         options = GraftOptions(
             layers=layers or "all",
             plan=plan,

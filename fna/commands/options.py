@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SAMPLERS = ("grid", "norm-grid", "fps", "random")
+SAMPLERS = ("grid", "lattice", "norm-grid", "fps", "random")
 METHODS = ("weighted", "published")
 
 
@@ -29,7 +29,8 @@ def plan_options(function: Function) -> Function:
     for decorate in reversed(
         (
             click.option(
-                "--layers", help="Blocks that become FNA: 6-11, or 0-2,6-11, all or none.  [default: the later half]"
+                "--layers",
+                help="Blocks that become FNA: 6-11, or 0-2,6-11, all, none, or auto (see fna plan).  [default: the later half]",
             ),
             click.option(
                 "--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks S per block."
@@ -99,7 +100,7 @@ def make_plan(num_blocks: int, options: dict[str, Any], **settings: Any) -> Plan
         return load_plan(options["plan_file"])
     if options["layers"] == "auto":
         raise InvalidArgumentError(
-            "--layers auto needs the planner, which this version does not have yet; name blocks, as in 6-11"
+            "--layers auto plans for one resolution, which this command does not: make a plan with fna plan and give it as --plan"
         )
     return uniform_plan(
         num_blocks,

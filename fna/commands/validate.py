@@ -16,6 +16,7 @@ from fna.commands.options import (
     progress_bar,
     quiet_option,
 )
+from fna.errors import CheckFailedError, InputFileError
 
 if TYPE_CHECKING:
     from fna.validate.document import Document
@@ -72,9 +73,10 @@ def command(
     for path in (json_file, report):
         if path is not None:
             check_writable(path)
+    if report is not None and report.suffix.lower() not in (".html", ".htm"):
+        raise InputFileError(f"--report {report} is an HTML page, with JSON beside it; give a name ending in .html")
     with progress_bar(quiet) as say:
         say("importing PyTorch")
-        from fna.errors import CheckFailedError, InputFileError
         from fna.export.files import write_text
         from fna.validate.document import Extras, make_document
         from fna.validate.overlay import draw_overlay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from tiny_engines import write_model
 
 from fna.cli import main
 from fna.engines.build import BatchRange, BuildOptions, build_engine
-from fna.engines.layers import FnaLayer, check_layers, read_type, requested_layers
+from fna.engines.layers import (
+    FnaLayer,
+    RequestedLayer,
+    check_layers,
+    describe_layers,
+    read_type,
+    requested_layers,
+)
 from fna.engines.manifest import read_manifest
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError
@@ -72,6 +80,17 @@ def test_a_file_of_one_size_is_not_built_for_another(tiny_file: Find, tmp_path: 
         build_engine(tiny_file("traced"), tmp_path / "x.engine", options)
 
 
+def test_a_file_of_one_batch_size_is_built_for_that_alone(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "tiny.onnx")
+    model = load_onnx(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    path.write_bytes(model.SerializeToString())
+    manifest = build_engine(path, tmp_path / "x.engine", BuildOptions(targets=find_targets("rtx-ada")))
+    assert manifest.profiles["pixel_values"].largest == (2, 3, 32, 32)
+    with pytest.raises(InvalidArgumentError, match="batch size is fixed at 2"):
+        build_engine(path, tmp_path / "x.engine", BuildOptions(batch=BatchRange(1, 4, 8)))
+
+
 def test_interrupting_a_build_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.onnx")
     phases = []
@@ -84,6 +103,7 @@ def test_interrupting_a_build_ends_it_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         build_engine(path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada")), interrupt)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.onnx"]
+    assert len(phases) < 100  # a whole build tells of about 400 steps
 
 
 def test_progress_is_told_by_phase(tmp_path: Path) -> None:
@@ -161,3 +181,24 @@ def test_types_in_the_inspectors_words(text: str, name: str) -> None:
 
 def test_layers_by_operators_are_never_reported_missing() -> None:
     check_layers([FnaLayer(name="a", op_type="FastNystromAttention", implementation="operators", requested="fp16")])
+
+
+def test_the_types_of_standard_operators_are_read_by_the_names_that_lowering_gives() -> None:
+    """Layers as TensorRT's inspector writes them: fused ones name all that they came from."""
+    requested = [RequestedLayer(f"/blocks.{number}/fna", "FastNystromAttention", "fp16") for number in (1, 11, 2)]
+    layers = [
+        {
+            "Name": "__myl_CastMul",
+            "Metadata": "[ONNX Layer: /blocks.1/fna/core]\x1e[ONNX Layer: /blocks.1/fna/w_0]",
+            "Outputs": [{"Format/Datatype": "Float"}],
+        },
+        {"Name": "/blocks.1/fna/out", "Outputs": [{"Format/Datatype": "Half"}]},
+        {"Name": "/blocks.11/fna/out", "Outputs": [{"Format/Datatype": "BFloat16"}]},
+    ]
+    found = describe_layers(requested, "portable", json.dumps({"Layers": layers}))
+    assert [(layer.implementation, layer.precision) for layer in found] == [
+        ("operators", "fp16+fp32"),
+        ("operators", "bf16"),
+        ("operators", None),
+    ]
+    check_layers(found)

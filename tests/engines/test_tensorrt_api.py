@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from fna.engines.device import Gpu
 from fna.engines.manifest import Manifest
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
-from fna.export.files import file_sha256
+from fna.export.files import file_sha256, load_onnx, save_model
+from fna.export.precision import cast_model
 
 ORIN = Gpu("Orin", 87, 61 * 2**30, 16, "12.6")
 
@@ -30,6 +31,7 @@ ROLES = {
     "network": "INetworkDefinition",
     "config": "IBuilderConfig",
     "parser": "OnnxParser",
+    "parser_error": "ParserError",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
     "_runtime": "Runtime",
@@ -206,6 +208,7 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
     assert calls["IOptimizationProfile.set_shape"][1:] == ((1, 3, 32, 32), (4, 3, 32, 32), (8, 3, 32, 32))
     assert calls["IBuilderConfig.set_memory_pool_limit"] == (fake.MemoryPoolType.WORKSPACE, 64 * 2**20)
     assert calls["IBuilderConfig.set_flag"] == (fake.BuilderFlag.VERSION_COMPATIBLE,)
+    assert calls["IBuilderConfig.clear_flag"] == (fake.BuilderFlag.TF32,)
     assert calls["Builder.create_network"] == (1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
     assert fake.settings["IBuilderConfig.builder_optimization_level"] == 4
     assert fake.settings["IBuilderConfig.hardware_compatibility_level"] == fake.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -248,8 +251,8 @@ def test_timings_are_kept_per_device_and_version(
     assert [path.name for path in folder.iterdir()] == ["tensorrt-10.3.0-sm87-orin.timing"]
 
 
-def test_turing_is_given_standard_operators_and_no_plugin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface
+def test_turing_is_given_standard_operators_no_plugin_and_no_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface, tiny_file: Callable[[str], Path]
 ) -> None:
     fake = FakeTensorRT(oldest, "10.3.0")
     monkeypatch.setattr(flavours, "find_gpu", lambda: None)
@@ -261,6 +264,9 @@ def test_turing_is_given_standard_operators_and_no_plugin(
     manifest = build_engine(path, tmp_path / "tiny.engine", BuildOptions(backend="tensorrt"))
     assert (manifest.targets, manifest.lowering, manifest.plugin_name) == (("t4",), "portable", None)
     assert fake.loaded == []
+    save_model(cast_model(load_onnx(tiny_file("traced")), "bf16"), tmp_path / "bf16.onnx")
+    with pytest.raises(InvalidArgumentError, match=r"bf16\.onnx is bf16, but t4 computes in fp32, fp16, int8 only"):
+        build_engine(tmp_path / "bf16.onnx", tmp_path / "bf16.engine", BuildOptions(backend="tensorrt"))
 
 
 def test_tensorrt_builds_for_no_other_device_than_its_own(

@@ -15,6 +15,7 @@ from fna.landmarks import (
     farthest_points_reference,
     grid_landmarks,
     landmark_bias,
+    lattice_landmarks,
     middles_of_stretches,
     norm_grid_count,
     random_landmarks,
@@ -32,7 +33,8 @@ def test_landmarks_are_distinct_token_indices(method: Any, size: tuple[int, int,
     tokens, count, prefix = max(size[:2]), min(size[:2]), size[2]
     prefix = min(prefix, tokens)
     torch.manual_seed(seed)
-    chosen = select_landmarks(torch.randn(2, tokens, 4), count, method=method, prefix_tokens=prefix)
+    patches = (1, tokens - prefix)
+    chosen = select_landmarks(torch.randn(2, tokens, 4), count, method=method, prefix_tokens=prefix, patches=patches)
     assert chosen.shape == (2, count)
     assert chosen.dtype == torch.int32
     for row in chosen.tolist():
@@ -172,3 +174,32 @@ def test_invalid_requests_are_named(arguments: dict[str, Any], error: type[FnaEr
     request: dict[str, Any] = {"features": torch.randn(1, 20, 4), "num_landmarks": 5}
     with pytest.raises(error, match=said):
         select_landmarks(**(request | arguments))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(37, 37), (8, 20), (5, 3)])
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_lattice_landmarks_are_distinct_patches_after_the_prefix(rows: int, columns: int, count: int) -> None:
+    if count - 2 > rows * columns:
+        return
+    index = lattice_landmarks(rows * columns + 2, count, 2, (rows, columns))[0].tolist()
+    assert index == sorted(set(index))
+    assert len(index) == count
+    assert index[:2] == [0, 1][:count]
+    assert index[-1] < rows * columns + 2
+
+
+def test_a_lattice_covers_the_image_better_than_a_row_of_tokens() -> None:
+    def farthest(index: torch.Tensor) -> float:
+        place = torch.stack([(index[0, 1:] - 1) // 37, (index[0, 1:] - 1) % 37], dim=1).float()
+        every = torch.cartesian_prod(torch.arange(37.0), torch.arange(37.0))
+        return float(torch.cdist(every, place).amin(dim=1).max())
+
+    for count in (32, 64, 128):
+        assert farthest(lattice_landmarks(1370, count, 1)) < farthest(grid_landmarks(1370, count, 1))
+
+
+def test_the_lattice_needs_to_know_where_patches_are() -> None:
+    with pytest.raises(InvalidArgumentError, match="no square number"):
+        select_landmarks(torch.zeros(1, 25, 4), 6, method="lattice")
+    given = select_landmarks(torch.zeros(2, 25, 4), 6, method="lattice", patches=(4, 6))
+    assert given.shape == (2, 6)

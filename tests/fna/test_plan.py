@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,52 @@ def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:
 def test_uniform_plans_refuse_values_out_of_range() -> None:
     with pytest.raises(InvalidPlanError, match="landmarks"):
         uniform_plan(12, landmarks=0)
+
+
+def fitted(heads: int, size: int = 3) -> dict[str, object]:
+    return {"size": size, "kernels": [[0.1] * size**2] * heads, "gains": [0.9] * heads}
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"heads": []}, "blocks.0.heads"),
+        ({"heads": [2, 1]}, "heads must be listed once each, ascending"),
+        ({"heads": [1], "correction": fitted(2)}, "kernels for 2 heads, but heads lists 1"),
+        ({"correction": fitted(2, size=4)}, "odd size"),
+        ({"correction": {**fitted(2), "gains": [1.0]}}, "one per head"),
+        ({"correction": {**fitted(2), "size": 5}}, "kernels.0 has 9 weights, but 25 are needed"),
+        ({"correction": {**fitted(2), "colour": 1}}, "blocks.0.correction.colour"),
+        ({"iterations": 0}, "blocks.0.iterations"),
+    ],
+)
+def test_what_a_block_says_of_heads_and_corrections_must_agree(block: dict[str, object], said: str) -> None:
+    text = json.dumps({"num_blocks": 12, "blocks": [{"block": 1, "landmarks": 8, **block}]})
+    with pytest.raises(InvalidPlanError, match=re.escape(said)):
+        parse_plan(text)
+
+
+def test_a_plan_refuses_a_model_and_a_size_that_it_was_not_made_for() -> None:
+    plan = Plan(num_blocks=12, model="one", resolution=(518, 784))
+    plan.check_fits("one", (518, 784))
+    with pytest.raises(InvalidPlanError, match="for model one, but the model is two"):
+        plan.check_fits("two", (518, 784))
+    with pytest.raises(InvalidPlanError, match="518x784 images, but the resolution is 784x518"):
+        plan.check_fits("one", (784, 518))
+    with pytest.raises(InvalidPlanError, match="left open"):
+        plan.check_fits("one", None)
+
+
+def test_a_plan_may_cross_from_pytorch_to_an_onnx_file_but_not_between_files() -> None:
+    Plan(num_blocks=12, model="one").check_fits("file.onnx", None)
+    with pytest.raises(InvalidPlanError, match=r"one\.onnx"):
+        Plan(num_blocks=12, model="one.onnx").check_fits("two.onnx", None)
+
+
+def test_blocks_override_the_plans_iterations_and_resampling() -> None:
+    plan = Plan(
+        num_blocks=3,
+        blocks=(BlockPlan(block=0, landmarks=8), BlockPlan(block=1, landmarks=8, iterations=3, resample=True)),
+    )
+    assert [plan.iterations_of(entry) for entry in plan.blocks] == [6, 3]
+    assert [plan.resamples(entry) for entry in plan.blocks] == [False, True]

@@ -102,6 +102,32 @@ def test_small_and_odd_sizes(library, dtype, count) -> None:
     assert_close(run_plugin(library, call, exact_rows=True), reference(call), RELATIVE[dtype])
 
 
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [33, 128, 256])
+def test_small_and_odd_sizes_with_masked_keys(library, dtype, count, rows, sink) -> None:
+    call = make_call(dtype, 2, 2, 261, count, 80)
+    mask = (torch.rand(rows, 261) < 0.2).int().cuda()
+    query, key, value, landmarks, bias = call.inputs
+    full = (tensor.double() for tensor in (query, key, value))
+    wanted = nystrom_attention_reference(*full, landmarks, bias.double(), call.scale, 6, True, mask, sink)
+    plugin = library.masked_attention(scale=call.scale, exact_rows=True, sink=sink)
+    inputs, out = [*call.inputs, mask], poisoned_like(query)
+    workspace = poisoned(plugin.workspace_bytes(inputs, out))
+    plugin.prepare(inputs, out)
+    plugin.enqueue(inputs, out, workspace)
+    torch.cuda.synchronize()
+    assert_close(out, wanted, RELATIVE[dtype])
+    found = torch_ops.attention_with_key_mask(query, key, value, landmarks, bias, mask, call.scale, 6, True, sink)
+    assert_close(found, wanted, RELATIVE[dtype])
+    plain = torch_ops.attention(query, key, value, landmarks, bias, call.scale, 6, True)
+    none = torch.zeros_like(mask)
+    assert torch.equal(
+        torch_ops.attention_with_key_mask(query, key, value, landmarks, bias, none, call.scale, 6, True, sink), plain
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("tokens", "channels"), [(130, 96), (1370, 100)])
 def test_small_and_odd_sampling(library, dtype, tokens, channels) -> None:

@@ -152,10 +152,10 @@ def test_real_weights_give_the_published_codes_output(attend, name: str) -> None
     assert (attend(call)["out"] - wanted).abs().max() < 2e-5
 
 
-def masked_reference(call: Call, mask: Tensor, *, sink: bool) -> Tensor:
+def masked_reference(call: Call, mask: Tensor, *, sink: bool, iterations: int = 6) -> Tensor:
     full = (tensor.double() for tensor in (call.query, call.key, call.value))
     return nystrom_attention_reference(
-        *full, call.landmarks, call.bias.double(), call.scale, 6, True, key_mask=mask, sink=sink
+        *full, call.landmarks, call.bias.double(), call.scale, iterations, True, key_mask=mask, sink=sink
     )
 
 
@@ -173,9 +173,10 @@ def test_masked_keys_agree_with_the_twin(attend, dtype, tokens, count, rows, sin
     call = make_call(dtype, 2 if count < 100 else 1, 1, tokens, count, 32)
     mask = (torch.rand(min(rows, len(call.query)), tokens) < 0.2).int()
     mask[:, call.landmarks[0, :3].long()] = 1
-    out = attend(call, exact_rows=True, key_mask=mask, sink=sink)["out"]
-    assert relative_error(out, masked_reference(call, mask, sink=sink)) < RELATIVE[dtype]
-    assert relative_error(out, reference(call, exact_rows=True)) > 10 * RELATIVE[dtype]
+    steps = 1 if count > 128 else 6
+    out = attend(call, exact_rows=True, key_mask=mask, sink=sink, iterations=steps)["out"]
+    assert relative_error(out, masked_reference(call, mask, sink=sink, iterations=steps)) < RELATIVE[dtype]
+    assert relative_error(out, reference(call, exact_rows=True, iterations=steps)) > 10 * RELATIVE[dtype]
 
 
 def test_a_stretch_of_keys_that_is_masked_throughout_counts_for_nothing(attend) -> None:
@@ -187,9 +188,8 @@ def test_a_stretch_of_keys_that_is_masked_throughout_counts_for_nothing(attend) 
     assert relative_error(found, masked_reference(call, mask, sink=False)) < RELATIVE[torch.float32]
 
 
-@pytest.mark.parametrize("count", [33, 70])
-def test_a_mask_of_zeros_changes_no_bit(attend, count) -> None:
-    call = make_call(torch.float16, 1, 1, 90, count, 32)
+def test_a_mask_of_zeros_changes_no_bit(attend) -> None:
+    call = make_call(torch.float16, 1, 1, 90, 33, 32)
     plain = attend(call, exact_rows=True)["out"]
     for sink in (False, True):
         none = torch.zeros(1, 90, dtype=torch.int32)

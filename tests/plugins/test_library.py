@@ -311,7 +311,8 @@ sampling = registry.get_creator("FarthestPointSampling", "1", "")
 masked = registry.get_creator("FastNystromAttention", "2", "")
 scale, six, count = np.array([0.125], np.float32), np.array([6], np.int32), np.array([64], np.int32)
 sink = np.array([1], np.int32)
-assert masked.create_plugin("m", fields(scale=scale, sink=sink), trt.TensorRTPhase.BUILD).plugin_version == "2"
+assert masked.plugin_version == "2"
+assert masked.create_plugin("m", fields(scale=scale, sink=sink), trt.TensorRTPhase.BUILD) is not None
 assert attention.create_plugin("a", fields(scale=scale, iterations=six), trt.TensorRTPhase.BUILD) is not None
 assert sampling.create_plugin("s", fields(num_landmarks=count), trt.TensorRTPhase.BUILD) is not None
 assert attention.create_plugin("a", fields(iterations=six), trt.TensorRTPhase.BUILD) is None

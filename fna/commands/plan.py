@@ -1,0 +1,322 @@
+"""`fna plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fna.commands.options import (
+    SAMPLERS,
+    check_writable,
+    json_option,
+    make_console,
+    parse_resolution,
+    progress,
+    quiet_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from fna.plan import Plan
+    from fna.validate.planning.cost import CostModel
+    from fna.validate.planning.planner import Planned, Wish
+    from fna.validate.planning.subject import Subject
+
+FEW_IMAGES = 4
+
+
+@click.command("plan", short_help="Choose blocks, heads and landmarks for a fidelity and a device.")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The plan file to write.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of photographs; a quarter is held out to verify on.  [default: eight that scikit-image carries]",
+)
+@click.option(
+    "--verify-images",
+    type=click.Path(path_type=Path),
+    help="Folder of other photographs to verify on.  [default: a quarter of --images, or five other bundled ones]",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.99,
+    show_default=True,
+    help="Mean cosine of the final patch tokens to exact attention.",
+)
+@click.option("--min-p5", type=click.FloatRange(0, 1, max_open=True), help="Its 5th percentile.  [default: any]")
+@click.option("--target", help="Device whose predicted time is made small.  [default: products are made few]")
+@click.option(
+    "--precision", type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target."
+)
+@click.option(
+    "--measured", type=click.Path(path_type=Path), help="JSON of fna bench that the prediction is calibrated by."
+)
+@click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
+@click.option(
+    "--samplers",
+    default="lattice,grid,norm-grid,fps",
+    show_default=True,
+    help=f"Which to try, of {', '.join(SAMPLERS)}.",
+)
+@click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
+@click.option("--no-corrections", is_flag=True, help="FNA as it is, without kernels fitted to the images.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder of finished steps.  [default: the user's cache folder]"
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="The picture of the front.  [default: beside the plan, .png]"
+)
+@json_option
+@quiet_option
+def command(
+    model: str,
+    output: Path,
+    images: Path | None,
+    verify_images: Path | None,
+    target: str | None,
+    precision: str,
+    measured: Path | None,
+    resolution: str | None,
+    cache: Path | None,
+    plot: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+    **wishes: Any,
+) -> None:
+    """Find the cheapest plan that keeps MODEL's outputs, verify it on photographs that it was not made from, and write it.
+
+    MODEL is what fna export takes, or an ONNX file. Without --target the plan with the fewest products of attention is sought, with
+    it the fastest. A run that is interrupted goes on where it was. Exit code 1 when the verification falls short.
+    """
+    picture = plot or output.with_suffix(".png")
+    for path in (output, picture):
+        check_writable(path)
+    size = parse_resolution(resolution)
+    wish = make_wish(**wishes)
+    with progress(quiet) as say:
+        say("importing PyTorch")
+        import json
+
+        from fna.errors import CheckFailedError
+        from fna.export.files import write_text
+        from fna.validate.planning.planner import make_best_plan
+        from fna.validate.planning.report import as_json, draw_front
+
+        subject = open_subject(model, size, say)
+        cost = _cost_model(subject, target, precision, measured)
+        names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
+        planned = make_best_plan(planner)
+        plan = planned.plan.model_copy(update={"made_from": _made_from(planned, wish, names, target)})
+        write_text(output, json.dumps(plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+        say("drawing")
+        layout = subject.layout
+        title = f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks"
+        draw_front(planned, cost.unit, picture, title=title, wanted=wish.min_cosine)
+        if json_file is not None:
+            write_text(json_file, json.dumps(as_json(planned, cost.unit), indent=1) + "\n")
+    _print(planned, cost, subject, names, output, picture, quiet)
+    point = planned.point.measured
+    if not planned.reached and point is not None:
+        raise CheckFailedError(
+            f"on {len(names['verified'])} images that it was not planned on, the plan has mean cosine {point.mean:.4f} and 5th "
+            f"percentile {point.p5:.4f}, but {wish.min_cosine}"
+            + (f" and {wish.min_p5}" if wish.min_p5 is not None else "")
+            + " were asked for; plan on more images like those, or ask for a little more"
+        )
+
+
+def plan_automatically(
+    model: str, size: tuple[int, int] | None, say: Callable[[str], None], subject: Subject | None = None
+) -> Plan:
+    """Make the plan of `--layers auto`: all defaults of `fna plan`."""
+    from fna.validate.planning.cost import ProductCost
+    from fna.validate.planning.planner import make_best_plan
+
+    subject = subject or open_subject(model, size, say)
+    wish = make_wish(0.99, None, "lattice,grid,norm-grid,fps", False, False)
+    _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
+    plan: Plan = make_best_plan(planner).plan
+    return plan
+
+
+def make_wish(min_cosine: float, min_p5: float | None, samplers: str, whole_blocks: bool, no_corrections: bool) -> Wish:
+    """Turn the options into what the planner is asked for."""
+    from fna.errors import InvalidArgumentError
+
+    names = tuple(name.strip() for name in samplers.split(","))
+    unknown = [name for name in names if name not in SAMPLERS]
+    if unknown:
+        raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(SAMPLERS)}")
+    from fna.validate.planning.measure import Range
+    from fna.validate.planning.planner import Wish
+
+    tried = Range(samplers=names, corrections=not no_corrections)  # type: ignore[arg-type]
+    return Wish(min_cosine, min_p5, whole_blocks, tried)
+
+
+def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], None]) -> Subject:
+    """Open what is planned for: an ONNX file, or a model as `fna export` takes it."""
+    say(f"loading {model}")
+    if model.endswith(".onnx"):
+        from fna.validate.planning.onnx_subject import OnnxSubject
+
+        return OnnxSubject(Path(model), size)
+    from fna.export.sources import load_model
+    from fna.validate.planning.subject import TorchSubject
+
+    loaded = load_model(model)
+    return TorchSubject(loaded, *(size or (loaded.native_resolution,) * 2))
+
+
+def _cost_model(subject: Subject, target: str | None, precision: str, measured: Path | None) -> CostModel:
+    from fna.errors import InvalidArgumentError
+    from fna.validate.planning.cost import ProductCost, TimeCost, device_of, read_calibration
+
+    if target is None:
+        if measured is not None:
+            raise InvalidArgumentError(
+                "--measured calibrates a prediction of time: give the --target that was measured"
+            )
+        return ProductCost(subject.layout)
+    from fna.engines.targets import find_target
+
+    device = device_of(find_target(target), precision)
+    calibration = None if measured is None else read_calibration(measured, subject.layout, device)
+    return TimeCost(subject.layout, device, calibration)
+
+
+def _make_planner(
+    subject: Subject,
+    wish: Wish,
+    cost: CostModel,
+    images: Path | None,
+    verify_images: Path | None,
+    cache: Path | None,
+    say: Callable[[str], None],
+) -> tuple[dict[str, list[str]], Any]:
+    from fna.export.saliency import cache_folder
+    from fna.validate.planning.planner import Planner
+
+    planned_on, verified, notes = _choose_images(images, verify_images)
+    height, width = subject.layout.resolution
+    arrays = [
+        [subject.preprocessing.apply(image, height, width) for _, image in group] for group in (planned_on, verified)
+    ]
+    names = {
+        "planned": [name for name, _ in planned_on],
+        "verified": [name for name, _ in verified],
+        "notes": notes,
+    }
+    folder = cache or cache_folder() / "planning"
+    return names, Planner(subject, wish, cost, arrays[0], arrays[1], folder, say)
+
+
+def _choose_images(
+    images: Path | None, verify_images: Path | None
+) -> tuple[list[tuple[str, Image]], list[tuple[str, Image]], list[str]]:
+    """Return photographs to plan on, others to verify on, and what should be said about them."""
+    from fna.export.preprocessing import bundled_photographs, load_images
+    from fna.validate.planning.images import planning_photographs
+
+    notes: list[str] = []
+    if images is None:
+        planned_on, held_out = planning_photographs(), bundled_photographs()
+    else:
+        found, skipped = load_images(images)
+        notes += [f"skipped {line}" for line in skipped]
+        # every fourth, so that a folder sorted by subject gives some of each
+        held = [] if verify_images is not None or len(found) == 1 else list(range(len(found)))[1::4]
+        planned_on = [image for number, image in enumerate(found) if number not in held]
+        held_out = [found[number] for number in held]
+        if len(found) == 1 and verify_images is None:
+            notes.append("one image cannot both be planned and verified on: verified on the bundled photographs")
+            held_out = bundled_photographs()
+    if verify_images is not None:
+        held_out, skipped = load_images(verify_images)
+        notes += [f"skipped {line}" for line in skipped]
+    if len(planned_on) < FEW_IMAGES:
+        notes.append(f"planned on {len(planned_on)} images only: {FEW_IMAGES} or more make a plan that holds on others")
+    return planned_on, held_out, notes
+
+
+def _made_from(planned: Planned, wish: Wish, names: dict[str, list[str]], target: str | None) -> dict[str, Any]:
+    from fna import __version__
+
+    measured = planned.point.measured
+    return {
+        "fna": __version__,
+        "images": names["planned"],
+        "verified_on": names["verified"],
+        "min_cosine": wish.min_cosine,
+        "target": target,
+        "saved_products": round(planned.point.saved, 4),
+        "verified": None if measured is None else measured.model_dump(),
+    }
+
+
+def _print(
+    planned: Planned,
+    cost: CostModel,
+    subject: Subject,
+    names: dict[str, list[str]],
+    output: Path,
+    picture: Path,
+    quiet: bool,
+) -> None:
+    from rich.table import Table
+
+    from fna.validate.planning.report import count_heads, describe_cost
+
+    console = make_console(quiet)
+    layout = subject.layout
+    console.print(
+        f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks of "
+        f"{layout.heads} heads; planned on {len(names['planned'])} images, verified on {len(names['verified'])} others",
+        markup=False,
+    )
+    for note in [*names["notes"], *planned.notes]:
+        console.print(f"note: {note}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    of_time = cost.unit == "seconds"
+    titles = (
+        "",
+        "FNA heads",
+        "predicted time" if of_time else "products",
+        "products saved",
+        "mean, predicted",
+        "mean",
+        "p5",
+        "class",
+    )
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for point in planned.front:
+        measured = point.measured
+        table.add_row(
+            "*" if point.plan == planned.plan else "",
+            f"{count_heads(point, layout.heads)} of {layout.heads * layout.num_blocks}",
+            describe_cost(point.cost, cost.unit),
+            f"{point.saved:.1%}",
+            f"{1 - point.predicted_loss:.5f}",
+            *(
+                ("", "", "")
+                if measured is None
+                else (f"{measured.mean:.5f}", f"{measured.p5:.5f}", _optional(measured.first))
+            ),
+        )
+    console.print(table)
+    console.print(
+        f"exact attention: {describe_cost(planned.exact_cost, cost.unit)}   plan: {output}   picture: {picture}",
+        markup=False,
+    )
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"

@@ -1,0 +1,37 @@
+"""Counts of multiplications, against what PyTorch counts while it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fna.arithmetic import block_products, correction_products, exact_products, nystrom_products, saved_part
+from fna.attention import nystrom_attention_reference
+from fna.landmarks import grid_landmarks
+from fna.plan import BlockPlan, Correction, Plan
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 6])
+def test_fna_multiplies_as_often_as_is_counted(iterations: int) -> None:
+    query, key, value = torch.randn(3, 1, 2, 50, 16)
+    with FlopCounterMode(display=False) as counter:
+        nystrom_attention_reference(query, key, value, grid_landmarks(50, 8, 1), None, 0.25, iterations, False)
+    assert counter.get_total_flops() == 2 * nystrom_products(50, 8, 2, 16, iterations)
+
+
+def test_exact_attention_multiplies_as_often_as_is_counted() -> None:
+    query, key, value = torch.randn(3, 1, 2, 50, 16)
+    with FlopCounterMode(display=False) as counter:
+        torch.softmax(query @ key.mT, -1) @ value
+    assert counter.get_total_flops() == 2 * exact_products(50, 2, 16)
+
+
+def test_heads_that_stay_exact_count_in_full() -> None:
+    correction = Correction(size=3, kernels=((0.0,) * 9,), gains=(1.0,))
+    entry = BlockPlan(block=0, landmarks=8, heads=(1,), correction=correction)
+    plan = Plan(num_blocks=2, blocks=(entry,))
+    taken = nystrom_products(50, 8, 1, 16) + correction_products(50, 1, 16, 3) + exact_products(50, 2, 16)
+    assert block_products(entry, plan, 50, 3, 16) == taken
+    whole = exact_products(50, 3, 16)
+    assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - (taken + whole) / (2 * whole))

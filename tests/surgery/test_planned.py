@@ -1,0 +1,89 @@
+"""Plans that name heads, lattices and corrections, in surgery: proven like everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from fna.errors import InvalidPlanError
+from fna.export.files import save_model
+from fna.export.sources import LoadedModel, wrap_model
+from fna.export.surgery.graft import GraftOptions, graft
+from fna.export.trace import TraceOptions, trace_model
+from fna.patching import patch, unpatch
+from fna.plan import BlockPlan, Correction, Plan, uniform_plan
+
+
+def correction(heads: int) -> Correction:
+    generator = torch.Generator().manual_seed(heads)
+    kernels = (torch.randn(heads, 9, generator=generator) / 5).tolist()
+    return Correction(size=3, kernels=tuple(map(tuple, kernels)), gains=tuple([0.7] * heads))
+
+
+PLANS = {
+    "some heads, corrected": BlockPlan(block=1, landmarks=5, heads=(0, 2), correction=correction(2)),
+    "neighbouring heads": BlockPlan(block=1, landmarks=5, heads=(1, 2), iterations=3),
+    "all heads, corrected": BlockPlan(block=1, landmarks=6, sampler="lattice", correction=correction(4)),
+    "landmarks of the image": BlockPlan(block=1, landmarks=5, sampler="norm-grid", correction=correction(4)),
+}
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+    model = Dinov2Model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return wrap_model("tests:tiny", model)
+
+
+@pytest.fixture(scope="module")
+def dense(source: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("planned") / "dense.onnx"
+    model, _ = trace_model(source, uniform_plan(3, layers="none"), TraceOptions(56, 84))
+    save_model(model, path)
+    return path
+
+
+@pytest.mark.parametrize("entry", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("method", ["weighted", "published"])
+def test_a_grafted_plan_computes_what_the_patched_model_computes(
+    source: LoadedModel, dense: Path, entry: BlockPlan, method: str, tmp_path: Path
+) -> None:
+    plan = Plan(num_blocks=3, blocks=(entry,), method=method, prefix_tokens=1, patches=(4, 6))
+    output = tmp_path / "planned.onnx"
+    result = graft(dense, output, GraftOptions(plan=plan))
+    assert result.replaced == 1
+    assert result.proof is not None
+    assert not result.proof.failed
+    pixels = torch.randn(2, 3, 56, 84)
+    session = onnxruntime.InferenceSession(str(output))
+    given = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    patch(source.module, plan)
+    try:
+        with torch.inference_mode():
+            expected = source.module(pixels)
+    finally:
+        unpatch(source.module)
+    for array, tensor in zip(given, expected, strict=True):
+        np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_heads_that_a_block_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:
+    plan = Plan(num_blocks=3, blocks=(BlockPlan(block=1, landmarks=5, heads=(1, 4)),))
+    with pytest.raises(InvalidPlanError, match="head 4 of block 1, but the block has heads 0 to 3"):
+        graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
+
+
+def test_a_plan_for_another_size_is_refused_by_both(dense: Path, tmp_path: Path) -> None:
+    plan = Plan(num_blocks=3, blocks=(BlockPlan(block=1, landmarks=5),), resolution=(518, 518))
+    with pytest.raises(InvalidPlanError, match="518x518 images, but the resolution is 56x84"):
+        graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
+    assert not (tmp_path / "out.onnx").exists()

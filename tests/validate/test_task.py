@@ -1,0 +1,186 @@
+"""Task agreement: each measure against scikit-learn's or SciPy's, and what happens where a task cannot be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import pearsonr
+from sklearn.metrics import jaccard_score, top_k_accuracy_score
+from sklearn.neighbors import NearestNeighbors
+
+from fna.errors import InputFileError
+from fna.export.sources import load_model
+from fna.export.trace import TraceOptions, export_onnx
+from fna.plan import uniform_plan
+from fna.validate.budget import measure_chain
+from fna.validate.chain import DEPLOYED, EXACT, open_chain, open_subject
+from fna.validate.photographs import Photographs, load_labelled
+from fna.validate.task import (
+    hold_out,
+    intersection_over_union,
+    match_labels,
+    mean_iou,
+    measure_tasks,
+    neighbour_recall,
+    probe,
+    shrink_plan,
+    top_agreement,
+)
+
+RANDOM = np.random.default_rng(0)
+
+
+def quietly(*_progress: object) -> None:
+    """Say nothing."""
+
+
+def test_recall_is_scikit_learns_neighbours_in_common() -> None:
+    exact, fna = RANDOM.standard_normal((30, 8)), RANDOM.standard_normal((30, 8))
+    fna = exact + 0.5 * fna
+    for k in (1, 5, 10):
+        found = []
+        for vectors in (exact, fna):
+            neighbours = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(vectors)
+            found.append(neighbours.kneighbors(vectors, return_distance=False)[:, 1:])
+        expected = np.mean([len(set(left) & set(right)) / k for left, right in zip(*found, strict=True)])
+        assert neighbour_recall(exact, fna, k) == pytest.approx(expected)
+    assert neighbour_recall(exact, 3 * exact, 5) == 1
+
+
+def test_top_k_agreement_is_scikit_learns_accuracy_against_the_exact_class() -> None:
+    exact, fna = RANDOM.standard_normal((40, 9)), RANDOM.standard_normal((40, 9))
+    for k in (1, 5):
+        expected = top_k_accuracy_score(exact.argmax(axis=1), fna, k=k, labels=range(9))
+        assert top_agreement(exact, fna, k) == pytest.approx(expected)
+
+
+def test_mean_iou_is_scikit_learns_jaccard() -> None:
+    left, right = RANDOM.integers(0, 4, 500), RANDOM.integers(0, 4, 500)
+    assert mean_iou(left, right) == pytest.approx(jaccard_score(left, right, average="macro"))
+    assert intersection_over_union(left > 1, right > 1) == pytest.approx(jaccard_score(left > 1, right > 1))
+    assert intersection_over_union(left > 9, right > 9) == 1
+
+
+def test_a_probe_sees_what_is_linearly_there_and_loses_what_is_not() -> None:
+    truth = np.arange(120) % 3
+    features = np.eye(3)[truth] + 0.1 * RANDOM.standard_normal((120, 3))
+    train, test = hold_out(truth, np.arange(3))
+    assert not set(train) & set(test)
+    scores = probe(features, features[:, ::-1], truth, train, test)
+    assert scores.exact == 1
+    assert scores.fna == pytest.approx(1 / 3, abs=0.1)  # classes 0 and 2 change places
+    assert scores.retrained == 1
+    assert scores.agreement == scores.fna
+
+
+def test_a_smaller_image_gets_landmarks_in_proportion() -> None:
+    plan = uniform_plan(12, layers="6-11", landmarks=128, prefix_tokens=1)
+    assert {entry.landmarks for entry in shrink_plan(plan, 50, 1369).blocks} == {6}
+    assert {entry.landmarks for entry in shrink_plan(plan, 4, 1369).blocks} == {3}
+
+
+def test_labels_are_the_models_names_or_numbers() -> None:
+    names = {"tabby": 0, "tabby cat": 0, "dog": 1}
+    assert match_labels(["Tabby", "dog", "2"], names, 3).tolist() == [0, 1, 2]
+    with pytest.raises(
+        InputFileError, match="class folder 'wolf' is no class of the model, which has 3 .*such as: dog"
+    ):
+        match_labels(["wolf"], names, 3)
+    with pytest.raises(InputFileError, match="'3' is no class"):
+        match_labels(["3"], names, 3)
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    for name, colour in (("0", 0), ("1", 128), ("2", 255)):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            noise = RANDOM.integers(0, 40, (30, 30, 3)) - 20
+            pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    return tmp_path
+
+
+def measure_file(path: Path, photographs: Photographs, digits: int = 80):
+    chain = open_chain(open_subject(path), None, quietly)
+    _, outputs = measure_chain(chain, photographs.images, tolerances={}, on_step=quietly)
+    return chain, outputs, measure_tasks(chain, DEPLOYED, photographs, outputs, quietly, digits=digits)
+
+
+def test_a_backbone_with_class_folders_gets_a_linear_probe(tiny, class_folders: Path) -> None:
+    photographs = load_labelled(class_folders)
+    _, _, result = measure_file(tiny.file("fp32"), photographs)
+    assert result.find("classification", "accuracy, exact") == 1
+    assert result.find("classification", "accuracy, FNA") == 1
+    assert 0 < result.find("retrieval", "recall@5") <= 1
+    assert 0 < result.find("segmentation", "mIoU") <= 1
+    assert 0.1 < result.find("digits probe", "accuracy, exact") < 1
+    assert any("no map output" in line for line in result.skipped)
+
+
+def test_few_images_get_crops_and_the_tasks_say_so(tiny) -> None:
+    _, _, result = measure_file(tiny.file("fp32"), Photographs(tiny.images))
+    detail = next(item.detail for item in result.measures if item.measure == "recall@10")
+    assert "2 images and 14 crops of them" in detail
+    assert any("no class head, and the images have no labels" in line for line in result.skipped)
+
+
+def test_the_real_models_saliency_is_measured(exported: Path, saliency_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fna.export.preprocessing import bundled_photographs
+
+    monkeypatch.setattr("fna.validate.chain.load_model", lambda _name: saliency_model)
+    photographs = Photographs(bundled_photographs()[:1])
+    chain = open_chain(open_subject(exported), None, quietly)
+    _, outputs = measure_chain(chain, photographs.images, tolerances={}, on_step=quietly)
+    monkeypatch.setattr("fna.validate.task.FEWEST_FOR_RETRIEVAL", 1)
+    result = measure_tasks(chain, EXACT, photographs, outputs, quietly, digits=60)
+    exact, fna = outputs.exact["saliency"].ravel(), outputs.exported["saliency"].ravel()
+    assert result.find("saliency", "correlation") == pytest.approx(pearsonr(exact, fna).statistic, abs=1e-6)
+    assert result.find("saliency", "IoU") == pytest.approx(jaccard_score(exact > 0.5, fna > 0.5))
+    assert result.find("digits probe", "accuracy, exact") > 0.5
+    assert result.find("digits probe", "agreement") > 0.5
+
+
+def test_a_classifiers_classes_are_compared_and_scored(tiny, class_folders: Path, tmp_path: Path) -> None:
+    model = load_model("validate_tiny:classifier")
+    path = tmp_path / "classifier.onnx"
+    export_onnx(model, uniform_plan(3, layers="1-2", landmarks=8), TraceOptions(112, 112), path)
+    every = load_labelled(class_folders)
+    _, outputs, result = measure_file(path, Photographs(every.images[:6], labels=every.labels[:6]))
+    exact, fna = outputs.exact["logits"], outputs.exported["logits"]
+    agreement = top_k_accuracy_score(exact.argmax(axis=1), fna, k=5, labels=range(7))
+    assert result.find("classification", "top-5 agreement") == pytest.approx(agreement)
+    accuracy = (fna.argmax(axis=1) == np.array([0, 0, 0, 0, 1, 1])).mean()
+    assert result.find("classification", "accuracy, FNA") == pytest.approx(accuracy)
+    (class_folders / "0").rename(class_folders / "nothing")
+    with pytest.raises(InputFileError, match="class folder 'nothing' is no class of the model, which has 7"):
+        measure_file(path, load_labelled(class_folders))
+
+
+def test_labels_need_two_classes_of_two_images(tiny, class_folders: Path) -> None:
+    (class_folders / "0" / "0.png").unlink()
+    for name in ("1.png", "2.png"):
+        (class_folders / "0" / name).unlink()
+    with pytest.raises(InputFileError, match="class folder 0 has one image, but two are needed"):
+        measure_file(tiny.file("fp32"), load_labelled(class_folders))
+
+
+def test_unreadable_images_are_skipped_by_name_and_none_left_is_an_error(class_folders: Path) -> None:
+    (class_folders / "1" / "broken.png").write_bytes(b"no image")
+    found = load_labelled(class_folders)
+    assert len(found.images) == 12
+    assert found.labels == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    assert found.skipped[0].startswith("1/broken.png: ")
+    for path in class_folders.glob("*/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(InputFileError, match="no readable image in .* .13 could not be read, first: 0/0.png"):
+        load_labelled(class_folders)
+
+
+def test_images_beside_class_folders_are_refused(class_folders: Path) -> None:
+    (class_folders / "0" / "0.png").rename(class_folders / "stray.png")
+    with pytest.raises(InputFileError, match="labels need every image in a class folder"):
+        load_labelled(class_folders)

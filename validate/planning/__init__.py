@@ -1,0 +1,1 @@
+"""Choosing blocks, heads and landmarks for a fidelity and a device."""

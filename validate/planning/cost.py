@@ -1,0 +1,238 @@
+"""What a block costs: its products, or its predicted time on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from fna.arithmetic import correction_products, exact_products, nystrom_products
+from fna.engines.targets import Target
+from fna.errors import InputFileError
+from fna.plan import describe_validation_error
+from fna.validate.planning.measure import Candidate
+from fna.validate.planning.subject import Layout
+
+
+class CostModel(Protocol):
+    """The cost of one block's attention; `unit` says of what."""
+
+    unit: str
+
+    def exact(self, heads: int) -> float:
+        """Exact attention of so many heads."""
+
+    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+        """FNA on `heads` of the heads, corrected by a kernel of that size (0: not corrected), the others exact."""
+
+
+class ProductCost:
+    """Multiply-adds."""
+
+    unit = "products"
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def exact(self, heads: int) -> float:
+        """See `CostModel.exact`."""
+        return float(exact_products(self.layout.tokens, heads, self.layout.head_size))
+
+    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+        """See `CostModel.block`."""
+        tokens, size = self.layout.tokens, self.layout.head_size
+        total = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
+        if kernel:
+            total += correction_products(tokens, heads, size, kernel)
+        return total + self.exact(self.layout.heads - heads)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a prediction needs to know of a device.
+
+    Attributes:
+        name: for people.
+        bandwidth: bytes a second.
+        matrix_rate: operations a second of its matrix units, all multiprocessors together.
+        multiprocessors: how many share that rate.
+        launch: seconds from one kernel to the next.
+        element: bytes of a number.
+    """
+
+    name: str
+    bandwidth: float
+    matrix_rate: float
+    multiprocessors: int
+    launch: float = 4e-6
+    element: int = 2
+
+
+EXACT_EFFICIENCY = 0.5
+"""Part of the peak rate that fused exact attention reaches; published figures of fused kernels lie between 0.35 and 0.7."""
+
+NYSTROM_EFFICIENCY = 0.3
+"""Part of the peak rate that FNA's thinner products reach. An assumption until a GPU has been timed: calibrate by --measured."""
+
+BANDWIDTH_EFFICIENCY = 0.7
+
+
+def device_of(target: Target, precision: str = "fp16") -> Device:
+    """Return the device of a target at a precision."""
+    rate = target.fp32_tflops if precision == "fp32" else target.fp16_tflops
+    return Device(
+        f"{target.name} ({precision})",
+        target.bandwidth_gb_s * 1e9,
+        rate * 1e12,
+        target.multiprocessors,
+        element=4 if precision == "fp32" else 2,
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors on predicted seconds that measurements call for, and the seconds that are not attention."""
+
+    exact: float = 1.0
+    nystrom: float = 1.0
+    rest: float = 0.0
+
+
+class TimeCost:
+    """Predicted seconds of the plugin's kernels and of fused exact attention, batch 1.
+
+    A kernel takes what is longer, its operations or its bytes, and a launch. Newton-Schulz of up to 128 landmarks runs beside the
+    exact rows, a program on one multiprocessor per head; beyond that it is a launch per product (`fna.plugins.plan`).
+    """
+
+    unit = "seconds"
+
+    def __init__(self, layout: Layout, device: Device, calibration: Calibration | None = None) -> None:
+        self.layout, self.device = layout, device
+        self.calibration = calibration or Calibration()
+
+    def exact(self, heads: int) -> float:
+        """See `CostModel.exact`."""
+        if not heads:
+            return 0.0
+        operations = 2.0 * exact_products(self.layout.tokens, heads, self.layout.head_size)
+        return self.calibration.exact * self._kernel(operations, 4 * self._values(heads), EXACT_EFFICIENCY)
+
+    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+        """See `CostModel.block`."""
+        others = self.layout.heads - heads
+        seconds = self.nystrom(candidate, heads)
+        if kernel:
+            seconds += self._copies(3, 6 * self._values(heads))
+        if others:  # taking heads apart and joining them
+            seconds += self._copies(4, 8 * self._values(self.layout.heads)) + self.exact(others)
+        return seconds
+
+    def nystrom(self, candidate: Candidate, heads: int) -> float:
+        """Seconds of one FNA node, the choice of its landmarks included where it chooses anew."""
+        tokens, size, device = self.layout.tokens, self.layout.head_size, self.device
+        count = candidate.landmarks
+        rows = 4.0 * count * tokens * size * heads
+        newton = 2.0 * (4 * (candidate.iterations - 1) + 1) * count**3
+        landmark = self._kernel(rows, 2 * self._values(heads), NYSTROM_EFFICIENCY)
+        if count <= 128:
+            busy = min(heads, device.multiprocessors) / device.multiprocessors
+            alone = newton * heads / (device.matrix_rate * busy * NYSTROM_EFFICIENCY)
+            seconds = max(landmark, alone + device.launch)
+        else:
+            launches = 3 * (candidate.iterations - 1) + 1
+            seconds = landmark + launches * device.launch + newton * heads / (device.matrix_rate * NYSTROM_EFFICIENCY)
+        seconds += self._kernel(8.0 * count * count * size * heads, 0.0, NYSTROM_EFFICIENCY)
+        seconds += self._kernel(rows, 3 * self._values(heads), NYSTROM_EFFICIENCY)
+        if candidate.sampler in ("fps", "norm-grid") and candidate.resample:
+            seconds += self._sampler(candidate)
+        return self.calibration.nystrom * seconds
+
+    def _sampler(self, candidate: Candidate) -> float:
+        hidden = self.layout.tokens * self.layout.channels * self.device.element
+        launches = candidate.landmarks if candidate.sampler == "fps" else 2
+        return self._copies(launches, hidden * (candidate.landmarks if candidate.sampler == "fps" else 1))
+
+    def _values(self, heads: int) -> float:
+        """Bytes of `[1, heads, N, D]`."""
+        return float(heads * self.layout.tokens * self.layout.head_size * self.device.element)
+
+    def _kernel(self, operations: float, moved: float, efficiency: float) -> float:
+        device = self.device
+        busy = max(operations / (device.matrix_rate * efficiency), moved / (device.bandwidth * BANDWIDTH_EFFICIENCY))
+        return busy + device.launch
+
+    def _copies(self, launches: int, moved: float) -> float:
+        return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch
+
+
+def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibration: Calibration | None = None) -> int:
+    """Return about how many tokens a block needs for FNA with so many grid landmarks to be predicted faster than exact attention."""
+    candidate = Candidate(landmarks, "grid", False, 6)
+
+    def pays(tokens: int) -> bool:
+        cost = TimeCost(replace(layout, tokens=tokens), device, calibration)
+        return cost.nystrom(candidate, layout.heads) < cost.exact(layout.heads)
+
+    low, high = landmarks, 1 << 20
+    if not pays(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
+
+
+class _Timing(BaseModel):
+    median: float
+
+
+class _BenchRow(BaseModel):
+    tokens: int
+    landmarks: int
+    blocks: int
+    dense: _Timing
+    fna: _Timing
+
+
+class _Bench(BaseModel):
+    rows: list[_BenchRow]
+
+
+def read_calibration(path: Path, layout: Layout, device: Device) -> Calibration:
+    """Fit the model's factors to what `fna bench --json` measured, in milliseconds of the whole model.
+
+    A model's time is taken as `r N` for all that is not attention, plus a factor times what is predicted for exact attention, plus
+    another times what is predicted for FNA; the three are fitted by non-negative least squares to relative errors.
+
+    Raises:
+        InputFileError: if the file is not a bench record; the message names the key.
+    """
+    from scipy.optimize import nnls
+
+    try:
+        bench = _Bench.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"measurements {path} cannot be read: {error}; write them with fna bench --json") from None
+    except ValidationError as error:
+        raise InputFileError(describe_validation_error(f"measurements {path}", error)) from None
+    if not bench.rows:
+        raise InputFileError(f"measurements {path} hold no rows; write them with fna bench --json")
+    system, seconds = [], []
+    for row in bench.rows:
+        cost = TimeCost(replace(layout, tokens=row.tokens), device)
+        exact = cost.exact(layout.heads)
+        nystrom = cost.nystrom(Candidate(row.landmarks, "grid", False, 6), layout.heads)
+        kept = layout.num_blocks - row.blocks
+        system += [[row.tokens, layout.num_blocks * exact, 0.0], [row.tokens, kept * exact, row.blocks * nystrom]]
+        seconds += [row.dense.median / 1e3, row.fna.median / 1e3]
+    matrix, right = np.array(system), np.array(seconds)
+    if len(bench.rows) == 1:  # two numbers cannot tell three unknowns: one factor for both kinds of attention
+        matrix = np.stack([matrix[:, 0], matrix[:, 1] + matrix[:, 2]], axis=1)
+    scale = np.linalg.norm(matrix / right[:, None], axis=0)
+    found = nnls(matrix / right[:, None] / scale, np.ones(len(right)))[0] / scale
+    nystrom_factor = found[2] if len(found) == 3 else found[1]
+    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, float(found[0]) * layout.tokens)

@@ -1,0 +1,346 @@
+"""How much each candidate would hurt, block by block and head by head, from one pass over each image.
+
+For every candidate the second moments of three things are summed over tokens and images: shifted values, FNA's output, exact
+attention's output, all in the metric of the final tokens. A correction (`fna.plan.Correction`) is then a small linear system per
+head, and so is what it leaves; no candidate needs a run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fna.arithmetic import exact_products, nystrom_products
+from fna.landmarks import (
+    farthest_points_reference,
+    grid_landmarks,
+    landmark_bias,
+    lattice_landmarks,
+    norm_grid_reference,
+    random_landmarks,
+)
+from fna.plan import Sampler
+from fna.validate.planning.subject import BlockView, Layout
+
+KERNEL = 5
+"""Side of the correction's kernel; 7 and 11 gain nothing over 5 on DINOv2-S, 3 loses a little (docs/plan.md)."""
+
+RIDGE = 1e-4
+"""Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
+
+LANDMARK_COUNTS = (16, 32, 48, 64, 96, 128, 192, 256)
+ITERATIONS = (3, 6)
+DEAREST = 0.8
+"""Candidates that take more than this part of exact attention's products are left out."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a block FNA, apart from which of its heads."""
+
+    landmarks: int
+    sampler: Sampler
+    resample: bool
+    iterations: int
+    corrected: bool = True
+
+
+@dataclass(frozen=True)
+class Range:
+    """What is tried.
+
+    Attributes:
+        samplers: by name.
+        landmarks: values of S.
+        iterations: of Newton-Schulz.
+        shared: for samplers that look at the image, also landmarks chosen once, at the first block.
+        corrections: fit a correction.
+        kernel: side of its kernel.
+    """
+
+    samplers: tuple[Sampler, ...] = ("lattice", "grid", "norm-grid", "fps")
+    landmarks: tuple[int, ...] = LANDMARK_COUNTS
+    iterations: tuple[int, ...] = ITERATIONS
+    shared: bool = True
+    corrections: bool = True
+    kernel: int = KERNEL
+
+    def candidates(self, layout: Layout) -> list[Candidate]:
+        """Every combination that fits the model and is worth its products."""
+        found = []
+        exact = exact_products(layout.tokens, 1, layout.head_size)
+        for sampler in self.samplers:
+            if sampler == "lattice" and layout.patches is None:
+                continue
+            looks = sampler in ("fps", "norm-grid")
+            for count in self.landmarks:
+                if count >= layout.tokens or count <= layout.prefix_tokens:
+                    continue
+                for resample in (False, True) if looks and self.shared else (looks,):
+                    for steps in self.iterations:
+                        if nystrom_products(layout.tokens, count, 1, layout.head_size, steps) <= DEAREST * exact:
+                            found.append(Candidate(count, sampler, resample, steps))
+        return found
+
+
+MOMENTS = ("gram", "cross", "energy", "fixed", "effect")
+
+
+@dataclass
+class Moments:
+    """Sums over tokens and images, per head: F holds the shifted values and FNA's output, y is exact attention's output.
+
+    Attributes:
+        gram: `F^T F`, `[H, K+1, K+1]`, over the rows that a correction changes.
+        cross: `F^T y`, `[H, K+1]`, over the same rows.
+        energy: `y^T y`, `[H]`, over the same rows.
+        fixed: squared error in the rows that no correction changes (prefix tokens), `[H]`.
+        effect: second moments over the view's gradients of their products with F and with y, `[H, K+2, K+2]`; zeros where there
+            are no gradients.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    fixed: Tensor
+    effect: Tensor
+
+    def add(self, other: Moments) -> Moments:
+        """Add another image's sums."""
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in MOMENTS))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A candidate's loss per head, and the correction that goes with it.
+
+    Attributes:
+        losses: first-order `1 - cosine` per head, `[H]`, as if the errors of tokens were independent.
+        effects: the same with their dependence, `[H]`, from few random directions and so noisy; zeros where there are no gradients.
+        kernels: `[H, K]`.
+        gains: `[H]`.
+    """
+
+    losses: Tensor
+    effects: Tensor
+    kernels: Tensor
+    gains: Tensor
+
+
+def fit_correction(moments: Moments, images: int, *, corrected: bool) -> Fit:
+    """Solve for the kernels and gains that leave the least error, or leave FNA as it is."""
+    count = moments.gram.shape[-1]
+    gram, cross = moments.gram.double(), moments.cross.double()
+    plain = torch.zeros_like(cross)
+    plain[:, -1] = 1.0
+    weights = plain
+    if corrected and count > 1:
+        lift = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        matrix = gram + lift[:, None, None] * torch.eye(count, dtype=gram.dtype)
+        # towards plain FNA, not towards nothing
+        weights = plain + torch.linalg.solve(matrix, cross - (gram @ plain[..., None])[..., 0])
+    left = moments.energy.double() - 2 * (weights * cross).sum(-1)
+    left = left + (weights * (gram @ weights[..., None])[..., 0]).sum(-1)
+    losses = (left.clamp(min=0) + moments.fixed.double()) / images
+    whole = torch.cat([weights, -torch.ones_like(weights[:, :1])], dim=1)  # F w - y
+    effects = (whole * (moments.effect.double() @ whole[..., None])[..., 0]).sum(-1).clamp(min=0) / images
+    return Fit(losses, effects, weights[:, :-1], weights[:, -1])
+
+
+def dependence(fits: Sequence[Fit]) -> Tensor:  # [H]
+    """By how much the dependence of tokens' errors raises the loss of each head of a block: one factor for all candidates.
+
+    A single candidate's factor is noisy; the geometric mean over all of them is less so.
+    """
+    ratios = [torch.log((fit.effects + 1e-12) / (fit.losses + 1e-12)) for fit in fits if bool((fit.effects > 0).any())]
+    return torch.exp(torch.stack(ratios).mean(0)) if ratios else torch.ones_like(fits[0].losses)
+
+
+@dataclass
+class Measurement:
+    """All moments of a model, and from how many images."""
+
+    images: int = 0
+    moments: dict[tuple[int, Candidate], Moments] = field(default_factory=dict)
+
+    def add(self, block: int, found: dict[Candidate, Moments]) -> None:
+        """Add one block's moments on one image."""
+        for candidate, moments in found.items():
+            key = (block, candidate)
+            self.moments[key] = self.moments[key].add(moments) if key in self.moments else moments
+
+    def only(self, keys: set[tuple[int, Candidate]]) -> Measurement:
+        """The same with some blocks' candidates only."""
+        return Measurement(self.images, {key: moments for key, moments in self.moments.items() if key in keys})
+
+    def merge(self, other: Measurement) -> None:
+        """Add all that another measurement holds."""
+        self.images += other.images
+        for (block, candidate), moments in other.moments.items():
+            self.add(block, {candidate: moments})
+
+
+class SharedFeatures:
+    """The hidden states of the first block of the image in work, which shared landmarks are chosen from."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+
+
+def measure_block(
+    view: BlockView, layout: Layout, candidates: Sequence[Candidate], shared: SharedFeatures, kernel: int
+) -> dict[Candidate, Moments]:
+    """Return the moments of every candidate for one block of one image."""
+    if shared.hidden is None:
+        shared.hidden = view.hidden
+    prefix = layout.prefix_tokens
+    value, exact = (tensor[0] @ view.root for tensor in (view.value, view.exact))
+    shifted = _shift(value, prefix, layout.patches, kernel)  # [H, N - P, D, K]
+    whole = _products(shifted.flatten(1, 2), shifted.flatten(1, 2))
+    with_exact = _products(shifted.flatten(1, 2), exact[:, prefix:].flatten(1)[..., None])[..., 0]
+    energy = exact[:, prefix:].square().sum((1, 2))
+    shifted_sum, exact_sum = shifted.sum(1), exact[:, prefix:].sum(1)
+    common = ((view.coherence - 1).clamp(min=0) / (value.shape[1] - prefix))[:, None, None]
+    gradients = view.gradients  # [K, H, N, D]
+    effect_values = effect_exact = value.new_zeros(0)
+    if gradients is not None:
+        plain = _shift(view.value[0], prefix, layout.patches, kernel)
+        effect_values = torch.einsum("phnd,hndk->hpk", gradients[:, :, prefix:], plain)  # [H, P, K]
+        effect_exact = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], view.exact[0, :, prefix:])
+    found: dict[Candidate, Moments] = {}
+    groups: dict[tuple[Sampler, bool], dict[int, list[Candidate]]] = {}
+    for candidate in candidates:
+        by_count = groups.setdefault((candidate.sampler, candidate.resample), {})
+        by_count.setdefault(candidate.landmarks, []).append(candidate)
+    for (sampler, resample), by_count in groups.items():
+        features = view.hidden if resample else shared.hidden
+        order = None
+        if sampler == "fps":
+            order = farthest_points_reference(_features(features, view), max(by_count))
+        for count, group in by_count.items():
+            landmarks = _choose(sampler, features, view, layout, count, order)
+            bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
+            outputs = _outputs(view, landmarks, bias, [candidate.iterations for candidate in group])
+            rows = landmarks[0].long()
+            patches = rows[rows >= prefix] - prefix
+            known = shifted[:, patches].flatten(1, 2)
+            known_exact = exact[:, prefix:][:, patches]
+            gram_values = whole - _products(known, known)
+            cross_values = with_exact - _products(known, known_exact.flatten(1)[..., None])[..., 0]
+            sum_values, sum_exact = shifted_sum - shifted[:, patches].sum(1), exact_sum - known_exact.sum(1)
+            energy_left = energy - known_exact.square().sum((1, 2)) + common[:, 0, 0] * sum_exact.square().sum(1)
+            turned = torch.stack([out[0] @ view.root for out in outputs], dim=-1)  # [H, N, D, I]
+            fixed = (turned[:, :prefix] - exact[:, :prefix, :, None]).square().sum((1, 2))
+            loose = turned[:, prefix:].clone()
+            loose[:, patches] = 0.0
+            flat = loose.flatten(1, 2)
+            mixed = _products(shifted.flatten(1, 2), flat)  # [H, K, I]
+            own = flat.square().sum(1)
+            flat_sums = loose.sum(1)  # [H, D, I]
+            cross_own = _products(flat, exact[:, prefix:].flatten(1)[..., None])[..., 0]  # [H, I]
+            effects = [value.new_zeros(len(value), shifted.shape[-1] + 2, shifted.shape[-1] + 2)] * len(group)
+            if gradients is not None:
+                at = gradients[:, :, prefix:][:, :, patches]
+                values = effect_values - torch.einsum("phnd,hndk->hpk", at, plain[:, patches])
+                target = effect_exact - torch.einsum("phnd,hnd->hp", at, view.exact[0, :, prefix:][:, patches])
+                effects = [
+                    _effects(gradients, out[0], view.exact[0], prefix, patches, values, target) for out in outputs
+                ]
+            for place, candidate in enumerate(group):
+                column = mixed[..., place : place + 1]
+                top = torch.cat([gram_values, column], dim=2)
+                bottom = torch.cat([column.mT, own[:, None, place : place + 1]], dim=2)
+                cross = torch.cat([cross_values, cross_own[:, place : place + 1]], dim=1)
+                # what all rows share weighs more: F and y summed over tokens, `[H, D, K+1]` and `[H, D]`
+                sums = torch.cat([sum_values, flat_sums[..., place : place + 1]], dim=2)
+                gram = torch.cat([top, bottom], dim=1) + common * (sums.mT @ sums)
+                cross = cross + common[..., 0] * (sums.mT @ sum_exact[..., None])[..., 0]
+                found[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
+    return found
+
+
+def _effects(
+    gradients: Tensor,  # [P, H, N, D]
+    out: Tensor,  # [H, N, D]
+    exact: Tensor,  # [H, N, D]
+    prefix: int,
+    known: Tensor,  # [L] patch indices of exact rows
+    values: Tensor,  # [H, P, K]
+    target: Tensor,  # [H, P]
+) -> Tensor:  # [H, K+2, K+2]
+    """Second moments over P directions of what shifted values, FNA and (less the prefix tokens' error) exact attention do."""
+    loose = out[:, prefix:].clone()
+    loose[:, known] = 0.0
+    own = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], loose)
+    fixed = torch.einsum("phnd,hnd->hp", gradients[:, :, :prefix], out[:, :prefix] - exact[:, :prefix])
+    rows = torch.cat([values, own[..., None], (target - fixed)[..., None]], dim=-1)
+    return rows.mT @ rows / rows.shape[1]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    return left.mT @ right
+
+
+def _shift(value: Tensor, prefix: int, patches: tuple[int, int] | None, kernel: int) -> Tensor:  # [H, N - P, D, K]
+    heads, tokens, size = value.shape
+    if patches is None or kernel < 1:
+        return value.new_zeros(heads, tokens - prefix, size, 0)
+    rows, columns = patches
+    image = value[:, prefix:].transpose(1, 2).reshape(heads * size, 1, rows, columns)
+    taps = torch.nn.functional.unfold(image, kernel, padding=kernel // 2)  # [H D, K, N - P]
+    return taps.view(heads, size, kernel * kernel, rows * columns).permute(0, 3, 1, 2).contiguous()
+
+
+def _features(hidden: Tensor | None, view: BlockView) -> Tensor:
+    return hidden if hidden is not None else view.query.mean(dim=1)
+
+
+def _choose(
+    sampler: Sampler, hidden: Tensor | None, view: BlockView, layout: Layout, count: int, order: Tensor | None
+) -> Tensor:  # [1, S]
+    if sampler == "fps":
+        assert order is not None
+        return order[:, :count]
+    if sampler == "norm-grid":
+        return norm_grid_reference(_features(hidden, view), count, layout.prefix_tokens)
+    if sampler == "lattice":
+        return lattice_landmarks(layout.tokens, count, layout.prefix_tokens, layout.patches)
+    if sampler == "random":
+        return random_landmarks(layout.tokens, count, layout.prefix_tokens, 0)
+    return grid_landmarks(layout.tokens, count, layout.prefix_tokens)
+
+
+def _outputs(view: BlockView, landmarks: Tensor, bias: Tensor, iterations: Sequence[int]) -> list[Tensor]:
+    """FNA with exact rows for several numbers of iterations, at little more than the price of one."""
+    index = landmarks.long()[:, None, :, None].expand(1, view.query.shape[1], -1, view.query.shape[3])
+    query_landmarks, key_landmarks = view.query.gather(2, index), view.key.gather(2, index) * view.scale
+    columns = bias[:, None, None, :]
+    core = torch.softmax(query_landmarks @ key_landmarks.mT + columns, dim=-1)
+    exact = view.exact.gather(2, index)
+    weights = torch.softmax(view.query @ key_landmarks.mT + columns, dim=-1)
+    mixed = newton_schulz_iterates(core, exact, max(iterations))  # one for each number of iterations
+    return [(weights @ mixed[steps - 1]).scatter(2, index, exact) for steps in iterations]
+
+
+def newton_schulz_iterates(
+    core: Tensor,  # [B, H, S, S]
+    exact: Tensor,  # [B, H, S, D]
+    iterations: int,
+) -> list[Tensor]:  # each [B, H, S, D]
+    """Return `fna.attention.apply_newton_schulz` for 1 to `iterations` iterations."""
+    inverse = core.mT / core.sum(dim=-2).amax(dim=-1)[..., None, None]
+    identity = torch.eye(core.shape[-1], dtype=core.dtype)
+    results = []
+    for step in range(iterations):
+        product = core @ inverse
+        applied = 7 * exact - product @ exact
+        applied = 15 * exact - product @ applied
+        applied = 13 * exact - product @ applied
+        results.append(0.25 * inverse @ applied)
+        if step < iterations - 1:
+            inner = 15 * identity - product @ (7 * identity - product)
+            inverse = 0.25 * inverse @ (13 * identity - product @ inner)
+    return results

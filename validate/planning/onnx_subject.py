@@ -1,0 +1,208 @@
+"""Planning for an ONNX file of anyone's, through its attention blocks; no PyTorch source is needed.
+
+The file is run with the operands of each recognised block as further outputs. There are no gradients: an error's weight is taken
+from the projection that follows the block, and from real runs of one block at a time (`Planner.scales`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, numpy_helper
+from torch import Tensor
+
+from fna.engines.run import open_onnx
+from fna.errors import InputFileError, InvalidArgumentError
+from fna.export.metadata import PREFIX, read_metadata
+from fna.export.preprocessing import Preprocessing
+from fna.export.surgery.graft import GraftOptions, find_image_size, find_points_of, graft, prepare
+from fna.export.surgery.graph import Graph, load_model, order_nodes
+from fna.export.surgery.resolution import set_resolution
+from fna.export.surgery.rewrite import operand_writer
+from fna.export.surgery.rows import Decision, Row
+from fna.export.surgery.scan import scan
+from fna.export.surgery.stream import count_prefix_tokens, find_stream
+from fna.plan import Plan
+from fna.validate.planning.subject import BlockView, Layout
+
+TYPICAL_COHERENCE = 30.0
+"""Where gradients cannot say: by how much more an error that all tokens share weighs. Between 5 and 100 in DINOv2-S's blocks."""
+
+
+class OnnxSubject:
+    """An ONNX file at one input size."""
+
+    def __init__(self, path: Path, size: tuple[int, int] | None) -> None:
+        """Find the attention blocks.
+
+        Raises:
+            InputFileError: if the file cannot be read, or holds no attention that could be FNA.
+            InvalidArgumentError: if its input size is open and none is given.
+        """
+        self.path, self.size = path, size
+        model = prepare(load_model(path), [])
+        if size is not None:
+            model = set_resolution(model, path.parent, size)
+        graph = Graph(model, path.parent)
+        points = find_points_of(graph, {})
+        rows = scan(graph, points)
+        eligible = [row for row in rows if row.decision is Decision.ELIGIBLE and row.attention is not None]
+        if not eligible:
+            reason = rows[0].reason if rows else "it holds none that could be recognised"
+            raise InputFileError(f"{path} has no attention that could be FNA: {reason}; see fna inspect")
+        height, width = find_image_size(model)
+        if any(len(set(row.tokens)) > 1 for row in eligible) or height is None or width is None:
+            raise InvalidArgumentError(f"{path} leaves its input size open; give the --resolution to plan for")
+        common = Counter((row.tokens[0], row.heads, row.head_size) for row in eligible).most_common(1)[0][0]
+        tokens, heads, head_size = common
+        assert heads is not None
+        assert head_size is not None
+        self._rows = [row for row in eligible if (row.tokens[0], row.heads, row.head_size) == common]
+        kept = {row.block for row in self._rows}
+        found = self._rows[0].attention
+        assert found is not None
+        stream = find_stream(graph, points, found)
+        prefix = (count_prefix_tokens(graph, points, stream) if stream is not None else None) or 0
+        patches = _square_or_ratio(tokens - prefix, height, width)
+        self.layout = Layout(
+            model=path.name,
+            num_blocks=len(rows),
+            refused={row.block: row.reason or "its sizes differ" for row in rows if row.block not in kept},
+            tokens=tokens,
+            heads=heads,
+            head_size=head_size,
+            channels=heads * head_size,
+            prefix_tokens=prefix,
+            patches=patches,
+            resolution=(height, width),
+        )
+        self.preprocessing = _preprocessing(model, path)
+        self._fidelity_tensor = _last_tokens(graph, points[0].shapes, tokens)
+        self._folder = tempfile.TemporaryDirectory(prefix="fna-plan-")
+        self._names: dict[int, tuple[str, str, str, str | None]] = {}
+        self._roots: dict[int, Tensor] = {}
+        observed = self._observed(model, graph, points)
+        self._session = self._open(observed, "observed")
+        self._input = self._session.get_inputs()[0].name
+        self._planned: tuple[Plan | None, Any] = (None, self._session)
+
+    def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
+        """See `fna.validate.planning.subject.Subject.look`."""
+        wanted = [name for names in self._names.values() for name in names if name is not None]
+        wanted = list(dict.fromkeys(wanted))
+        values = dict(zip(wanted, self._session.run(wanted, {self._input: pixels[None]}), strict=True))
+        with torch.inference_mode():
+            for row in self._rows:
+                query, key, value, hidden = (
+                    None if name is None else torch.from_numpy(np.ascontiguousarray(values[name], np.float32))
+                    for name in self._names[row.block]
+                )
+                assert query is not None
+                assert key is not None
+                assert value is not None
+                scale = float(row.attention.scale)  # type: ignore[union-attr]
+                exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+                coherence = torch.full((self.layout.heads,), TYPICAL_COHERENCE)
+                root = self._roots[row.block] / (2 * self.layout.tokens) ** 0.5
+                visit(BlockView(row.block, query, key, value, exact, scale, hidden, root, coherence))
+
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
+        """See `fna.validate.planning.subject.Subject.run`."""
+        if plan is None or not plan.blocks:
+            session = self._session
+        elif self._planned[0] == plan:
+            session = self._planned[1]
+        else:
+            output = Path(self._folder.name) / "planned.onnx"
+            graft(self.path, output, GraftOptions(plan=plan, resolution=self.size, check=False))
+            session = self._open(onnx.load(output), "planned")
+            self._planned = (plan, session)
+        (tokens,) = session.run([self._fidelity_tensor], {self._input: pixels[None]})
+        rows = np.asarray(tokens, np.float32)
+        return rows[0] if rows.ndim == 3 else rows.reshape(1, -1)
+
+    def _open(self, model: ModelProto, name: str) -> Any:
+        known = {item.name for item in model.graph.output}
+        if self._fidelity_tensor not in known:
+            model.graph.output.append(onnx.ValueInfoProto(name=self._fidelity_tensor))
+        path = Path(self._folder.name) / f"{name}-run.onnx"
+        onnx.save(model, path)
+        return open_onnx(path)
+
+    def _observed(self, model: ModelProto, graph: Graph, points: list[Any]) -> ModelProto:
+        """A copy of the model with query, key, value and hidden states of each block as outputs."""
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        writer, write = operand_writer(graph, points, Plan(num_blocks=self.layout.num_blocks))
+        nodes: list[NodeProto] = []
+        for row in self._rows:
+            found = row.attention
+            assert found is not None
+            names = write(row, nodes)
+            stream = find_stream(graph, points, found)
+            hidden = None if stream is None or stream.sequence_first else stream.tensor
+            self._names[row.block] = (*names, hidden)
+            self._roots[row.block] = _projection_root(graph, row)
+        have = {item.name for item in copy.graph.output}
+        initializers = {item.name for item in copy.graph.initializer}
+        copy.graph.node.extend(nodes)
+        copy.graph.initializer.extend(item for name, item in writer.initializers.items() if name not in initializers)
+        wanted = dict.fromkeys(name for names in self._names.values() for name in names if name is not None)
+        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
+        order_nodes(copy.graph)
+        return copy
+
+
+def _projection_root(graph: Graph, row: Row) -> Tensor:  # [H, D, D]
+    """A root of `W W^T` per head, with W the projection `[H D, C]` that reads the block's result; the identity if none is found."""
+    found = row.attention
+    assert found is not None
+    heads, size = found.heads, found.head_size
+    plain = torch.eye(size).expand(heads, size, size)
+    for index in graph.readers(found.result.tensor):
+        node = graph.nodes[index]
+        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2 or node.input[1] not in graph.initializers:
+            continue
+        weight = numpy_helper.to_array(graph.initializers[node.input[1]], str(graph.folder)).astype(np.float32)
+        turned = node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute)
+        weight = weight.T if turned else weight
+        if weight.ndim == 2 and weight.shape[0] == heads * size:
+            parts = torch.from_numpy(np.ascontiguousarray(weight)).reshape(heads, size, -1)
+            values, vectors = torch.linalg.eigh(parts @ parts.mT)
+            return vectors * values.clamp(min=0).sqrt()[..., None, :]
+    return plain
+
+
+def _last_tokens(graph: Graph, shapes: dict[str, Any], tokens: int) -> str:
+    """The last tensor `[B, N, C]` of the file, the tokens nearest to its output; the first output where there is none."""
+    best = None
+    for node in graph.nodes:
+        for name in node.output:
+            shape: Sequence[int] | None = shapes.get(name)
+            if shape is not None and len(shape) == 3 and shape[1] == tokens and name in graph.data:
+                best = name
+    if best is not None:
+        return best
+    return str(next(iter(graph.proto.output)).name)
+
+
+def _square_or_ratio(count: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of so many square patches in an image of that size, or None where it cannot be."""
+    for rows in range(1, count + 1):
+        if count % rows == 0 and rows * width == (count // rows) * height:
+            return rows, count // rows
+    return None
+
+
+def _preprocessing(model: ModelProto, path: Path) -> Preprocessing:
+    if any(entry.key.startswith(PREFIX) for entry in model.metadata_props):
+        return read_metadata(model, str(path)).preprocessing
+    return Preprocessing()

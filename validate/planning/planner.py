@@ -1,0 +1,436 @@
+"""`fna plan` as a function: look, measure, search, check against real runs, verify."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fna import __version__
+from fna.arithmetic import saved_part
+from fna.errors import InvalidArgumentError
+from fna.plan import BlockPlan, Correction, Plan
+from fna.validate.planning.cost import CostModel
+from fna.validate.planning.fidelity import Fidelity, measure_fidelity
+from fna.validate.planning.measure import (
+    MOMENTS,
+    Candidate,
+    Fit,
+    Measurement,
+    Range,
+    SharedFeatures,
+    dependence,
+    fit_correction,
+    measure_block,
+)
+from fna.validate.planning.search import Choice, Option, drop_dominated, find_front
+from fna.validate.planning.subject import BlockView, Subject
+
+Pixels = NDArray[np.float32]
+Say = Callable[[str], None]
+
+REFERENCE = 64
+"""Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
+
+TRIAL_IMAGES = 2
+"""Images on which every candidate is measured."""
+
+WORTHWHILE = 1.1
+"""A candidate is measured further while its loss is at most this much of that of every cheaper one."""
+
+ROUNDS = 6
+FRONT_POINTS = 8
+KEEP_BELOW = 0.97
+"""The search aims at this part of the loss allowed, for photographs differ."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for.
+
+    Attributes:
+        min_cosine: mean cosine of the final patch tokens to exact attention.
+        min_p5: the 5th percentile of it; None asks for nothing.
+        whole_blocks: only all heads of a block, or none.
+        tried: the range of candidates.
+    """
+
+    min_cosine: float = 0.99
+    min_p5: float | None = None
+    whole_blocks: bool = False
+    tried: Range = field(default_factory=Range)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What one block becomes: None is exact."""
+
+    candidate: Candidate | None = None
+    heads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A plan on the front, with what was predicted and, where it was run, measured on the images held out."""
+
+    plan: Plan
+    cost: float
+    saved: float
+    predicted_loss: float
+    measured: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The result.
+
+    Attributes:
+        plan: the winner.
+        point: its place on the front, verified.
+        front: the Pareto front, dearest first.
+        exact_cost: cost of exact attention in all blocks.
+        reached: whether the winner keeps what was asked for on the images that it was not planned on.
+        notes: what should be said about it.
+    """
+
+    plan: Plan
+    point: FrontPoint
+    front: list[FrontPoint]
+    exact_cost: float
+    reached: bool
+    notes: list[str]
+
+
+class Planner:
+    """One model, its measurements and the images to check against."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        wish: Wish,
+        cost: CostModel,
+        images: Sequence[Pixels],
+        held_out: Sequence[Pixels],
+        cache: Path | None = None,
+        say: Say = lambda _text: None,
+    ) -> None:
+        if not images or not held_out:
+            raise InvalidArgumentError(
+                f"{len(images)} images to plan on and {len(held_out)} to verify on were given, but at least one of each is needed"
+            )
+        self.subject, self.wish, self.cost = subject, wish, cost
+        self.images, self.held_out = images, held_out
+        self.cache, self.say = cache, say
+        self.layout = subject.layout
+        self.candidates = wish.tried.candidates(self.layout)
+        if not self.candidates:
+            raise InvalidArgumentError(
+                f"no candidate is cheaper than exact attention at {self.layout.tokens} tokens: FNA does not pay there"
+            )
+        self.blocks = [n for n in range(self.layout.num_blocks) if n not in self.layout.refused]
+        self._references: dict[int, Pixels] = {}
+
+    # ------------------------------------------------------------ measuring
+
+    def measure(self) -> Measurement:
+        """Sum the moments of all planning images; images found in the cache are not run again.
+
+        The first images measure every candidate; what is both dearer and worse than another there is not measured on the rest.
+        """
+        total = Measurement()
+        kept = {number: list(self.candidates) for number in self.blocks}
+        for number, pixels in enumerate(self.images):
+            self.say(f"looking at image {number + 1} of {len(self.images)}")
+            if number == TRIAL_IMAGES:
+                kept = self._worthwhile(total)
+                total = total.only({(block, c) for block, candidates in kept.items() for c in candidates})
+            label = f"moments-{_digest(pixels)}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+            total.merge(self.cached(label, partial(self._measure_image, pixels, kept)))
+        return total
+
+    def _worthwhile(self, measurement: Measurement) -> dict[int, list[Candidate]]:
+        """The candidates of each block that no cheaper one clearly beats."""
+        fits = self.with_dependence(self.fits(measurement))
+        heads, kernel = self.layout.heads, self.kernel
+        found: dict[int, list[Candidate]] = {}
+        for number in self.blocks:
+            rows = [
+                (self.cost.block(candidate, heads, kernel), float(fit.losses.sum()), candidate)
+                for (block, candidate), fit in fits.items()
+                if block == number
+            ]
+            best = np.inf
+            found[number] = []
+            for _, loss, candidate in sorted(rows, key=lambda row: row[:2]):
+                if loss <= best * WORTHWHILE:
+                    found[number].append(candidate)
+                best = min(best, loss)
+        return found
+
+    def _measure_image(self, pixels: Pixels, candidates: dict[int, list[Candidate]]) -> Measurement:
+        measured, shared = Measurement(images=1), SharedFeatures()
+
+        def visit(view: BlockView) -> None:
+            found = measure_block(view, self.layout, candidates[view.number], shared, self.wish.tried.kernel)
+            measured.add(view.number, found)
+
+        self.subject.look(pixels, visit)
+        return measured
+
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned when it was called before for this model, these candidates and this version, or call it."""
+        if self.cache is None:
+            return make()
+        key = hashlib.sha256(repr((self.layout, self.wish.tried, __version__)).encode()).hexdigest()[:16]
+        path = self.cache / f"{name}-{key}.pt"
+        if path.is_file():
+            try:
+                return _unpack(torch.load(path, weights_only=True))
+            except Exception:  # a file cut short by an interruption is made anew
+                path.unlink()
+        value = make()
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        torch.save(_pack(value), partial)
+        partial.replace(path)
+        return value
+
+    # ------------------------------------------------------------ choosing
+
+    def fits(self, measurement: Measurement) -> dict[tuple[int, Candidate], Fit]:
+        """Fit every candidate of every block."""
+        return {
+            key: fit_correction(moments, measurement.images, corrected=self.wish.tried.corrections)
+            for key, moments in measurement.moments.items()
+        }
+
+    def with_dependence(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[tuple[int, Candidate], Fit]:
+        """Scale the losses of each block's heads by how much the errors of its tokens agree."""
+        factors = {
+            number: dependence([fit for (block, _), fit in fits.items() if block == number]) for number in self.blocks
+        }
+        return {key: replace(fit, losses=fit.losses * factors[key[0]]) for key, fit in fits.items()}
+
+    def scales(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[int, float]:
+        """Loss of each block alone, really run with a middling candidate, over its first-order loss.
+
+        For subjects without gradients: what an error does on its way to the output is not known then.
+        """
+        found = {}
+        some = self.images[:2]
+        for number in self.blocks:
+            self.say(f"running block {number} alone")
+            candidate = min(
+                (c for b, c in fits if b == number),
+                key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != self.wish.tried.samplers[0], -c.iterations),
+            )
+            fit = fits[number, candidate]
+            plan = self.make_plan([Picked(candidate, tuple(range(self.layout.heads))) if n == number else Picked()
+                                   for n in range(self.layout.num_blocks)], fits)  # fmt: skip
+            loss = self.run(plan, some).loss
+            found[number] = max(loss, 1e-7) / max(float(fit.losses.sum()), 1e-9)
+        return found
+
+    def options(self, fits: dict[tuple[int, Candidate], Fit], scales: dict[int, float]) -> list[list[Option[Picked]]]:
+        """What each block could be: exact, or a candidate on the heads that it hurts least, 1 to all of them."""
+        heads = self.layout.heads
+        result = []
+        for number in range(self.layout.num_blocks):
+            found: list[Option[Picked]] = [Option(self.cost.exact(heads), 0.0, Picked())]
+            for (block, candidate), fit in fits.items():
+                if block != number:
+                    continue
+                losses = fit.losses * scales.get(number, 1.0)
+                order = torch.argsort(losses).tolist()
+                for count in [heads] if self.wish.whole_blocks else range(1, heads + 1):
+                    chosen = tuple(sorted(order[:count]))
+                    cost = self.cost.block(candidate, count, self.kernel)
+                    found.append(Option(cost, float(losses[list(chosen)].sum()), Picked(candidate, chosen)))
+            result.append(drop_dominated(found))
+        return result
+
+    def make_plan(self, picks: Sequence[Picked], fits: dict[tuple[int, Candidate], Fit]) -> Plan:
+        """Write the plan of one choice per block."""
+        entries = []
+        for number, pick in enumerate(picks):
+            if pick.candidate is None:
+                continue
+            candidate, fit = pick.candidate, fits[number, pick.candidate]
+            looks = candidate.sampler in ("fps", "norm-grid")
+            correction = None
+            if self.kernel:
+                correction = Correction(
+                    size=self.kernel,
+                    kernels=tuple(tuple(round(x, 5) for x in fit.kernels[head].tolist()) for head in pick.heads),
+                    gains=tuple(round(float(fit.gains[head]), 5) for head in pick.heads),
+                )
+            entries.append(
+                BlockPlan(
+                    block=number,
+                    landmarks=candidate.landmarks,
+                    sampler=candidate.sampler,
+                    heads=None if len(pick.heads) == self.layout.heads else pick.heads,
+                    iterations=None if candidate.iterations == 6 else candidate.iterations,
+                    resample=True if looks and candidate.resample else None,
+                    correction=correction,
+                )
+            )
+        return Plan(
+            num_blocks=self.layout.num_blocks,
+            blocks=tuple(entries),
+            prefix_tokens=self.layout.prefix_tokens,
+            model=self.layout.model,
+            resolution=self.layout.resolution,
+            patches=self.layout.patches,
+        )
+
+    @property
+    def kernel(self) -> int:
+        """Side of the corrections' kernels; 0 where nothing is corrected."""
+        tried = self.wish.tried
+        return tried.kernel if tried.corrections and self.layout.patches is not None else 0
+
+    # ------------------------------------------------------------ running
+
+    def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
+        """Really run a plan and compare with exact attention."""
+        for pixels in images:
+            if id(pixels) not in self._references:
+                self._references[id(pixels)] = self.subject.run(pixels, None)
+        given = [self.subject.run(pixels, plan) for pixels in images]
+        return measure_fidelity([self._references[id(p)] for p in images], given, self.layout.prefix_tokens)
+
+    def keeps(self, fidelity: Fidelity) -> bool:
+        """Whether a fidelity is as asked for."""
+        return fidelity.mean >= self.wish.min_cosine and (self.wish.min_p5 is None or fidelity.p5 >= self.wish.min_p5)
+
+    def saved(self, plan: Plan) -> float:
+        """Part of the attention products that a plan saves."""
+        return saved_part(plan, self.layout.tokens, self.layout.heads, self.layout.head_size)
+
+
+def make_best_plan(planner: Planner) -> Planned:
+    """Plan: see `Planner`."""
+    say = planner.say
+    measurement = planner.measure()
+    fits = planner.with_dependence(planner.fits(measurement))
+    if any(bool((fit.effects > 0).any()) for fit in fits.values()):
+        scales = dict.fromkeys(planner.blocks, 1.0)
+    else:
+        scales = planner.cached(f"scales-{_digest(np.stack(planner.images[:2]))}", lambda: planner.scales(fits))
+    options = planner.options(fits, scales)
+    allowed = 1 - planner.wish.min_cosine
+    say("searching")
+    front = find_front(options, largest_loss=40 * allowed, bins=16000)
+    if len(front) == 1:
+        return _exact_only(planner, front[0])
+    position, plan, on_planning = _settle(planner, front, fits, allowed)
+    say("verifying on images not planned on")
+    verified = planner.run(plan, planner.held_out)
+    exact_cost = planner.cost.exact(planner.layout.heads) * planner.layout.num_blocks
+    point = FrontPoint(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
+    points: list[FrontPoint] = []
+    for index in _spread(front, position):
+        choice = front[index]
+        candidate = planner.make_plan(choice.items, fits)
+        say(f"running {len(points) + 1} plans of the front")
+        measured = verified if index == position else planner.run(candidate, planner.held_out)
+        points.append(FrontPoint(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
+    notes = [f"on the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"]
+    return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
+
+
+def _settle(
+    planner: Planner, front: list[Choice[Picked]], fits: dict[tuple[int, Candidate], Fit], allowed: float
+) -> tuple[int, Plan, Fidelity]:
+    """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection."""
+    low, high = 0, len(front) - 1  # low keeps it (all exact does), high does not
+    best: tuple[int, Plan, Fidelity] | None = None
+    guess = min(range(len(front)), key=lambda i: abs(front[i].loss - 2 * allowed))
+    for _ in range(ROUNDS):
+        plan = planner.make_plan(front[guess].items, fits)
+        planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
+        found = planner.run(plan, planner.images)
+        strict = 1 - found.mean <= KEEP_BELOW * allowed and planner.keeps(found)
+        if strict:
+            low, best = guess, (guess, plan, found)
+        else:
+            high = guess
+        if high - low <= 1:
+            break
+        # losses are nearly proportional to the predicted ones, so aim, but stay inside the bracket
+        aim = front[guess].loss * KEEP_BELOW * allowed / max(1 - found.mean, 1e-6)
+        guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim), default=low)
+        if guess in (low, high):
+            break
+    if best is None:
+        best = _most_faithful(planner, front, fits)
+    return best
+
+
+def _most_faithful(
+    planner: Planner, front: list[Choice[Picked]], fits: dict[tuple[int, Candidate], Fit]
+) -> tuple[int, Plan, Fidelity]:
+    """Return the point nearest to exact attention that has any FNA, or say what it reaches if that is not enough."""
+    index = next(i for i, choice in enumerate(front) if any(pick.candidate for pick in choice.items))
+    plan = planner.make_plan(front[index].items, fits)
+    found = planner.run(plan, planner.images)
+    if not planner.keeps(found):
+        asked = f"a mean cosine of {planner.wish.min_cosine}"
+        if planner.wish.min_p5 is not None:
+            asked += f" with a 5th percentile of {planner.wish.min_p5}"
+        entry = plan.blocks[0]
+        raise InvalidArgumentError(
+            f"{asked} cannot be kept with any FNA: the best reachable is {found.mean:.6f} (5th percentile {found.p5:.6f}), with "
+            f"{entry.landmarks} landmarks in block {entry.block}"
+            + (f", head {entry.heads[0]}" if entry.heads else "")
+            + "; ask for less, or keep exact attention"
+        )
+    return index, plan, found
+
+
+def _exact_only(planner: Planner, choice: Choice[Picked]) -> Planned:
+    """The plan where no candidate is cheaper than exact attention."""
+    plan = planner.make_plan(choice.items, {})
+    point = FrontPoint(plan, choice.cost, 0.0, 0.0, Fidelity(mean=1.0, p5=1.0, first=1.0))
+    return Planned(plan, point, [point], choice.cost, True, [])
+
+
+def _spread(front: list[Choice[Picked]], position: int) -> list[int]:
+    """Some points of the front, evenly spaced in the logarithm of the loss, the chosen one among them."""
+    losses = np.log([max(choice.loss, 1e-9) for choice in front])
+    start, stop = np.log(max(front[position].loss, 1e-6) / 20), losses[-1]
+    wanted = np.linspace(start, stop, FRONT_POINTS - 1)
+    picked = {int(np.abs(losses - value).argmin()) for value in wanted} | {position}
+    return sorted(picked)
+
+
+def _digest(pixels: Pixels) -> str:
+    return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+
+
+def _pack(value: Any) -> Any:
+    """Plain containers and tensors only, so that a cache file cannot run code."""
+    if isinstance(value, Measurement):
+        rows = []
+        for (block, c), m in value.moments.items():
+            settings = [c.landmarks, c.sampler, c.resample, c.iterations, c.corrected]
+            rows.append([block, settings, [getattr(m, name) for name in MOMENTS]])
+        return {"images": value.images, "rows": rows}
+    return value
+
+
+def _unpack(value: Any) -> Any:
+    from fna.validate.planning.measure import Moments
+
+    if isinstance(value, dict) and "rows" in value:
+        moments = {(block, Candidate(*settings)): Moments(*tensors) for block, settings, tensors in value["rows"]}
+        return Measurement(value["images"], moments)
+    return value

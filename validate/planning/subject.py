@@ -1,0 +1,241 @@
+"""What is planned for: a model whose attention can be looked into, and run by a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fna.export.preprocessing import Preprocessing
+from fna.export.sources import LoadedModel, check_resolution
+from fna.observing import observed
+from fna.patching import find_attention_blocks, patch, unpatch
+from fna.plan import Plan
+from fna.tokens import detect_prefix_tokens
+
+PROBES = 4
+"""Random directions of the output whose gradients say how much an error in a block matters; each token adds to the average."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that planning needs.
+
+    Attributes:
+        model: name for the plan.
+        num_blocks: attention blocks, those included that cannot be FNA.
+        refused: of those, the ones that cannot, with the reason.
+        tokens: N.
+        heads: H.
+        head_size: D.
+        channels: C of the hidden states.
+        prefix_tokens: class and register tokens.
+        patches: rows and columns of patches, or None where they are not on a grid that is known.
+        resolution: height and width in pixels.
+    """
+
+    model: str
+    num_blocks: int
+    refused: dict[int, str]
+    tokens: int
+    heads: int
+    head_size: int
+    channels: int
+    prefix_tokens: int
+    patches: tuple[int, int] | None
+    resolution: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block's attention on one image, and how much an error in it matters.
+
+    Attributes:
+        number: the block's.
+        query: `[1, H, N, D]`.
+        key: `[1, H, N, D]`.
+        value: `[1, H, N, D]`.
+        exact: exact attention, `[1, H, N, D]`.
+        scale: factor on the scores.
+        hidden: what enters the block, `[1, N, C]`; None where it is not known.
+        root: `[H, D, D]`, such that the sum of squares of `e @ root` is the loss `1 - cosine` of the final tokens that an error `e`
+            `[H, N, D]` of this block causes, to first order and as if the errors of tokens were independent.
+        coherence: `[H]`, by how much more an error that all tokens share weighs than one that differs from token to token.
+        gradients: `[K, H, N, D]`, such that the mean over K of `(gradient . e)^2` is that loss to first order, dependent or not,
+            in expectation; None where gradients cannot be had.
+    """
+
+    number: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    exact: Tensor
+    scale: float
+    hidden: Tensor | None
+    root: Tensor
+    coherence: Tensor
+    gradients: Tensor | None = None
+
+
+class Subject(Protocol):
+    """A model at one resolution, for `fna.validate.planning.planner`."""
+
+    layout: Layout
+    preprocessing: Preprocessing
+
+    def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
+        """Run one image `[3, H, W]` exactly and show every block that can be FNA, in order."""
+
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
+        """Run one image `[3, H, W]` by a plan, None is exact; returns the tokens `[T, C]` that fidelity is measured on."""
+
+
+class TorchSubject:
+    """A PyTorch model: sensitivities are gradients."""
+
+    def __init__(self, model: LoadedModel, height: int, width: int) -> None:
+        """Read the sizes off one run of a blank image.
+
+        Raises:
+            ModelSourceError: if the model does not take images of that size.
+        """
+        check_resolution(model, height, width)
+        self.model, self.preprocessing = model, model.preprocessing
+        blocks = find_attention_blocks(model.module)
+        prefix = detect_prefix_tokens(blocks[0].tower)
+        shapes: list[torch.Size] = []
+
+        def note(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> Tensor:
+            shapes.append(query.shape)
+            return out
+
+        with torch.inference_mode(), observed(model.module, note):
+            model.module(torch.zeros(1, 3, height, width))
+        _, heads, tokens, size = shapes[0]
+        patches = (height // model.patch_size, width // model.patch_size)
+        self.layout = Layout(
+            model=model.name,
+            num_blocks=len(blocks),
+            refused={block.number: block.refusal for block in blocks if block.refusal is not None},
+            tokens=tokens,
+            heads=heads,
+            head_size=size,
+            channels=heads * size,
+            prefix_tokens=prefix,
+            patches=patches if patches[0] * patches[1] + prefix == tokens else None,
+            resolution=(height, width),
+        )
+
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
+        """See `Subject.run`."""
+        if plan is not None:
+            patch(self.model.module, plan)
+        try:
+            with torch.inference_mode():
+                tokens: NDArray[np.float32] = self._tokens(torch.from_numpy(pixels[None])).numpy()
+        finally:
+            if plan is not None:
+                unpatch(self.model.module)
+        return tokens
+
+    def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
+        """See `Subject.look`."""
+        calls: dict[int, tuple[Tensor, Tensor, Tensor, float, Tensor]] = {}
+        errors: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
+        refused = self.layout.refused
+
+        def keep(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> Tensor:
+            if number in refused:
+                return out
+            calls[number] = (*(tensor.detach() for tensor in (query, key, value)), scale, out.detach())
+            errors[number] = torch.zeros_like(out, requires_grad=True)
+            return out + errors[number]
+
+        hooks = []
+        parameters = [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            with torch.enable_grad(), observed(self.model.module, keep) as blocks:
+                for block in blocks:
+                    hooks.append(
+                        block.layer.register_forward_pre_hook(_keep_hidden(hidden, block.number), with_kwargs=True)
+                    )
+                tokens = self._tokens(torch.from_numpy(pixels[None]))
+                directions = torch.nn.functional.normalize(tokens, dim=-1)
+                gradients = _gradients(directions, errors, seed=0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        with torch.inference_mode():
+            for number in sorted(calls):
+                query, key, value, scale, out = calls[number]
+                gradient = gradients[number]
+                view = BlockView(
+                    number,
+                    query,
+                    key,
+                    value,
+                    out,
+                    scale,
+                    hidden.get(number),
+                    _root(gradient),
+                    _coherence(gradient),
+                    gradient,
+                )
+                visit(view)
+
+    def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
+        outputs = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))
+        if self.model.token_outputs:
+            tokens = outputs[self.model.token_outputs[0]][0]
+            # LLaVA's features come without the class token
+            return tokens[self.layout.prefix_tokens :] if tokens.shape[0] == self.layout.tokens else tokens
+        return next(iter(outputs.values())).reshape(1, -1)
+
+
+def _keep_hidden(hidden: dict[int, Tensor], number: int):  # type: ignore[no-untyped-def]
+    def hook(_layer, args, kwargs) -> None:  # type: ignore[no-untyped-def]
+        hidden[number] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    return hook
+
+
+def _gradients(directions: Tensor, errors: dict[int, Tensor], seed: int) -> dict[int, Tensor]:  # each [K, H, N, D]
+    """Gradients of K random combinations of the normalised tokens `[T, C]` by the output of each block's attention.
+
+    With `f` the normalised tokens, the mean of `1 - cosine` is `|df|^2 / 2T`. For standard normal `u` the mean of `(u . df)^2` is
+    `|df|^2`, and `u . df` is to first order the gradient of `u . f` times the error.
+    """
+    numbers = list(errors)
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[int, list[Tensor]] = {number: [] for number in numbers}
+    for probe in range(PROBES):
+        direction = torch.randn(directions.shape, generator=generator) / (2 * directions.shape[0]) ** 0.5
+        combined = (direction * directions).sum()
+        found = torch.autograd.grad(combined, [errors[n] for n in numbers], retain_graph=probe < PROBES - 1)
+        for number, gradient in zip(numbers, found, strict=True):
+            rows[number].append(gradient[0])
+    return {number: torch.stack(parts) for number, parts in rows.items()}
+
+
+def _root(gradients: Tensor) -> Tensor:  # [K, H, N, D] -> [H, D, D]
+    """A root of the mean over probes and tokens of `gradient gradient^T`."""
+    probes, _, tokens, _ = gradients.shape
+    metric = torch.einsum("khnd,khne->hde", gradients, gradients) / (probes * tokens)
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def _coherence(gradients: Tensor) -> Tensor:  # [K, H, N, D] -> [H]
+    """Squared norm of the sum of the tokens' gradients over the sum of their squared norms: 1 were they independent."""
+    together = gradients.sum(dim=2).square().sum(dim=(0, 2))
+    return together / gradients.square().sum(dim=(0, 2, 3)).clamp(min=1e-30)
