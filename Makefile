@@ -74,7 +74,7 @@ bench: $(STAMP) ## Time dense against FNA on this machine
 	    --json $(BUILD)/bench/onnxruntime.json --csv $(BUILD)/bench/onnxruntime.csv --plot $(BUILD)/bench/onnxruntime.svg
 
 test: $(STAMP) lint ## Run lint and all tests
-	@tests/install_browser.sh
+	@tests/install_programs.sh
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP) ## Check formatting, style and types

@@ -198,6 +198,12 @@ def split_keys(shape: AttentionShape, multiprocessors: int) -> tuple[int, int]:
     return -(-blocks // per_split), per_split * block
 
 
+def core_programs(s_pad: int, step: int) -> int:
+    """Programs per head that form A or iterate: one up to S_PAD = 128; above, one a row tile of A, then one a tile of a product."""
+    tiles = s_pad // TILE
+    return 1 if tiles <= 2 else tiles if step == 0 else tiles**2
+
+
 def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
     """Query tiles per program of the output kernel: more than one only when the GPU stays full."""
     block = query_block(shape.dtype, padded_landmarks(shape.landmarks), padded_head_size(shape.head_size))
@@ -275,21 +281,20 @@ def attention_plan(
     mask_mode = (MASK_BUT_SINKS if sink else MASK_ALL) if shape.masked else NO_MASK
     sizes = (shape.heads, shape.tokens, shape.landmarks, shape.head_size, taken.batch, taken.head, taken.token)
 
-    core_programs = s_pad // TILE if s_pad > 2 * TILE else 1
-    launches = [
-        Launch(
-            Variant("landmark", shape.dtype, s_pad, block_d),
-            (bh, core_programs + splits * (s_pad // landmark_rows(shape.dtype, s_pad)), 1),
-            ("query", "key", "value", "landmarks", "bias", "key_mask", "partial", "stats", "matrices", "colsum")
-            + (*sizes, landmark_stride, bias_stride, mask_stride, mask_mode)
-            + (splits, split_tokens, iterations - 1, scale),
+    jobs = splits * (s_pad // landmark_rows(shape.dtype, s_pad))
+    steps = 3 * (iterations - 1) + 2 if s_pad > 2 * TILE else 1
+    launches = []
+    for step in range(steps):
+        first_job, end_job = jobs * step // steps, jobs * (step + 1) // steps
+        launches.append(
+            Launch(
+                Variant("landmark", shape.dtype, s_pad, block_d),
+                (bh, core_programs(s_pad, step) + end_job - first_job, 1),
+                ("query", "key", "value", "landmarks", "bias", "key_mask", "partial", "stats", "matrices", "colsum")
+                + (*sizes, landmark_stride, bias_stride, mask_stride, mask_mode)
+                + (splits, split_tokens, first_job, step, iterations - 1, scale),
+            )
         )
-    ]
-    if s_pad > 2 * TILE:
-        newton = Variant("newton", "fp32" if shape.dtype == "fp32" else "fp16", s_pad)
-        steps = [(step % 3, int(step < 3)) for step in range(3 * (iterations - 1) + 1)]
-        for phase, first in steps:
-            launches.append(Launch(newton, (bh, (s_pad // TILE) ** 2, 1), ("matrices", "colsum", phase, first)))
     launches.append(
         Launch(
             Variant("finish", shape.dtype, s_pad),
@@ -380,7 +385,6 @@ def all_variants() -> tuple[Variant, ...]:
     """Every variant that a plan can name: what the ahead-of-time build compiles."""
     paddings, heads = (TILE, 2 * TILE, 4 * TILE), (64, 128)
     found = [Variant("landmark", t, s, d) for t in DTYPES for s in paddings for d in heads]
-    found += [Variant("newton", t, 4 * TILE) for t in ("fp32", "fp16")]
     found += [Variant("finish", t, s) for t in DTYPES for s in paddings]
     found += [Variant("output", t, s, d) for t in DTYPES for s in paddings for d in heads]
     found += [Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)]

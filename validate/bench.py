@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from fna.engines.run import open_onnx, run_onnx
-from fna.errors import InputFileError, MissingCapabilityError
+from fna.errors import InputFileError, InvalidLandmarksError, MissingCapabilityError
 from fna.export.sources import LoadedModel, check_resolution
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
 from fna.patching import find_attention_blocks, patch
@@ -148,6 +148,7 @@ def bench(
     runs: int = 7,
     batch: int = 1,
     precision: Precision = "fp32",
+    warm_up: int = WARM_UP_RUNS,
     on_step: Say = lambda *_progress: None,
 ) -> BenchResult:
     """Time a model dense and by each plan, taking turns.
@@ -160,14 +161,17 @@ def bench(
         runs: timed runs of each, after warm-up.
         batch: images per run.
         precision: of weights and activations.
+        warm_up: runs of each before those that are timed.
         on_step: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         ModelSourceError: for a resolution that the model does not take.
+        InvalidLandmarksError: for more landmarks than tokens at a resolution.
         MissingCapabilityError: if this machine lacks the backend.
     """
     for resolution in resolutions:
         check_resolution(model, resolution, resolution)
+        _check_landmarks(model, plans, resolution)
     open_model = _OPENERS[backend]
     rows = []
     for place, resolution in enumerate(sorted(set(resolutions))):
@@ -177,7 +181,7 @@ def bench(
             setting = _Setting(model, resolution, batch, precision, Path(folder))
             opened = [open_model(setting, plan) for plan in (dense_plan, *plans)]
             on_step(f"timing at {resolution}", place, len(resolutions))
-            timings = _time_alternately(opened, runs, batch)
+            timings = _time_alternately(opened, runs, warm_up, batch)
             for timed in opened:
                 timed.close()
         rows += [
@@ -197,6 +201,15 @@ def bench(
         rows=tuple(rows),
         break_even=find_break_even(rows),
     )
+
+
+def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], resolution: int) -> None:
+    most = max((entry.landmarks for plan in plans for entry in plan.blocks), default=0)
+    tokens = (resolution // model.patch_size) ** 2 + detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+    if most > tokens:
+        raise InvalidLandmarksError(
+            f"{most} landmarks were asked for, but at resolution {resolution} there are only {tokens} tokens; ask for fewer"
+        )
 
 
 def check_backend(backend: str) -> None:
@@ -230,7 +243,7 @@ def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say)
     tokens_needed = max((entry.landmarks for entry in plan.blocks), default=1)
     fitting = [side for side in sides if (side // patch_size) ** 2 > tokens_needed] or [resolution]
     chosen = sorted(fitting) if model.any_resolution else [resolution]
-    result = bench(model, [plan], chosen, backend="torch", runs=QUICK_RUNS, on_step=on_step)
+    result = bench(model, [plan], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
     data: dict[str, Any] = json.loads(result.model_dump_json())
     return data
 
@@ -384,12 +397,12 @@ class _Timed:
         self.peak_mib = peak_mib
 
 
-def _time_alternately(opened: Sequence[_Timed], runs: int, batch: int) -> list[Timing]:
+def _time_alternately(opened: Sequence[_Timed], runs: int, warm_up: int, batch: int) -> list[Timing]:
     seconds: list[list[float]] = [[] for _ in opened]
-    for turn in range(WARM_UP_RUNS + runs):
+    for turn in range(warm_up + runs):
         for timed, values in zip(opened, seconds, strict=True):
             elapsed = timed.run()
-            if turn >= WARM_UP_RUNS:
+            if turn >= warm_up:
                 values.append(elapsed)
     return [_summarise(values, batch, timed.peak_mib) for timed, values in zip(opened, seconds, strict=True)]
 

@@ -270,7 +270,7 @@ class _Gauge:
                 self._compare(link.step, done[link.reference], done[link.actual])
         self._compare("total", done[EXACT], done[self.last])
         if self.probe is not None:
-            self._compare_nodes(self.probe, pixels)
+            self._compare_nodes(self.probe, name, pixels)
         for key, stage in (("exact", EXACT), ("approximated", FNA), ("exported", self.last)):
             kept = self.kept.setdefault(key, [])
             if len(kept) < MOST_PICTURES:
@@ -305,8 +305,11 @@ class _Gauge:
             except ValueError as error:
                 raise InputFileError(f"{chain.subject.onnx.name} does not fit its model: {error}") from None
 
-    def _compare_nodes(self, probe: NodeProbe, pixels: NDArray[np.float32]) -> None:
+    def _compare_nodes(self, probe: NodeProbe, image: str, pixels: NDArray[np.float32]) -> None:
         arrays = probe.run(pixels)
+        if probe.nodes and len(self.landmarks) < MOST_PICTURES:
+            tokens = tuple(int(index) for index in arrays[probe.nodes[0].inputs["landmarks"]][0])
+            self.landmarks.append(ImageLandmarks(image=image, block=probe.nodes[0].block, tokens=tokens))
         meters = self.meters.setdefault("export", {})
         for node in probe.nodes:
             meter = meters.setdefault(node.name, ErrorMeter(node.name))

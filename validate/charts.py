@@ -78,13 +78,16 @@ def _as_element(text: str, title: str, name: str) -> Markup:
 
 
 def block_chart(
-    series: Sequence[tuple[str, Sequence[int], Sequence[float]]], *, title: str, name: str, y: str = "relative L2 error"
+    series: Sequence[tuple[str, Sequence[int], Sequence[float | None]]],
+    *,
+    title: str,
+    name: str,
+    y: str = "relative L2 error",
 ) -> Markup:
-    """Errors by block on a logarithmic axis: label, block numbers and errors of each curve."""
+    """Errors by block on a logarithmic axis: label, block numbers and errors of each curve; errors of zero are left out."""
     figure, axes = new_chart()
-    lowest = min((value for _, _, values in series for value in values if value > 0), default=1e-7)
     for index, (label, blocks, values) in enumerate(series):
-        shown = [max(value, lowest / 2) if np.isfinite(value) else np.nan for value in values]
+        shown = [value if value is not None and value > 0 else np.nan for value in values]
         colour = COLOURS[SERIES[index % len(SERIES)]]
         axes.plot(
             blocks, shown, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=1.6, label=label
@@ -92,7 +95,7 @@ def block_chart(
     axes.set_yscale("log")
     numbers = sorted({block for _, blocks, _ in series for block in blocks})
     axes.set_xticks(numbers if len(numbers) <= 16 else numbers[:: -(-len(numbers) // 12)])
-    return finish(figure, axes, title=title, x="block", y=y, name=name)
+    return finish(figure, axes, title=title, x="block", y=y, name=name, legend=len(series) > 1)
 
 
 def time_chart(rows: Sequence[dict[str, Any]], crossings: Sequence[dict[str, Any]], *, title: str, name: str) -> Markup:

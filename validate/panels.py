@@ -160,6 +160,14 @@ def heat(photograph: Image.Image, values: NDArray[Any], colours: str, low: float
     return encode(Image.blend(photograph.convert("L").convert("RGB"), layer, _STRENGTH))
 
 
+def colour_map(values: NDArray[Any]) -> str:
+    """Return a grid of values from zero to its largest as a data URI, a square for each."""
+    scaled = values / max(float(values.max()), 1e-12)
+    coloured = (matplotlib.colormaps["magma"](scaled)[..., :3] * 255).astype(np.uint8)
+    factor = max(1, SIDE // max(values.shape))
+    return encode(Image.fromarray(np.kron(coloured, np.ones((factor, factor, 1), np.uint8))))
+
+
 def encode(picture: Image.Image) -> str:
     """Return a picture as a data URI."""
     stream = io.BytesIO()

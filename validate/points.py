@@ -115,8 +115,10 @@ class _CallRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.fna.attention.default:
+        if func in (torch.ops.fna.attention.default, torch.ops.fna.attention_with_key_mask.default):
             number = self.blocks[len(self.capture.calls) % len(self.blocks)]
+            if func is torch.ops.fna.attention_with_key_mask.default:
+                args = (*args[:5], *args[6:9])  # without the mask, and whether masked queries are sinks
             query, key, value, landmarks, bias, scale, iterations, exact_rows = args
             self.capture.calls.append(
                 AttentionCall(query, key, value, landmarks, bias, scale, iterations, exact_rows, result)

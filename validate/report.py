@@ -17,7 +17,7 @@ from fna.export.files import write_text
 from fna.validate.budget import Outputs, Validation
 from fna.validate.charts import block_chart, share_chart, time_chart
 from fna.validate.document import Document, dump_compactly
-from fna.validate.panels import Panel, draw_panels, heat, patch_grid
+from fna.validate.panels import Panel, colour_map, draw_panels, patch_grid
 
 LOWEST, HIGHEST = 1e-7, 1.0
 """Ends of the bars' logarithmic scale of relative L2 errors."""
@@ -209,7 +209,7 @@ def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
         curves = [
             (step, [item["block"] for item in places if item["part"] == "output"],
              [item["relative_l2"] for item in places if item["part"] == "output"])
-            for step, places in bisection["places"].items()
+            for step, places in bisection["places"].items() if step != "approximation" or not blocks
         ]  # fmt: skip
         curves = [curve for curve in curves if curve[1] and any(value for value in curve[2])]
         if curves:
@@ -259,9 +259,7 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
             if not np.isfinite(values).all() or values.max() == 0:
                 continue
             top = int(np.argmax(values)) + prefix
-            size = (288, round(288 * grid[0] / grid[1]))
-            blank = Image.new("RGB", size, (128, 128, 128))
             title = f"{step.step}: {error.output}, relative L2 error of each patch over all images"
-            uri = heat(blank, values, "magma", 0, float(values.max()))
+            uri = colour_map(values)
             found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.relative_l2.{top}"))
     return found

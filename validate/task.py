@@ -26,7 +26,7 @@ from fna.validate.runners import Arrays, patched
 
 RECALLS = (1, 5, 10)
 CLUSTERS = 8
-DIGITS = 600
+DIGITS = 240
 DIGITS_SIDE = 98
 """Pixels: DINOv2's patches are 14 wide, so digits become 7x7 patches."""
 
@@ -72,11 +72,14 @@ class TaskResult(BaseModel):
 
 
 @dataclass
-class _Results:
+class Results:
+    """Filled task by task."""
+
     measures: list[Measure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def add(self, task: str, measure: str, value: float, detail: str) -> None:
+        """Take in one number."""
         self.measures.append(Measure(task=task, measure=measure, value=float(value), detail=detail))
 
 
@@ -96,10 +99,10 @@ def measure_tasks(
     Raises:
         InputFileError: if the labels do not match the model's, or are too few to hold some out.
     """
-    results = _Results()
-    collected = _collect(chain, last, photographs, on_step)
+    results = Results()
+    collected = _collect(chain, last, photographs, outputs, on_step)
     _retrieval(results, collected)
-    _classification(results, chain, collected, photographs)
+    measure_classification(results, chain, collected, photographs)
     _maps(results, chain, outputs)
     _segmentation(results, chain, outputs)
     _projected(results, chain, outputs)
@@ -111,7 +114,7 @@ def measure_tasks(
 
 
 @dataclass
-class _Collected:
+class Collected:
     """Embeddings `[M, C]` and, for models with a head, logits `[M, K]`, exact and FNA; crops of images come after the images."""
 
     exact: NDArray[np.float32] | None
@@ -122,27 +125,36 @@ class _Collected:
     embedding: str
 
 
-def _collect(chain: Chain, last: str, photographs: Photographs, on_step: Say) -> _Collected:
-    """Run all images, and crops of them where there are too few to have ten neighbours."""
+def _collect(chain: Chain, last: str, photographs: Photographs, outputs: Outputs, on_step: Say) -> Collected:
+    """Run all images, and crops of them where there are too few to have ten neighbours; what was kept is not run again."""
     pictures = [image for _, image in photographs.images]
     whole = len(pictures)
     if whole < FEWEST_FOR_RETRIEVAL:
         pictures = [*pictures, *(crop for image in pictures for crop in _crops(image, FEWEST_FOR_RETRIEVAL + 4, whole))]
     rows: dict[str, list[NDArray[Any]]] = {}
     name = ""
+    kept = len(next(iter(outputs.exact.values()), []))
     for index, picture in enumerate(pictures):
         on_step("task: embeddings and classes", index, len(pictures))
-        pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
-        for kind, arrays in (("exact", chain.stages[EXACT](pixels)), ("fna", chain.stages[last](pixels))):
+        if index < min(whole, kept):
+            exact, fna = (_image_of(arrays, index) for arrays in (outputs.exact, outputs.exported))
+        else:
+            pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
+            exact, fna = chain.stages[EXACT](pixels), chain.stages[last](pixels)
+        for kind, arrays in (("exact", exact), ("fna", fna)):
             name, vector = _embedding(chain, arrays)
             if vector is not None:
                 rows.setdefault(kind, []).append(vector)
             if _is_classifier(arrays):
                 rows.setdefault(f"{kind}_logits", []).append(arrays["logits"][0])
     stacked = {key: np.stack(values) for key, values in rows.items()}
-    return _Collected(
+    return Collected(
         stacked.get("exact"), stacked.get("fna"), stacked.get("exact_logits"), stacked.get("fna_logits"), whole, name
     )
+
+
+def _image_of(arrays: Arrays, index: int) -> Arrays:
+    return {name: array[index : index + 1] for name, array in arrays.items()}
 
 
 def _crops(image: Image.Image, wanted: int, images: int) -> list[Image.Image]:
@@ -181,7 +193,7 @@ def _is_classifier(arrays: Arrays) -> bool:
 # ---------------------------------------------------------------- the tasks
 
 
-def _retrieval(results: _Results, found: _Collected) -> None:
+def _retrieval(results: Results, found: Collected) -> None:
     if found.exact is None or found.fna is None:
         results.skipped.append("retrieval: the model has no image embedding")
         return
@@ -213,7 +225,8 @@ def neighbour_recall(
     return float(np.mean([len(set(left) & set(right)) / k for left, right in zip(*sets, strict=True)]))
 
 
-def _classification(results: _Results, chain: Chain, found: _Collected, photographs: Photographs) -> None:
+def measure_classification(results: Results, chain: Chain, found: Collected, photographs: Photographs) -> None:
+    """Agreement and accuracy of a class head; without one, a linear probe where there are labels."""
     labels = photographs.labels
     if found.exact_logits is not None and found.fna_logits is not None:
         exact, fna = found.exact_logits[: found.images], found.fna_logits[: found.images]
@@ -349,7 +362,7 @@ def probe(
     )
 
 
-def _add_probe(results: _Results, task: str, scores: ProbeScores, detail: str) -> None:
+def _add_probe(results: Results, task: str, scores: ProbeScores, detail: str) -> None:
     results.add(task, "accuracy, exact", scores.exact, detail)
     results.add(task, "accuracy, FNA", scores.fna, f"{detail}; the probe trained on exact features")
     results.add(task, "accuracy, FNA, probe retrained", scores.retrained, detail)
@@ -358,7 +371,7 @@ def _add_probe(results: _Results, task: str, scores: ProbeScores, detail: str) -
     )
 
 
-def _maps(results: _Results, chain: Chain, outputs: Outputs) -> None:
+def _maps(results: Results, chain: Chain, outputs: Outputs) -> None:
     if not chain.metadata.map_outputs:
         results.skipped.append("saliency: the model has no map output")
         return
@@ -386,7 +399,7 @@ def mean_iou(reference: NDArray[Any], actual: NDArray[Any]) -> float:
     return float(np.mean([intersection_over_union(reference == kind, actual == kind) for kind in np.unique(reference)]))
 
 
-def _segmentation(results: _Results, chain: Chain, outputs: Outputs) -> None:
+def _segmentation(results: Results, chain: Chain, outputs: Outputs) -> None:
     for name, array in outputs.exact.items():
         if array.ndim == 4 and array.shape[1] > 1 and name not in chain.metadata.map_outputs:
             exact, fna = array.argmax(axis=1), outputs.exported[name].argmax(axis=1)
@@ -421,7 +434,7 @@ def cluster(
     )
 
 
-def _projected(results: _Results, chain: Chain, outputs: Outputs) -> None:
+def _projected(results: Results, chain: Chain, outputs: Outputs) -> None:
     array = outputs.exact.get("image_features")
     if array is None or array.ndim != 3:
         return
@@ -435,7 +448,7 @@ def _projected(results: _Results, chain: Chain, outputs: Outputs) -> None:
 # ---------------------------------------------------------------- the probe on digits
 
 
-def _digits_probe(results: _Results, chain: Chain, count: int, on_step: Say) -> None:
+def _digits_probe(results: Results, chain: Chain, count: int, on_step: Say) -> None:
     model = chain.model
     if model is None:
         results.skipped.append("digits probe: a grafted file has no PyTorch model to run at another size")
@@ -499,7 +512,7 @@ def _batched(chain: Chain, model: LoadedModel, plan: Plan | None) -> Callable[..
                 tensors = model.module(torch.from_numpy(pixels[start : start + 25]))
                 batch = {name: t.float().numpy() for name, t in zip(model.output_names, tensors, strict=True)}
                 for index in range(len(pixels[start : start + 25])):
-                    _, vector = _embedding(chain, {name: array[index : index + 1] for name, array in batch.items()})
+                    _, vector = _embedding(chain, _image_of(batch, index))
                     if vector is None:
                         return None
                     vectors.append(vector.copy())

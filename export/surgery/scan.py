@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from onnx import GraphProto, NodeProto
 
+from fna.export.functions import ATTENTION, MASKED_ATTENTION
 from fna.export.surgery.fused import identify_fused, is_fused_attention
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
 from fna.export.surgery.identify import identify
@@ -37,8 +38,9 @@ def scan(graph: Graph, points: list[Point]) -> list[Row]:
 
 def _row_for(context: Context, index: int, node: NodeProto, block: int) -> Row | None:
     name = block_name(node)
-    if node.domain == OUR_DOMAIN and node.op_type == "FastNystromAttention":
-        row = Row(block, name, "FNA", index, Decision.KEPT, "it is FNA already")
+    if node.domain == OUR_DOMAIN and node.op_type in (ATTENTION, MASKED_ATTENTION):
+        family, reason = ("FNA", "it is FNA") if node.op_type == ATTENTION else ("masked", "its keys are masked")
+        row = Row(block, name, family, index, Decision.KEPT, f"{reason} already")
         row.scale = float(attribute(node, "scale", 0.0))
         shape = context.points[0].shapes.get(node.input[0])
         if shape is not None and len(shape) == 4:

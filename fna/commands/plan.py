@@ -36,7 +36,7 @@ FEW_IMAGES = 4
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder of photographs; a quarter is held out to verify on.  [default: eight that scikit-image carries]",
+    help="Folder of photographs; a quarter is held out to verify on.  [default: six that scikit-image carries]",
 )
 @click.option(
     "--verify-images",
@@ -61,10 +61,11 @@ FEW_IMAGES = 4
 @click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
-    default="lattice,grid,norm-grid,fps",
+    default="lattice,norm-grid",
     show_default=True,
     help=f"Which to try, of {', '.join(SAMPLERS)}.",
 )
+@click.option("--shared-landmarks", is_flag=True, help="Try landmarks chosen once, at the first block, as well.")
 @click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
 @click.option("--no-corrections", is_flag=True, help="FNA as it is, without kernels fitted to the images.")
 @click.option(
@@ -140,13 +141,20 @@ def plan_automatically(
     from fna.validate.planning.planner import make_best_plan
 
     subject = subject or open_subject(model, size, say)
-    wish = make_wish(0.99, None, "lattice,grid,norm-grid,fps", False, False)
+    wish = make_wish(0.99, None, "lattice,norm-grid", False, False, False)
     _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
     plan: Plan = make_best_plan(planner).plan
     return plan
 
 
-def make_wish(min_cosine: float, min_p5: float | None, samplers: str, whole_blocks: bool, no_corrections: bool) -> Wish:
+def make_wish(
+    min_cosine: float,
+    min_p5: float | None,
+    samplers: str,
+    shared_landmarks: bool,
+    whole_blocks: bool,
+    no_corrections: bool,
+) -> Wish:
     """Turn the options into what the planner is asked for."""
     from fna.errors import InvalidArgumentError
 
@@ -157,7 +165,7 @@ def make_wish(min_cosine: float, min_p5: float | None, samplers: str, whole_bloc
     from fna.validate.planning.measure import Range
     from fna.validate.planning.planner import Wish
 
-    tried = Range(samplers=names, corrections=not no_corrections)  # type: ignore[arg-type]
+    tried = Range(samplers=names, shared=shared_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
     return Wish(min_cosine, min_p5, whole_blocks, tried)
 
 

@@ -70,8 +70,9 @@ def command(
     grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance.
     """
     size = parse_resolution(resolution)
+    folder = output or file.with_name(f"{file.stem}-validation")
     for path in (json_file, report):
-        if path is not None:
+        if path is not None and path.parent != folder:  # which is made when there is something to put into it
             check_writable(path)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise InputFileError(f"--report {report} is an HTML page, with JSON beside it; give a name ending in .html")
@@ -87,7 +88,6 @@ def command(
         photographs = load_labelled(images)
         extras = Extras(bisect=with_bisect, task=with_task, bench=bench, command=_command_line())
         document, outputs = make_document(file, photographs, limits, size, original, extras, say)
-        folder = output or file.with_name(f"{file.stem}-validation")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

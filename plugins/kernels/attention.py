@@ -1,4 +1,4 @@
-"""Triton kernels of `FastNystromAttention`. Four launches: `landmark`, (`newton` at S > 128), `finish`, `output`.
+"""Triton kernels of `FastNystromAttention`. Launches: `landmark` (once, or once a step at S > 128), `finish`, `output`.
 
 Names follow DESIGN.md: A (`core`) is the softmax among landmarks, Z the Newton-Schulz iterate, W = A Z, and Bv the exact
 attention output of the landmark tokens. All scratch is fp32 except `mixed`, the values of the last product, which has
@@ -35,8 +35,7 @@ TILE = tl.constexpr(64)
 
 # Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
 _SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
-_PLAIN = [*_SIZES, "splits", "split_tokens", "full_iterations"]
-_PLAIN_NEWTON = ["phase", "first"]
+_PLAIN = [*_SIZES, "splits", "split_tokens", "first_job", "step", "full_iterations"]
 _PLAIN_FINISH = ["splits", "count", "one_iteration"]
 _PLAIN_OUTPUT = [*_SIZES, "tiles", "exact_rows"]
 
@@ -251,6 +250,8 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     if query.dtype.element_ty != tl.float32:
         queries = _gather_rows(query, stride_n, index, head_size, BLOCK_D)
 
+    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, index, row < count)
+
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -267,8 +268,9 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
             keys = tl.load(key + offset, mask=mask, other=0.0)
             scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        taken_off = _taken_off(key_mask, mask_mode, index, token, row < count, token < high)
-        scores = tl.where((token < high)[None, :], scores * (scale * LOG2E) - taken_off, float("-inf"))
+        hidden = _masked(key_mask, mask_mode, token, token < high) * (MASKED * LOG2E)
+        scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
+        scores = tl.where((token < high)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
@@ -285,17 +287,21 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
 def landmark_kernel(
     query, key, value, landmarks, bias, key_mask, partial, stats, matrices, colsum,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride, mask_stride, mask_mode,
-    splits, split_tokens, full_iterations, scale,
+    splits, split_tokens, first_job, step, full_iterations, scale,
     S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A with Newton-Schulz, and at the same time the split-K part of Bv: one heterogeneous grid.
 
-    Grid: (B * H, C + splits * S_PAD / BLOCK_S), where C is 1, or 4 for S_PAD = 256. Programs with y < C are the
-    long ones, so they are numbered first: they form A and, up to S_PAD = 128, iterate (one program per head); at 256
-    each of the 4 writes a row tile of A, and `newton_kernel` iterates. The others take one stretch of keys each.
+    Grid: (B * H, C + a number of split jobs), of splits * S_PAD / BLOCK_S jobs in all. Programs with y < C are the long ones, so
+    they are numbered first: up to S_PAD = 128 one program per head (C = 1) forms A and iterates, beside all of the split jobs.
+    At 256 the launch is repeated for each dependent product, which the stream orders, with a share of the split jobs (from
+    `first_job` on) beside each: step 0 writes A, a row tile a program (C = 4), every later one a product, a tile a program (C = 16).
     """
-    core_programs: tl.constexpr = S_PAD // TILE if S_PAD > 128 else 1
+    tiles: tl.constexpr = S_PAD // TILE
+    core_programs = 1
+    if S_PAD > 2 * TILE:
+        core_programs = tl.where(step == 0, tiles, tiles * tiles)
     matrix_count: tl.constexpr = 2 if HALF and S_PAD == TILE else 5
     bh = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
@@ -320,32 +326,22 @@ def landmark_kernel(
                 _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
                                  tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             _newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
-        else:
+        elif step == 0:
             _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
                              tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+        else:
+            _newton_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, (step - 1) % 3, step <= 3,
+                         S_PAD, HALF)  # fmt: skip
     else:
-        tiles: tl.constexpr = S_PAD // BLOCK_S
-        split = (job - core_programs) // tiles
-        first = ((job - core_programs) % tiles) * BLOCK_S
+        row_tiles: tl.constexpr = S_PAD // BLOCK_S
+        job += first_job - core_programs
+        split = job // row_tiles
+        first = (job % row_tiles) * BLOCK_S
         partial += bh * splits * S_PAD * BLOCK_D
         stats += bh * splits * 2 * S_PAD
         _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, partial, stats, split, first,
                      split_tokens, tokens, count, head_size, scale,
                      S_PAD, BLOCK_S, BLOCK_N, BLOCK_D, UPCAST)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_PLAIN_NEWTON)
-def newton_kernel(matrices, colsum, phase, first, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """One phase of one iteration at S_PAD = 256, spread over (S_PAD / 64)^2 programs per head.
-
-    Grid: (B * H, (S_PAD / 64)^2). The launches of an iteration follow one another on the stream, which orders them.
-    """
-    tiles: tl.constexpr = S_PAD // TILE
-    bh = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    matrices += bh * 5 * S_PAD * S_PAD
-    colsum += bh * tiles * S_PAD
-    _newton_tile(matrices, colsum, (tile // tiles) * TILE, (tile % tiles) * TILE, phase, first != 0, S_PAD, HALF)
 
 
 @triton.jit

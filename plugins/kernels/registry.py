@@ -22,7 +22,6 @@ from fna.plugins.plan import (
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
-    "newton": attention.newton_kernel,
     "finish": attention.finish_kernel,
     "output": attention.output_kernel,
     "fps": sampling.fps_kernel,
@@ -60,8 +59,6 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
             "BLOCK_N": key_block(variant.dtype, block_d),
         }
         return {**blocks, "BLOCK_D": block_d, "HALF": half, "UPCAST": upcast}
-    if variant.kernel == "newton":
-        return {"S_PAD": s_pad, "HALF": half}
     if variant.kernel == "finish":
         return {"S_PAD": s_pad, "COLUMNS": FINISH_COLUMNS, "HALF": half}
     if variant.kernel == "output":
@@ -83,8 +80,6 @@ def options(variant: Variant) -> dict[str, int]:
     wide = variant.dtype == "fp32"
     if variant.kernel == "landmark":
         return {"num_warps": 4 if in_registers(variant.dtype, variant.landmarks) else 8, "num_stages": 1 if wide else 2}
-    if variant.kernel == "newton":
-        return {"num_warps": 8 if wide else 4, "num_stages": 1}
     if variant.kernel == "finish":
         return {"num_warps": 4, "num_stages": 1}
     if variant.kernel == "output":

@@ -227,21 +227,18 @@ Plan planAttention(
 
     Plan plan;
     plan.workspace = attentionBuffers(shape, bh * splits, plan.offsets);
-    int64_t const corePrograms = sPad > 2 * kTile ? sPad / kTile : 1;
-    plan.launches.push_back(makeLaunch(variantName("landmark", shape.dtype, sPad, blockD), bh,
-        corePrograms + splits * (sPad / landmarkRows(shape.dtype, sPad)),
-        {kQuery, kKey, kValue, kLandmarks, kBias, kKeyMask, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
-            shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, maskStride, maskMode,
-            splits, splitTokens, static_cast<int64_t>(iterations - 1), scale}));
-    if (sPad > 2 * kTile)
+    int64_t const jobs = splits * (sPad / landmarkRows(shape.dtype, sPad));
+    int64_t const tilesOfS = sPad / kTile;
+    int64_t const steps = sPad > 2 * kTile ? 3 * (iterations - 1) + 2 : 1;
+    for (int64_t step = 0; step < steps; ++step)
     {
-        Dtype const operand = shape.dtype == Dtype::kFp32 ? Dtype::kFp32 : Dtype::kFp16;
-        for (int64_t step = 0; step < 3 * (iterations - 1) + 1; ++step)
-        {
-            int64_t const first = step < 3 ? 1 : 0;
-            plan.launches.push_back(makeLaunch(variantName("newton", operand, sPad, 0), bh, (sPad / kTile) * (sPad / kTile),
-                {kMatrices, kColsum, step % 3, first}));
-        }
+        int64_t const firstJob = jobs * step / steps;
+        int64_t const endJob = jobs * (step + 1) / steps;
+        int64_t const corePrograms = tilesOfS <= 2 ? 1 : step == 0 ? tilesOfS : tilesOfS * tilesOfS;
+        plan.launches.push_back(makeLaunch(variantName("landmark", shape.dtype, sPad, blockD), bh, corePrograms + endJob - firstJob,
+            {kQuery, kKey, kValue, kLandmarks, kBias, kKeyMask, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
+                shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, maskStride, maskMode,
+                splits, splitTokens, firstJob, step, static_cast<int64_t>(iterations - 1), scale}));
     }
     plan.launches.push_back(makeLaunch(variantName("finish", shape.dtype, sPad, 0), bh, blockD / kFinishColumns,
         {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,

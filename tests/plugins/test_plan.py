@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fna.errors import FnaError, InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
+from fna.plugins.kernels.registry import signature
 from fna.plugins.plan import (
     DTYPES,
     AttentionShape,
     all_variants,
     attention_buffers,
     attention_plan,
+    core_programs,
     key_block,
+    landmark_rows,
     padded_head_size,
     sampling_plan,
     split_keys,
@@ -74,8 +77,21 @@ def test_every_launch_names_a_variant_that_the_build_compiles(shape: AttentionSh
 
 
 @pytest.mark.parametrize(("landmarks", "launches"), [(64, 3), (128, 3), (256, 3 + 16)])
-def test_newton_schulz_has_launches_of_its_own_only_above_128_landmarks(landmarks: int, launches: int) -> None:
+def test_newton_schulz_takes_launches_of_its_own_only_above_128_landmarks(landmarks: int, launches: int) -> None:
     assert len(plan(AttentionShape("fp16", 1, 6, 1370, 64, landmarks)).launches) == launches
+
+
+@given(SHAPES)
+def test_the_launches_of_the_landmark_kernel_share_out_all_of_the_split(shape: AttentionShape) -> None:
+    launches = [launch for launch in plan(shape).launches if launch.variant.kernel == "landmark"]
+    names = list(signature(launches[0].variant))
+    s_pad = launches[0].variant.landmarks
+    expected = 0
+    for step, launch in enumerate(launches):
+        values = dict(zip(names, launch.arguments, strict=False))
+        assert (values["first_job"], values["step"]) == (expected, step)
+        expected += launch.grid[1] - core_programs(s_pad, step)
+    assert expected == values["splits"] * s_pad // landmark_rows(shape.dtype, s_pad)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_a_grafted_file_is_compared_with_its_own_original(tiny) -> None:
         assert ours.relative_l2 == pytest.approx(theirs.relative_l2, rel=1e-2)
     assert [error.output.endswith(f"fna_block_{number}") for number, error in zip((1, 2), export.errors, strict=True)]
     assert all(error.relative_l2 < 1e-5 for error in export.errors)
+    assert result.landmarks[0].tokens == traced.landmarks[0].tokens
 
 
 def test_a_grafted_file_with_another_scale_fails_at_its_node(tiny, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def report(tiny_files, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(tiny_files.folder)
         patch.setattr("fna.validate.task.DIGITS", 60)
         patch.setattr("fna.validate.bench.QUICK_RUNS", 1)
-        path = folder / "report.html"
+        path = folder / "files" / "report.html"  # in the folder that the command makes
         code = main(
             ["validate", "fp16.onnx", "--images", "images", "--bisect", "--task", "--bench", "quick", "--report", str(path),
              "--output", str(folder / "files"), "--quiet"]
@@ -168,7 +168,7 @@ PROBE = """<script>addEventListener("load", () => {
 def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (tests/install_browser.sh)")
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (tests/install_programs.sh)")
     return found
 
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import pearsonr
-from sklearn.metrics import jaccard_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, jaccard_score, top_k_accuracy_score
 from sklearn.neighbors import NearestNeighbors
 
 from fna.errors import InputFileError
 from fna.export.sources import load_model
-from fna.export.trace import TraceOptions, export_onnx
 from fna.plan import uniform_plan
 from fna.validate.budget import measure_chain
 from fna.validate.chain import DEPLOYED, EXACT, open_chain, open_subject
 from fna.validate.photographs import Photographs, load_labelled
 from fna.validate.task import (
+    Collected,
+    Results,
     hold_out,
     intersection_over_union,
     match_labels,
     mean_iou,
+    measure_classification,
     measure_tasks,
     neighbour_recall,
     probe,
@@ -144,20 +147,18 @@ def test_the_real_models_saliency_is_measured(exported: Path, saliency_model, mo
     assert result.find("digits probe", "agreement") > 0.5
 
 
-def test_a_classifiers_classes_are_compared_and_scored(tiny, class_folders: Path, tmp_path: Path) -> None:
-    model = load_model("validate_tiny:classifier")
-    path = tmp_path / "classifier.onnx"
-    export_onnx(model, uniform_plan(3, layers="1-2", landmarks=8), TraceOptions(112, 112), path)
-    every = load_labelled(class_folders)
-    _, outputs, result = measure_file(path, Photographs(every.images[:6], labels=every.labels[:6]))
-    exact, fna = outputs.exact["logits"], outputs.exported["logits"]
-    agreement = top_k_accuracy_score(exact.argmax(axis=1), fna, k=5, labels=range(7))
-    assert result.find("classification", "top-5 agreement") == pytest.approx(agreement)
-    accuracy = (fna.argmax(axis=1) == np.array([0, 0, 0, 0, 1, 1])).mean()
-    assert result.find("classification", "accuracy, FNA") == pytest.approx(accuracy)
-    (class_folders / "0").rename(class_folders / "nothing")
+def test_a_classifiers_classes_are_compared_and_scored(tiny) -> None:
+    exact, fna = RANDOM.standard_normal((2, 20, 7))
+    labels = [f"Kind {number % 7}" for number in range(20)]
+    chain = SimpleNamespace(model=load_model("validate_tiny:classifier"))
+    found = Collected(None, None, exact, fna, 20, "")
+    results = Results()
+    measure_classification(results, chain, found, Photographs([], labels=labels))
+    values = {item.measure: item.value for item in results.measures}
+    assert values["top-5 agreement"] == top_k_accuracy_score(exact.argmax(axis=1), fna, k=5, labels=range(7))
+    assert values["accuracy, FNA"] == accuracy_score([number % 7 for number in range(20)], fna.argmax(axis=1))
     with pytest.raises(InputFileError, match="class folder 'nothing' is no class of the model, which has 7"):
-        measure_file(path, load_labelled(class_folders))
+        measure_classification(results, chain, found, Photographs([], labels=["nothing"] * 20))
 
 
 def test_labels_need_two_classes_of_two_images(tiny, class_folders: Path) -> None:

@@ -79,6 +79,9 @@ NYSTROM_EFFICIENCY = 0.3
 
 BANDWIDTH_EFFICIENCY = 0.7
 
+MOST_TOKENS = 1 << 20
+"""Break-even is looked for up to here."""
+
 
 def device_of(target: Target, precision: str = "fp16") -> Device:
     """Return the device of a target at a precision."""
@@ -177,7 +180,7 @@ def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibra
         cost = TimeCost(replace(layout, tokens=tokens), device, calibration)
         return cost.nystrom(candidate, layout.heads) < cost.exact(layout.heads)
 
-    low, high = landmarks, 1 << 20
+    low, high = landmarks, MOST_TOKENS
     if not pays(high):
         return high
     while high - low > 1:

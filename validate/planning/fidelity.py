@@ -37,7 +37,7 @@ def measure_fidelity(
     given: Sequence[NDArray[np.float32]],
     prefix_tokens: int,
 ) -> Fidelity:
-    """Compare runs of several images."""
+    """Compare runs of several images; outputs of as many tokens as there are prefix tokens, or fewer, are compared whole."""
     cosines = [cosine(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(reference, given, strict=True)]
     skipped = prefix_tokens if len(cosines[0]) > prefix_tokens else 0
     patches = np.concatenate([values[skipped:] for values in cosines])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from PIL import Image
 
-PLANNING = ("camera", "coins", "stereo_motorcycle", "rocket", "retina", "clock", "grass", "hubble_deep_field")
+PLANNING = ("camera", "coins", "stereo_motorcycle", "rocket", "clock", "grass")
 
 
 def planning_photographs() -> list[tuple[str, Image.Image]]:
-    """Return eight photographs that scikit-image carries in its package; `bundled_photographs` are others."""
+    """Return six photographs that scikit-image carries in its package; `bundled_photographs` are others."""
     from skimage import data
 
     found = []

@@ -31,8 +31,11 @@ KERNEL = 5
 RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
-LANDMARK_COUNTS = (16, 32, 48, 64, 96, 128, 192, 256)
+LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
 ITERATIONS = (3, 6)
+SAMPLED_ROWS = 512
+"""Patches of an image that second moments are taken over; a correction has tens of unknowns, and each patch D equations."""
+
 DEAREST = 0.8
 """Candidates that take more than this part of exact attention's products are left out."""
 
@@ -61,10 +64,10 @@ class Range:
         kernel: side of its kernel.
     """
 
-    samplers: tuple[Sampler, ...] = ("lattice", "grid", "norm-grid", "fps")
+    samplers: tuple[Sampler, ...] = ("lattice", "norm-grid")
     landmarks: tuple[int, ...] = LANDMARK_COUNTS
     iterations: tuple[int, ...] = ITERATIONS
-    shared: bool = True
+    shared: bool = False
     corrections: bool = True
     kernel: int = KERNEL
 
@@ -188,110 +191,170 @@ class SharedFeatures:
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
+        self.order: Tensor | None = None
 
 
 def measure_block(
     view: BlockView, layout: Layout, candidates: Sequence[Candidate], shared: SharedFeatures, kernel: int
 ) -> dict[Candidate, Moments]:
-    """Return the moments of every candidate for one block of one image."""
+    """Return the moments of every candidate for one block of one image.
+
+    Second moments are taken over `SAMPLED_ROWS` of the patches, scaled to all; what tokens share, and the effects, over all.
+    """
     if shared.hidden is None:
         shared.hidden = view.hidden
     prefix = layout.prefix_tokens
-    value, exact = (tensor[0] @ view.root for tensor in (view.value, view.exact))
-    shifted = _shift(value, prefix, layout.patches, kernel)  # [H, N - P, D, K]
-    whole = _products(shifted.flatten(1, 2), shifted.flatten(1, 2))
-    with_exact = _products(shifted.flatten(1, 2), exact[:, prefix:].flatten(1)[..., None])[..., 0]
-    energy = exact[:, prefix:].square().sum((1, 2))
-    shifted_sum, exact_sum = shifted.sum(1), exact[:, prefix:].sum(1)
-    common = ((view.coherence - 1).clamp(min=0) / (value.shape[1] - prefix))[:, None, None]
-    gradients = view.gradients  # [K, H, N, D]
-    effect_values = effect_exact = value.new_zeros(0)
-    if gradients is not None:
-        plain = _shift(view.value[0], prefix, layout.patches, kernel)
-        effect_values = torch.einsum("phnd,hndk->hpk", gradients[:, :, prefix:], plain)  # [H, P, K]
-        effect_exact = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], view.exact[0, :, prefix:])
+    taps = Taps(view.value[0, :, prefix:], layout.patches, kernel)
+    count_patches = view.value.shape[2] - prefix
+    exact = view.exact[0] @ view.root
+    sample = _sample(count_patches)
+    some = (taps.at(sample).mT @ view.root[:, None]).mT  # [H, R, D, K]
+    some_exact = exact[:, prefix:][:, sample]
+    whole = _products(some.flatten(1, 2), some.flatten(1, 2))
+    with_exact = _products(some.flatten(1, 2), some_exact.flatten(1)[..., None])[..., 0]
+    energy = some_exact.square().sum((1, 2))
+    plain_sum, exact_sum = taps.sum(), exact[:, prefix:].sum(1)
+    common = ((view.coherence - 1).clamp(min=0) / count_patches)[:, None, None]
+    front = back = effect_values = effect_exact = exact.new_zeros(0)
+    if view.gradients is not None:
+        turned_gradients = view.gradients.transpose(0, 1)  # [H, P, N, D]
+        front, back = (part.contiguous() for part in (turned_gradients[:, :, :prefix], turned_gradients[:, :, prefix:]))
+        effect_values = taps.correlate(back)  # [H, P, K]
+        effect_exact = _along(back, view.exact[0, :, prefix:])  # [H, P]
     found: dict[Candidate, Moments] = {}
     groups: dict[tuple[Sampler, bool], dict[int, list[Candidate]]] = {}
     for candidate in candidates:
         by_count = groups.setdefault((candidate.sampler, candidate.resample), {})
         by_count.setdefault(candidate.landmarks, []).append(candidate)
     for (sampler, resample), by_count in groups.items():
-        features = view.hidden if resample else shared.hidden
-        order = None
-        if sampler == "fps":
-            order = farthest_points_reference(_features(features, view), max(by_count))
+        order = _order(sampler, resample, max(by_count), view, shared)
         for count, group in by_count.items():
-            landmarks = _choose(sampler, features, view, layout, count, order)
+            landmarks = _choose(sampler, view.hidden if resample else shared.hidden, view, layout, count, order)
             bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
             outputs = _outputs(view, landmarks, bias, [candidate.iterations for candidate in group])
             rows = landmarks[0].long()
             patches = rows[rows >= prefix] - prefix
-            known = shifted[:, patches].flatten(1, 2)
-            known_exact = exact[:, prefix:][:, patches]
+            is_known = torch.zeros(count_patches, dtype=torch.bool).index_fill(0, patches, True)
+            hit = is_known[sample]
+            lift = (count_patches - len(patches)) / max(len(sample) - int(hit.sum()), 1)
+            known, known_exact = some[:, hit].flatten(1, 2), some_exact[:, hit]
             gram_values = whole - _products(known, known)
             cross_values = with_exact - _products(known, known_exact.flatten(1)[..., None])[..., 0]
-            sum_values, sum_exact = shifted_sum - shifted[:, patches].sum(1), exact_sum - known_exact.sum(1)
-            energy_left = energy - known_exact.square().sum((1, 2)) + common[:, 0, 0] * sum_exact.square().sum(1)
+            landmark_values = taps.at(patches)  # [H, S - P, D, K]
+            sum_values = ((plain_sum - landmark_values.sum(1)).mT @ view.root).mT  # [H, D, K]
+            sum_exact = exact_sum - exact[:, prefix:][:, patches].sum(1)
+            energy_left = lift * (energy - known_exact.square().sum((1, 2)))
+            energy_left = energy_left + common[:, 0, 0] * sum_exact.square().sum(1)
             turned = torch.stack([out[0] @ view.root for out in outputs], dim=-1)  # [H, N, D, I]
             fixed = (turned[:, :prefix] - exact[:, :prefix, :, None]).square().sum((1, 2))
-            loose = turned[:, prefix:].clone()
-            loose[:, patches] = 0.0
-            flat = loose.flatten(1, 2)
-            mixed = _products(shifted.flatten(1, 2), flat)  # [H, K, I]
+            loose = turned[:, prefix:].masked_fill(is_known[None, :, None, None], 0.0)
+            flat = loose[:, sample].flatten(1, 2)
+            mixed = _products(some.flatten(1, 2), flat)  # [H, K, I]
             own = flat.square().sum(1)
             flat_sums = loose.sum(1)  # [H, D, I]
-            cross_own = _products(flat, exact[:, prefix:].flatten(1)[..., None])[..., 0]  # [H, I]
-            effects = [value.new_zeros(len(value), shifted.shape[-1] + 2, shifted.shape[-1] + 2)] * len(group)
-            if gradients is not None:
-                at = gradients[:, :, prefix:][:, :, patches]
-                values = effect_values - torch.einsum("phnd,hndk->hpk", at, plain[:, patches])
-                target = effect_exact - torch.einsum("phnd,hnd->hp", at, view.exact[0, :, prefix:][:, patches])
+            cross_own = _products(flat, some_exact.flatten(1)[..., None])[..., 0]  # [H, I]
+            effects = [exact.new_zeros(len(exact), some.shape[-1] + 2, some.shape[-1] + 2)] * len(group)
+            if view.gradients is not None:
+                at = back[:, :, patches]
+                values = effect_values - at.flatten(2) @ landmark_values.flatten(1, 2)
+                target = effect_exact - _along(at, view.exact[0, :, prefix:][:, patches])
                 effects = [
-                    _effects(gradients, out[0], view.exact[0], prefix, patches, values, target) for out in outputs
+                    _effects(front, back, out[0], view.exact[0, :, :prefix], is_known, values, target)
+                    for out in outputs
                 ]
             for place, candidate in enumerate(group):
                 column = mixed[..., place : place + 1]
                 top = torch.cat([gram_values, column], dim=2)
                 bottom = torch.cat([column.mT, own[:, None, place : place + 1]], dim=2)
-                cross = torch.cat([cross_values, cross_own[:, place : place + 1]], dim=1)
+                cross = lift * torch.cat([cross_values, cross_own[:, place : place + 1]], dim=1)
                 # what all rows share weighs more: F and y summed over tokens, `[H, D, K+1]` and `[H, D]`
                 sums = torch.cat([sum_values, flat_sums[..., place : place + 1]], dim=2)
-                gram = torch.cat([top, bottom], dim=1) + common * (sums.mT @ sums)
+                gram = lift * torch.cat([top, bottom], dim=1) + common * (sums.mT @ sums)
                 cross = cross + common[..., 0] * (sums.mT @ sum_exact[..., None])[..., 0]
                 found[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
     return found
 
 
+class Taps:
+    """Values seen through each tap of a kernel over the grid of patches; without a grid there are no taps."""
+
+    def __init__(self, value: Tensor, patches: tuple[int, int] | None, kernel: int) -> None:
+        """Pad `value` `[H, N - P, D]` so that every tap finds something."""
+        heads, _, self.size = value.shape
+        self.kernel = kernel if patches is not None else 0
+        self.rows, self.columns = patches or (0, 0)
+        reach = self.kernel // 2
+        self.heads = heads
+        if self.kernel:
+            image = value.reshape(heads, self.rows, self.columns, self.size)
+            self.padded = torch.nn.functional.pad(image, (0, 0, reach, reach, reach, reach))
+        self.steps = [(down, right) for down in range(self.kernel) for right in range(self.kernel)]
+
+    def at(self, patches: Tensor) -> Tensor:  # [H, n, D, K]
+        """What the taps of the patches listed see."""
+        if not self.kernel:
+            return torch.zeros(self.heads, len(patches), self.size, 0)
+        row, column = patches // self.columns, patches % self.columns
+        return torch.stack([self.padded[:, row + down, column + right] for down, right in self.steps], dim=-1)
+
+    def sum(self) -> Tensor:  # [H, D, K]
+        """The sum over all patches."""
+        if not self.kernel:
+            return torch.zeros(self.heads, self.size, 0)
+        return torch.stack([self._shifted(*step).sum((1, 2)) for step in self.steps], dim=-1)
+
+    def correlate(self, gradients: Tensor) -> Tensor:  # [H, P, N - prefix, D] -> [H, P, K]
+        """Products with gradients, summed over patches and channels."""
+        if not self.kernel:
+            return torch.zeros(self.heads, gradients.shape[1], 0)
+        images = gradients.flatten(2)
+        columns = [images @ self._shifted(*step).reshape(self.heads, -1, 1) for step in self.steps]
+        return torch.cat(columns, dim=-1)
+
+    def _shifted(self, down: int, right: int) -> Tensor:  # [H, rows, columns, D]
+        return self.padded[:, down : down + self.rows, right : right + self.columns]
+
+
+def _sample(count: int) -> Tensor:  # [min(count, SAMPLED_ROWS)]
+    """Patches that second moments are taken over: the same for all candidates, in no pattern."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(count, generator=generator)[:SAMPLED_ROWS].sort().values
+
+
+def _order(sampler: Sampler, resample: bool, most: int, view: BlockView, shared: SharedFeatures) -> Tensor | None:
+    """The farthest points of a block's features, or of the first block's; fewer landmarks are a beginning of more."""
+    if sampler != "fps":
+        return None
+    if resample:
+        return farthest_points_reference(_features(view.hidden, view), most)
+    if shared.order is None or shared.order.shape[1] < most:
+        shared.order = farthest_points_reference(_features(shared.hidden, view), most)
+    return shared.order
+
+
 def _effects(
-    gradients: Tensor,  # [P, H, N, D]
+    front: Tensor,  # [H, P, prefix, D]
+    back: Tensor,  # [H, P, N - prefix, D]
     out: Tensor,  # [H, N, D]
-    exact: Tensor,  # [H, N, D]
-    prefix: int,
-    known: Tensor,  # [L] patch indices of exact rows
+    exact_prefix: Tensor,  # [H, prefix, D]
+    is_known: Tensor,  # [N - prefix], bool: exact rows
     values: Tensor,  # [H, P, K]
     target: Tensor,  # [H, P]
 ) -> Tensor:  # [H, K+2, K+2]
     """Second moments over P directions of what shifted values, FNA and (less the prefix tokens' error) exact attention do."""
-    loose = out[:, prefix:].clone()
-    loose[:, known] = 0.0
-    own = torch.einsum("phnd,hnd->hp", gradients[:, :, prefix:], loose)
-    fixed = torch.einsum("phnd,hnd->hp", gradients[:, :, :prefix], out[:, :prefix] - exact[:, :prefix])
+    prefix = exact_prefix.shape[1]
+    own = _along(back, out[:, prefix:].masked_fill(is_known[None, :, None], 0.0))
+    fixed = _along(front, out[:, :prefix] - exact_prefix)
     rows = torch.cat([values, own[..., None], (target - fixed)[..., None]], dim=-1)
     return rows.mT @ rows / rows.shape[1]
 
 
+def _along(gradients: Tensor, change: Tensor) -> Tensor:  # [H, P, n, D], [H, n, D] -> [H, P]
+    return (gradients.flatten(2) @ change.flatten(1)[..., None])[..., 0]
+
+
 def _products(left: Tensor, right: Tensor) -> Tensor:
     return left.mT @ right
-
-
-def _shift(value: Tensor, prefix: int, patches: tuple[int, int] | None, kernel: int) -> Tensor:  # [H, N - P, D, K]
-    heads, tokens, size = value.shape
-    if patches is None or kernel < 1:
-        return value.new_zeros(heads, tokens - prefix, size, 0)
-    rows, columns = patches
-    image = value[:, prefix:].transpose(1, 2).reshape(heads * size, 1, rows, columns)
-    taps = torch.nn.functional.unfold(image, kernel, padding=kernel // 2)  # [H D, K, N - P]
-    return taps.view(heads, size, kernel * kernel, rows * columns).permute(0, 3, 1, 2).contiguous()
 
 
 def _features(hidden: Tensor | None, view: BlockView) -> Tensor:

@@ -17,7 +17,7 @@ from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
 from fna.plan import BlockPlan, Correction, Plan
-from fna.validate.planning.cost import CostModel
+from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.measure import (
     MOMENTS,
@@ -39,14 +39,17 @@ Say = Callable[[str], None]
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
 
-TRIAL_IMAGES = 2
+TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
 
 WORTHWHILE = 1.1
 """A candidate is measured further while its loss is at most this much of that of every cheaper one."""
 
 ROUNDS = 6
-FRONT_POINTS = 8
+FRONT_POINTS = 7
+CLOSE_ENOUGH = 0.96
+"""The search ends when the loss is this much of what is allowed."""
+
 KEEP_BELOW = 0.97
 """The search aims at this part of the loss allowed, for photographs differ."""
 
@@ -330,7 +333,11 @@ def make_best_plan(planner: Planner) -> Planned:
     say("searching")
     front = find_front(options, largest_loss=40 * allowed, bins=16000)
     if len(front) == 1:
-        return _exact_only(planner, front[0])
+        nearest = [option for found in options for option in found if option.item.candidate is not None]
+        if not nearest:
+            return _exact_only(planner, front[0])
+        # all of it is too lossy: let a real run of the least lossy say so
+        front.append(_alone(options, min(nearest, key=lambda option: option.loss)))
     position, plan, on_planning = _settle(planner, front, fits, allowed)
     say("verifying on images not planned on")
     verified = planner.run(plan, planner.held_out)
@@ -347,29 +354,38 @@ def make_best_plan(planner: Planner) -> Planned:
     return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
 
 
+def _say_break_even(planner: Planner) -> list[str]:
+    tokens, cost = planner.layout.tokens, planner.cost
+    if not isinstance(cost, TimeCost):
+        return [f"at {tokens} tokens no candidate takes fewer products than exact attention"]
+    found = find_break_even(planner.layout, cost.device, calibration=cost.calibration)
+    where = f"break-even is at about {found} tokens" if found < MOST_TOKENS else "there is no break-even"
+    return [f"at {tokens} tokens on {cost.device.name} exact attention is faster: {where} (64 landmarks, predicted)"]
+
+
 def _settle(
     planner: Planner, front: list[Choice[Picked]], fits: dict[tuple[int, Candidate], Fit], allowed: float
 ) -> tuple[int, Plan, Fidelity]:
     """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection."""
-    low, high = 0, len(front) - 1  # low keeps it (all exact does), high does not
+    low, high = 0, len(front)  # low keeps it (all exact does), high does not
     best: tuple[int, Plan, Fidelity] | None = None
-    guess = min(range(len(front)), key=lambda i: abs(front[i].loss - 2 * allowed))
+    guess = min(range(1, len(front)), key=lambda i: abs(front[i].loss - allowed))
     for _ in range(ROUNDS):
         plan = planner.make_plan(front[guess].items, fits)
         planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
         found = planner.run(plan, planner.images)
-        strict = 1 - found.mean <= KEEP_BELOW * allowed and planner.keeps(found)
-        if strict:
+        excess = (1 - found.mean) / (KEEP_BELOW * allowed)
+        if planner.wish.min_p5 is not None:
+            excess = max(excess, (1 - found.p5) / (1 - planner.wish.min_p5))
+        if excess <= 1:
             low, best = guess, (guess, plan, found)
         else:
             high = guess
-        if high - low <= 1:
+        if high - low <= 1 or CLOSE_ENOUGH <= excess <= 1:
             break
         # losses are nearly proportional to the predicted ones, so aim, but stay inside the bracket
-        aim = front[guess].loss * KEEP_BELOW * allowed / max(1 - found.mean, 1e-6)
-        guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim), default=low)
-        if guess in (low, high):
-            break
+        aim = front[guess].loss / max(excess, 1e-6)
+        guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim))
     if best is None:
         best = _most_faithful(planner, front, fits)
     return best
@@ -396,11 +412,20 @@ def _most_faithful(
     return index, plan, found
 
 
+def _alone(options: Sequence[Sequence[Option[Picked]]], option: Option[Picked]) -> Choice[Picked]:
+    """One block by an option, the others exact."""
+    number = next(number for number, found in enumerate(options) if option in found)
+    exact = [found[-1] for found in options]
+    assert all(each.item.candidate is None for each in exact)
+    chosen = [*exact[:number], option, *exact[number + 1 :]]
+    return Choice(sum(each.cost for each in chosen), option.loss, tuple(each.item for each in chosen))
+
+
 def _exact_only(planner: Planner, choice: Choice[Picked]) -> Planned:
     """The plan where no candidate is cheaper than exact attention."""
     plan = planner.make_plan(choice.items, {})
     point = FrontPoint(plan, choice.cost, 0.0, 0.0, Fidelity(mean=1.0, p5=1.0, first=1.0))
-    return Planned(plan, point, [point], choice.cost, True, [])
+    return Planned(plan, point, [point], choice.cost, True, _say_break_even(planner))
 
 
 def _spread(front: list[Choice[Picked]], position: int) -> list[int]:

@@ -168,7 +168,8 @@ class TorchSubject:
                         block.layer.register_forward_pre_hook(_keep_hidden(hidden, block.number), with_kwargs=True)
                     )
                 tokens = self._tokens(torch.from_numpy(pixels[None]))
-                directions = torch.nn.functional.normalize(tokens, dim=-1)
+                patches = tokens[self.layout.prefix_tokens :] if len(tokens) > self.layout.prefix_tokens else tokens
+                directions = torch.nn.functional.normalize(patches, dim=-1)
                 gradients = _gradients(directions, errors, seed=0)
         finally:
             for hook in hooks:
@@ -196,9 +197,7 @@ class TorchSubject:
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
         outputs = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))
         if self.model.token_outputs:
-            tokens = outputs[self.model.token_outputs[0]][0]
-            # LLaVA's features come without the class token
-            return tokens[self.layout.prefix_tokens :] if tokens.shape[0] == self.layout.tokens else tokens
+            return outputs[self.model.token_outputs[0]][0]
         return next(iter(outputs.values())).reshape(1, -1)
 
 

@@ -1,0 +1,64 @@
+"""Predicted times: what they depend on, where FNA starts to pay, and what a measurement changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fna.engines.targets import find_target
+from fna.errors import InputFileError
+from fna.validate.planning.cost import ProductCost, TimeCost, device_of, find_break_even, read_calibration
+from fna.validate.planning.measure import Candidate
+from fna.validate.planning.subject import Layout
+
+LAYOUT = Layout("m", 12, {}, 1370, 6, 64, 384, 1, (37, 37), (518, 518))
+ORIN = device_of(find_target("jetson-agx-orin"))
+GRID = Candidate(64, "grid", False, 6)
+
+
+@pytest.mark.parametrize("cost", [ProductCost(LAYOUT), TimeCost(LAYOUT, ORIN)], ids=["products", "time"])
+def test_more_exact_heads_and_more_landmarks_cost_more(cost: ProductCost | TimeCost) -> None:
+    assert 0 < cost.exact(1) < cost.exact(6)
+    assert cost.block(GRID, 6, 0) < cost.block(replace(GRID, landmarks=256), 6, 0)
+    assert cost.block(GRID, 6, 0) < cost.block(GRID, 6, 5)
+
+
+def test_a_faster_device_is_predicted_to_be_faster() -> None:
+    nano = device_of(find_target("jetson-orin-nano"))
+    assert TimeCost(LAYOUT, ORIN).exact(6) < TimeCost(LAYOUT, nano).exact(6)
+
+
+def test_break_even_is_where_the_prediction_changes_sides() -> None:
+    tokens = find_break_even(LAYOUT, ORIN)
+    for count, pays in ((tokens - 1, False), (tokens, True)):
+        cost = TimeCost(replace(LAYOUT, tokens=count), ORIN)
+        assert (cost.nystrom(GRID, 6) < cost.exact(6)) is pays
+
+
+def test_a_measurement_calibrates_both_kinds_of_attention(tmp_path: Path) -> None:
+    def row(tokens: int) -> dict[str, object]:
+        cost = TimeCost(replace(LAYOUT, tokens=tokens), ORIN)
+        rest, exact, fna = 1e-6 * tokens, 3 * cost.exact(6), 5 * cost.nystrom(GRID, 6)
+        times = {"dense": rest + 12 * exact, "fna": rest + 4 * exact + 8 * fna}
+        return {"tokens": tokens, "landmarks": 64, "blocks": 8} | {k: {"median": v * 1e3} for k, v in times.items()}
+
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"machine": {}, "rows": [row(1370), row(5330)]}))
+    found = read_calibration(path, LAYOUT, ORIN)
+    assert found.exact == pytest.approx(3, rel=1e-3)
+    assert found.nystrom == pytest.approx(5, rel=1e-3)
+    assert found.rest == pytest.approx(1e-6 * 1370, rel=1e-3)
+    assert TimeCost(LAYOUT, ORIN, found).exact(6) == pytest.approx(3 * TimeCost(LAYOUT, ORIN).exact(6), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{}", "rows"), ('{"rows": []}', "no rows"), ('{"rows": [{"tokens": 5}]}', "rows.0")]
+)
+def test_a_file_that_is_no_measurement_is_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(InputFileError, match=said):
+        read_calibration(path, LAYOUT, ORIN)

@@ -1,0 +1,117 @@
+"""Losses that are predicted from moments, against the same errors computed directly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fna.attention import apply_newton_schulz, fast_nystrom_attention
+from fna.composition import correct
+from fna.export.sources import LoadedModel
+from fna.landmarks import landmark_bias, select_landmarks
+from fna.observing import observed
+from fna.plan import Correction
+from fna.validate.planning import subject as subjects
+from fna.validate.planning.measure import (
+    Candidate,
+    SharedFeatures,
+    fit_correction,
+    measure_block,
+    newton_schulz_iterates,
+)
+from fna.validate.planning.subject import BlockView, TorchSubject
+
+
+@pytest.fixture(scope="module")
+def subject(planned_model: LoadedModel) -> TorchSubject:
+    return TorchSubject(planned_model, 112, 112)
+
+
+@pytest.fixture(scope="module")
+def views(subject: TorchSubject, pictures: list[NDArray[np.float32]]) -> list[BlockView]:
+    found: list[BlockView] = []
+    subject.look(pictures[0], found.append)
+    return found
+
+
+def error_of(view: BlockView, candidate: Candidate, correction: Correction | None) -> Tensor:  # [H, N, D]
+    landmarks = select_landmarks(view.hidden, candidate.landmarks, method=candidate.sampler)  # type: ignore[arg-type]
+    bias = landmark_bias(view.query.shape[2], candidate.landmarks, method=candidate.sampler)
+    out = fast_nystrom_attention(
+        view.query, view.key, view.value, landmarks, landmark_bias=bias, scale=view.scale,
+        iterations=candidate.iterations, exact_rows=True,
+    )  # fmt: skip
+    if correction is not None:
+        out = correct(out, view.value, landmarks, correction, prefix_tokens=1, patches=(8, 8), exact_rows=True)
+    return (out - view.exact)[0]
+
+
+def direct_loss(view: BlockView, error: Tensor) -> Tensor:  # [H]
+    turned = error @ view.root
+    patches = turned[:, 1:]
+    shared = (view.coherence - 1).clamp(min=0) / patches.shape[1] * patches.sum(1).square().sum(1)
+    return turned.square().sum((1, 2)) + shared
+
+
+@pytest.mark.parametrize("sampler", ["lattice", "grid", "norm-grid", "fps"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_moments_give_the_loss_that_the_error_has(
+    subject: TorchSubject, views: list[BlockView], sampler: Any, corrected: bool
+) -> None:
+    candidate = Candidate(9, sampler, True, 3)
+    for view in views:
+        found = measure_block(view, subject.layout, [candidate], SharedFeatures(), kernel=3)[candidate]
+        fit = fit_correction(found, 1, corrected=corrected)
+        kernels = tuple(tuple(row) for row in fit.kernels.tolist())
+        correction = Correction(size=3, kernels=kernels, gains=tuple(fit.gains.tolist())) if corrected else None
+        error = error_of(view, candidate, correction)
+        torch.testing.assert_close(fit.losses.float(), direct_loss(view, error), rtol=2e-3, atol=1e-9)
+        assert view.gradients is not None
+        effects = (view.gradients * error).sum((2, 3)).square().mean(0)
+        torch.testing.assert_close(fit.effects.float(), effects, rtol=2e-3, atol=1e-9)
+
+
+def test_a_correction_never_raises_the_loss_that_it_was_fitted_to(
+    subject: TorchSubject, views: list[BlockView]
+) -> None:
+    candidate = Candidate(9, "lattice", False, 6)
+    for view in views:
+        found = measure_block(view, subject.layout, [candidate], SharedFeatures(), kernel=3)[candidate]
+        plain, fitted = (fit_correction(found, 1, corrected=flag).losses for flag in (False, True))
+        assert bool((fitted <= plain * (1 + 1e-6)).all())
+        assert float(fitted.sum()) < 0.95 * float(plain.sum())
+
+
+def test_a_small_error_costs_what_the_gradients_say(
+    subject: TorchSubject, pictures: list[NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of one head, injected into an exact run: shared by all tokens, and different from token to token."""
+    monkeypatch.setattr(subjects, "PROBES", 96)
+    views: list[BlockView] = []
+    subject.look(pictures[1], views.append)
+    reference = subject.run(pictures[1], None)
+    for view, kind in ((views[0], "shared"), (views[1], "shared"), (views[1], "own")):
+        error = torch.zeros_like(view.exact)
+        tokens = 1 if kind == "shared" else error.shape[2]
+        error[:, 2] = torch.randn(1, tokens, error.shape[3]) * 0.02 * view.exact.std()
+
+        def inject(number: int, *_: Any, block: int = view.number, error: Tensor = error) -> Tensor:
+            return _[-1] + error if number == block else _[-1]
+
+        with torch.inference_mode(), observed(subject.model.module, inject):
+            given = subject._tokens(torch.from_numpy(pictures[1][None])).numpy()
+        cosines = (given * reference).sum(-1) / np.linalg.norm(given, axis=-1) / np.linalg.norm(reference, axis=-1)
+        assert view.gradients is not None
+        predicted = float((view.gradients * error[0]).sum((1, 2, 3)).square().mean())
+        assert predicted == pytest.approx(float((1 - cosines).mean()), rel=0.4)
+
+
+def test_every_iterate_is_newton_schulz_with_that_many_iterations() -> None:
+    core, exact = torch.softmax(torch.randn(1, 2, 6, 6), -1), torch.randn(1, 2, 6, 3)
+    for steps, given in enumerate(newton_schulz_iterates(core, exact, 4), start=1):
+        torch.testing.assert_close(given, apply_newton_schulz(core, exact, steps), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,45 @@
+"""The search finds what trying everything finds."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fna.validate.planning.search import Option, drop_dominated, find_front
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_is_what_trying_everything_gives(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    blocks = [
+        [
+            Option(10.0, 0.0, "exact"),
+            *(Option(float(c), float(k) / 100, f"{c}") for c, k in random.integers(1, 10, (3, 2))),
+        ]
+        for _ in range(4)
+    ]
+    front = find_front(blocks, largest_loss=0.3, bins=30)
+    for budget in range(31):
+        allowed = budget / 100 + 1e-9
+        fitting = [c for c in itertools.product(*blocks) if sum(o.loss for o in c) <= allowed]
+        cheapest = min(sum(option.cost for option in choice) for choice in fitting)
+        found = min(choice.cost for choice in front if choice.loss <= allowed)
+        assert found == pytest.approx(cheapest)
+
+
+def test_points_of_the_front_get_cheaper_and_worse() -> None:
+    blocks = [[Option(5.0, 0.0, 0), Option(3.0, 0.1, 1), Option(1.0, 0.4, 2)]] * 3
+    front = find_front(blocks, largest_loss=2.0)
+    assert [choice.cost for choice in front] == sorted((choice.cost for choice in front), reverse=True)
+    assert [choice.loss for choice in front] == sorted(choice.loss for choice in front)
+    assert front[0].items == (0, 0, 0)
+    assert front[-1].items == (2, 2, 2)
+    for choice in front:
+        assert choice.loss == pytest.approx(sum(blocks[0][item].loss for item in choice.items))
+
+
+def test_an_option_that_is_dearer_and_worse_is_dropped() -> None:
+    options = [Option(2.0, 0.2, "a"), Option(3.0, 0.3, "b"), Option(3.0, 0.1, "c"), Option(5.0, 0.0, "d")]
+    assert [option.item for option in drop_dominated(options)] == ["a", "c", "d"]
