@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fna.arithmetic import saved_part
 from fna.errors import InputFileError, InvalidPlanError
 from fna.plan import BlockPlan, Plan, load_plan, parse_layers, parse_plan, uniform_plan
 
@@ -119,3 +120,9 @@ def test_blocks_override_the_plans_iterations_and_resampling() -> None:
     )
     assert [plan.iterations_of(entry) for entry in plan.blocks] == [6, 3]
     assert [plan.resamples(entry) for entry in plan.blocks] == [False, True]
+
+
+def test_the_plan_that_the_documentation_shows_can_be_read() -> None:
+    plan = load_plan(Path(__file__).parents[2] / "docs" / "plans" / "dinov2-small-saliency-518.json")
+    plan.check_fits("dinov2-small-saliency", (518, 518))
+    assert saved_part(plan, 1370, 6, 64) == pytest.approx(plan.made_from["saved_products"], abs=1e-4)
