@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import ctypes
+import gc
 import io
 import itertools
 import json
@@ -561,6 +563,7 @@ def _peak_memory() -> Iterator[_Peak]:
     """Measure by how much the process's resident memory peaks above what it is at the start; Linux only."""
     peak = _Peak()
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    _return_free_memory()
     try:
         refs.write_text("5", encoding="ascii")  # resets the peak, see proc(5)
         before = _status_kib(status, "VmRSS")
@@ -569,6 +572,14 @@ def _peak_memory() -> Iterator[_Peak]:
         return
     yield peak
     peak.mib = round((_status_kib(status, "VmHWM") - before) / 1024, 1)
+
+
+def _return_free_memory() -> None:
+    """Give back what was freed, or the next model would use it again and seem to need nothing."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _status_kib(path: Path, key: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,7 +240,7 @@ def test_values_that_are_not_numbers_count_as_overflow() -> None:
 
 
 def test_the_export_command_casts_what_it_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And `fna validate` takes the result: fp32 in, fp32 out, the error that of fp16."""
+    """`fna validate` measures such a file as its precision step."""
     path = tmp_path / "half.onnx"
     arguments = ["--precision", "fp16", "--keep-fp32", "0", "--landmarks", "5"]
     assert main(["export", "tiny_files:make_tiny_dinov2", "-o", str(path), *arguments]) == 0
@@ -249,7 +248,3 @@ def test_the_export_command_casts_what_it_traces(tmp_path: Path, capsys: pytest.
     metadata = read_metadata(load_onnx(path), "half.onnx")
     assert (metadata.precision, metadata.fp32_blocks, metadata.origin) == ("fp16", (0,), "trace")
     assert [entry.name for entry in tmp_path.iterdir()] == ["half.onnx"]
-    report = tmp_path / "errors.json"
-    assert main(["validate", str(path), "--output", str(tmp_path / "out"), "--json", str(report)]) == 0
-    steps = {step["step"]: step for step in json.loads(report.read_text())["steps"]}
-    assert 1e-5 < steps["export"]["errors"][0]["relative_l2"] < 2e-3

@@ -17,6 +17,7 @@ from fna.export.lower import lower
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.precision import cast_model
 from fna.export.preprocessing import bundled_photographs
+from fna.export.quantize import quantize_model
 from fna.validate.budget import StepError, validate_file
 from fna.validate.metrics import measure
 from fna.validate.overlay import draw_overlay
@@ -61,6 +62,18 @@ def test_a_file_that_was_cast_has_the_step_as_well(tiny, tmp_path: Path) -> None
     result, _ = validate_file(path, tiny.images[:1])
     (error, *_) = result.steps[2].errors
     assert 1e-5 < error.relative_l2 < 1e-2
+
+
+def test_int8_linear_layers_are_a_precision_step_of_their_own(tiny, tmp_path: Path) -> None:
+    model = load_onnx(tiny.file("fp32"))
+    preprocessing = read_metadata(model, "").preprocessing
+    path = tmp_path / "int8.onnx"
+    save_model(quantize_model(model, [preprocessing.apply(image, 112, 112)[None] for _, image in tiny.images]), path)
+    result, _ = validate_file(path, tiny.images[:1])
+    step = result.steps[2]
+    assert (step.step, step.tolerance) == ("precision", 0.3)
+    assert "int8" in step.compares
+    assert 1e-3 < max(error.relative_l2 for error in step.errors) < 0.3
 
 
 def test_portable_and_plugin_lowered_files_are_as_good_as_the_one_they_came_from(tiny, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fna.plan import Sampler
 from fna.validate.planning.subject import BlockView, Layout
 
 KERNEL = 5
-"""Side of the correction's kernel; 7 and 11 gain nothing over 5 on DINOv2-S, 3 loses a little (docs/plan.md)."""
+"""Side of the correction's kernel; on DINOv2-S 7 gains next to nothing over 5, and 3 loses as little (docs/plan.md)."""
 
 RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
