@@ -385,6 +385,8 @@ def _settle(
             break
         # losses are nearly proportional to the predicted ones, so aim, but stay inside the bracket
         aim = front[guess].loss / max(excess, 1e-6)
+        if low > 0 and high < len(front):
+            aim = (front[low].loss * front[high].loss) ** 0.5
         guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim))
     if best is None:
         best = _most_faithful(planner, front, fits)
