@@ -34,6 +34,7 @@ from fna.token_survey import survey_tokens
 from fna.tokens import detect_prefix_tokens
 from fna.validate.metrics import cosine
 
+ATTENTIONS = ("exact", "FNA")
 CLUSTERS = 5
 PLANTED_BLOCK = 5
 PLANTED_TOKENS = 8
@@ -41,7 +42,7 @@ PLANTED_CHANNELS = (7, 77)
 PLANTED_CONSTANT = 200.0
 """Some 100 times the norm of a token of DINOv2-S there; published massive tokens have their norm in few channels as well."""
 
-DIGIT_SIDE = 112
+DIGIT_SIDE = 84
 DIGIT_LANDMARKS = 16
 
 
@@ -215,8 +216,23 @@ def measure_photographs(
     return results
 
 
-def measure_digits(model: LoadedModel, count: int, *, say: Callable[[str], None] = lambda _text: None) -> list[Probe]:
-    """Accuracy of a logistic regression on the class token, half of the digits held out."""
+def measure_digits(
+    model: LoadedModel,
+    count: int,
+    *,
+    attentions: Sequence[str] = ATTENTIONS,
+    only_masks: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> list[Probe]:
+    """Accuracy of a logistic regression on the class token, half of the digits held out.
+
+    Args:
+        model: from `fna.export.sources.load_model`.
+        count: how many digits.
+        attentions: `exact`, `FNA` or both.
+        only_masks: labels of `mask_plans`; None is all.
+        say: called with what is being done.
+    """
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -228,8 +244,10 @@ def measure_digits(model: LoadedModel, count: int, *, say: Callable[[str], None]
     labels, half = digits.target[chosen], count // 2
     token_output = model.output_names.index(model.token_outputs[0])
     results = []
-    for attention in ("exact", "FNA"):
+    for attention in attentions:
         for label, masks in mask_plans(model.num_blocks).items():
+            if only_masks is not None and label not in only_masks:
+                continue
             say(f"digits: {attention}, mask {label}")
             layers = "none" if attention == "exact" else None
             plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
@@ -356,6 +374,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--landmarks", type=int, default=64, help="of the FNA blocks, which are the later half")
     parser.add_argument("--digits", type=int, default=400, help="how many digits; 0 leaves the probe out")
     parser.add_argument("--only-digits", action="store_true")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="of the digits' probe; both by default")
+    parser.add_argument(
+        "--mask", action="append", help="of the digits' probe, as in the tables; all by default; repeatable"
+    )
     parser.add_argument("--json", type=Path, dest="json_file", help="write every number as JSON")
     arguments = parser.parse_args(argv)
 
@@ -370,7 +392,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.only_digits:
             smoothness = measure_photographs(model, images, arguments.resolution, arguments.landmarks, say=say)
             choices = measure_landmarks(model, images, arguments.resolution, arguments.landmarks)
-        probes = measure_digits(model, arguments.digits, say=say) if arguments.digits else []
+        probes = []
+        if arguments.digits:
+            attentions = (arguments.attention,) if arguments.attention else ATTENTIONS
+            probes = measure_digits(model, arguments.digits, attentions=attentions, only_masks=arguments.mask, say=say)
         if arguments.json_file is not None:
             answer = _Everything(photographs=tuple(smoothness), digits=tuple(probes), landmarks=tuple(choices))
             write_text(arguments.json_file, answer.model_dump_json(indent=1) + "\n")
