@@ -132,6 +132,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         model.module.load_state_dict(weights, assign=True)
         unpatch(model.module)
     _name_nodes(program, plan)
+    _drop_stack_traces(program)
     fold_channel_scales(program.graph)
     attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
     metadata = FileMetadata(
@@ -305,6 +306,14 @@ def _name_nodes(model: ModelProto, plan: Plan) -> None:
             current = next(waiting, current)
         else:
             node.name = f"/blocks.{current}/{node.op_type}"
+
+
+def _drop_stack_traces(model: ModelProto) -> None:
+    """The exporter notes in every node where in the Python files of this machine it came from: nobody else's business."""
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        kept = [entry for entry in node.metadata_props if entry.key != "pkg.torch.onnx.stack_trace"]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
 
 
 def _check_landmark_counts(plan: Plan, num_tokens: int) -> None:

@@ -57,6 +57,12 @@ def test_the_file_computes_what_patched_pytorch_computes(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_files_do_not_say_where_on_this_machine_the_model_was(tiny_model: LoadedModel) -> None:
+    model, _ = trace_model(tiny_model, uniform_plan(4, layers="1-3", landmarks=6), TraceOptions(56, 56))
+    assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()
+    assert b'.py"' not in model.SerializeToString()
+
+
 def test_node_names_hold_the_block_number_in_both_lowerings(tiny_model: LoadedModel) -> None:
     plan = Plan(num_blocks=4, blocks=(BlockPlan(block=1, landmarks=5, sampler="fps"), BlockPlan(block=3, landmarks=4)))
     model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56))
