@@ -59,7 +59,8 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every expected error is one line on stderr."""
     try:
-        cli.main(args=list(arguments) if arguments is not None else None, prog_name="fna", standalone_mode=False)
+        words = list(arguments) if arguments is not None else sys.argv[1:]
+        cli.main(args=words, prog_name="fna", standalone_mode=False, obj=words)
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.Abort:

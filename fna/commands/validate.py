@@ -111,9 +111,8 @@ def command(
 
 def _command_line() -> str:
     import shlex
-    import sys
 
-    return shlex.join(["fna", *sys.argv[1:]])
+    return shlex.join(["fna", *click.get_current_context().find_object(list) or []])
 
 
 def _print(document: Document, folder: Path, picture: Path | None, report: Path | None, quiet: bool) -> None:

@@ -228,7 +228,8 @@ def test_a_block_that_overflows_fp16_is_named(
     save_model(model, tmp_path / "loud.onnx")
     photographs = bundled_photographs()[:2]
     notes = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", Variant("fp16"), photographs)
-    assert notes[0].startswith(f"block 1: {bias.output[0]} reaches 3")
+    assert notes[0].startswith("block 1: ")
+    assert "reaches 3e+05" in notes[0]
     assert notes[0].endswith("beyond fp16's 65504; keep it with --keep-fp32 1")
     kept = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", Variant("fp16", keep_fp32=(1,)), photographs)
     assert not any(note.startswith("block 1:") for note in kept)

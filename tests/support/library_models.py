@@ -26,7 +26,16 @@ PACKAGES = (
     "ftfy==6.3.1",
     "wcwidth==0.9.4",
 )
-TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+TRANSFORMERS_4 = (
+    "transformers==4.57.6",
+    "tokenizers==0.22.2",
+    "huggingface_hub==0.36.2",
+    "requests==2.34.2",
+    "urllib3==2.8.0",
+    "certifi==2026.10.18",
+    "charset-normalizer==3.5.2",
+    "idna==3.20",
+)
 
 IMAGE = torch.zeros(2, 3, zoo.IMAGE, zoo.IMAGE)
 VIT = {"img_size": zoo.IMAGE, "patch_size": zoo.PATCH, "embed_dim": zoo.DIM, "depth": 2, "num_heads": zoo.HEADS}
