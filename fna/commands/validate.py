@@ -112,7 +112,8 @@ def command(
 def _command_line() -> str:
     import shlex
 
-    return shlex.join(["fna", *click.get_current_context().find_object(list) or []])
+    words: list[str] = click.get_current_context().find_object(list) or []
+    return shlex.join(["fna", *words])
 
 
 def _print(document: Document, folder: Path, picture: Path | None, report: Path | None, quiet: bool) -> None:
