@@ -63,7 +63,10 @@ def choose_targets(name: Flavour, targets: Sequence[Target]) -> tuple[Target, ..
         if name not in target.flavours:
             reason = f" ({target.limits})" if target.limits else ""
             usable = ", ".join(other.name for other in TARGETS if name in other.flavours)
-            raise InvalidArgumentError(f"{title} does not build for {target.name}{reason}; it builds for {usable}")
+            instead = f"; fna bundle --target {target.name} makes what builds there" if target.flavours else ""
+            raise InvalidArgumentError(
+                f"{title} does not build for {target.name}{reason}; it builds for {usable}{instead}"
+            )
     if name == "tensorrt-rtx":
         return tuple(targets) or tuple(target for target in TARGETS if name in target.flavours)
     gpu = find_gpu()
