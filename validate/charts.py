@@ -100,6 +100,8 @@ def block_chart(
 
 def time_chart(rows: Sequence[dict[str, Any]], crossings: Sequence[dict[str, Any]], *, title: str, name: str) -> Markup:
     """Latency against tokens, both on logarithmic axes: exact, FNA for each S, and where they meet."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     figure, axes = new_chart()
     by_tokens = {row["tokens"]: row["dense"]["median"] for row in rows}
     tokens = sorted(by_tokens)
@@ -123,6 +125,10 @@ def time_chart(rows: Sequence[dict[str, Any]], crossings: Sequence[dict[str, Any
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes, tokens)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # few enough that each can have its number
+    axes.yaxis.set_minor_formatter(plain)
+    axes.yaxis.set_major_formatter(plain)
     return finish(figure, axes, title=title, x="tokens", y="milliseconds", name=name)
 
 
@@ -143,4 +149,3 @@ def _plain_ticks(axes: Axes, tokens: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(list(tokens), [str(value) for value in tokens])
-    axes.yaxis.set_minor_formatter(NullFormatter())
