@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,15 @@ def test_a_file_of_one_batch_size_is_built_for_that_alone(tmp_path: Path) -> Non
         build_engine(path, tmp_path / "x.engine", BuildOptions(batch=BatchRange(1, 4, 8)))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where this process was started in the background, which has shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_a_build_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.onnx")
     phases = []
