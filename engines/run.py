@@ -308,9 +308,6 @@ class Engine:
         return self._messages[-1] if self._messages else "no reason given"
 
 
-RtxEngine = Engine
-
-
 def open_model(path: Path, *, provider: Provider = "cpu", plugin: Path | None = None) -> Model:
     """Open an ONNX file, or an engine with its manifest; which it is, its suffix says."""
     return Engine(path, plugin=plugin) if path.suffix == ".engine" else OnnxModel(path, provider=provider)
@@ -484,7 +481,6 @@ __all__ = [
     "Latency",
     "Model",
     "OnnxModel",
-    "RtxEngine",
     "check_engine_can_run",
     "cuda_capability",
     "import_tensorrt_rtx",

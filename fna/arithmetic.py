@@ -38,11 +38,6 @@ def correction_products(tokens: int, heads: int, head_size: int, kernel: int) ->
     return heads * tokens * head_size * (kernel * kernel + 1)
 
 
-def sampler_products(sampler: str, tokens: int, landmarks: int, channels: int) -> int:
-    """Multiply-adds of choosing landmarks: distances for `fps`, norms for `norm-grid`; the others are constants."""
-    return {"fps": tokens * landmarks * channels, "norm-grid": tokens * channels}.get(sampler, 0)
-
-
 def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int, head_size: int) -> int:
     """Multiply-adds of one block's attention by a plan; None is an exact block. Choosing landmarks is not counted."""
     if entry is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction
+from fna.plan import Correction
 
 HeadAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of some heads: query, key, value `[B, H', N, D]` to `[B, H', N, D]`."""
@@ -87,11 +87,3 @@ def correct(
     known = torch.zeros(landmarks.shape[0], out.shape[2], device=out.device)
     known = known.scatter(1, landmarks.long(), torch.ones_like(landmarks, dtype=known.dtype))
     return torch.where(known[:, None, :, None] > 0.5, out, corrected)
-
-
-def correction_of(entry: BlockPlan) -> Correction | None:
-    """Return a block's correction, or None where it has none or one without effect."""
-    found = entry.correction
-    if found is None or (all(gain == 1 for gain in found.gains) and not any(any(kernel) for kernel in found.kernels)):
-        return None
-    return found

@@ -16,8 +16,8 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from fna.plugins.plan import AttentionShape, Plan, Strides, attention_plan, sampling_plan
-from fna.plugins.torch_ops import DTYPE_NAMES, launch_jit, scratch_views
+from fna.plugins.plan import Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 
 POISON = 0x7F
 """Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""
@@ -47,15 +47,10 @@ def run_attention(
     multiprocessors: int = 4,
 ) -> dict[str, Tensor]:
     """Run FastNystromAttention; return `out [B, H, N, D]` and every scratch buffer, flat, by name."""
-    batch, heads, tokens, head_size = query.shape
     bias = torch.zeros(1, landmarks.shape[1]) if bias is None else bias
-    shape = AttentionShape(
-        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
-        shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
-        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
-    )  # fmt: skip
+    shape = attention_shape(query, landmarks, bias, key_mask)
     plan = attention_plan(
-        shape, scale=head_size**-0.5, iterations=iterations, exact_rows=exact_rows, multiprocessors=multiprocessors,
+        shape, scale=shape.head_size**-0.5, iterations=iterations, exact_rows=exact_rows, multiprocessors=multiprocessors,
         strides=Strides(*query.stride()[:3]), sink=sink,
     )  # fmt: skip
     out = _poisoned(torch.empty(query.shape, dtype=query.dtype))

@@ -105,12 +105,7 @@ def attention_with_key_mask(
         bias = torch.zeros(1, landmarks.shape[1], dtype=torch.float32, device=query.device)
     else:
         bias = landmark_bias.to(torch.float32).contiguous()
-    batch, heads, tokens, head_size = query.shape
-    shape = AttentionShape(
-        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
-        shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
-        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
-    )  # fmt: skip
+    shape = attention_shape(query, landmarks, bias, key_mask)
     plan = _cached_attention_plan(
         shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3]), sink
     )
@@ -120,6 +115,21 @@ def attention_with_key_mask(
     tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "key_mask": mask}
     run_plan(plan, {**tensors, "out": out})
     return out
+
+
+def attention_shape(
+    query: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S]
+    bias: Tensor,  # [B, S] or [1, S]
+    key_mask: Tensor | None,  # [B, N] or [1, N]
+) -> AttentionShape:
+    """Return the sizes of one call, as a plan wants them."""
+    batch, heads, tokens, head_size = query.shape
+    return AttentionShape(
+        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, landmarks.shape[1],
+        shared_landmarks=landmarks.shape[0] == 1, shared_bias=bias.shape[0] == 1,
+        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
+    )  # fmt: skip
 
 
 def farthest_points(features: Tensor, num_landmarks: int) -> Tensor:  # [B, N, C] -> [B, S] int32

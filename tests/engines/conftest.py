@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from shared_build import BUILD, ROOT, locked
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build"
 STAND_IN = Path(__file__).parent / "stand_in"
-
-
-@contextmanager
-def locked(name: str) -> Iterator[None]:
-    """One pytest worker at a time builds into build/; the others wait and find it done."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / f".{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

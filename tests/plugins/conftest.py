@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from shared_build import BUILD, ROOT, locked
 
 from fna.plugins.plan import all_variants
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build"
 TEST_CHIPS = (80, 86, 87, 89, 90, 100, 110, 120, 0)
 TEST_VARIANTS = ("landmark-fp16-s64-d64", "finish-fp16-s64", "output-fp16-s64-d64", "fps_step-fp16-d16")
 """One variant of each kernel of the commonest case; `make plugin` compiles them all."""
@@ -28,15 +25,6 @@ def needs_triton() -> None:
     """Skip, with the reason, where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install triton")
-
-
-@contextmanager
-def locked(name: str) -> Iterator[None]:
-    """One pytest worker at a time builds into build/; the others wait and find it done."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / f".{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")
