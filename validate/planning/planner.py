@@ -405,10 +405,9 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
     """
     layout, cost = planner.layout, planner.cost
     count = layout.num_blocks
-    layers = {f"{count // 2}-{count - 1}": range(count // 2, count), "all": range(count)}
+    layers = {f"{count // 2}-{count - 1}": [*range(count // 2, count)], "all": [*range(count)]}
     if count >= 4:
-        middle = [*range(count // 4), *range(count // 2, count)]
-        layers[f"0-{count // 4 - 1},{count // 2}-{count - 1}"] = middle
+        layers[f"0-{count // 4 - 1},{count // 2}-{count - 1}"] = [*range(count // 4), *range(count // 2, count)]
     found = []
     for name, numbers in layers.items():
         for landmarks in (size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens):
