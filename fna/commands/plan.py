@@ -68,11 +68,10 @@ USUAL_COSINE = 0.99
 @click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
-    default="lattice,norm-grid",
-    show_default=True,
-    help=f"Which to try, of {', '.join(SAMPLERS)}.",
+    default=",".join(SAMPLERS),
+    help=f"Which to try.  [default: all: {', '.join(SAMPLERS)}]",
 )
-@click.option("--shared-landmarks", is_flag=True, help="Try landmarks chosen once, at the first block, as well.")
+@click.option("--own-landmarks", is_flag=True, help="Leave out landmarks that blocks share: each chooses its own.")
 @click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
 @click.option("--no-corrections", is_flag=True, help="FNA as it is, without kernels fitted to the images.")
 @click.option(
@@ -154,7 +153,7 @@ def plan_automatically(
     from fna.validate.planning.planner import make_best_plan
 
     subject = subject or open_subject(model, size, say)
-    wish = make_wish(None, None, (), "lattice,norm-grid", False, False, False)
+    wish = make_wish(None, None, (), ",".join(SAMPLERS), False, False, False)
     _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
     plan: Plan = make_best_plan(planner).plan
     return plan
@@ -165,7 +164,7 @@ def make_wish(
     min_p5: float | None,
     min_tasks: tuple[str, ...],
     samplers: str,
-    shared_landmarks: bool,
+    own_landmarks: bool,
     whole_blocks: bool,
     no_corrections: bool,
 ) -> Wish:
@@ -183,7 +182,7 @@ def make_wish(
     goals = tuple(parse_goal(text) for text in min_tasks)
     if min_cosine is None and min_p5 is None and not goals:
         min_cosine = USUAL_COSINE
-    tried = Range(samplers=names, shared=shared_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
+    tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 

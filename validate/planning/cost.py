@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from fna.arithmetic import correction_products, exact_products, nystrom_products
+from fna.arithmetic import correction_products, exact_products, nystrom_products, sampling_products
 from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
@@ -47,6 +47,8 @@ class ProductCost:
         total = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
+        sampling = sampling_products(candidate.sampler, tokens, candidate.landmarks, self.layout.channels)
+        total += sampling * _share_of_choice(candidate, self.layout)
         return total + self.exact(self.layout.heads - heads)
 
 
@@ -150,8 +152,8 @@ class TimeCost:
             seconds = landmark + launches * device.launch + newton * heads / (device.matrix_rate * NYSTROM_EFFICIENCY)
         seconds += self._kernel(8.0 * count * count * size * heads, 0.0, NYSTROM_EFFICIENCY)
         seconds += self._kernel(rows, 3 * self._values(heads), NYSTROM_EFFICIENCY)
-        if candidate.sampler in ("fps", "norm-grid") and candidate.resample:
-            seconds += self._sampler(candidate)
+        if candidate.sampler in ("fps", "norm-grid"):
+            seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
 
     def _sampler(self, candidate: Candidate) -> float:
@@ -170,6 +172,11 @@ class TimeCost:
 
     def _copies(self, launches: int, moved: float) -> float:
         return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch
+
+
+def _share_of_choice(candidate: Candidate, layout: Layout) -> float:
+    """The part of choosing landmarks that one block bears: all of it, or its share where all blocks use the same."""
+    return 1.0 if candidate.resample else 1.0 / layout.num_blocks
 
 
 def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibration: Calibration | None = None) -> int:

@@ -50,7 +50,7 @@ WORTHWHILE = 1.1
 TYPICAL_COSINE = 0.99
 """Where the search starts if only a task metric is asked for."""
 
-ROUNDS = 6
+ROUNDS = 8
 FRONT_POINTS = 7
 CLOSE_ENOUGH = 0.96
 """The search ends when the loss is this much of what is allowed."""

@@ -101,6 +101,7 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
     axis.set_ylabel(f"1 - {name}")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

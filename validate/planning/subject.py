@@ -179,9 +179,7 @@ class TorchSubject:
                     hooks.append(
                         block.layer.register_forward_pre_hook(_keep_hidden(hidden, block.number), with_kwargs=True)
                     )
-                outputs = self.model.module(torch.from_numpy(pixels[None]))
-                found = dict(zip(self.model.output_names, outputs, strict=True))[self._fidelity_output()]
-                tokens = found[0] if self.model.token_outputs else found.reshape(1, -1)
+                tokens = self._tokens(torch.from_numpy(pixels[None]))
                 patches = tokens[self.layout.prefix_tokens :] if len(tokens) > self.layout.prefix_tokens else tokens
                 directions = torch.nn.functional.normalize(patches, dim=-1)
                 gradients = _gradients(directions, errors, seed=0)
@@ -207,6 +205,10 @@ class TorchSubject:
                     gradient,
                 )
                 visit(view)
+
+    def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
+        found = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output()]
+        return found[0] if self.model.token_outputs else found.reshape(1, -1)
 
     def _fidelity_output(self) -> str:
         return (*self.model.token_outputs, *self.model.output_names)[0]
