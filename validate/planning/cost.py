@@ -44,7 +44,7 @@ class ProductCost:
     def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         tokens, size = self.layout.tokens, self.layout.head_size
-        total = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
+        total: float = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
         sampling = sampling_products(candidate.sampler, tokens, candidate.landmarks, self.layout.channels)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction, Plan, Sampler
+from fna.plan import BlockPlan, Correction, Method, Plan, Sampler
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals
@@ -126,6 +126,7 @@ class UniformPoint:
         layers: its FNA blocks, as `--layers` has them.
         landmarks: S.
         sampler: of all of them.
+        method: weighted or published.
         cost: as a `FrontPoint` has it.
         saved: part of the products.
         measured: on the images held out.
@@ -134,6 +135,7 @@ class UniformPoint:
     layers: str
     landmarks: int
     sampler: Sampler
+    method: Method
     cost: float
     saved: float
     measured: Fidelity
@@ -141,7 +143,7 @@ class UniformPoint:
     @property
     def label(self) -> str:
         """The setting, for people."""
-        return f"blocks {self.layers}, S={self.landmarks}, {self.sampler}"
+        return f"blocks {self.layers}, S={self.landmarks}, {self.sampler}, {self.method}"
 
 
 @dataclass(frozen=True)
@@ -394,12 +396,16 @@ class Planner:
         return saved_part(plan, self.layout.tokens, self.layout.heads, self.layout.head_size)
 
 
-UNIFORM_LANDMARKS = (64, 128, 256)
-UNIFORM_SAMPLERS: tuple[Sampler, ...] = ("grid", "norm-grid")
+UNIFORM_LANDMARKS = (64, 96, 128, 256)
+UNIFORM_SETTINGS: tuple[tuple[Sampler, Method], ...] = (
+    ("grid", "weighted"),
+    ("norm-grid", "weighted"),
+    ("grid", "published"),
+)
 
 
 def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
-    """Run weighted FNA alike in the later half of the blocks, in all, and in all but the second quarter, on the images held out.
+    """Run FNA alike in the later half of the blocks, in all, and in all but the second quarter, on the images held out.
 
     These are the settings of users without a plan; those that exact attention would be cheaper than are left out.
     """
@@ -411,7 +417,7 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
     found = []
     for name, numbers in layers.items():
         for landmarks in (size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens):
-            for sampler in UNIFORM_SAMPLERS:
+            for sampler, method in UNIFORM_SETTINGS:
                 candidate = Candidate(landmarks, sampler, False, 6)
                 blocks = [number for number in numbers if number in planner.blocks]
                 total = sum(
@@ -421,10 +427,10 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
                 if not blocks or total >= count * cost.exact(layout.heads):
                     continue
                 entries = tuple(BlockPlan(block=n, landmarks=landmarks, sampler=sampler) for n in blocks)
-                plan = Plan(num_blocks=count, blocks=entries, prefix_tokens=layout.prefix_tokens)
-                planner.say(f"running blocks {name}, S={landmarks}, {sampler} for comparison")
+                plan = Plan(num_blocks=count, blocks=entries, prefix_tokens=layout.prefix_tokens, method=method)
+                planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
                 measured = planner.run(plan, planner.held_out)
-                found.append(UniformPoint(name, landmarks, sampler, total, planner.saved(plan), measured))
+                found.append(UniformPoint(name, landmarks, sampler, method, total, planner.saved(plan), measured))
     return tuple(found)
 
 

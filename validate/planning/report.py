@@ -78,14 +78,12 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
     places = [place(point) for point in planned.front if point.measured is not None and point.plan.blocks]
     if places:
         axis.plot(*zip(*places, strict=True), "o-", color="C0", label="planned, measured on images held out")
-    for number, layers in enumerate(dict.fromkeys(point.layers for point in planned.uniform)):
-        points = [point for point in planned.uniform if point.layers == layers]
-        axis.plot(
-            *zip(*map(place, points), strict=True),
-            "x+1"[number],
-            color="C1",
-            label=f"blocks {layers} alike, same images",
-        )
+    groups = dict.fromkeys((point.layers, point.method) for point in planned.uniform)
+    for number, (layers, method) in enumerate(groups):
+        points = [point for point in planned.uniform if (point.layers, point.method) == (layers, method)]
+        colour = "C1" if method == "weighted" else "C2"
+        label = f"blocks {layers} alike, {method}"
+        axis.plot(*zip(*map(place, points), strict=True), "x+1"[number // 2 % 3], color=colour, label=label)
         for point in points:
             text = f"{point.landmarks}{'n' if point.sampler == 'norm-grid' else ''}"
             axis.annotate(text, place(point), fontsize=6, xytext=(3, 3), textcoords="offset points")
