@@ -128,8 +128,9 @@ def command(
         planned = make_best_plan(planner)
         if compare:
             planned = replace(planned, uniform=run_uniform_settings(planner))
-        plan = planned.plan.model_copy(update={"made_from": _made_from(planned, wish, names, target)})
-        write_text(output, json.dumps(plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+        made_from = _made_from(planned, wish, names, target)
+        planned = replace(planned, plan=planned.plan.model_copy(update={"made_from": made_from}))
+        write_text(output, json.dumps(planned.plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
         say("drawing")
         layout = subject.layout
         title = f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks"
@@ -327,7 +328,7 @@ def _print(
         table.add_column(title, justify="right", no_wrap=True)
     for point in planned.front:
         table.add_row(
-            "*" if point.plan == planned.plan else "",
+            "*" if point.plan == planned.point.plan else "",
             f"{count_heads(point, layout.heads)} of {layout.heads * layout.num_blocks}",
             describe_cost(point.cost, cost.unit),
             f"{point.saved:.1%}",

@@ -29,7 +29,7 @@ def as_json(planned: Planned, unit: str) -> dict[str, Any]:
             "saved": point.saved,
             "predicted_cosine": 1 - point.predicted_loss,
             "measured": measured,
-            "chosen": point.plan == planned.plan,
+            "chosen": point.plan == planned.point.plan,
         }
 
     def uniform(point: UniformPoint) -> dict[str, Any]:
