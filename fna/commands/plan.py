@@ -124,6 +124,7 @@ def command(
         subject = open_subject(model, size, say)
         cost = _cost_model(subject, target, precision, measured)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
+        names["notes"] += _describe_calibration(cost)
         wish = planner.wish
         planned = make_best_plan(planner)
         if compare:
@@ -216,6 +217,12 @@ def _cost_model(subject: Subject, target: str | None, precision: str, measured: 
     device = device_of(find_target(target), precision)
     calibration = None if measured is None else read_calibration(measured, subject.layout, device)
     return TimeCost(subject.layout, device, calibration)
+
+
+def _describe_calibration(cost: CostModel) -> list[str]:
+    from fna.validate.planning.cost import TimeCost
+
+    return [cost.calibration.describe()] if isinstance(cost, TimeCost) and cost.calibration.times else []
 
 
 def _make_planner(

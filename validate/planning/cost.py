@@ -99,11 +99,28 @@ def device_of(target: Target, precision: str = "fp16") -> Device:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors on predicted seconds that measurements call for, and the seconds that are not attention."""
+    """Factors on predicted seconds that measurements call for, the seconds that are not attention, and what is left unexplained.
+
+    Attributes:
+        exact: factor on exact attention.
+        nystrom: factor on FNA.
+        rest: seconds of all else, at the tokens planned for.
+        times: how many measured times it was fitted to.
+        worst: largest relative difference between a measured time and what the calibrated model says of it.
+    """
 
     exact: float = 1.0
     nystrom: float = 1.0
     rest: float = 0.0
+    times: int = 0
+    worst: float = 0.0
+
+    def describe(self) -> str:
+        """Say in one line how far to trust it."""
+        return (
+            f"calibrated by {self.times} measured times of whole models: exact attention takes {self.exact:.3g} times what was "
+            f"assumed, FNA {self.nystrom:.3g} times; the calibrated model is within {self.worst:.1%} of each"
+        )
 
 
 class TimeCost:
@@ -245,4 +262,6 @@ def read_calibration(path: Path, layout: Layout, device: Device) -> Calibration:
     scale = np.linalg.norm(matrix / right[:, None], axis=0)
     found = nnls(matrix / right[:, None] / scale, np.ones(len(right)))[0] / scale
     nystrom_factor = found[2] if len(found) == 3 else found[1]
-    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, float(found[0]) * layout.tokens)
+    worst = float(np.abs(matrix @ found / right - 1).max())
+    rest = float(found[0]) * layout.tokens
+    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, rest, len(right), worst)
