@@ -555,7 +555,7 @@ def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
         )
         for entry in plan.blocks
     )
-    return plan.model_copy(update={"blocks": blocks, "patches": None, "resolution": None})
+    return plan.for_squares().model_copy(update={"blocks": blocks})
 
 
 def digits(chain: Chain, side: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
