@@ -284,3 +284,30 @@ def test_a_model_without_massive_tokens_comes_through_bit_by_bit(tiny_model: Loa
     assert {node.op_type for node in fna_nodes(masked.graph)} == {MASSIVE_TOKENS, ATTENTION, MASKED_ATTENTION}
     for given, wanted in zip(run(masked, {"pixel_values": pixels}), run(plain, {"pixel_values": pixels}), strict=True):
         np.testing.assert_array_equal(given, wanted)
+
+
+HEADS = {
+    "massive": ((0, 1), (1,)),
+    "artifact": ((1,), None),
+    "indices": ((0,), (0, 1)),
+}
+"""Of blocks 1 and 2: all by number, some, all."""
+
+
+@pytest.mark.parametrize("tokens", sorted(MASKS))
+def test_heads_may_be_listed_in_masked_blocks(planted_model: LoadedModel, tokens: str) -> None:
+    """Blocks 0 and 3 are exact, 1 and 2 FNA, in the heads that are listed; nodes are named after their block."""
+    blocks = tuple(BlockPlan(block=1 + place, landmarks=6, heads=listed) for place, listed in enumerate(HEADS[tokens]))
+    plan = Plan(num_blocks=4, blocks=blocks, masks=MASKS[tokens])
+    model, _ = trace_model(planted_model, plan, TraceOptions(56, 56))
+    pixels = torch.randn(2, 3, 56, 56).numpy()
+    for given, wanted in zip(run(model, {"pixel_values": pixels}), run_torch(planted_model, plan, pixels), strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-4)
+    expected = []
+    for block in range(4):
+        entry, masked = plan.find(block), block in plan.masked_blocks
+        expected += [f"/blocks.{block}/{ATTENTION}"] * (entry is not None)
+        divided = entry is not None and entry.heads is not None and len(entry.heads) < 2
+        expected += [f"/blocks.{block}/{MASKED_ATTENTION}"] * (masked and (divided or entry is None))
+    named = [node.name for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)]
+    assert named == expected
