@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -327,6 +328,17 @@ def parse_layers(layers: str | None, num_blocks: int) -> list[int]:
             )
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+def format_layers(numbers: Iterable[int]) -> str:
+    """Write block numbers as `parse_layers` reads them: `0-2,6-11`, or `none`."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans) or "none"
 
 
 def load_plan(path: Path) -> Plan:

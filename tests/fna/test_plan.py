@@ -11,7 +11,7 @@ import pytest
 
 from fna.arithmetic import saved_part
 from fna.errors import InputFileError, InvalidPlanError
-from fna.plan import BlockPlan, Plan, TokenRange, load_plan, parse_layers, parse_plan, uniform_plan
+from fna.plan import BlockPlan, Plan, TokenRange, format_layers, load_plan, parse_layers, parse_plan, uniform_plan
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,11 @@ from fna.plan import BlockPlan, Plan, TokenRange, load_plan, parse_layers, parse
 )
 def test_layers_are_block_numbers(text: str | None, blocks: list[int]) -> None:
     assert parse_layers(text, 12) == blocks
+
+
+@pytest.mark.parametrize("text", ["none", "3", "0-2,5,7-11"])
+def test_block_numbers_are_written_as_they_are_read(text: str) -> None:
+    assert format_layers(parse_layers(text, 12)) == text
 
 
 @pytest.mark.parametrize("text", ["", "6-", "a", "11-6", "6-12", "-1", "1;2"])
