@@ -31,7 +31,7 @@ from fna.landmarks import landmark_bias, select_landmarks
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import MaskPlan, Plan, Sampler, TokenRange, parse_layers, uniform_plan
 from fna.token_survey import survey_tokens
-from fna.tokens import detect_prefix_tokens
+from fna.tokens import LARGEST_SHARE, detect_prefix_tokens
 from fna.validate.metrics import cosine
 
 ATTENTIONS = ("exact", "FNA")
@@ -77,6 +77,7 @@ class Probe(BaseModel):
     """Accuracy of a linear probe on the digits held out.
 
     Attributes:
+        planted: whether massive tokens were planted.
         attention: `exact` or `FNA`.
         mask: which tokens are masked and how.
         train: digits that it was trained on.
@@ -87,6 +88,7 @@ class Probe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    planted: bool
     attention: str
     mask: str
     train: int
@@ -188,7 +190,8 @@ def planted(model: LoadedModel, active: bool) -> Iterator[None]:
     def add(module: torch.nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = hidden.clone()
-        tokens = torch.linspace(1, hidden.shape[1] - 1, PLANTED_TOKENS + 2).long()[1:-1]
+        count = min(PLANTED_TOKENS, hidden.shape[1] // LARGEST_SHARE)  # more would not be found
+        tokens = torch.linspace(1, hidden.shape[1] - 1, count + 2).long()[1:-1]
         for channel in PLANTED_CHANNELS:
             hidden[:, tokens, channel] += PLANTED_CONSTANT
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -288,27 +291,33 @@ def measure_digits(
     labels, half = digits.target[chosen], count // 2
     token_output = model.output_names.index(model.token_outputs[0])
     results = []
-    for attention in attentions:
-        for label, masks in mask_plans(model.num_blocks).items():
-            if only_masks is not None and label not in only_masks:
-                continue
-            say(f"digits: {attention}, mask {label}")
-            layers = "none" if attention == "exact" else None
-            plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
+    conditions = [
+        (plant, attention, label, masks)
+        for plant in (False, True)
+        for attention in attentions
+        for label, masks in mask_plans(model.num_blocks).items()
+        if only_masks is None or label in only_masks
+    ]
+    for plant, attention, label, masks in conditions:
+        say(f"digits: {attention}, mask {label}{', planted' if plant else ''}")
+        layers = "none" if attention == "exact" else None
+        plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
+        with planted(model, plant):
             parts = [run_with_plan(model, plan, batch) for batch in pixels.split(32)]
-            features = torch.cat([outputs[token_output][:, 0] for outputs, _ in parts]).numpy()
-            scaler = StandardScaler().fit(features[:half])
-            probe = LogisticRegression(max_iter=2000).fit(scaler.transform(features[:half]), labels[:half])
-            results.append(
-                Probe(
-                    attention=attention,
-                    mask=label,
-                    train=half,
-                    test=count - half,
-                    accuracy=float(probe.score(scaler.transform(features[half:]), labels[half:])),
-                    masked_tokens=sum(masked for _, masked in parts) / (count * model.num_blocks),
-                )
+        features = torch.cat([outputs[token_output][:, 0] for outputs, _ in parts]).numpy()
+        scaler = StandardScaler().fit(features[:half])
+        probe = LogisticRegression(max_iter=2000).fit(scaler.transform(features[:half]), labels[:half])
+        results.append(
+            Probe(
+                planted=plant,
+                attention=attention,
+                mask=label,
+                train=half,
+                test=count - half,
+                accuracy=float(probe.score(scaler.transform(features[half:]), labels[half:])),
+                masked_tokens=sum(masked for _, masked in parts) / (count * model.num_blocks),
             )
+        )
     return results
 
 
@@ -449,10 +458,15 @@ def write_report(
             lines.append("| " + " | ".join([*cells, f"{np.mean([r.patch_cosine for r in rows]):.5f}"]) + " |")
         lines.append("")
     if probes:
-        lines += ["| attention | masked | tokens masked per digit and block | digits named |", "|---|---|---|---|"]
         lines += [
-            f"| {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |" for p in probes
+            "| tokens | attention | masked | tokens masked per digit and block | digits named |",
+            "|---" * 5 + "|",
         ]
+        for p in probes:
+            where = "planted" if p.planted else "as they are"
+            lines.append(
+                f"| {where} | {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |"
+            )
         lines.append("")
     if choices:
         lines += [

@@ -15,6 +15,7 @@ from fna.export.sources import LoadedModel, wrap_model
 from fna.plan import TokenRange, parse_plan, uniform_plan
 from fna.validate import masking
 from fna.validate.masking import (
+    measure_digits,
     measure_guided,
     measure_landmarks,
     measure_photographs,
@@ -182,6 +183,21 @@ def test_the_measurement_of_masking_runs_on_a_tiny_model(monkeypatch: pytest.Mon
     report = write_report(results, [], choices)
     assert "| planted | exact | massive, sinks |" in report
     assert torch.isfinite(torch.tensor([c.error for c in choices])).all()
+
+
+def test_the_digits_are_probed_with_planted_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """84 pixels are 37 tokens, of which 4 can be massive: planted after block 1, masked in blocks 2 and 3 of 4."""
+    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
+    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
+    results = measure_digits(load("plain"), 40, attentions=["FNA"], only_masks=["none", "massive, sinks"])
+    assert [(r.planted, r.mask, r.masked_tokens) for r in results] == [
+        (False, "none", 0.0),
+        (False, "massive, sinks", 0.0),
+        (True, "none", 0.0),
+        (True, "massive, sinks", 2.0),
+    ]
+    assert results[0].accuracy == results[1].accuracy
+    assert all((r.train, r.test) == (20, 20) for r in results)
 
 
 def test_the_measurement_of_guided_landmarks_runs_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
