@@ -201,7 +201,9 @@ def guided_picks(role: Tensor, picks: Tensor) -> Tensor:
     """Guaranteed tokens, then as many as there is room for of `picks` `[B, S]`, which were taken from `guided_features`."""
     role = role.expand(picks.shape[0], -1)
     first = (role == FREE).int().argmax(dim=1, keepdim=True)
-    moved = torch.where((picks == 0) & (role[:, :1] != FREE), first, picks)
+    moved = torch.where(
+        picks == 0, first, picks
+    )  # token 0, which sampling starts at, is the first free one or stands for it
     return after_guaranteed(role == GUARANTEED, moved, picks.shape[1])
 
 
