@@ -135,23 +135,15 @@ def planted_model() -> LoadedModel:
 
 MASSIVE, ARTIFACT = ({"blocks": "0-3", "tokens": tokens} for tokens in ("massive", "artifact"))
 PLANS = {
-    "grid, massive in": Plan(
+    "grid and norm-grid, massive in, others out": Plan(
         num_blocks=4,
         blocks=(
             BlockPlan(block=1, landmarks=6),
             BlockPlan(block=2, landmarks=6, heads=(1,)),
-            BlockPlan(block=3, landmarks=5),
+            BlockPlan(block=3, landmarks=7, sampler="norm-grid"),
         ),
         landmarks_include=(TokenRange(**MASSIVE),),
-    ),
-    "norm-grid, massive in, artifacts out": Plan(
-        num_blocks=4,
-        blocks=(
-            BlockPlan(block=1, landmarks=6, sampler="norm-grid"),
-            BlockPlan(block=2, landmarks=6, sampler="norm-grid"),
-        ),
-        landmarks_include=(TokenRange(**MASSIVE),),
-        landmarks_exclude=(TokenRange(blocks="1", tokens="artifact"), TokenRange(blocks="2", tokens=(3, 9))),
+        landmarks_exclude=(TokenRange(blocks="1", tokens="artifact"), TokenRange(blocks="3", tokens=(3, 9))),
     ),
     "fps, artifacts out, massive masked": Plan(
         num_blocks=4,
