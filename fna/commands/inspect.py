@@ -150,6 +150,8 @@ def print_tokens(console: Console, report: TokenReport) -> None:
         console.print("no massive and no artifact tokens: a plan needs no masks, and no landmarks for them")
     else:
         console.print(f"{totals['massive']} massive and {totals['artifact']} artifact tokens in all")
+        if not report.proposals:
+            console.print("in no block on half of the photographs, so no lines of a plan are proposed")
     for line in report.skipped:
         console.print(Text(f"skipped {line}"))
     if report.proposals:

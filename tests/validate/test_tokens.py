@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from fna.cli import main
+from fna.commands.inspect import print_tokens
+from fna.commands.options import make_console
 from fna.export.sources import LoadedModel, wrap_model
 from fna.plan import TokenRange, parse_plan, uniform_plan
 from fna.validate import masking
@@ -118,7 +120,7 @@ def test_bad_input_is_one_line(here: Path, arguments: list[str], said: str, caps
     assert error.count("\n") == 1
 
 
-def test_what_is_found_on_few_photographs_is_not_proposed() -> None:
+def test_what_is_found_on_few_photographs_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     def image(*blocks: tuple[bool, bool]) -> ImageReport:
         token = (FoundToken(token=5, row=0, column=4, value=1.0),)
         entries = (
@@ -137,7 +139,13 @@ def test_what_is_found_on_few_photographs_is_not_proposed() -> None:
     mask, include = propose(often)
     assert include.plan == {"landmarks_include": (TokenRange(blocks="2", tokens="massive"),)}
     assert mask.plan["masks"] == (TokenRange(blocks="2", tokens="massive"),), "one mask for a block"
-    assert propose([*often, image(nothing, nothing, nothing)]) == ()
+    few = (*often, image(nothing, nothing, nothing))
+    assert propose(few) == ()
+    report = TokenReport(
+        model="m", height=1, width=1, prefix_tokens=1, minimal_ratio=3, images=few, proposals=propose(few)
+    )
+    print_tokens(make_console(False), report)
+    assert "in no block on half of the photographs" in capsys.readouterr().out
     (artifacts,) = propose([image((False, True), (False, True), nothing)])
     assert artifacts.plan["masks"] == (TokenRange(blocks="0-1", tokens="artifact"),)
 
