@@ -12,7 +12,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from fna.cli import main
 from fna.errors import InvalidPlanError
-from fna.export.files import save_model
+from fna.export.files import load_onnx, save_model
+from fna.export.lower import lower
 from fna.export.sources import LoadedModel, wrap_model
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
@@ -67,14 +68,17 @@ def test_a_grafted_plan_computes_what_the_patched_model_computes(
     pixels = torch.randn(2, 3, 56, 84)
     session = onnxruntime.InferenceSession(str(output))
     given = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    inlined = onnxruntime.InferenceSession(lower(load_onnx(output), "portable").SerializeToString())
+    portable = inlined.run(None, {session.get_inputs()[0].name: pixels.numpy()})
     patch(source.module, plan)
     try:
         with torch.inference_mode():
             expected = source.module(pixels)
     finally:
         unpatch(source.module)
-    for array, tensor in zip(given, expected, strict=True):
+    for array, same, tensor in zip(given, portable, expected, strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(same, tensor.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_heads_that_a_block_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:
