@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fna.plan import BlockPlan, Plan, Sampler
+from fna.plan import BlockPlan, Plan, Sampler, SharingKey
 
 
 def exact_products(tokens: int, heads: int, head_size: int) -> int:
@@ -66,11 +66,12 @@ def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
 
     Choosing landmarks counts in every block that chooses anew, and once for blocks that share them.
     """
-    taken, chosen = 0, set()
+    chosen: set[SharingKey] = set()
+    taken = 0
     for block in range(plan.num_blocks):
         entry = plan.find(block)
         taken += block_products(entry, plan, tokens, heads, head_size)
-        if entry is not None and (plan.resamples(entry) or entry.sharing_key not in chosen):
-            chosen.add(entry.sharing_key)
+        if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
+            chosen.add(plan.sharing_key(entry))
             taken += sampling_products(entry.sampler, tokens, entry.landmarks, heads * head_size)
     return 1 - taken / (plan.num_blocks * exact_products(tokens, heads, head_size))
