@@ -239,6 +239,10 @@ class Plan(BaseModel):
                 f"use --resolution {_size(self.resolution)}, or make a plan for {_size(resolution)} with fna plan"
             )
 
+    def for_squares(self) -> Plan:
+        """Return the plan for square images of any size: for timing it and probing it at others than the one it was made for."""
+        return self.model_copy(update={"resolution": None, "patches": None})
+
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
         return next((entry for entry in self.blocks if entry.block == block), None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from fna.cli import main
 from fna.errors import InvalidPlanError
 from fna.export.files import load_onnx, save_model
 from fna.export.lower import lower
@@ -91,3 +92,14 @@ def test_a_plan_for_another_size_is_refused_by_both(dense: Path, tmp_path: Path)
     with pytest.raises(InvalidPlanError, match="518x518 images, but the resolution is 56x84"):
         graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_command_takes_the_size_from_the_plan(source: LoadedModel, tmp_path: Path) -> None:
+    model, _ = trace_model(source, uniform_plan(3, layers="none"), TraceOptions(56, 56, dynamic_size=True))
+    save_model(model, tmp_path / "open.onnx")
+    plan = Plan(num_blocks=3, blocks=(PLANS["neighbouring heads"],), prefix_tokens=1, resolution=(56, 84))
+    (tmp_path / "plan.json").write_text(plan.dump_json())
+    files = [str(tmp_path / name) for name in ("open.onnx", "out.onnx", "plan.json")]
+    assert main(["graft", files[0], "-o", files[1], "--plan", files[2], "--quiet"]) == 0
+    session = onnxruntime.InferenceSession(files[1], providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[2:] == [56, 84]
