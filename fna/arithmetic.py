@@ -70,7 +70,7 @@ def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
     for block in range(plan.num_blocks):
         entry = plan.find(block)
         taken += block_products(entry, plan, tokens, heads, head_size)
-        if entry is not None and (plan.resamples(entry) or entry.sharing_key not in chosen):
-            chosen.add(entry.sharing_key)
+        if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
+            chosen.add(plan.sharing_key(entry))
             taken += sampling_products(entry.sampler, tokens, entry.landmarks, heads * head_size)
     return 1 - taken / (plan.num_blocks * exact_products(tokens, heads, head_size))
