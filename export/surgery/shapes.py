@@ -16,6 +16,7 @@ import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto
 
+from fna.export.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
 from fna.export.surgery import fold as folding
 from fna.export.surgery.graph import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs, words
 
@@ -169,6 +170,8 @@ def _shape_rule(
         ]
     if node.domain == MICROSOFT:
         return _microsoft_rule(node, shapes, element_type)
+    if node.domain == DOMAIN and op_type in (ATTENTION, MASKED_ATTENTION):
+        return [(first, element_type)]
     if node.domain not in STANDARD_DOMAINS:
         return [(None, element_type)] * len(node.output)
     if op_type == "MatMul" and first is not None and shapes[1] is not None:

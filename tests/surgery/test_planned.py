@@ -15,7 +15,7 @@ from fna.errors import InvalidPlanError
 from fna.export.files import load_onnx, save_model
 from fna.export.lower import lower
 from fna.export.sources import LoadedModel, wrap_model
-from fna.export.surgery.graft import GraftOptions, graft
+from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.trace import TraceOptions, trace_model
 from fna.patching import patch, unpatch
 from fna.plan import BlockPlan, Correction, Plan, uniform_plan
@@ -103,3 +103,13 @@ def test_the_command_takes_the_size_from_the_plan(source: LoadedModel, tmp_path:
     assert main(["graft", files[0], "-o", files[1], "--plan", files[2], "--quiet"]) == 0
     session = onnxruntime.InferenceSession(files[1], providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[2:] == [56, 84]
+
+
+def test_exact_blocks_behind_fna_are_recognised(dense: Path, tmp_path: Path) -> None:
+    graft(dense, tmp_path / "out.onnx", GraftOptions(layers="0", landmarks=5))
+    rows = inspect_file(tmp_path / "out.onnx")
+    assert [(row.family, row.heads, row.decision.value) for row in rows] == [
+        ("FNA", 4, "kept"),
+        ("MatMul+Softmax", 4, "eligible"),
+        ("MatMul+Softmax", 4, "eligible"),
+    ]
