@@ -27,7 +27,7 @@ from fna.validate.chain import (
     open_chain,
     open_subject,
 )
-from fna.validate.fna_nodes import NodeProbe, expected_output
+from fna.validate.fna_nodes import NodeProbe, planned_output
 from fna.validate.metrics import ErrorMeter, OutputError
 from fna.validate.not_finite import NotFinite, find_not_finite
 from fna.validate.points import Point, captured
@@ -313,11 +313,7 @@ class _Gauge:
         meters = self.meters.setdefault("export", {})
         for node in probe.nodes:
             meter = meters.setdefault(node.name, ErrorMeter(node.name))
-            scale, plan = _table_scale(self.chain.metadata, node.block), self.chain.metadata.plan
-            expected = expected_output(
-                node, arrays, scale=scale, iterations=plan.iterations, exact_rows=plan.exact_rows
-            )
-            meter.add(expected, arrays[node.output].astype(np.float32))
+            meter.add(planned_output(node, arrays, self.chain.metadata), arrays[node.output].astype(np.float32))
 
     def step(self, link: Link, tolerances: Mapping[str, float]) -> StepError:
         """The errors of one step."""
@@ -375,12 +371,6 @@ def is_tokens(chain: Chain, output: str, array: NDArray[Any]) -> bool:
         return output in chain.metadata.token_outputs
     table = chain.metadata.attention_table or []
     return array.ndim == 3 and array.shape[1] in {row.get("tokens") for row in table}
-
-
-def _table_scale(metadata: FileMetadata, block: int) -> float | None:
-    """The scale that graft found for a block."""
-    rows = [row for row in metadata.attention_table or [] if row.get("block") == block]
-    return rows[0].get("scale") if rows else None
 
 
 def _locate_not_finite(
