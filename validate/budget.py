@@ -299,7 +299,8 @@ class _Gauge:
         chain = self.chain
         for output in chain.outputs:
             meters = self.meters.setdefault(step, {})
-            prefix = (chain.metadata.plan.prefix_tokens or 0) if is_tokens(chain, output, reference[output]) else None
+            tokens = is_tokens(chain, output, reference[output])
+            prefix = prefix_of(chain.metadata, chain.height, chain.width, reference[output]) if tokens else None
             try:
                 meters.setdefault(output, ErrorMeter(output, prefix)).add(reference[output], actual[output])
             except ValueError as error:
@@ -371,6 +372,24 @@ def is_tokens(chain: Chain, output: str, array: NDArray[Any]) -> bool:
         return output in chain.metadata.token_outputs
     table = chain.metadata.attention_table or []
     return array.ndim == 3 and array.shape[1] in {row.get("tokens") for row in table}
+
+
+def prefix_of(metadata: FileMetadata, height: int | None, width: int | None, tokens: NDArray[Any]) -> int:
+    """Return how many tokens precede the patches in an output.
+
+    The plan's prefix tokens; but none where there are fewer tokens than the model has: LLaVA's projector takes patches alone.
+
+    Args:
+        metadata: of the file.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        tokens: the output, `[B, N, C]`.
+    """
+    prefix = metadata.plan.prefix_tokens or 0
+    if metadata.patch_size is None or height is None or width is None:
+        return prefix
+    patches = (height // metadata.patch_size) * (width // metadata.patch_size)
+    return prefix if tokens.shape[1] >= patches + prefix else 0
 
 
 def _locate_not_finite(

@@ -253,12 +253,15 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
     for number, step in enumerate((*validation.steps, validation.total)):
         base = f"validation.steps.{number}" if number < len(validation.steps) else "validation.total"
         for index, error in enumerate(step.errors):
-            if error.tokens is None or grid is None or len(error.tokens.relative_l2) != grid[0] * grid[1] + prefix:
+            if error.tokens is None or grid is None:
                 continue
-            values = np.array(error.tokens.relative_l2[prefix:]).reshape(grid)
+            first = len(error.tokens.relative_l2) - grid[0] * grid[1]
+            if first not in (0, prefix):
+                continue
+            values = np.array(error.tokens.relative_l2[first:]).reshape(grid)
             if not np.isfinite(values).all() or values.max() == 0:
                 continue
-            top = int(np.argmax(values)) + prefix
+            top = int(np.argmax(values)) + first
             title = f"{step.step}: {error.output}, relative L2 error of each patch over all images"
             uri = colour_map(values)
             found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.relative_l2.{top}"))

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from fna.errors import InputFileError
 from fna.export.sources import LoadedModel
 from fna.plan import Plan
-from fna.validate.budget import Outputs, is_tokens
+from fna.validate.budget import Outputs, is_tokens, prefix_of
 from fna.validate.chain import EXACT, Chain, Say
 from fna.validate.metrics import cosine
 from fna.validate.photographs import Photographs
@@ -142,7 +142,7 @@ def _collect(chain: Chain, last: str, photographs: Photographs, outputs: Outputs
             pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
             exact, fna = chain.stages[EXACT](pixels), chain.stages[last](pixels)
         for kind, arrays in (("exact", exact), ("fna", fna)):
-            name, vector = _embedding(chain, arrays)
+            name, vector = _embedding(chain, arrays, (chain.height, chain.width))
             if vector is not None:
                 rows.setdefault(kind, []).append(vector)
             if _is_classifier(arrays):
@@ -169,14 +169,14 @@ def _crops(image: Image.Image, wanted: int, images: int) -> list[Image.Image]:
     return crops
 
 
-def _embedding(chain: Chain, arrays: Arrays) -> tuple[str, NDArray[Any] | None]:
+def _embedding(chain: Chain, arrays: Arrays, size: tuple[int, ...]) -> tuple[str, NDArray[Any] | None]:
     """The image's vector: the model's own, else its class token, else the mean of its tokens."""
     for name in EMBEDDINGS:
         if name in arrays and arrays[name].ndim == 2:
             return name, arrays[name][0]
     for name, array in arrays.items():
         if array.ndim == 3 and is_tokens(chain, name, array):
-            prefix = chain.metadata.plan.prefix_tokens or 0
+            prefix = prefix_of(chain.metadata, size[0], size[1], array)
             return (
                 (f"class token of {name}", array[0, 0]) if prefix else (f"mean token of {name}", array[0].mean(axis=0))
             )
@@ -409,7 +409,7 @@ def _segmentation(results: Results, chain: Chain, outputs: Outputs) -> None:
             return
     for name, array in outputs.exact.items():
         if is_tokens(chain, name, array) and array.ndim == 3:
-            prefix = chain.metadata.plan.prefix_tokens or 0
+            prefix = prefix_of(chain.metadata, chain.height, chain.width, array)
             exact, fna = cluster(array[:, prefix:], outputs.exported[name][:, prefix:])
             detail = f"{CLUSTERS} k-means clusters of the patch features of {name}, {len(array)} images"
             results.add("segmentation", "patch agreement", float((exact == fna).mean()), detail)
@@ -512,7 +512,7 @@ def _batched(chain: Chain, model: LoadedModel, plan: Plan | None) -> Callable[..
                 tensors = model.module(torch.from_numpy(pixels[start : start + 25]))
                 batch = {name: t.float().numpy() for name, t in zip(model.output_names, tensors, strict=True)}
                 for index in range(len(pixels[start : start + 25])):
-                    _, vector = _embedding(chain, _image_of(batch, index))
+                    _, vector = _embedding(chain, _image_of(batch, index), pixels.shape[2:])
                     if vector is None:
                         return None
                     vectors.append(vector.copy())
