@@ -96,6 +96,13 @@ class Document(BaseModel):
                 f"approximation by block, output {first}: block {worst.block} costs most alone ({worst.alone:.2e}); making block "
                 f"{gain.block} exact gains most ({gain.everything:.2e} to {gain.all_but:.2e})"
             )
+        if self.bisection is not None:
+            measured = {step.step for step in self.validation.steps if step.not_measured is None}
+            lines += [
+                f"not looked into: {step}: {why}"
+                for step, why in self.bisection.not_measured.items()
+                if step in measured and step not in self.not_located
+            ]
         if self.task is not None:
             lines += [f"{item.task}: {item.measure} {item.value:.4f} ({item.detail})" for item in self.task.measures]
             lines += [f"not measured: {line}" for line in self.task.skipped]

@@ -124,6 +124,18 @@ def test_a_manifest_from_before_debug_tensors_is_still_read(rtx, tiny_file: Find
     assert read_manifest(engine).debug_tensors is None
 
 
+def test_the_marks_arrive_in_the_engine(rtx, tiny_file: Find, tmp_path: Path) -> None:
+    """An engine names its tensors; marked ones more often."""
+    written = {}
+    for kind in (None, "blocks"):
+        engine = tmp_path / f"{kind}.engine"
+        build_engine(tiny_file("traced"), engine, BuildOptions(targets=find_targets("rtx-ada"), debug_tensors=kind))
+        written[kind] = engine.read_bytes()
+    for place in places_of(tiny_file("traced"))[1]:
+        name = place.tensor.encode()
+        assert written["blocks"].count(name) > written[None].count(name)
+
+
 @pytest.fixture
 def oldest():
     try:

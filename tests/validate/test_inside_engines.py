@@ -114,6 +114,12 @@ def test_an_engine_without_debug_tensors_says_how_to_build_one_with_them(
     assert document.bisection.not_measured["engine"] in document.failures()[-1]
 
 
+def test_an_engine_that_agrees_but_cannot_be_looked_into_says_so(tiny, plain_engine: Path, monkeypatch) -> None:
+    document = validate(tiny, plain_engine, tiny.file("fp32"), monkeypatch, bisect=True)
+    assert document.failures() == []
+    assert document.summary()[-1].startswith("not looked into: engine: fp32.engine was built without debug tensors")
+
+
 def test_names_that_are_the_engines_own_locate_nothing_and_are_said_to(
     tiny, marked_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
