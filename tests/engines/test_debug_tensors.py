@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -17,9 +18,9 @@ from fna.engines import build, flavours
 from fna.engines.build import BuildOptions, build_engine, make_logger
 from fna.engines.debug_tensors import find_places, make_listener, mark_debug_tensors
 from fna.engines.device import Gpu
-from fna.engines.manifest import manifest_path, read_manifest
-from fna.engines.targets import find_targets
-from fna.errors import BuildError, MissingCapabilityError
+from fna.engines.manifest import Manifest, manifest_path, read_manifest
+from fna.engines.run import Engine
+from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import load_onnx
 from fna.export.lower import lower
 from fna.export.metadata import read_metadata
@@ -104,36 +105,44 @@ def test_a_network_without_any_place_is_an_error_that_says_so(rtx, tiny_file: Fi
     del network, kept
 
 
+@pytest.fixture(scope="module")
+def engines(rtx, tiny_file: Find, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Engines of the traced file with each kind of debug tensors, and without, by the command."""
+    built = {}
+    for kind in ("blocks", "unfused", "none"):
+        built[kind] = tmp_path_factory.mktemp(kind) / "x.engine"
+        arguments = ["--target", "rtx-ada", "--batch", "1", "--quiet"]
+        arguments += [] if kind == "none" else ["--debug-tensors", kind]
+        assert main(["build", str(tiny_file("traced")), "-o", str(built[kind]), *arguments]) == 0
+    return built
+
+
 @pytest.mark.parametrize("kind", ["blocks", "unfused"])
-def test_engines_are_built_with_debug_tensors_and_say_so(rtx, tiny_file: Find, tmp_path: Path, kind: str) -> None:
-    engine = tmp_path / "x.engine"
-    arguments = ["--target", "rtx-ada", "--batch", "1", "--debug-tensors", kind, "--quiet"]
-    assert main(["build", str(tiny_file("traced")), "-o", str(engine), *arguments]) == 0
-    manifest = read_manifest(engine)
+def test_engines_are_built_with_debug_tensors_and_say_so(engines: dict[str, Path], tiny_file: Find, kind: str) -> None:
+    manifest = read_manifest(engines[kind])
     assert manifest.debug_tensors == kind
     assert manifest.places == places_of(tiny_file("traced"))[1]
-    assert manifest.engine_bytes == engine.stat().st_size > 0
 
 
-def test_a_manifest_from_before_debug_tensors_is_still_read(rtx, tiny_file: Find, tmp_path: Path) -> None:
+def test_engines_are_built_without_debug_tensors_unless_asked(engines: dict[str, Path]) -> None:
+    manifest = read_manifest(engines["none"])
+    assert (manifest.debug_tensors, manifest.places) == (None, ())
+
+
+def test_a_manifest_from_before_debug_tensors_is_still_read(engines: dict[str, Path], tmp_path: Path) -> None:
     engine = tmp_path / "x.engine"
-    build_engine(tiny_file("traced"), engine, BuildOptions(targets=find_targets("rtx-ada")))
-    data = json.loads(manifest_path(engine).read_text())
+    engine.write_bytes(engines["none"].read_bytes())
+    data = json.loads(manifest_path(engines["none"]).read_text())
     del data["debug_tensors"], data["places"]
     manifest_path(engine).write_text(json.dumps(data))
     assert read_manifest(engine).debug_tensors is None
 
 
-def test_the_marks_arrive_in_the_engine(rtx, tiny_file: Find, tmp_path: Path) -> None:
+def test_the_marks_arrive_in_the_engine(engines: dict[str, Path], tiny_file: Find) -> None:
     """An engine names its tensors; marked ones more often."""
-    written = {}
-    for kind in (None, "blocks"):
-        engine = tmp_path / f"{kind}.engine"
-        build_engine(tiny_file("traced"), engine, BuildOptions(targets=find_targets("rtx-ada"), debug_tensors=kind))
-        written[kind] = engine.read_bytes()
+    marked, plain = engines["blocks"].read_bytes(), engines["none"].read_bytes()
     for place in places_of(tiny_file("traced"))[1]:
-        name = place.tensor.encode()
-        assert written["blocks"].count(name) > written[None].count(name)
+        assert marked.count(place.tensor.encode()) > plain.count(place.tensor.encode())
 
 
 @pytest.fixture
@@ -188,3 +197,56 @@ def test_what_the_listener_cannot_read_is_kept_as_a_problem_and_not_raised(rtx) 
     told = (0, rtx.TensorLocation.HOST, rtx.DataType.FP8, rtx.Dims([1]), "odd", 0)
     assert not listener.process_debug_tensor(*told)
     assert listener.problems == ["odd: tensors of type FP8 cannot be read"]
+
+
+class FakeRunner:
+    """What `Engine` has of Polygraphy's runner; while it runs, it shows the context's listener two tensors, if they are on."""
+
+    def __init__(self, trt) -> None:
+        self.trt, self.context = trt, self
+        self.on = self.unfused_tensors_debug_state = False  # as `Engine` leaves them when it opens
+        self.listener, self.shown = None, 0
+
+    def set_all_tensors_debug_state(self, flag: bool) -> bool:
+        self.on = flag
+        return True
+
+    def set_debug_listener(self, listener) -> bool:
+        self.listener = listener
+        return True
+
+    def infer(self, inputs, *, copy_outputs_to_host: bool):
+        assert copy_outputs_to_host
+        if self.on or self.unfused_tensors_debug_state:
+            for name in ("second", "first"):
+                values = next(iter(inputs.values()))[0, 0, :2, :3].copy()
+                told = (self.trt.DataType.FLOAT, self.trt.Dims([2, 3]), name, 0)
+                self.listener.process_debug_tensor(values.ctypes.data, self.trt.TensorLocation.HOST, *told)
+                self.shown += 1
+        return {"tokens": np.zeros(1)}
+
+
+def engine_with(runner: FakeRunner, manifest: Manifest) -> Engine:
+    engine = Engine.__new__(Engine)
+    engine.manifest, engine._trt, engine._runner, engine._name = manifest, runner.trt, runner, "x.engine"
+    engine._engine = SimpleNamespace(get_tensor_dtype=lambda _name: runner.trt.DataType.FLOAT)
+    engine._profiles, engine._profile = (manifest.profiles,), 0
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["blocks", "unfused"])
+def test_an_engine_hands_out_its_tensors_when_inspected_and_only_then(rtx, engines: dict[str, Path], kind: str) -> None:
+    manifest = read_manifest(engines[kind])
+    runner = FakeRunner(rtx)
+    engine = engine_with(runner, manifest)
+    pixels = np.random.default_rng(0).random((1, 3, 56, 56), dtype=np.float32)
+    engine.run({"pixel_values": pixels})
+    assert runner.shown == 0
+    inside = engine.inspect({"pixel_values": pixels})
+    assert list(inside) == ["second", "first"]
+    np.testing.assert_array_equal(inside["first"], pixels[0, 0, :2, :3])
+    assert set(engine.run({"pixel_values": pixels})) == {"tokens"}
+    assert runner.shown == 2
+    plain = engine_with(runner, manifest.model_copy(update={"debug_tensors": None}))
+    with pytest.raises(InvalidArgumentError, match="x.engine was built without debug tensors; build it again"):
+        plain.inspect({"pixel_values": pixels})
