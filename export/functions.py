@@ -16,6 +16,7 @@ import onnx.parser
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from fna.errors import InvalidArgumentError
+from fna.guided import include_room, most_guaranteed
 from fna.landmarks import norm_grid_count
 from fna.tokens import LARGEST_SHARE, MASKED_SCORE, MINIMAL_GAP
 
@@ -30,6 +31,11 @@ NORM_GRID = "NormGridLandmarks"
 MASKED_ATTENTION = "MaskedAttention"
 MASSIVE_TOKENS = "MassiveTokens"
 ARTIFACT_TOKENS = "ArtifactTokens"
+LANDMARK_ROLES = "LandmarkRoles"
+LARGEST_NORM_ROLES = "LargestNormRoles"
+GUIDED_GRID = "GuidedGrid"
+GUIDED_FEATURES = "GuidedFeatures"
+GUIDED_PICKS = "GuidedPicks"
 PLUGIN_OPS = (ATTENTION, FARTHEST_POINTS)
 """Operators that a TensorRT plugin implements; the other operators of the domain are always inlined."""
 
@@ -54,6 +60,7 @@ class FunctionVariant:
     prefix_tokens: int = 0
     masked: bool = False
     sink: bool = False
+    middles: bool = False
 
     @property
     def overload(self) -> str:
@@ -64,7 +71,8 @@ class FunctionVariant:
             return f"{_type_name(self.element_type)}_{rows}_i{self.iterations}{mask}"
         if self.op_type == MASKED_ATTENTION:
             return f"{_type_name(self.element_type)}{mask}"
-        return f"{_type_name(self.element_type)}_s{self.num_landmarks}_p{self.prefix_tokens}"
+        middles = "_middles" if self.middles else ""
+        return f"{_type_name(self.element_type)}_s{self.num_landmarks}_p{self.prefix_tokens}{middles}"
 
 
 def attach_functions(
@@ -136,6 +144,11 @@ def make_function(variant: FunctionVariant, opset: int, *, overload: str = "") -
         MASKED_ATTENTION: _masked_attention_text,
         MASSIVE_TOKENS: _massive_tokens_text,
         ARTIFACT_TOKENS: _artifact_tokens_text,
+        LANDMARK_ROLES: _landmark_roles_text,
+        LARGEST_NORM_ROLES: _largest_norm_roles_text,
+        GUIDED_GRID: _guided_grid_text,
+        GUIDED_FEATURES: _guided_features_text,
+        GUIDED_PICKS: _guided_picks_text,
     }
     text = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n' + texts[variant.op_type](variant, opset)
     function = onnx.parser.parse_function(text)
@@ -195,10 +208,17 @@ def _variant_of(node: NodeProto, element_type: int) -> FunctionVariant:
         return FunctionVariant(node.op_type, prefix_tokens=int(given["prefix_tokens"]))
     if node.op_type == FARTHEST_POINTS:
         return FunctionVariant(FARTHEST_POINTS, num_landmarks=int(given["num_landmarks"]))
-    if node.op_type == NORM_GRID:
+    if node.op_type in (NORM_GRID, LANDMARK_ROLES, LARGEST_NORM_ROLES, GUIDED_GRID):
         return FunctionVariant(
-            NORM_GRID, num_landmarks=int(given["num_landmarks"]), prefix_tokens=int(given["prefix_tokens"])
+            node.op_type,
+            num_landmarks=int(given["num_landmarks"]),
+            prefix_tokens=int(given["prefix_tokens"]),
+            middles=bool(given.get("middles", 0)),
         )
+    if node.op_type == GUIDED_FEATURES:
+        return FunctionVariant(GUIDED_FEATURES)
+    if node.op_type == GUIDED_PICKS:
+        return FunctionVariant(GUIDED_PICKS, num_landmarks=int(given["num_landmarks"]))
     raise InvalidArgumentError(
         f"node {node.name!r} is fna::{node.op_type}, which is not one of this project's operators"
     )
@@ -210,10 +230,13 @@ def _attribute_defaults(variant: FunctionVariant) -> Iterable[tuple[str, Any]]:
         yield "exact_rows", int(variant.exact_rows)
     if variant.masked:
         yield "sink", int(variant.sink)
-    if variant.op_type in (FARTHEST_POINTS, NORM_GRID):
+    sized = (NORM_GRID, LANDMARK_ROLES, LARGEST_NORM_ROLES, GUIDED_GRID)
+    if variant.op_type in (FARTHEST_POINTS, GUIDED_PICKS, *sized):
         yield "num_landmarks", variant.num_landmarks
-    if variant.op_type in (NORM_GRID, MASSIVE_TOKENS, ARTIFACT_TOKENS):
+    if variant.op_type in (MASSIVE_TOKENS, ARTIFACT_TOKENS, *sized):
         yield "prefix_tokens", variant.prefix_tokens
+    if variant.op_type == GUIDED_GRID:
+        yield "middles", int(variant.middles)
     if variant.op_type in PLUGIN_OPS:
         yield from (MASKED_PLUGIN_FIELDS if variant.masked else PLUGIN_FIELDS).items()
 
@@ -630,6 +653,247 @@ def _artifact_tokens_text(variant: FunctionVariant, opset: int) -> str:
         chosen = And (more, is_patch)
         key_mask = Cast <to = 6> (chosen)
     }}"""
+
+
+def _landmark_roles_text(variant: FunctionVariant, opset: int) -> str:
+    """Write `fna.guided.landmark_roles`; a token's value is N less its position, so the first of some have the largest values."""
+    prefix = min(variant.prefix_tokens, variant.num_landmarks)
+    room = max(1, include_room(variant.num_landmarks, prefix))
+    last = {name: _reduce("ReduceMin", f"{name}_top", 1, "token_axis", opset) for name in ("include", "exclude")}
+    return f"""{LANDMARK_ROLES} (include, exclude) => (role) {{
+        include_flag = Cast <to = 9> (include)
+        exclude_flag = Cast <to = 9> (exclude)
+        include_float = Cast <to = 1> (include_flag)
+        exclude_float = Cast <to = 1> (exclude_flag)
+        {_position_lines("include")}
+        include_value = Mul (include_float, from_end)
+        include_room = Constant <value_ints = [{room}]> ()
+        include_top, include_at = TopK <axis = 1, largest = 1, sorted = 1> (include_value, include_room)
+        include_last = {last["include"]}
+        include_early = GreaterOrEqual (include_value, include_last)
+        wanted = And (include_flag, include_early)
+        exclude_value = Mul (exclude_float, from_end)
+        {_exclude_room_lines()}
+        exclude_top, exclude_at = TopK <axis = 1, largest = 1, sorted = 1> (exclude_value, exclude_room)
+        exclude_last = {last["exclude"]}
+        exclude_early = GreaterOrEqual (exclude_value, exclude_last)
+        first_barred = And (exclude_flag, exclude_early)
+        unwanted = Not (wanted)
+        barred = And (first_barred, unwanted)
+        last_prefix = Constant <value_float = {prefix - 0.5}> ()
+        is_prefix = Less (position, last_prefix)
+        not_barred = Not (barred)
+        own_prefix = And (not_barred, is_prefix)
+        guaranteed = Or (wanted, own_prefix)
+        plus = Cast <to = 6> (guaranteed)
+        minus = Cast <to = 6> (barred)
+        role = Sub (plus, minus)
+    }}"""
+
+
+def _largest_norm_roles_text(variant: FunctionVariant, opset: int) -> str:
+    """Write `fna.guided.largest_norm_roles`."""
+    count = norm_grid_count(variant.num_landmarks, min(variant.prefix_tokens, variant.num_landmarks))
+    square_sum = _reduce("ReduceSumSquare", "values", 2, "channel_axis", opset, keepdims=0)
+    lines = [
+        f"{LARGEST_NORM_ROLES} (features, role) => (roles) {{",
+        "values = Cast <to = 1> (features)",
+        "channel_axis = Constant <value_ints = [2]> ()",
+        f"squared_norms = {square_sum}",
+        "dims = Shape (squared_norms)",
+    ]
+    if not count:
+        return "\n".join([*lines, "roles = Expand (role, dims)"]) + "\n}"
+    lines += [
+        "role_wide = Expand (role, dims)",
+        *_away_lines(),
+        "smallest = Constant <value_float = -1.0> ()",
+        "norms = Where (away_flag, smallest, squared_norms)",
+        f"how_many = Constant <value_ints = [{count}]> ()",
+        "largest, largest_at = TopK <axis = 1, largest = 1, sorted = 1> (norms, how_many)",
+        "one = Constant <value = int32[1, 1] {1}> ()",
+        "places = Shape (largest_at)",
+        "ones = Expand (one, places)",
+        "roles = ScatterElements <axis = 1> (role_wide, largest_at, ones)",
+    ]
+    return "\n".join(lines) + "\n}"
+
+
+def _guided_grid_text(variant: FunctionVariant, opset: int) -> str:
+    """Write `fna.guided.guided_grid`: the p-th token outside a sorted set t is `p + #{j : t_j - j <= p}`."""
+    count = variant.num_landmarks
+    most = most_guaranteed(count, variant.prefix_tokens, by_norm=variant.middles)
+    spread = (
+        """twice_rank = Mul (two, rank)
+        odd = Add (twice_rank, one)
+        stretched = Mul (odd, free)
+        twice_spaced = Mul (two, spaced)
+        place = Div (stretched, twice_spaced)"""
+        if variant.middles
+        else """several = Sub (spaced, one)
+        gaps = Max (several, one)
+        length = Sub (free, one)
+        twice_rank = Mul (two, rank)
+        stretched = Mul (twice_rank, length)
+        rounded = Add (stretched, gaps)
+        twice_gaps = Mul (two, gaps)
+        even = Div (rounded, twice_gaps)
+        middle = Div (free, two)
+        is_several = Greater (spaced_float, one_float)
+        place = Where (is_several, even, middle)"""
+    )
+    return f"""{GUIDED_GRID} (role) => (landmarks, landmark_bias) {{
+        {_position_lines("role")}
+        {_own_lines(most, count)}
+        away_count = ReduceSum <keepdims = 1> (away, token_axis)
+        away_value = Mul (away, from_end)
+        {_exclude_room_lines()}
+        most = Constant <value_ints = [{most}]> ()
+        rooms = Add (most, exclude_room)
+        away_room = Min (rooms, num_tokens)
+        away_top, away_top_at = TopK <axis = 1, largest = 1, sorted = 1> (away_value, away_room)
+        is_away = Greater (away_top, half)
+        away_place = Sub (num_tokens_float, away_top)
+        two_float = Constant <value_float = 2.0> ()
+        nowhere = Mul (num_tokens_float, two_float)
+        away_at = Where (is_away, away_place, nowhere)
+        away_places = Squeeze (away_room, first)
+        away_order_whole = Range (step_zero, away_places, step_one)
+        away_order = Cast <to = 1> (away_order_whole)
+        shift = Sub (away_at, away_order)
+        one_float = Constant <value_float = 1.0> ()
+        count = Constant <value_float = {float(count)}> ()
+        free_float = Sub (num_tokens_float, away_count)
+        left = Sub (count, own_count)
+        spaced_float = Max (left, one_float)
+        rank = Cast <to = 7> (rank_float)
+        free = Cast <to = 7> (free_float)
+        spaced = Cast <to = 7> (spaced_float)
+        one = Constant <value_int = 1> ()
+        two = Constant <value_int = 2> ()
+        {spread}
+        place_float = Cast <to = 1> (place)
+        third_axis = Constant <value_ints = [2]> ()
+        place_column = Unsqueeze (place_float, third_axis)
+        shift_row = Unsqueeze (shift, token_axis)
+        beyond = Greater (shift_row, place_column)
+        passed = Not (beyond)
+        passed_float = Cast <to = 1> (passed)
+        skipped = ReduceSum <keepdims = 0> (passed_float, third_axis)
+        free_token = Add (place_float, skipped)
+        chosen = Where (is_own, own_token, free_token)
+        landmarks = Cast <to = 6> (chosen)
+        others = Sub (num_tokens_float, own_count)
+        weight = Div (others, spaced_float)
+        log_weight = Log (weight)
+        no_bias = Constant <value_float = 0.0> ()
+        landmark_bias = Where (is_own, no_bias, log_weight)
+    }}"""
+
+
+def _guided_features_text(variant: FunctionVariant, opset: int) -> str:
+    """Write `fna.guided.guided_features`."""
+    return f"""{GUIDED_FEATURES} (features, role) => (guided) {{
+        {_lines(_away_lines())}
+        free_flag = Not (away_flag)
+        free_float = Cast <to = 1> (free_flag)
+        first_free = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (free_float)
+        third_axis = Constant <value_ints = [2]> ()
+        one = Constant <value_ints = [1]> ()
+        zero = Constant <value_ints = [0]> ()
+        dims = Shape (features)
+        batch = Gather <axis = 0> (dims, zero)
+        channels = Gather <axis = 0> (dims, third_axis)
+        row_shape = Concat <axis = 0> (batch, one, channels)
+        first_column = Unsqueeze (first_free, third_axis)
+        first_row = Expand (first_column, row_shape)
+        stand_in = GatherElements <axis = 1> (features, first_row)
+        away_column = Unsqueeze (away_flag, third_axis)
+        guided = Where (away_column, stand_in, features)
+    }}"""
+
+
+def _guided_picks_text(variant: FunctionVariant, opset: int) -> str:
+    """Write `fna.guided.guided_picks`."""
+    count = variant.num_landmarks
+    return f"""{GUIDED_PICKS} (role, picks) => (landmarks) {{
+        {_position_lines("role")}
+        {_own_lines(most_guaranteed(count, 0, by_norm=False), count)}
+        free_flag = Not (away_flag)
+        free_float = Cast <to = 1> (free_flag)
+        first_free = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (free_float)
+        first_float = Cast <to = 1> (first_free)
+        picks_float = Cast <to = 1> (picks)
+        is_start = Less (picks_float, half)
+        moved = Where (is_start, first_float, picks_float)
+        dims = Shape (picks)
+        rank_whole = Cast <to = 7> (rank_float)
+        rank = Expand (rank_whole, dims)
+        later = GatherElements <axis = 1> (moved, rank)
+        chosen = Where (is_own, own_token, later)
+        landmarks = Cast <to = 6> (chosen)
+    }}"""
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n        ".join(lines)
+
+
+def _position_lines(like: str) -> str:
+    """Write `position`, `from_end` (N less the position), fp32 `[N]`, and N, for a tensor `[B, N]`."""
+    return f"""token_axis = Constant <value_ints = [1]> ()
+        first = Constant <value_ints = [0]> ()
+        like_dims = Shape ({like})
+        num_tokens = Gather <axis = 0> (like_dims, token_axis)
+        num_tokens_float = Cast <to = 1> (num_tokens)
+        step_zero = Constant <value_int = 0> ()
+        step_one = Constant <value_int = 1> ()
+        stop = Squeeze (num_tokens, first)
+        position_whole = Range (step_zero, stop, step_one)
+        position = Cast <to = 1> (position_whole)
+        from_end = Sub (num_tokens_float, position)"""
+
+
+def _exclude_room_lines() -> str:
+    return f"""share = Constant <value_ints = [{LARGEST_SHARE}]> ()
+        part = Div (num_tokens, share)
+        exclude_room = Max (part, token_axis)"""
+
+
+def _away_lines() -> list[str]:
+    """Write `away_flag` and `away`, which tokens are not free; compared as fp32, which every builder does."""
+    return [
+        "role_float = Cast <to = 1> (role)",
+        "role_size = Abs (role_float)",
+        "half = Constant <value_float = 0.5> ()",
+        "away_flag = Greater (role_size, half)",
+        "away = Cast <to = 1> (away_flag)",
+    ]
+
+
+def _own_lines(most: int, count: int) -> str:
+    """Write the guaranteed tokens in order: `own_token`, `is_own` and the rank of the others, `[B, S]`, after `_position_lines`."""
+    slots = ", ".join(f"{slot}.0" for slot in range(count))
+    columns = ", ".join(str(min(slot, most - 1)) for slot in range(count))
+    return _lines(
+        [
+            *_away_lines(),
+            "own_flag = Greater (role_float, half)",
+            "own = Cast <to = 1> (own_flag)",
+            "own_count = ReduceSum <keepdims = 1> (own, token_axis)",
+            "own_value = Mul (own, from_end)",
+            f"own_room = Constant <value_ints = [{most}]> ()",
+            "own_top, own_top_at = TopK <axis = 1, largest = 1, sorted = 1> (own_value, own_room)",
+            "own_at = Sub (num_tokens_float, own_top)",
+            f"columns = Constant <value_ints = [{columns}]> ()",
+            "own_token = Gather <axis = 1> (own_at, columns)",
+            f"slot = Constant <value = float[1, {count}] {{{slots}}}> ()",
+            "is_own = Greater (own_count, slot)",
+            "rank_signed = Sub (slot, own_count)",
+            "no_rank = Constant <value_float = 0.0> ()",
+            "rank_float = Max (rank_signed, no_rank)",
+        ]
+    )
 
 
 def _patch_lines(prefix_tokens: int, like: str) -> str:

@@ -61,6 +61,7 @@ def _name_inlined_nodes(
 
     The inliner puts a function's nodes, in order, where the call was.
     """
+    taken = {node.name for node in model.graph.node}
     position = 0
     for node in model.graph.node:
         if node.domain != DOMAIN or node.op_type in kept:
@@ -68,5 +69,15 @@ def _name_inlined_nodes(
             continue
         body = bodies[(node.domain, node.op_type, node.overload)]
         for inlined, original in zip(lowered.graph.node[position:], body.node, strict=False):
-            inlined.name = f"{node.name or node.op_type}/{original.output[0]}"
+            inlined.name = _unique(f"{node.name or node.op_type}/{original.output[0]}", taken)
         position += len(body.node)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """A name that no node has yet; onnxruntime refuses files in which two nodes have one."""
+    result, count = name, 1
+    while result in taken:
+        count += 1
+        result = f"{name}_{count}"
+    taken.add(result)
+    return result

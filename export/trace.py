@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import onnx
 import onnxscript
 import onnxscript.optimizer
 import torch
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18, values
 
+import fna.guided
 import fna.landmarks
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
@@ -30,7 +32,12 @@ from fna.export.functions import (
     DOMAIN,
     DOMAIN_VERSION,
     FARTHEST_POINTS,
+    GUIDED_FEATURES,
+    GUIDED_GRID,
+    GUIDED_PICKS,
     HIGHEST_OPSET,
+    LANDMARK_ROLES,
+    LARGEST_NORM_ROLES,
     MASKED_ATTENTION,
     MASKED_PLUGIN_FIELDS,
     MASSIVE_TOKENS,
@@ -42,7 +49,8 @@ from fna.export.functions import (
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.schemas import operator_schema
 from fna.export.sources import LoadedModel, check_resolution
-from fna.patching import find_attention_blocks, patch, unpatch
+from fna.guided import check_rooms
+from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.tokens import detect_prefix_tokens
 
@@ -50,6 +58,9 @@ Precision = Literal["fp32", "fp16", "bf16"]
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 INPUT_NAME = "pixel_values"
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where the exporter notes the modules that a node was traced in, the outermost first."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,9 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         raise InvalidArgumentError(
             "the random sampler draws its tokens at export time, so height and width cannot be left open; use grid"
         )
-    _check_landmark_counts(plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix)
+    _check_landmark_counts(
+        plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix, prefix
+    )
     patch(model.module, plan)
     weights = model.module.state_dict()
     try:
@@ -131,7 +144,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     finally:
         model.module.load_state_dict(weights, assign=True)
         unpatch(model.module)
-    _name_nodes(program, plan)
+    _name_nodes(program, blocks)
     _drop_stack_traces(program)
     fold_channel_scales(program.graph)
     attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
@@ -270,7 +283,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return norm_grid(features, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
 
     operators = torch.ops.fna
-    assert fna.landmarks is not None  # importing it registers the samplers' operators
+    assert fna.landmarks is not None  # importing them registers the samplers' operators
+    assert fna.guided is not None
     return {
         torch.ops.aten.gelu.default: write_gelu,
         operators.attention.default: write_attention,
@@ -280,6 +294,40 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.artifact_tokens.default: write_artifact,
         operators.farthest_point_sampling.default: write_farthest,
         operators.norm_grid_landmarks.default: write_norm_grid,
+        **_guided_translations(opset),
+    }
+
+
+def _guided_translations(opset: values.Opset) -> dict[Callable[..., Any], Callable[..., Any]]:
+    roles, norm_roles, grid, guided, picked = (
+        values.Op(opset, name, operator_schema(name))
+        for name in (LANDMARK_ROLES, LARGEST_NORM_ROLES, GUIDED_GRID, GUIDED_FEATURES, GUIDED_PICKS)
+    )
+
+    def write_roles(include, exclude, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
+        include = opset18.Sub(exclude, exclude) if include is None else include
+        exclude = opset18.Sub(include, include) if exclude is None else exclude
+        return roles(include, exclude, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
+
+    def write_norm_roles(features, role, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
+        return norm_roles(features, role, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
+
+    def write_grid(role, num_landmarks, prefix_tokens, middles):  # type: ignore[no-untyped-def]
+        return grid(role, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens, middles=int(middles))
+
+    def write_features(features, role):  # type: ignore[no-untyped-def]
+        return guided(features, role)
+
+    def write_picks(role, picks):  # type: ignore[no-untyped-def]
+        return picked(role, picks, num_landmarks=int(picks.shape[1]))
+
+    operators = torch.ops.fna
+    return {
+        operators.landmark_roles.default: write_roles,
+        operators.largest_norm_roles.default: write_norm_roles,
+        operators.guided_grid.default: write_grid,
+        operators.guided_features.default: write_features,
+        operators.guided_picks.default: write_picks,
     }
 
 
@@ -287,25 +335,29 @@ def _zero_bias(landmarks: Any) -> Any:
     return opset18.Constant(value=onnx.numpy_helper.from_array(torch.zeros(1, int(landmarks.shape[1])).numpy()))
 
 
-def _name_nodes(model: ModelProto, plan: Plan) -> None:
-    """Give every `fna` node a name that holds its block's number; attention nodes come in the order of the blocks."""
-    # a masked block of which only some heads are FNA has a node for either
-    divided = [entry.block for entry in plan.blocks if entry.heads is not None and entry.block in plan.masked_blocks]
-    numbers = sorted([*({entry.block for entry in plan.blocks} | plan.masked_blocks), *divided])
-    attention = [node for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)]
-    if len(attention) != len(numbers):
-        raise ModelSourceError(
-            f"the trace holds {len(attention)} FNA or masked attention nodes, but the plan has {len(numbers)} such blocks"
-        )
-    for node, number in zip(attention, numbers, strict=True):
-        node.name = f"/blocks.{number}/{node.op_type}"
-    waiting = iter(numbers)
-    current = next(waiting, 0)
-    for node in fna_nodes(model.graph):
+def _name_nodes(model: ModelProto, blocks: Sequence[AttentionBlock]) -> None:
+    """Give every `fna` node a name that holds its block's number, told from the module that the exporter saw it in.
+
+    What chooses landmarks or finds tokens is named after the block whose attention comes next.
+    """
+    numbers = {block.name: block.number for block in blocks}
+    nodes = list(fna_nodes(model.graph))
+    current = 0
+    for node in reversed(nodes):
         if node.op_type in (ATTENTION, MASKED_ATTENTION):
-            current = next(waiting, current)
-        else:
-            node.name = f"/blocks.{current}/{node.op_type}"
+            current = _number_of(node, numbers)
+        node.name = f"/blocks.{current}/{node.op_type}"
+
+
+def _number_of(node: NodeProto, numbers: dict[str, int]) -> int:
+    noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+    found = [numbers[scope] for scope in ast.literal_eval(noted) if scope in numbers]
+    if len(found) != 1:
+        raise ModelSourceError(
+            f"node {node.name!r} of the trace is in {len(found)} attention modules ({noted}), but one is needed to number it; "
+            "report the model that this happens with"
+        )
+    return found[0]
 
 
 def _drop_stack_traces(model: ModelProto) -> None:
@@ -316,13 +368,19 @@ def _drop_stack_traces(model: ModelProto) -> None:
         node.metadata_props.extend(kept)
 
 
-def _check_landmark_counts(plan: Plan, num_tokens: int) -> None:
+def _check_landmark_counts(plan: Plan, num_tokens: int, prefix_tokens: int) -> None:
     for entry in plan.blocks:
         if entry.landmarks > num_tokens:
             raise InvalidLandmarksError(
                 f"block {entry.block} is planned with {entry.landmarks} landmarks, but at this resolution there are only "
                 f"{num_tokens} tokens; ask for at most that many, or a higher resolution"
             )
+        check_rooms(
+            entry.landmarks, num_tokens, entry.sampler, prefix_tokens,
+            includes=plan.find_landmark_range("include", entry.block) is not None,
+            excludes=plan.find_landmark_range("exclude", entry.block) is not None,
+            name=f"block {entry.block}",
+        )  # fmt: skip
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fna.plan import BlockPlan, Plan
+from fna.plan import BlockPlan, Plan, Sampler, SharingKey
 
 
 def exact_products(tokens: int, heads: int, head_size: int) -> int:
@@ -38,8 +38,20 @@ def correction_products(tokens: int, heads: int, head_size: int, kernel: int) ->
     return heads * tokens * head_size * (kernel * kernel + 1)
 
 
+def sampling_products(sampler: Sampler, tokens: int, landmarks: int, channels: int) -> int:
+    """Multiply-adds of choosing landmarks once: squared distances of every token to each (fps), squared norms (norm-grid).
+
+    Args:
+        sampler: how; those that do not look at the image take none.
+        tokens: N.
+        landmarks: S.
+        channels: C of the features.
+    """
+    return {"fps": landmarks, "norm-grid": 1}.get(sampler, 0) * tokens * channels
+
+
 def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int, head_size: int) -> int:
-    """Multiply-adds of one block's attention by a plan; None is an exact block. Choosing landmarks is not counted."""
+    """Multiply-adds of one block's attention by a plan; None is an exact block. Choosing landmarks is counted by `saved_part`."""
     if entry is None:
         return exact_products(tokens, heads, head_size)
     count = heads if entry.heads is None else len(entry.heads)
@@ -50,6 +62,16 @@ def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int,
 
 
 def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
-    """Part of the whole model's attention products that a plan saves; blocks that stay exact count in full."""
-    taken = sum(block_products(plan.find(block), plan, tokens, heads, head_size) for block in range(plan.num_blocks))
+    """Part of the whole model's attention products that a plan saves; blocks that stay exact count in full.
+
+    Choosing landmarks counts in every block that chooses anew, and once for blocks that share them.
+    """
+    chosen: set[SharingKey] = set()
+    taken = 0
+    for block in range(plan.num_blocks):
+        entry = plan.find(block)
+        taken += block_products(entry, plan, tokens, heads, head_size)
+        if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
+            chosen.add(plan.sharing_key(entry))
+            taken += sampling_products(entry.sampler, tokens, entry.landmarks, heads * head_size)
     return 1 - taken / (plan.num_blocks * exact_products(tokens, heads, head_size))

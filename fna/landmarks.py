@@ -57,7 +57,7 @@ def select_landmarks(
         _check_masks(wanted, barred, num_landmarks)
     if method == "fps":
         order = _fps_order(features, num_landmarks, ~(wanted | barred), fast=unmasked)
-        return order if unmasked else _after_guaranteed(wanted, order, num_landmarks)
+        return order if unmasked else after_guaranteed(wanted, order, num_landmarks)
 
     if unmasked and method == "grid":
         return grid_landmarks(num_tokens, num_landmarks, prefix_tokens, device=features.device).expand(batch, -1)
@@ -82,7 +82,7 @@ def select_landmarks(
         slot = torch.arange(num_landmarks, device=features.device)[None]
         spread = middles_of_stretches if method == "norm-grid" else evenly_spaced
         picks = spread(slot, free.sum(1, keepdim=True), (num_landmarks - wanted.sum(1, keepdim=True)).clamp(min=1))
-    return _after_guaranteed(wanted, rest.gather(1, picks.clamp(min=0, max=num_tokens - 1)), num_landmarks)
+    return after_guaranteed(wanted, rest.gather(1, picks.clamp(min=0, max=num_tokens - 1)), num_landmarks)
 
 
 def landmark_bias(
@@ -314,7 +314,7 @@ def _fps_order(features: Tensor, num_landmarks: int, eligible: Tensor, *, fast: 
     return farthest_points_reference(features, num_landmarks, eligible)
 
 
-def _after_guaranteed(
+def after_guaranteed(
     wanted: Tensor,  # [B, N], bool
     rest: Tensor,  # [B, S]
     num_landmarks: int,

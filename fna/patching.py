@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fna.attention import fast_nystrom_attention
 from fna.composition import compose_heads, correct
 from fna.errors import InvalidPlanError, UnsupportedAttentionError
+from fna.guided import guided_landmarks
 from fna.landmarks import (
     grid_landmarks,
     landmark_bias,
@@ -29,7 +30,7 @@ from fna.landmarks import (
     random_landmarks,
     select_landmarks,
 )
-from fna.plan import BlockPlan, MaskPlan, Plan
+from fna.plan import BlockPlan, MaskPlan, Plan, SharingKey, TokenRange
 from fna.tokens import detect_prefix_tokens, listed_tokens_mask
 
 ATTENTION_NAME = "fna"
@@ -38,7 +39,8 @@ _EXACT = "_fna_exact"
 _CHOICE = "_fna_choice"
 _PATCH = "_fna_patch"
 _MASK = "_fna_mask"
-_MASK_SOURCE = "_fna_mask_source"
+_MASSIVE = "_fna_massive"
+_ARTIFACT = "_fna_artifact"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,31 @@ class AttentionBlock:
 
 
 @dataclass
+class _Finder:
+    """Finds massive or artifact tokens at one layer or attention module; all that ask for them share it."""
+
+    tokens: Literal["artifact", "massive"]
+    prefix_tokens: int
+    mask: Tensor | None = None  # [B, N], of the run that is under way
+
+
+@dataclass
+class _Tokens:
+    """Tokens that a plan names: listed, or found."""
+
+    entry: TokenRange
+    finder: _Finder | None
+
+    def mask(self, num_tokens: int, device: torch.device) -> Tensor:  # [B, N] or [1, N], int32
+        """Which tokens these are, once the block that finds them was entered."""
+        if isinstance(self.entry.tokens, tuple):
+            return listed_tokens_mask(self.entry.tokens, num_tokens, device)
+        assert self.finder is not None
+        assert self.finder.mask is not None
+        return self.finder.mask
+
+
+@dataclass
 class _BlockState:
     """What an attention module needs to know to run as FNA; blocks that share landmarks share `chosen`."""
 
@@ -71,18 +98,20 @@ class _BlockState:
     plan: Plan
     prefix_tokens: int
     chooses: bool
-    chosen: dict[tuple[int, str, str], Tensor]
+    key: SharingKey
+    chosen: dict[SharingKey, tuple[Tensor, Tensor | None]]
+    include: _Tokens | None = None
+    exclude: _Tokens | None = None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _MaskState:
-    """What an attention module needs to know to mask keys; blocks of one range share `found`."""
+    """What an attention module needs to know to mask keys."""
 
     name: str
     entry: MaskPlan
-    prefix_tokens: int
-    finds: bool
-    found: dict[str, Tensor]
+    tokens: _Tokens
 
 
 @dataclass
@@ -193,7 +222,10 @@ def fna_attention_forward(
     name = state.name if state is not None else masking.name if masking is not None else ""
     _refuse_call(name, query, key, attention_mask, dropout, kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    key_mask = _find_mask(masking, query, key, factor) if masking is not None else None
+    finder: _Finder | None = getattr(module, _ARTIFACT, None)
+    if finder is not None:
+        finder.mask = torch.ops.fna.artifact_tokens(query, key, factor, finder.prefix_tokens)
+    key_mask = masking.tokens.mask(query.shape[2], query.device) if masking is not None else None
     sink = masking is not None and masking.entry.sink
 
     def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -279,21 +311,35 @@ def make_mask(
 
 def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> None:
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
-    chosen: dict[tuple[int, str, str], Tensor] = {}
-    seen: set[tuple[int, str, str]] = set()
+    chosen: dict[SharingKey, tuple[Tensor, Tensor | None]] = {}
+    seen: set[SharingKey] = set()
+    finders: dict[tuple[str, int], _Finder] = {}
+
+    def tokens_of(key: str, planned: tuple[int, TokenRange] | None) -> _Tokens | None:
+        return None if planned is None else _find_at(key, *planned, blocks, prefix, finders, record)
+
     for entry in plan.blocks:
         block = blocks[entry.block]
-        alone = plan.resamples(entry)
-        chooses = alone or entry.sharing_key not in seen
+        alone, key = plan.resamples(entry), plan.sharing_key(entry)
+        chooses = alone or key not in seen
         if not alone:
-            seen.add(entry.sharing_key)
+            seen.add(key)
         shared = {} if alone else chosen
-        state = _BlockState(f"block {block.number} ({block.name})", entry, plan, prefix, chooses, shared)
+        name = f"block {block.number} ({block.name})"
+        state = _BlockState(name, entry, plan, prefix, chooses, key, shared)
+        state.include = tokens_of("landmarks_include", plan.find_landmark_range("include", entry.block))
+        state.exclude = tokens_of("landmarks_exclude", plan.find_landmark_range("exclude", entry.block))
         _set(record, block.attention, _STATE, state)
         if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
             _set(record, block.layer, _CHOICE, state)
             record.hooks.append(block.layer.register_forward_pre_hook(_choose_landmarks, with_kwargs=True))
-    _apply_masks(blocks, plan, prefix, record)
+    for block in blocks:
+        mask = plan.find_mask(block.number)
+        if mask is not None:
+            tokens = tokens_of("masks", mask)
+            assert tokens is not None
+            state_of_mask = _MaskState(f"block {block.number} ({block.name})", mask[1], tokens)
+            _set(record, block.attention, _MASK, state_of_mask)
     for block in blocks:
         if not hasattr(block.attention, _STATE):
             _set(record, block.attention, _EXACT, block.attention.config._attn_implementation or "sdpa")
@@ -303,40 +349,40 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
         config._attn_implementation = ATTENTION_NAME
 
 
-def _apply_masks(blocks: list[AttentionBlock], plan: Plan, prefix: int, record: _PatchRecord) -> None:
-    found: dict[int, dict[str, Tensor]] = {}
-    for block in blocks:
-        range_and_mask = plan.find_mask(block.number)
-        if range_and_mask is None:
-            continue
-        first, entry = range_and_mask
-        if entry.tokens == "artifact" and prefix < 1:
-            raise InvalidPlanError(
-                "the plan masks artifact tokens, which are those that the class token looks at, but this model has no class "
-                "token; mask massive tokens instead"
-            )
-        name = f"block {block.number} ({block.name})"
-        state = _MaskState(name, entry, prefix, block.number == first, found.setdefault(first, {}))
-        _set(record, block.attention, _MASK, state)
-        if state.finds and entry.tokens == "massive":
-            _set(record, block.layer, _MASK_SOURCE, state)
+def _find_at(
+    key: str,
+    first: int,
+    entry: TokenRange,
+    blocks: list[AttentionBlock],
+    prefix: int,
+    finders: dict[tuple[str, int], _Finder],
+    record: _PatchRecord,
+) -> _Tokens:
+    """Have the tokens of a range found at its first block, once for all that name them."""
+    if isinstance(entry.tokens, tuple):
+        return _Tokens(entry, None)
+    if entry.tokens == "artifact" and prefix < 1:
+        raise InvalidPlanError(
+            f"the plan's {key} name artifact tokens, which are those that the class token looks at, but this model has no class "
+            "token; name massive tokens instead"
+        )
+    place = (entry.tokens, first)
+    if place not in finders:
+        finder = finders[place] = _Finder(entry.tokens, prefix)
+        block = blocks[first]
+        if entry.tokens == "massive":
+            _set(record, block.layer, _MASSIVE, finder)
             record.hooks.append(block.layer.register_forward_pre_hook(_find_massive, with_kwargs=True))
+        else:
+            _set(record, block.attention, _ARTIFACT, finder)
+    return _Tokens(entry, finders[place])
 
 
 def _find_massive(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of a range's first layer: find massive tokens in what enters it, the output of the block before."""
-    state: _MaskState = getattr(layer, _MASK_SOURCE)
+    finder: _Finder = getattr(layer, _MASSIVE)
     hidden = args[0] if args else kwargs["hidden_states"]
-    state.found["mask"] = torch.ops.fna.massive_tokens(hidden, state.prefix_tokens)
-
-
-def _find_mask(state: _MaskState, query: Tensor, key: Tensor, scale: float) -> Tensor:  # [B, N] or [1, N], int32
-    tokens = state.entry.tokens
-    if isinstance(tokens, tuple):
-        return listed_tokens_mask(tokens, query.shape[2], query.device)
-    if tokens == "artifact" and state.finds:
-        state.found["mask"] = torch.ops.fna.artifact_tokens(query, key, scale, state.prefix_tokens)
-    return state.found["mask"]
+    finder.mask = torch.ops.fna.massive_tokens(hidden, finder.prefix_tokens)
 
 
 def _set(record: _PatchRecord, module: nn.Module, name: str, value: Any) -> None:
@@ -357,13 +403,20 @@ def _choose_landmarks(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """Pre-hook of a layer: choose landmarks from the hidden states; what it needs is on the layer, so that copies work too."""
     state: _BlockState = getattr(layer, _CHOICE)
     hidden = args[0] if args else kwargs["hidden_states"]
-    state.chosen[state.entry.sharing_key] = _select(state, hidden)
+    if _is_guided(state):  # by tokens that may only be found in the attention that follows
+        state.hidden["input"] = hidden
+    else:
+        state.chosen[state.key] = _select(state, hidden)
+
+
+def _is_guided(state: _BlockState) -> bool:
+    return state.include is not None or state.exclude is not None
 
 
 def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     entry, plan = state.entry, state.plan
     num_tokens = query.shape[2]
-    if entry.sampler == "grid":
+    if not _is_guided(state) and entry.sampler == "grid":
         landmarks = grid_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, device=query.device)
     elif entry.sampler == "lattice":
         landmarks = lattice_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.patches).to(query.device)
@@ -371,10 +424,14 @@ def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor
         drawn = random_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed)
         landmarks = drawn.to(query.device)
     else:
-        if entry.feature != "input" and state.chooses:
+        if state.chooses and _is_guided(state):
+            state.chosen[state.key] = _guide(state, query, key, value)
+        elif state.chooses and entry.feature != "input":
             features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
-            state.chosen[entry.sharing_key] = _select(state, features)
-        landmarks = state.chosen[entry.sharing_key]
+            state.chosen[state.key] = _select(state, features)
+        landmarks, guided_bias = state.chosen[state.key]
+        if guided_bias is not None:
+            return landmarks, guided_bias
     if plan.method == "published":
         return landmarks, None
     bias = landmark_bias(
@@ -383,11 +440,34 @@ def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor
     return landmarks, bias
 
 
-def _select(state: _BlockState, features: Tensor) -> Tensor:
+def _guide(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    entry, num_tokens = state.entry, query.shape[2]
+    features = None
+    if entry.sampler != "grid" and entry.feature == "input":
+        features = state.hidden.pop("input")
+    elif entry.sampler != "grid":
+        features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
+    include, exclude = (
+        None if tokens is None else tokens.mask(num_tokens, query.device) for tokens in (state.include, state.exclude)
+    )
+    landmarks, bias = guided_landmarks(
+        features,
+        entry.landmarks,
+        method=entry.sampler,
+        include=include,
+        exclude=exclude,
+        prefix_tokens=state.prefix_tokens,
+        name=state.name,
+    )
+    return landmarks, None if state.plan.method == "published" else bias
+
+
+def _select(state: _BlockState, features: Tensor) -> tuple[Tensor, None]:
     entry = state.entry
-    return select_landmarks(
+    landmarks = select_landmarks(
         features, entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, seed=state.plan.seed
     )
+    return landmarks, None
 
 
 def _refuse_call(

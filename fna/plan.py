@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,6 +16,10 @@ Method = Literal["weighted", "published"]
 Feature = Literal["input", "query", "key", "value"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 METHODS: tuple[str, ...] = get_args(Method)
+GUIDED_SAMPLERS: tuple[str, ...] = ("fps", "grid", "norm-grid")
+"""Samplers whose landmarks can include and exclude tokens."""
+
+SharingKey = tuple[int, str, str, int | None, int | None]
 
 
 _Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -87,25 +92,28 @@ class BlockPlan(BaseModel):
             )
         return self
 
-    @property
-    def sharing_key(self) -> tuple[int, str, str]:
-        """Blocks with equal keys use the landmarks of the first of them, unless the plan resamples."""
-        return (self.landmarks, self.sampler, self.feature)
 
-
-class MaskPlan(BaseModel):
-    """Tokens that nobody attends to, in a range of blocks, FNA or exact; see `fna.tokens`.
+class TokenRange(BaseModel):
+    """Some tokens in a range of blocks; see `fna.tokens`.
 
     Attributes:
         blocks: block numbers, as for `parse_layers`.
         tokens: `artifact` or `massive`, found in every image at the first of the blocks, or token indices.
-        sink: let the masked tokens themselves attend to all tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     blocks: str
     tokens: Literal["artifact", "massive"] | tuple[NonNegativeInt, ...]
+
+
+class MaskPlan(TokenRange):
+    """Tokens that nobody attends to, in a range of blocks, FNA or exact.
+
+    Attributes:
+        sink: let the masked tokens themselves attend to all tokens.
+    """
+
     sink: bool = False
 
 
@@ -122,6 +130,9 @@ class Plan(BaseModel):
         resample: choose landmarks anew in every block instead of once for all blocks that share them.
         seed: for the `random` sampler.
         masks: tokens masked as keys, per block range; no block in two of them.
+        landmarks_include: tokens that are landmarks whatever the sampler, per range of FNA blocks; see `fna.guided`. Found at the
+            first FNA block of the range.
+        landmarks_exclude: tokens that are not, likewise; a token that is also included is a landmark.
         model: the model that it was made for; None fits any of as many blocks.
         resolution: height and width in pixels that it was made for; None fits any.
         patches: rows and columns of patches, for what depends on where a token is (`lattice`, corrections); None infers a square.
@@ -139,6 +150,8 @@ class Plan(BaseModel):
     resample: bool = False
     seed: int = 0
     masks: tuple[MaskPlan, ...] = ()
+    landmarks_include: tuple[TokenRange, ...] = ()
+    landmarks_exclude: tuple[TokenRange, ...] = ()
     model: str | None = None
     resolution: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     patches: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
@@ -151,16 +164,44 @@ class Plan(BaseModel):
             raise ValueError(f"blocks must be listed once each, ascending, but they are {numbers}")
         if numbers and numbers[-1] >= self.num_blocks:
             raise ValueError(f"block {numbers[-1]} is listed, but the model has blocks 0 to {self.num_blocks - 1}")
-        masked = [number for mask in self.masks for number in parse_layers(mask.blocks, self.num_blocks)]
-        twice = next((number for number in masked if masked.count(number) > 1), None)
-        if twice is not None:
-            raise ValueError(f"block {twice} is in more than one of the masks, but at most one is needed")
+        for key in ("masks", "landmarks_include", "landmarks_exclude"):
+            self._check_ranges(key, getattr(self, key))
         return self
+
+    def _check_ranges(self, key: str, ranges: tuple[TokenRange, ...]) -> None:
+        seen: set[int] = set()
+        for place, entry in enumerate(ranges):
+            try:
+                numbers = parse_layers(entry.blocks, self.num_blocks)
+            except InvalidPlanError as error:
+                raise ValueError(f"{key}.{place}.blocks: {error}") from None
+            twice = next((number for number in numbers if number in seen), None)
+            if twice is not None:
+                raise ValueError(f"block {twice} is in more than one of the {key}, but at most one is needed")
+            seen.update(numbers)
+            if key != "masks":
+                self._check_landmark_range(f"{key}.{place}.blocks", [n for n in numbers if self.find(n) is not None])
+
+    def _check_landmark_range(self, key: str, numbers: list[int]) -> None:
+        if not numbers:
+            raise ValueError(f"{key}: none of these blocks is FNA, so they have no landmarks; name FNA blocks")
+        for entry in (self.find(number) for number in numbers):
+            if entry is not None and entry.sampler not in GUIDED_SAMPLERS:
+                raise ValueError(
+                    f"{key}: the landmarks of block {entry.block} are fixed by its sampler {entry.sampler}; choose one of "
+                    f"{', '.join(GUIDED_SAMPLERS)} there"
+                )
 
     @property
     def exact_rows(self) -> bool:
         """Whether the landmark tokens' own rows are written exactly."""
         return self.method == "weighted"
+
+    def sharing_key(self, entry: BlockPlan) -> SharingKey:
+        """Blocks with equal keys use the landmarks of the first of them, unless the plan resamples."""
+        included, excluded = (self.find_landmark_range(key, entry.block) for key in ("include", "exclude"))
+        first = (included and included[0], excluded and excluded[0])
+        return (entry.landmarks, entry.sampler, entry.feature, *first)
 
     def resamples(self, entry: BlockPlan) -> bool:
         """Whether a block chooses its landmarks anew."""
@@ -198,6 +239,10 @@ class Plan(BaseModel):
                 f"use --resolution {_size(self.resolution)}, or make a plan for {_size(resolution)} with fna plan"
             )
 
+    def for_squares(self) -> Plan:
+        """Return the plan for square images of any size: for timing it and probing it at others than the one it was made for."""
+        return self.model_copy(update={"resolution": None, "patches": None})
+
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
         return next((entry for entry in self.blocks if entry.block == block), None)
@@ -213,6 +258,14 @@ class Plan(BaseModel):
             numbers = parse_layers(mask.blocks, self.num_blocks)
             if block in numbers:
                 return numbers[0], mask
+        return None
+
+    def find_landmark_range(self, which: Literal["include", "exclude"], block: int) -> tuple[int, TokenRange] | None:
+        """Return what the landmarks of one FNA block include or exclude, and the block where it is found; or None."""
+        for entry in self.landmarks_include if which == "include" else self.landmarks_exclude:
+            numbers = [n for n in parse_layers(entry.blocks, self.num_blocks) if self.find(n) is not None]
+            if block in numbers:
+                return numbers[0], entry
         return None
 
     def dump_json(self) -> str:
@@ -279,6 +332,17 @@ def parse_layers(layers: str | None, num_blocks: int) -> list[int]:
             )
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+def format_layers(numbers: Iterable[int]) -> str:
+    """Write block numbers as `parse_layers` reads them: `0-2,6-11`, or `none`."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans) or "none"
 
 
 def load_plan(path: Path) -> Plan:

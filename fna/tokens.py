@@ -159,7 +159,7 @@ def listed_tokens_mask(
     """
     if isinstance(num_tokens, int) and tokens and max(tokens) >= num_tokens:  # open sizes are checked by nobody
         raise InvalidArgumentError(
-            f"token {max(tokens)} is to be masked, but there are {num_tokens} tokens; the plan is for another resolution"
+            f"the plan lists token {max(tokens)}, but there are {num_tokens} tokens; it is for another resolution"
         )
     position = torch.arange(num_tokens, device=device)
     return (position[:, None] == torch.tensor(tokens, dtype=torch.int64, device=device)).any(dim=1).int()[None]

@@ -169,10 +169,13 @@ def bench(
     Raises:
         ModelSourceError: for a resolution that the model does not take.
         InvalidLandmarksError: for more landmarks than tokens at a resolution.
+        InvalidPlanError: for a plan that was made for another model or resolution.
         MissingCapabilityError: if this machine lacks the backend.
     """
     for resolution in resolutions:
         check_resolution(model, resolution, resolution)
+        for plan in plans:
+            plan.check_fits(model.name, (resolution, resolution))
         _check_landmarks(model, plans, resolution)
     open_model = _OPENERS[backend]
     rows = []
@@ -224,20 +227,6 @@ def check_backend(backend: str) -> None:
         _need_gpu(backend)
 
 
-def bench_onnxruntime(
-    model: LoadedModel,
-    plan: Plan,
-    resolutions: Sequence[int],
-    *,
-    runs: int,
-    folder: Path,
-    on_step: Callable[[str], None] = lambda _name: None,
-) -> list[BenchRow]:
-    """Time one plan on onnxruntime's CPU provider; `folder` is not used any more."""
-    del folder
-    return list(bench(model, [plan], resolutions, runs=runs, on_step=lambda text, *_: on_step(text)).rows)
-
-
 def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say) -> dict[str, Any]:
     """Time a model in PyTorch at up to three sizes, a few runs each, for the report."""
     patch_size = model.patch_size
@@ -245,7 +234,7 @@ def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say)
     tokens_needed = max((entry.landmarks for entry in plan.blocks), default=1)
     fitting = [side for side in sides if (side // patch_size) ** 2 > tokens_needed] or [resolution]
     chosen = sorted(fitting) if model.any_resolution else [resolution]
-    result = bench(model, [plan], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
+    result = bench(model, [plan.for_squares()], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
     data: dict[str, Any] = json.loads(result.model_dump_json())
     return data
 

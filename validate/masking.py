@@ -29,9 +29,9 @@ from fna.export.preprocessing import bundled_photographs, load_images
 from fna.export.sources import DEFAULT_MODEL, LoadedModel, load_model
 from fna.landmarks import landmark_bias, select_landmarks
 from fna.patching import find_attention_blocks, patch, unpatch
-from fna.plan import MaskPlan, Plan, uniform_plan
+from fna.plan import MaskPlan, Plan, Sampler, TokenRange, parse_layers, uniform_plan
 from fna.token_survey import survey_tokens
-from fna.tokens import detect_prefix_tokens
+from fna.tokens import LARGEST_SHARE, detect_prefix_tokens
 from fna.validate.metrics import cosine
 
 ATTENTIONS = ("exact", "FNA")
@@ -77,6 +77,7 @@ class Probe(BaseModel):
     """Accuracy of a linear probe on the digits held out.
 
     Attributes:
+        planted: whether massive tokens were planted.
         attention: `exact` or `FNA`.
         mask: which tokens are masked and how.
         train: digits that it was trained on.
@@ -87,6 +88,7 @@ class Probe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    planted: bool
     attention: str
     mask: str
     train: int
@@ -104,6 +106,49 @@ class LandmarkChoice(BaseModel):
     planted: bool
     error: float
     artifacts_or_massive: int
+
+
+class GuidedPlan(BaseModel):
+    """A whole model under a plan whose landmarks include or exclude tokens, the mean over photographs.
+
+    Attributes:
+        planted: whether massive tokens were planted.
+        sampler: of the FNA blocks.
+        landmarks: what they include or exclude, and what is masked.
+        patch_cosine: mean cosine of the final patch tokens to exact, unmasked attention without planted tokens.
+        class_cosine: of the final class token, likewise.
+        same_cosine: as `patch_cosine`, but to exact attention with the same planted tokens: what FNA itself loses.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    planted: bool
+    sampler: str
+    landmarks: str
+    patch_cosine: float
+    class_cosine: float
+    same_cosine: float
+
+
+def guided_plans(layers: str, *, alone: bool = False) -> dict[str, dict[str, Any]]:
+    """What is compared, as fields of `Plan`: found at the first of the FNA blocks, or with `alone` in each of them."""
+    blocks = [str(number) for number in parse_layers(layers, 1 << 10)] if alone else [layers]
+    massive = tuple(TokenRange(blocks=part, tokens="massive") for part in blocks)
+    artifacts = tuple(TokenRange(blocks=part, tokens="artifact") for part in blocks)
+    masks = tuple(MaskPlan(blocks=part, tokens="massive") for part in blocks)
+    rules: dict[str, dict[str, Any]] = {
+        "massive included": {"landmarks_include": massive},
+        "artifacts excluded": {"landmarks_exclude": artifacts},
+        "both": {"landmarks_include": massive, "landmarks_exclude": artifacts},
+    }
+    if alone:
+        return {f"{name}, found in each block": rule for name, rule in rules.items()}
+    return {
+        "none": {},
+        **rules,
+        "massive masked": {"masks": masks},
+        "massive masked and excluded": {"masks": masks, "landmarks_exclude": massive},
+    }
 
 
 def mask_plans(num_blocks: int) -> dict[str, tuple[MaskPlan, ...]]:
@@ -145,7 +190,8 @@ def planted(model: LoadedModel, active: bool) -> Iterator[None]:
     def add(module: torch.nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = hidden.clone()
-        tokens = torch.linspace(1, hidden.shape[1] - 1, PLANTED_TOKENS + 2).long()[1:-1]
+        count = min(PLANTED_TOKENS, hidden.shape[1] // LARGEST_SHARE)  # more would not be found
+        tokens = torch.linspace(1, hidden.shape[1] - 1, count + 2).long()[1:-1]
         for channel in PLANTED_CHANNELS:
             hidden[:, tokens, channel] += PLANTED_CONSTANT
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -162,10 +208,11 @@ def run_with_plan(model: LoadedModel, plan: Plan, pixels: Tensor) -> tuple[list[
     counted = 0
     blocks = patch(model.module, plan)
     states = [vars(block.attention).get("_fna_mask") for block in blocks]
+    finders = [state.tokens.finder for state in states if state is not None and state.tokens.finder is not None]
     try:
         with torch.inference_mode():
             outputs = list(model.module(pixels))
-        counted = sum(int(state.found["mask"].sum()) for state in states if state is not None and "mask" in state.found)
+        counted = sum(int(finder.mask.sum()) for finder in finders)
     finally:
         unpatch(model.module)
     return outputs, counted
@@ -244,27 +291,33 @@ def measure_digits(
     labels, half = digits.target[chosen], count // 2
     token_output = model.output_names.index(model.token_outputs[0])
     results = []
-    for attention in attentions:
-        for label, masks in mask_plans(model.num_blocks).items():
-            if only_masks is not None and label not in only_masks:
-                continue
-            say(f"digits: {attention}, mask {label}")
-            layers = "none" if attention == "exact" else None
-            plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
+    conditions = [
+        (plant, attention, label, masks)
+        for plant in (False, True)
+        for attention in attentions
+        for label, masks in mask_plans(model.num_blocks).items()
+        if only_masks is None or label in only_masks
+    ]
+    for plant, attention, label, masks in conditions:
+        say(f"digits: {attention}, mask {label}{', planted' if plant else ''}")
+        layers = "none" if attention == "exact" else None
+        plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
+        with planted(model, plant):
             parts = [run_with_plan(model, plan, batch) for batch in pixels.split(32)]
-            features = torch.cat([outputs[token_output][:, 0] for outputs, _ in parts]).numpy()
-            scaler = StandardScaler().fit(features[:half])
-            probe = LogisticRegression(max_iter=2000).fit(scaler.transform(features[:half]), labels[:half])
-            results.append(
-                Probe(
-                    attention=attention,
-                    mask=label,
-                    train=half,
-                    test=count - half,
-                    accuracy=float(probe.score(scaler.transform(features[half:]), labels[half:])),
-                    masked_tokens=sum(masked for _, masked in parts) / (count * model.num_blocks),
-                )
+        features = torch.cat([outputs[token_output][:, 0] for outputs, _ in parts]).numpy()
+        scaler = StandardScaler().fit(features[:half])
+        probe = LogisticRegression(max_iter=2000).fit(scaler.transform(features[:half]), labels[:half])
+        results.append(
+            Probe(
+                planted=plant,
+                attention=attention,
+                mask=label,
+                train=half,
+                test=count - half,
+                accuracy=float(probe.score(scaler.transform(features[half:]), labels[half:])),
+                masked_tokens=sum(masked for _, masked in parts) / (count * model.num_blocks),
             )
+        )
     return results
 
 
@@ -323,6 +376,58 @@ def measure_landmarks(
     return results
 
 
+def measure_guided(
+    model: LoadedModel,
+    images: Sequence[tuple[str, Image.Image]],
+    side: int,
+    landmarks: int,
+    *,
+    samplers: Sequence[Sampler] = ("grid", "norm-grid", "fps"),
+    say: Callable[[str], None] = lambda _text: None,
+) -> list[GuidedPlan]:
+    """The final tokens of the whole model, the later half of the blocks FNA, under every condition of `guided_plans`."""
+    layers = f"{model.num_blocks // 2}-{model.num_blocks - 1}"
+    prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+    token_output = model.output_names.index(model.token_outputs[0])
+    dense = uniform_plan(model.num_blocks, layers="none")
+    cosines: dict[tuple[bool, str, str], list[tuple[float, float, float]]] = {}
+    for name, image in images:
+        pixels = torch.from_numpy(model.preprocessing.apply(image, side, side))[None]
+
+        def final(plan: Plan, pixels: Tensor = pixels) -> NDArray[np.float64]:
+            return run_with_plan(model, plan, pixels)[0][token_output][0].numpy().astype(np.float64)
+
+        reference = final(dense)
+        for plant in (False, True):
+            with planted(model, plant):
+                same = final(dense)
+                for sampler in samplers:
+                    rules = guided_plans(layers) | (guided_plans(layers, alone=True) if sampler == "grid" else {})
+                    for label, fields in rules.items():
+                        say(f"{name}: {sampler}, {label}{', planted' if plant else ''}")
+                        plan = uniform_plan(
+                            model.num_blocks, layers=layers, landmarks=landmarks, sampler=sampler, **fields
+                        )
+                        out = final(plan)
+                        near, own = cosine(reference, out), cosine(same, out)
+                        values = (float(near[prefix:].mean()), float(near[0]), float(own[prefix:].mean()))
+                        cosines.setdefault((plant, sampler, label), []).append(values)
+    results = []
+    for (plant, method, label), found in cosines.items():
+        patch_cosine, class_cosine, same_cosine = np.mean(found, axis=0)
+        results.append(
+            GuidedPlan(
+                planted=plant,
+                sampler=method,
+                landmarks=label,
+                patch_cosine=patch_cosine,
+                class_cosine=class_cosine,
+                same_cosine=same_cosine,
+            )
+        )
+    return results
+
+
 def _bias(chosen: Tensor, own: Tensor, num_tokens: int, prefix: int, landmarks: int) -> Tensor:
     """Guaranteed tokens stand for themselves, as the prefix tokens do; the rest share the others equally."""
     if int(own.sum()) == prefix:
@@ -332,7 +437,12 @@ def _bias(chosen: Tensor, own: Tensor, num_tokens: int, prefix: int, landmarks: 
     return torch.where(alone, 0.0, weight.log())
 
 
-def write_report(smoothness: Sequence[Smoothness], probes: Sequence[Probe], choices: Sequence[LandmarkChoice]) -> str:
+def write_report(
+    smoothness: Sequence[Smoothness],
+    probes: Sequence[Probe],
+    choices: Sequence[LandmarkChoice],
+    guided: Sequence[GuidedPlan] = (),
+) -> str:
     """The results as Markdown tables, means over the photographs."""
     lines: list[str] = []
     if smoothness:
@@ -348,10 +458,15 @@ def write_report(smoothness: Sequence[Smoothness], probes: Sequence[Probe], choi
             lines.append("| " + " | ".join([*cells, f"{np.mean([r.patch_cosine for r in rows]):.5f}"]) + " |")
         lines.append("")
     if probes:
-        lines += ["| attention | masked | tokens masked per digit and block | digits named |", "|---|---|---|---|"]
         lines += [
-            f"| {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |" for p in probes
+            "| tokens | attention | masked | tokens masked per digit and block | digits named |",
+            "|---" * 5 + "|",
         ]
+        for p in probes:
+            where = "planted" if p.planted else "as they are"
+            lines.append(
+                f"| {where} | {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |"
+            )
         lines.append("")
     if choices:
         lines += [
@@ -361,6 +476,16 @@ def write_report(smoothness: Sequence[Smoothness], probes: Sequence[Probe], choi
         for choice in choices:
             where = "planted" if choice.planted else "as they are"
             lines.append(f"| {where} | {choice.landmarks} | {choice.artifacts_or_massive} | {choice.error:.4f} |")
+        lines.append("")
+    if guided:
+        lines += [
+            "| tokens | sampler | landmarks | patch cosine | class token | patch cosine to exact attention on the same tokens |",
+            "|---" * 6 + "|",
+        ]
+        for row in guided:
+            where = "planted" if row.planted else "as they are"
+            numbers = " | ".join(f"{value:.5f}" for value in (row.patch_cosine, row.class_cosine, row.same_cosine))
+            lines.append(f"| {where} | {row.sampler} | {row.landmarks} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -373,7 +498,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, default=518)
     parser.add_argument("--landmarks", type=int, default=64, help="of the FNA blocks, which are the later half")
     parser.add_argument("--digits", type=int, default=400, help="how many digits; 0 leaves the probe out")
-    parser.add_argument("--only-digits", action="store_true")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-digits", action="store_true")
+    only.add_argument("--only-landmarks", action="store_true", help="plans that include and exclude landmarks, only")
     parser.add_argument("--attention", choices=ATTENTIONS, help="of the digits' probe; both by default")
     parser.add_argument(
         "--mask", action="append", help="of the digits' probe, as in the tables; all by default; repeatable"
@@ -388,21 +515,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_model(arguments.model)
         images = bundled_photographs() if arguments.images is None else load_images(arguments.images)[0]
         images = images[: arguments.count]
-        smoothness, choices = [], []
+        smoothness, choices, guided = [], [], []
         if not arguments.only_digits:
+            guided = measure_guided(model, images, arguments.resolution, arguments.landmarks, say=say)
+        if not (arguments.only_digits or arguments.only_landmarks):
             smoothness = measure_photographs(model, images, arguments.resolution, arguments.landmarks, say=say)
             choices = measure_landmarks(model, images, arguments.resolution, arguments.landmarks)
         probes = []
-        if arguments.digits:
+        if arguments.digits and not arguments.only_landmarks:
             attentions = (arguments.attention,) if arguments.attention else ATTENTIONS
             probes = measure_digits(model, arguments.digits, attentions=attentions, only_masks=arguments.mask, say=say)
         if arguments.json_file is not None:
-            answer = _Everything(photographs=tuple(smoothness), digits=tuple(probes), landmarks=tuple(choices))
+            answer = _Everything(
+                photographs=tuple(smoothness), digits=tuple(probes), landmarks=tuple(choices), guided=tuple(guided)
+            )
             write_text(arguments.json_file, answer.model_dump_json(indent=1) + "\n")
     except FnaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(write_report(smoothness, probes, choices))
+    print(write_report(smoothness, probes, choices, guided))
     return 0
 
 
@@ -412,6 +543,7 @@ class _Everything(BaseModel):
     photographs: tuple[Smoothness, ...]
     digits: tuple[Probe, ...]
     landmarks: tuple[LandmarkChoice, ...]
+    guided: tuple[GuidedPlan, ...]
 
 
 if __name__ == "__main__":

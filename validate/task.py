@@ -6,7 +6,7 @@ runs), except the linear probe on digits, which needs images of its own size and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,35 @@ class TaskResult(BaseModel):
         return next((item.value for item in self.measures if (item.task, item.measure) == (task, measure)), None)
 
 
+@dataclass(frozen=True)
+class OutputKinds:
+    """What a model's outputs are, as far as tasks need to know.
+
+    Attributes:
+        maps: outputs that are one-channel maps.
+        tokens: outputs that are `[B, N, C]` tokens.
+        prefix_tokens: class and register tokens at their front.
+        patches_only: those of `tokens` that have none; LLaVA's projector takes patches alone.
+    """
+
+    maps: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    prefix_tokens: int = 0
+    patches_only: tuple[str, ...] = ()
+
+    def prefix_of(self, name: str) -> int:
+        """How many tokens precede the patches in one of `tokens`."""
+        return 0 if name in self.patches_only else self.prefix_tokens
+
+
+def output_kinds(chain: Chain, arrays: Arrays, size: tuple[int, int] | None = None) -> OutputKinds:
+    """Read off a chain what the outputs of its model are; `size` is the images' height and width, None the chain's."""
+    height, width = size or (chain.height, chain.width)
+    tokens = tuple(name for name, array in arrays.items() if array.ndim == 3 and is_tokens(chain, name, array))
+    bare = tuple(name for name in tokens if prefix_of(chain.metadata, height, width, arrays[name]) == 0)
+    return OutputKinds(chain.metadata.map_outputs, tokens, chain.metadata.plan.prefix_tokens or 0, bare)
+
+
 @dataclass
 class Results:
     """Filled task by task."""
@@ -103,11 +132,36 @@ def measure_tasks(
     collected = _collect(chain, last, photographs, outputs, on_step)
     _retrieval(results, collected)
     measure_classification(results, chain, collected, photographs)
-    _maps(results, chain, outputs)
-    _segmentation(results, chain, outputs)
-    _projected(results, chain, outputs)
+    _outputs(results, output_kinds(chain, outputs.exact), outputs.exact, outputs.exported)
     _digits_probe(results, chain, digits, on_step)
     return TaskResult(measures=tuple(results.measures), skipped=tuple(results.skipped))
+
+
+def compare_outputs(
+    kinds: OutputKinds,
+    exact: Arrays,  # [M, ...] each
+    given: Arrays,
+) -> TaskResult:
+    """Measure what the outputs of the same images, exact and otherwise, say by themselves: all tasks but the probes.
+
+    Args:
+        kinds: what the outputs are.
+        exact: outputs of M images by name.
+        given: the same, to be compared.
+    """
+    results, count = Results(), len(next(iter(exact.values())))
+    rows, name = _rows(lambda _: kinds, ((_image_of(exact, i), _image_of(given, i)) for i in range(count)))
+    found = Collected(rows.get("exact"), rows.get("fna"), rows.get("exact_logits"), rows.get("fna_logits"), count, name)
+    _retrieval(results, found)
+    _agreement_of_classes(results, found)
+    _outputs(results, kinds, exact, given)
+    return TaskResult(measures=tuple(results.measures), skipped=tuple(results.skipped))
+
+
+def _outputs(results: Results, kinds: OutputKinds, exact: Arrays, given: Arrays) -> None:
+    _maps(results, kinds, exact, given)
+    _segmentation(results, kinds, exact, given)
+    _projected(results, exact, given)
 
 
 # ---------------------------------------------------------------- running
@@ -131,26 +185,40 @@ def _collect(chain: Chain, last: str, photographs: Photographs, outputs: Outputs
     whole = len(pictures)
     if whole < FEWEST_FOR_RETRIEVAL:
         pictures = [*pictures, *(crop for image in pictures for crop in _crops(image, FEWEST_FOR_RETRIEVAL + 4, whole))]
-    rows: dict[str, list[NDArray[Any]]] = {}
-    name = ""
+    rows, name = _rows(
+        lambda arrays: output_kinds(chain, arrays), _run_pairs(chain, last, pictures, whole, outputs, on_step)
+    )
+    return Collected(rows.get("exact"), rows.get("fna"), rows.get("exact_logits"), rows.get("fna_logits"), whole, name)
+
+
+def _run_pairs(
+    chain: Chain, last: str, pictures: Sequence[Image.Image], whole: int, outputs: Outputs, on_step: Say
+) -> Iterator[tuple[Arrays, Arrays]]:
+    """The outputs of each picture, exact and by the last step; one picture's at a time, for they may be large."""
     kept = len(next(iter(outputs.exact.values()), []))
     for index, picture in enumerate(pictures):
         on_step("task: embeddings and classes", index, len(pictures))
         if index < min(whole, kept):
-            exact, fna = (_image_of(arrays, index) for arrays in (outputs.exact, outputs.exported))
+            yield _image_of(outputs.exact, index), _image_of(outputs.exported, index)
         else:
             pixels = chain.metadata.preprocessing.apply(picture, chain.height, chain.width)[None]
-            exact, fna = chain.stages[EXACT](pixels), chain.stages[last](pixels)
-        for kind, arrays in (("exact", exact), ("fna", fna)):
-            name, vector = _embedding(chain, arrays, (chain.height, chain.width))
+            yield chain.stages[EXACT](pixels), chain.stages[last](pixels)
+
+
+def _rows(
+    kinds_of: Callable[[Arrays], OutputKinds], pairs: Iterable[tuple[Arrays, Arrays]]
+) -> tuple[dict[str, NDArray[Any]], str]:
+    """Embeddings and logits of pairs of single images, exact and FNA, stacked; and what the embedding is."""
+    rows: dict[str, list[NDArray[Any]]] = {}
+    name = ""
+    for pair in pairs:
+        for kind, arrays in zip(("exact", "fna"), pair, strict=True):
+            name, vector = _embedding(kinds_of(arrays), arrays)
             if vector is not None:
                 rows.setdefault(kind, []).append(vector)
             if _is_classifier(arrays):
                 rows.setdefault(f"{kind}_logits", []).append(arrays["logits"][0])
-    stacked = {key: np.stack(values) for key, values in rows.items()}
-    return Collected(
-        stacked.get("exact"), stacked.get("fna"), stacked.get("exact_logits"), stacked.get("fna_logits"), whole, name
-    )
+    return {key: np.stack(values) for key, values in rows.items()}, name
 
 
 def _image_of(arrays: Arrays, index: int) -> Arrays:
@@ -169,17 +237,18 @@ def _crops(image: Image.Image, wanted: int, images: int) -> list[Image.Image]:
     return crops
 
 
-def _embedding(chain: Chain, arrays: Arrays, size: tuple[int, ...]) -> tuple[str, NDArray[Any] | None]:
+def _embedding(kinds: OutputKinds, arrays: Arrays) -> tuple[str, NDArray[Any] | None]:
     """The image's vector: the model's own, else its class token, else the mean of its tokens."""
     for name in EMBEDDINGS:
         if name in arrays and arrays[name].ndim == 2:
             return name, arrays[name][0]
-    for name, array in arrays.items():
-        if array.ndim == 3 and is_tokens(chain, name, array):
-            prefix = prefix_of(chain.metadata, size[0], size[1], array)
-            return (
-                (f"class token of {name}", array[0, 0]) if prefix else (f"mean token of {name}", array[0].mean(axis=0))
-            )
+    for name in kinds.tokens:
+        tokens = arrays[name][0]
+        return (
+            (f"class token of {name}", tokens[0])
+            if kinds.prefix_of(name)
+            else (f"mean token of {name}", tokens.mean(0))
+        )
     for name, array in arrays.items():
         if array.ndim == 2 and name != "logits":
             return name, array[0]
@@ -229,12 +298,7 @@ def measure_classification(results: Results, chain: Chain, found: Collected, pho
     """Agreement and accuracy of a class head; without one, a linear probe where there are labels."""
     labels = photographs.labels
     if found.exact_logits is not None and found.fna_logits is not None:
-        exact, fna = found.exact_logits[: found.images], found.fna_logits[: found.images]
-        for k in (1, 5):
-            if k < exact.shape[1]:
-                value = top_agreement(exact, fna, k)
-                what = "the same best class" if k == 1 else f"exact attention's best class among FNA's best {k}"
-                results.add("classification", f"top-{k} agreement", value, f"{what}, {len(exact)} images")
+        exact, fna = _agreement_of_classes(results, found)
         if labels is not None:
             truth = match_labels(labels, class_names(chain.model), exact.shape[1])
             for kind, logits in (("exact", exact), ("FNA", fna)):
@@ -258,6 +322,19 @@ def measure_classification(results: Results, chain: Chain, found: Collected, pho
         scores,
         f"linear probe on {len(train)} images, {len(test)} held out, {len(names)} classes",
     )
+
+
+def _agreement_of_classes(results: Results, found: Collected) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Compare the classes of the images, crops left out, where there is a class head; returns its logits `[M, K]`."""
+    if found.exact_logits is None or found.fna_logits is None:
+        return np.empty((0, 0)), np.empty((0, 0))
+    exact, fna = found.exact_logits[: found.images], found.fna_logits[: found.images]
+    for k in (1, 5):
+        if k < exact.shape[1]:
+            value = top_agreement(exact, fna, k)
+            what = "the same best class" if k == 1 else f"exact attention's best class among FNA's best {k}"
+            results.add("classification", f"top-{k} agreement", value, f"{what}, {len(exact)} images")
+    return exact, fna
 
 
 def top_agreement(exact: NDArray[Any], fna: NDArray[Any], k: int) -> float:
@@ -371,12 +448,12 @@ def _add_probe(results: Results, task: str, scores: ProbeScores, detail: str) ->
     )
 
 
-def _maps(results: Results, chain: Chain, outputs: Outputs) -> None:
-    if not chain.metadata.map_outputs:
+def _maps(results: Results, kinds: OutputKinds, exact_outputs: Arrays, given: Arrays) -> None:
+    if not kinds.maps:
         results.skipped.append("saliency: the model has no map output")
         return
-    name = chain.metadata.map_outputs[0]
-    exact, fna = outputs.exact[name], outputs.exported[name]
+    name = kinds.maps[0]
+    exact, fna = exact_outputs[name], given[name]
     unit = exact.min() >= 0 and exact.max() <= 1
     limits = [0.5 if unit else (float(array.min()) + float(array.max())) / 2 for array in exact]
     overlaps = [intersection_over_union(e > limit, f > limit) for e, f, limit in zip(exact, fna, limits, strict=True)]
@@ -399,22 +476,21 @@ def mean_iou(reference: NDArray[Any], actual: NDArray[Any]) -> float:
     return float(np.mean([intersection_over_union(reference == kind, actual == kind) for kind in np.unique(reference)]))
 
 
-def _segmentation(results: Results, chain: Chain, outputs: Outputs) -> None:
-    for name, array in outputs.exact.items():
-        if array.ndim == 4 and array.shape[1] > 1 and name not in chain.metadata.map_outputs:
-            exact, fna = array.argmax(axis=1), outputs.exported[name].argmax(axis=1)
+def _segmentation(results: Results, kinds: OutputKinds, exact_outputs: Arrays, given: Arrays) -> None:
+    for name, array in exact_outputs.items():
+        if array.ndim == 4 and array.shape[1] > 1 and name not in kinds.maps:
+            exact, fna = array.argmax(axis=1), given[name].argmax(axis=1)
             detail = f"argmax of {name}, {len(array)} images"
             results.add("segmentation", "pixel agreement", float((exact == fna).mean()), detail)
             results.add("segmentation", "mIoU", mean_iou(exact, fna), detail)
             return
-    for name, array in outputs.exact.items():
-        if is_tokens(chain, name, array) and array.ndim == 3:
-            prefix = prefix_of(chain.metadata, chain.height, chain.width, array)
-            exact, fna = cluster(array[:, prefix:], outputs.exported[name][:, prefix:])
-            detail = f"{CLUSTERS} k-means clusters of the patch features of {name}, {len(array)} images"
-            results.add("segmentation", "patch agreement", float((exact == fna).mean()), detail)
-            results.add("segmentation", "mIoU", mean_iou(exact, fna), detail)
-            return
+    for name in kinds.tokens:
+        array, prefix = exact_outputs[name], kinds.prefix_of(name)
+        exact, fna = cluster(array[:, prefix:], given[name][:, prefix:])
+        detail = f"{CLUSTERS} k-means clusters of the patch features of {name}, {len(array)} images"
+        results.add("segmentation", "patch agreement", float((exact == fna).mean()), detail)
+        results.add("segmentation", "mIoU", mean_iou(exact, fna), detail)
+        return
     results.skipped.append("segmentation: the model has neither class maps nor patch features")
 
 
@@ -434,11 +510,11 @@ def cluster(
     )
 
 
-def _projected(results: Results, chain: Chain, outputs: Outputs) -> None:
-    array = outputs.exact.get("image_features")
+def _projected(results: Results, exact: Arrays, given: Arrays) -> None:
+    array = exact.get("image_features")
     if array is None or array.ndim != 3:
         return
-    cosines = cosine(array.astype(np.float64), outputs.exported["image_features"].astype(np.float64))
+    cosines = cosine(array.astype(np.float64), given["image_features"].astype(np.float64))
     detail = f"tokens as the language model is given them, {len(array)} images of {array.shape[1]} tokens"
     results.add("projected tokens", "cosine, mean", float(cosines.mean()), detail)
     results.add("projected tokens", "cosine, 5th percentile", float(np.percentile(cosines, 5)), detail)
@@ -477,7 +553,10 @@ def _digits_probe(results: Results, chain: Chain, count: int, on_step: Say) -> N
 
 
 def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
-    """Return the plan for images of fewer tokens: as many landmarks in proportion, and at least two beside the prefix tokens."""
+    """Return the plan for square images of fewer tokens: as many landmarks in proportion, at least two beside the prefix tokens.
+
+    What was fitted to the plan's own resolution, such as corrections, is kept as it is.
+    """
     prefix = plan.prefix_tokens or 0
     share = min(1.0, (tokens - prefix) / full)
     blocks = tuple(
@@ -486,7 +565,7 @@ def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
         )
         for entry in plan.blocks
     )
-    return plan.model_copy(update={"blocks": blocks})
+    return plan.for_squares().model_copy(update={"blocks": blocks})
 
 
 def digits(chain: Chain, side: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -512,7 +591,9 @@ def _batched(chain: Chain, model: LoadedModel, plan: Plan | None) -> Callable[..
                 tensors = model.module(torch.from_numpy(pixels[start : start + 25]))
                 batch = {name: t.float().numpy() for name, t in zip(model.output_names, tensors, strict=True)}
                 for index in range(len(pixels[start : start + 25])):
-                    _, vector = _embedding(chain, _image_of(batch, index), pixels.shape[2:])
+                    _, vector = _embedding(
+                        output_kinds(chain, batch, (pixels.shape[2], pixels.shape[3])), _image_of(batch, index)
+                    )
                     if vector is None:
                         return None
                     vectors.append(vector.copy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from fna.export.files import written_whole
 from fna.export.sources import LoadedModel, check_resolution
 from fna.patching import find_attention_blocks
+from fna.plan import TokenRange, format_layers
 from fna.token_survey import BlockTokens, survey_tokens
 from fna.tokens import MINIMAL_GAP, detect_prefix_tokens
 
@@ -77,6 +79,20 @@ class ImageReport(BaseModel):
     blocks: tuple[BlockReport, ...]
 
 
+class Proposal(BaseModel):
+    """Lines for a plan that fit what was found.
+
+    Attributes:
+        plan: fields of `fna.plan.Plan`.
+        why: what they do.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: dict[str, tuple[TokenRange, ...]]
+    why: str
+
+
 class TokenReport(BaseModel):
     """A survey of a model.
 
@@ -88,6 +104,7 @@ class TokenReport(BaseModel):
         minimal_ratio: the smallest gap that separates massive tokens, as a ratio of norms.
         images: one entry per photograph.
         skipped: image files that could not be read.
+        proposals: lines for a plan, see `propose`; none where a plan could do nothing about these tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,6 +116,7 @@ class TokenReport(BaseModel):
     minimal_ratio: float
     images: tuple[ImageReport, ...]
     skipped: tuple[str, ...] = ()
+    proposals: tuple[Proposal, ...] = ()
 
 
 def survey_photographs(
@@ -144,7 +162,48 @@ def survey_photographs(
         minimal_ratio=float(np.exp(MINIMAL_GAP)),
         images=tuple(reports),
         skipped=tuple(skipped),
+        proposals=propose(reports),
     )
+
+
+def propose(images: Sequence[ImageReport]) -> tuple[Proposal, ...]:
+    """Say what a plan could do about the tokens that were found on at least half of the photographs.
+
+    Massive patch tokens matter to the blocks that they enter, those after the block whose output they are in; artifact tokens to
+    the block that finds them. Whether a proposal helps is measured by nobody but `fna validate` (docs/tokens.md has examples).
+    """
+    massive: Counter[int] = Counter()
+    artifacts: Counter[int] = Counter()
+    for image in images:
+        numbers = [entry.block for entry in image.blocks]
+        for entry, following in zip(image.blocks, numbers[1:], strict=False):
+            massive[following] += any(token.row is not None for token in entry.massive)
+        for entry in image.blocks:
+            artifacts[entry.block] += bool(entry.artifacts)
+
+    def often(found: Counter[int]) -> set[int]:
+        return {block for block, count in found.items() if count and 2 * count >= len(images)}
+
+    entered = often(massive)
+    masked = [TokenRange(blocks=format_layers(entered), tokens="massive")] if entered else []
+    others = often(artifacts) - entered  # a block has one mask
+    masked += [TokenRange(blocks=format_layers(others), tokens="artifact")] if others else []
+    proposals = []
+    if masked:
+        proposals.append(
+            Proposal(
+                plan={"masks": tuple(masked), "landmarks_exclude": tuple(masked)},
+                why="changes the model: no other token attends to these, and no landmark is spent on them",
+            )
+        )
+    if entered:
+        proposals.append(
+            Proposal(
+                plan={"landmarks_include": (masked[0],)},
+                why="keeps to the model: massive tokens become landmarks that stand for themselves; better or worse, by size",
+            )
+        )
+    return tuple(proposals)
 
 
 def draw_tokens(

@@ -16,6 +16,11 @@ from fna.export.functions import (
     ATTENTION,
     DOMAIN,
     FARTHEST_POINTS,
+    GUIDED_FEATURES,
+    GUIDED_GRID,
+    GUIDED_PICKS,
+    LANDMARK_ROLES,
+    LARGEST_NORM_ROLES,
     MASKED_ATTENTION,
     MASKED_PLUGIN_FIELDS,
     MASSIVE_TOKENS,
@@ -28,7 +33,8 @@ from fna.export.surgery.graph import Graph, all_inputs, order_nodes
 from fna.export.surgery.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.shapes import Point
 from fna.export.surgery.stream import Stream, count_prefix_tokens, find_stream
-from fna.plan import BlockPlan, MaskPlan, Plan
+from fna.guided import check_rooms, own_prefix
+from fna.plan import BlockPlan, Plan, TokenRange
 from fna.tokens import listed_tokens_mask
 
 FUNCTIONS_IR_VERSION = 8
@@ -73,7 +79,8 @@ class _Writer:
     prefix: dict[int, int] = field(default_factory=dict)
     features: dict[int, str] = field(default_factory=dict)
     shared: dict[Any, tuple[str, str]] = field(default_factory=dict)
-    key_masks: dict[tuple[int, tuple[int, ...]], str] = field(default_factory=dict)
+    ranges: dict[Any, str] = field(default_factory=dict)
+    found_tokens: dict[Any, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def unique(self, name: str) -> str:
@@ -251,22 +258,40 @@ def _key_mask(
     planned = writer.plan.find_mask(row.block)
     if planned is None:
         return [], False
-    first, entry = planned
-    shared = (first, found.tokens)
-    if shared not in writer.key_masks:
-        writer.key_masks[shared] = _find_key_mask(writer, row, entry, found, query, key, nodes)
-    return [writer.key_masks[shared]], entry.sink
+    return [_tokens_mask(writer, "masks", planned, row, found, query, key, nodes)], planned[1].sink
 
 
-def _find_key_mask(
-    writer: _Writer, row: Row, entry: MaskPlan, found: Attention, query: str, key: str, nodes: list[NodeProto]
+def _tokens_mask(
+    writer: _Writer,
+    use: str,
+    planned: tuple[int, TokenRange],
+    row: Row,
+    found: Attention,
+    query: str,
+    key: str,
+    nodes: list[NodeProto],
 ) -> str:
-    name = writer.unique(f"{row.node}/fna_key_mask_{row.block}")
+    """The name of a mask `[B or 1, N]` of the tokens of a range, found at the first block of it that comes."""
+    first, entry = planned
+    tower = (found.tokens, _origin(writer, find_stream(writer.graph, writer.points, found), found))
+    shared, place = (use, first, tower), (entry.tokens, row.block, tower)
+    if shared not in writer.ranges:
+        if place not in writer.found_tokens:
+            writer.found_tokens[place] = _find_tokens(writer, row, entry, found, query, key, nodes)
+        writer.ranges[shared] = writer.found_tokens[place]
+    return writer.ranges[shared]
+
+
+def _find_tokens(
+    writer: _Writer, row: Row, entry: TokenRange, found: Attention, query: str, key: str, nodes: list[NodeProto]
+) -> str:
+    kind = entry.tokens if isinstance(entry.tokens, str) else "listed"
+    name = writer.unique(f"{row.node}/fna_{kind}_tokens_{row.block}")
     if isinstance(entry.tokens, tuple):
         if len(set(found.tokens)) > 1:
-            raise InvalidPlanError("token indices to be masked need a fixed number of tokens; this file leaves it open")
+            raise InvalidPlanError("token indices in a plan need a fixed number of tokens; this file leaves it open")
         mask = listed_tokens_mask(entry.tokens, found.tokens[0])
-        return writer.constant(f"fna/key_mask_{row.block}", mask.numpy())
+        return writer.constant(f"fna/listed_tokens_{row.block}", mask.numpy())
     stream = find_stream(writer.graph, writer.points, found)
     prefix = writer.plan.prefix_tokens
     if prefix is None:
@@ -274,13 +299,13 @@ def _find_key_mask(
     if entry.tokens == "massive":
         if stream is None:
             raise InvalidPlanError(
-                f"massive tokens cannot be masked in block {row.block}: its hidden states could not be found"
+                f"massive tokens cannot be found in block {row.block}: its hidden states could not be found"
             )
         inputs, op_type, attributes = [_hidden_states(writer, row, stream, nodes)], MASSIVE_TOKENS, {}
     else:
         if prefix < 1:
             raise InvalidPlanError(
-                "artifact tokens are those that the class token looks at, but no class token was found; mask massive tokens, "
+                "artifact tokens are those that the class token looks at, but no class token was found; name massive tokens, "
                 "or give --prefix-tokens"
             )
         inputs, op_type, attributes = [query, key], ARTIFACT_TOKENS, {"scale": float(found.scale)}
@@ -317,10 +342,12 @@ def _landmarks(
         prefix = _detect_prefix(writer, found, stream)
     writer.prefix[row.block] = prefix
     static = len(set(found.tokens)) == 1
+    ranges = {key: writer.plan.find_landmark_range(key, block.block) for key in ("include", "exclude")}
+    guided = any(planned is not None for planned in ranges.values())
     by_features = block.sampler in ("fps", "norm-grid")
-    origin = _origin(writer, stream, found) if by_features or not static else None
+    origin = _origin(writer, stream, found) if by_features or guided or not static else None
     key = (
-        block.sharing_key,
+        writer.plan.sharing_key(block),
         found.tokens,
         prefix,
         origin,
@@ -332,10 +359,25 @@ def _landmarks(
         raise InvalidPlanError(
             f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
         )
+    features = _features(writer, row, block, stream, operands, nodes) if by_features else ""
     if by_features:
-        features = _features(writer, row, block, stream, operands, nodes)
         writer.features[row.block] = features
-        landmarks = writer.unique(f"{row.node}/fna_landmarks_{row.block}")
+    landmarks = writer.unique(f"{row.node}/fna_landmarks_{row.block}")
+    if guided:
+        check_rooms(
+            block.landmarks, min(found.tokens), block.sampler, prefix,
+            includes=ranges["include"] is not None, excludes=ranges["exclude"] is not None, name=f"block {row.block}",
+        )  # fmt: skip
+        include, exclude = (
+            "" if planned is None else _tokens_mask(writer, use, planned, row, found, *operands[:2], nodes)
+            for use, planned in ranges.items()
+        )
+        bias = _guided_nodes(writer, row, block, prefix, features, (include, exclude), landmarks, nodes)
+        if not bias:
+            bias = writer.constant(f"fna/landmark_bias_0_{block.landmarks}", np.zeros((1, block.landmarks), np.float32))
+        writer.shared[key] = (landmarks, bias)
+        return landmarks, bias
+    if by_features:
         nodes.append(_sampler_node(block, prefix, features, landmarks))
     elif static:
         landmarks = _static_landmarks(writer, block, found.tokens[0], prefix)
@@ -404,6 +446,44 @@ def _sampler_node(block: BlockPlan, prefix: int, features: str, landmarks: str) 
         NORM_GRID, [features], [landmarks], name=landmarks, domain=DOMAIN,
         num_landmarks=block.landmarks, prefix_tokens=prefix,
     )  # fmt: skip
+
+
+def _guided_nodes(
+    writer: _Writer,
+    row: Row,
+    block: BlockPlan,
+    prefix: int,
+    features: str,
+    masks: tuple[str, str],
+    landmarks: str,
+    nodes: list[NodeProto],
+) -> str:
+    """Write what `fna.guided.guided_landmarks` does; return the name of the bias, empty where it is all zeros."""
+    stem = f"{row.node}/fna_guided_{row.block}"
+
+    def add(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **settings: int) -> None:
+        nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=DOMAIN, **settings))
+
+    include, exclude = masks
+    if not (include and exclude):
+        nothing = writer.unique(f"{stem}_nothing")
+        nodes.append(helper.make_node("Sub", [include or exclude] * 2, [nothing], name=nothing))
+        include, exclude = include or nothing, exclude or nothing
+    sizes = {"num_landmarks": block.landmarks, "prefix_tokens": own_prefix(block.sampler, prefix)}
+    role = writer.unique(f"{stem}_role")
+    add(LANDMARK_ROLES, [include, exclude], [role], **sizes)
+    if block.sampler == "fps":
+        guided, picks = writer.unique(f"{stem}_features"), writer.unique(f"{stem}_picks")
+        add(GUIDED_FEATURES, [features, role], [guided])
+        nodes.append(_sampler_node(block, prefix, guided, picks))
+        add(GUIDED_PICKS, [role, picks], [landmarks], num_landmarks=block.landmarks)
+        return ""
+    if block.sampler == "norm-grid":
+        plain, role = role, writer.unique(f"{stem}_norm_role")
+        add(LARGEST_NORM_ROLES, [features, plain], [role], **sizes)
+    bias = writer.unique(f"{stem}_bias")
+    add(GUIDED_GRID, [role], [landmarks, bias], **sizes, middles=int(block.sampler == "norm-grid"))
+    return "" if writer.plan.method == "published" else bias
 
 
 def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: int) -> str:

@@ -19,6 +19,7 @@ from fna.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from fna.plan import Plan
     from fna.validate.bench import BenchResult
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensorrt", "tensorrt-rtx")
@@ -82,7 +83,7 @@ def command(
         result = bench(
             loaded,
             plans if plan_settings["plan_file"] is None else plans[:1],
-            resolutions or (loaded.native_resolution,),
+            resolutions or _sides(plans[0]) or (loaded.native_resolution,),
             backend=backend,  # type: ignore[arg-type]
             runs=runs,
             batch=batch,
@@ -96,6 +97,20 @@ def command(
         if plot is not None:
             draw(result, plot)
     _print(result, quiet)
+
+
+def _sides(plan: Plan) -> tuple[int, ...]:
+    """The side of the square images that a plan was made for, if it says so."""
+    from fna.errors import InvalidPlanError
+
+    if plan.resolution is None:
+        return ()
+    height, width = plan.resolution
+    if height != width:
+        raise InvalidPlanError(
+            f"the plan is for {height}x{width} images, but fna bench times square ones; make one for a square"
+        )
+    return (height,)
 
 
 def _print(result: BenchResult, quiet: bool) -> None:

@@ -81,6 +81,8 @@ def command(
             from fna.commands.plan import plan_automatically
 
             plan = plan_automatically(str(onnx_file), size, say)
+        if plan is not None and size is None:
+            size = plan.resolution
         options = GraftOptions(
             layers=layers or "all",
             plan=plan,

@@ -59,7 +59,8 @@ def command(
 ) -> None:
     """Print the attention blocks of an ONNX FILE, with what graft would say of each, or the manifest of an engine.
 
-    With --tokens: which tokens of a PyTorch MODEL (as for fna export) are massive or artifacts, block by block.
+    With --tokens: which tokens of a PyTorch MODEL (as for fna export) are massive or artifacts, block by block, and the lines of a
+    plan (masks, landmarks_include, landmarks_exclude) that fit them.
     """
     from fna.export.files import write_text
 
@@ -146,11 +147,18 @@ def print_tokens(console: Console, report: TokenReport) -> None:
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
     if not any(totals.values()):
-        console.print("no massive and no artifact tokens: masking them would change nothing")
+        console.print("no massive and no artifact tokens: a plan needs no masks, and no landmarks for them")
     else:
         console.print(f"{totals['massive']} massive and {totals['artifact']} artifact tokens in all")
+        if not report.proposals:
+            console.print("in no block on half of the photographs, so no lines of a plan are proposed")
     for line in report.skipped:
         console.print(Text(f"skipped {line}"))
+    if report.proposals:
+        console.print("for a plan (landmarks: of those of these blocks that are FNA):")
+    for proposal in report.proposals:
+        lines = json.dumps(proposal.model_dump(mode="json")["plan"])
+        console.print(Text(f"  {lines}\n    {proposal.why}"), soft_wrap=True)
 
 
 def _place(token: FoundToken) -> str:

@@ -18,16 +18,18 @@ from fna.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from PIL.Image import Image
 
     from fna.plan import Plan
     from fna.validate.planning.cost import CostModel
+    from fna.validate.planning.fidelity import Fidelity
     from fna.validate.planning.planner import Planned, Wish
     from fna.validate.planning.subject import Subject
 
 FEW_IMAGES = 4
+USUAL_COSINE = 0.99
 
 
 @click.command("plan", short_help="Choose blocks, heads and landmarks for a fidelity and a device.")
@@ -36,7 +38,7 @@ FEW_IMAGES = 4
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="Folder of photographs; a quarter is held out to verify on.  [default: six that scikit-image carries]",
+    help="Folder of photographs; a quarter is held out to verify on.  [default: eight that scikit-image and matplotlib carry]",
 )
 @click.option(
     "--verify-images",
@@ -46,11 +48,16 @@ FEW_IMAGES = 4
 @click.option(
     "--min-cosine",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.99,
-    show_default=True,
-    help="Mean cosine of the final patch tokens to exact attention.",
+    help="Mean cosine of the final patch tokens to exact attention.  [default: 0.99, or any with --min-task]",
 )
 @click.option("--min-p5", type=click.FloatRange(0, 1, max_open=True), help="Its 5th percentile.  [default: any]")
+@click.option(
+    "--min-task",
+    "min_tasks",
+    multiple=True,
+    metavar="TASK:MEASURE=MINIMUM",
+    help="A number of fna validate --task to keep, such as saliency:IoU=0.97 or segmentation:mIoU=0.9; repeat for several.",
+)
 @click.option("--target", help="Device whose predicted time is made small.  [default: products are made few]")
 @click.option(
     "--precision", type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target."
@@ -61,13 +68,15 @@ FEW_IMAGES = 4
 @click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
-    default="lattice,norm-grid",
-    show_default=True,
-    help=f"Which to try, of {', '.join(SAMPLERS)}.",
+    default=",".join(SAMPLERS),
+    help=f"Which to try.  [default: all: {', '.join(SAMPLERS)}]",
 )
-@click.option("--shared-landmarks", is_flag=True, help="Try landmarks chosen once, at the first block, as well.")
+@click.option("--own-landmarks", is_flag=True, help="Leave out landmarks that blocks share: each chooses its own.")
 @click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
 @click.option("--no-corrections", is_flag=True, help="FNA as it is, without kernels fitted to the images.")
+@click.option(
+    "--compare", is_flag=True, help="Run settings alike in all blocks on the images held out, to compare with."
+)
 @click.option(
     "--cache", type=click.Path(path_type=Path), help="Folder of finished steps.  [default: the user's cache folder]"
 )
@@ -85,6 +94,7 @@ def command(
     precision: str,
     measured: Path | None,
     resolution: str | None,
+    compare: bool,
     cache: Path | None,
     plot: Path | None,
     json_file: Path | None,
@@ -104,32 +114,36 @@ def command(
     with progress(quiet) as say:
         say("importing PyTorch")
         import json
+        from dataclasses import replace
 
         from fna.errors import CheckFailedError
         from fna.export.files import write_text
-        from fna.validate.planning.planner import make_best_plan
+        from fna.validate.planning.planner import make_best_plan, run_uniform_settings
         from fna.validate.planning.report import as_json, draw_front
 
         subject = open_subject(model, size, say)
         cost = _cost_model(subject, target, precision, measured)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
+        names["notes"] += _describe_calibration(cost)
+        wish = planner.wish
         planned = make_best_plan(planner)
-        plan = planned.plan.model_copy(update={"made_from": _made_from(planned, wish, names, target)})
-        write_text(output, json.dumps(plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+        if compare:
+            planned = replace(planned, uniform=run_uniform_settings(planner))
+        made_from = _made_from(planned, wish, names, target)
+        planned = replace(planned, plan=planned.plan.model_copy(update={"made_from": made_from}))
+        write_text(output, json.dumps(planned.plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
         say("drawing")
         layout = subject.layout
         title = f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks"
-        draw_front(planned, cost.unit, picture, title=title, wanted=wish.min_cosine)
+        draw_front(planned, cost.unit, picture, title=title, wish=wish)
         if json_file is not None:
             write_text(json_file, json.dumps(as_json(planned, cost.unit), indent=1) + "\n")
-    _print(planned, cost, subject, names, output, picture, quiet)
+    _print(planned, cost, subject, names, output, picture, wish, quiet)
     point = planned.point.measured
     if not planned.reached and point is not None:
         raise CheckFailedError(
-            f"on {len(names['verified'])} images that it was not planned on, the plan has mean cosine {point.mean:.4f} and 5th "
-            f"percentile {point.p5:.4f}, but {wish.min_cosine}"
-            + (f" and {wish.min_p5}" if wish.min_p5 is not None else "")
-            + " were asked for; plan on more images like those, or ask for a little more"
+            f"on {len(names['verified'])} images that it was not planned on, the plan has mean cosine {point.describe()}, but "
+            f"{wish.describe()} was asked for; plan on more images like those, or ask for a little more"
         )
 
 
@@ -141,17 +155,18 @@ def plan_automatically(
     from fna.validate.planning.planner import make_best_plan
 
     subject = subject or open_subject(model, size, say)
-    wish = make_wish(0.99, None, "lattice,norm-grid", False, False, False)
+    wish = make_wish(None, None, (), ",".join(SAMPLERS), False, False, False)
     _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
     plan: Plan = make_best_plan(planner).plan
     return plan
 
 
 def make_wish(
-    min_cosine: float,
+    min_cosine: float | None,
     min_p5: float | None,
+    min_tasks: tuple[str, ...],
     samplers: str,
-    shared_landmarks: bool,
+    own_landmarks: bool,
     whole_blocks: bool,
     no_corrections: bool,
 ) -> Wish:
@@ -162,11 +177,15 @@ def make_wish(
     unknown = [name for name in names if name not in SAMPLERS]
     if unknown:
         raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(SAMPLERS)}")
+    from fna.validate.planning.goals import parse_goal
     from fna.validate.planning.measure import Range
     from fna.validate.planning.planner import Wish
 
-    tried = Range(samplers=names, shared=shared_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
-    return Wish(min_cosine, min_p5, whole_blocks, tried)
+    goals = tuple(parse_goal(text) for text in min_tasks)
+    if min_cosine is None and min_p5 is None and not goals:
+        min_cosine = USUAL_COSINE
+    tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
+    return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 
 def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], None]) -> Subject:
@@ -198,6 +217,12 @@ def _cost_model(subject: Subject, target: str | None, precision: str, measured: 
     device = device_of(find_target(target), precision)
     calibration = None if measured is None else read_calibration(measured, subject.layout, device)
     return TimeCost(subject.layout, device, calibration)
+
+
+def _describe_calibration(cost: CostModel) -> list[str]:
+    from fna.validate.planning.cost import TimeCost
+
+    return [cost.calibration.describe()] if isinstance(cost, TimeCost) and cost.calibration.times else []
 
 
 def _make_planner(
@@ -263,6 +288,7 @@ def _made_from(planned: Planned, wish: Wish, names: dict[str, list[str]], target
         "images": names["planned"],
         "verified_on": names["verified"],
         "min_cosine": wish.min_cosine,
+        "min_tasks": {goal.name: goal.minimum for goal in wish.goals},
         "target": target,
         "saved_products": round(planned.point.saved, 4),
         "verified": None if measured is None else measured.model_dump(),
@@ -276,6 +302,7 @@ def _print(
     names: dict[str, list[str]],
     output: Path,
     picture: Path,
+    wish: Wish,
     quiet: bool,
 ) -> None:
     from rich.table import Table
@@ -303,27 +330,33 @@ def _print(
         "p5",
         "class",
     )
-    for title in titles:
+    tasks = [goal.name for goal in wish.goals]
+    for title in (*titles, *tasks):
         table.add_column(title, justify="right", no_wrap=True)
     for point in planned.front:
-        measured = point.measured
         table.add_row(
-            "*" if point.plan == planned.plan else "",
+            "*" if point.plan == planned.point.plan else "",
             f"{count_heads(point, layout.heads)} of {layout.heads * layout.num_blocks}",
             describe_cost(point.cost, cost.unit),
             f"{point.saved:.1%}",
             f"{1 - point.predicted_loss:.5f}",
-            *(
-                ("", "", "")
-                if measured is None
-                else (f"{measured.mean:.5f}", f"{measured.p5:.5f}", _optional(measured.first))
-            ),
+            *_cells(point.measured, tasks),
         )
+    for setting in planned.uniform:
+        spent = describe_cost(setting.cost, cost.unit)
+        table.add_row("", setting.label, spent, f"{setting.saved:.1%}", "", *_cells(setting.measured, tasks))
     console.print(table)
     console.print(
         f"exact attention: {describe_cost(planned.exact_cost, cost.unit)}   plan: {output}   picture: {picture}",
         markup=False,
     )
+
+
+def _cells(measured: Fidelity | None, tasks: Sequence[str]) -> list[str]:
+    if measured is None:
+        return [""] * (3 + len(tasks))
+    values = [f"{measured.mean:.5f}", f"{measured.p5:.5f}", _optional(measured.first)]
+    return values + [f"{measured.tasks[name]:.4f}" for name in tasks]
 
 
 def _optional(value: float | None) -> str:

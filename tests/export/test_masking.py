@@ -204,15 +204,21 @@ def planted_model() -> LoadedModel:
     return wrap_model("tests:planted", module)
 
 
-def mask_plan(tokens: str) -> Plan:
-    """Blocks 1 and 2 are FNA, 0 and 3 exact, so that ranges of masks hold both."""
-    blocks = (BlockPlan(block=1, landmarks=6), BlockPlan(block=2, landmarks=6))
+HEADS = {"massive": ((0, 1), (1,)), "artifact": ((1,), None), "indices": ((0,), (0, 1))}
+"""Of blocks 1 and 2: all by number, some, all."""
+
+
+def mask_plan(tokens: str, heads: Any = (None, None)) -> Plan:
+    """Blocks 1 and 2 are FNA, in the heads listed, 0 and 3 exact, so that ranges of masks hold both."""
+    blocks = tuple(BlockPlan(block=1 + place, landmarks=6, heads=listed) for place, listed in enumerate(heads))
     return Plan(num_blocks=4, blocks=blocks, masks=MASKS[tokens])
 
 
 @pytest.mark.parametrize("tokens", sorted(MASKS))
-def test_a_traced_file_computes_what_patched_pytorch_computes(planted_model: LoadedModel, tokens: str) -> None:
-    plan = mask_plan(tokens)
+def test_a_traced_file_computes_what_patched_pytorch_computes_in_all_heads_or_some(
+    planted_model: LoadedModel, tokens: str
+) -> None:
+    plan = mask_plan(tokens, HEADS[tokens])
     model, metadata = trace_model(planted_model, plan, TraceOptions(56, 56))
     assert metadata.plan.masks == plan.masks
     pixels = torch.randn(3, 3, 56, 56).numpy()
@@ -222,6 +228,13 @@ def test_a_traced_file_computes_what_patched_pytorch_computes(planted_model: Loa
         for given, wanted, other in zip(run(form, {"pixel_values": pixels}), expected, unmasked, strict=True):
             np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-4)
             assert np.abs(wanted - other).max() > 1e-2
+    names = []
+    for block in range(4):
+        entry, masked = plan.find(block), block in plan.masked_blocks
+        divided = entry is not None and entry.heads is not None and len(entry.heads) < 2
+        names += [f"/blocks.{block}/{ATTENTION}"] * (entry is not None)
+        names += [f"/blocks.{block}/{MASKED_ATTENTION}"] * (masked and (divided or entry is None))
+    assert [node.name for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)] == names
     kept = {node.op_type for node in fna_nodes(lower(model, "plugin").graph)}
     assert kept == {ATTENTION}
     for node in fna_nodes(model.graph):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fna.arithmetic import block_products, correction_products, exact_products, nystrom_products, saved_part
 from fna.attention import nystrom_attention_reference
 from fna.landmarks import grid_landmarks
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import BlockPlan, Correction, Plan, Sampler
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 6])
@@ -35,3 +35,15 @@ def test_heads_that_stay_exact_count_in_full() -> None:
     assert block_products(entry, plan, 50, 3, 16) == taken
     whole = exact_products(50, 3, 16)
     assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - (taken + whole) / (2 * whole))
+
+
+@pytest.mark.parametrize(("sampler", "products"), [("fps", 8 * 50 * 48), ("norm-grid", 50 * 48), ("grid", 0)])
+@pytest.mark.parametrize(("resample", "times"), [(True, 2), (False, 1)], ids=["own", "shared"])
+def test_choosing_landmarks_counts_once_for_blocks_that_share_them(
+    sampler: Sampler, products: int, resample: bool, times: int
+) -> None:
+    blocks = tuple(BlockPlan(block=number, landmarks=8, sampler=sampler) for number in range(2))
+    plan = Plan(num_blocks=2, blocks=blocks, resample=resample)
+    whole = 2 * exact_products(50, 3, 16)
+    taken = 2 * nystrom_products(50, 8, 3, 16) + times * products
+    assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - taken / whole, abs=1e-12)

@@ -287,7 +287,7 @@ def run_unpatched_is_possible(model: nn.Module) -> bool:
 
 
 def test_token_indices_beyond_the_last_token_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="token 65 is to be masked, but there are 65 tokens"):
+    with pytest.raises(InvalidArgumentError, match="the plan lists token 65, but there are 65 tokens"):
         run(tiny_vit(), plan_with("none", MaskPlan(blocks="0", tokens=(65,))))
     assert listed_tokens_mask((2,), 4).tolist() == [[0, 0, 1, 0]]
     assert listed_tokens_mask((), 4).tolist() == [[0, 0, 0, 0]]

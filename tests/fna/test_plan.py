@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fna.arithmetic import saved_part
 from fna.errors import InputFileError, InvalidPlanError
-from fna.plan import BlockPlan, Plan, load_plan, parse_layers, parse_plan, uniform_plan
+from fna.plan import BlockPlan, Plan, TokenRange, format_layers, load_plan, parse_layers, parse_plan, uniform_plan
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,11 @@ from fna.plan import BlockPlan, Plan, load_plan, parse_layers, parse_plan, unifo
 )
 def test_layers_are_block_numbers(text: str | None, blocks: list[int]) -> None:
     assert parse_layers(text, 12) == blocks
+
+
+@pytest.mark.parametrize("text", ["none", "3", "0-2,5,7-11"])
+def test_block_numbers_are_written_as_they_are_read(text: str) -> None:
+    assert format_layers(parse_layers(text, 12)) == text
 
 
 @pytest.mark.parametrize("text", ["", "6-", "a", "11-6", "6-12", "-1", "1;2"])
@@ -126,3 +132,49 @@ def test_the_plan_that_the_documentation_shows_can_be_read() -> None:
     plan = load_plan(Path(__file__).parents[2] / "docs" / "plans" / "dinov2-small-saliency-518.json")
     plan.check_fits("dinov2-small-saliency", (518, 518))
     assert saved_part(plan, 1370, 6, 64) == pytest.approx(plan.made_from["saved_products"], abs=1e-4)
+
+
+@pytest.mark.parametrize("key", ["landmarks_include", "landmarks_exclude"])
+def test_tokens_that_landmarks_include_or_exclude_are_found_at_the_first_fna_block_of_their_range(key: str) -> None:
+    which = key.removeprefix("landmarks_")
+    plan = uniform_plan(
+        12,
+        layers="2-3,6-11",
+        **{key: (TokenRange(blocks="0-7", tokens="massive"), TokenRange(blocks="9", tokens=(3, 5)))},
+    )
+    assert parse_plan(plan.dump_json()) == plan
+    assert plan.find_landmark_range(which, 7) == (2, getattr(plan, key)[0])
+    assert plan.find_landmark_range(which, 9) == (9, getattr(plan, key)[1])
+    assert plan.find_landmark_range(which, 8) is None
+    keys = [plan.sharing_key(entry) for entry in plan.blocks]
+    assert keys[0] == keys[3], "blocks 2 and 7 share landmarks"
+    assert len({keys[0], keys[4], keys[5]}) == 3, "blocks 7, 8 and 9 do not"
+    assert keys[4] == keys[7], "blocks 8 and 11 do"
+
+
+@pytest.mark.parametrize("key", ["landmarks_include", "landmarks_exclude"])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"blocks": "6-12", "tokens": "massive"}, r"{}.0.blocks: .*block 12"),
+        ({"blocks": "6-8", "tokens": "large"}, r"{}.0.tokens"),
+        ({"blocks": "6-8", "tokens": [-1]}, r"{}.0.tokens"),
+        ({"blocks": "6-8", "tokens": "massive", "sink": True}, r"{}.0.sink"),
+        ({"blocks": "0-2", "tokens": "massive"}, r"{}.0.blocks: none of these blocks is FNA"),
+        ({"blocks": "6-11", "tokens": "massive"}, r"{}.0.blocks: .*block 9 .*sampler lattice; choose .*norm-grid"),
+    ],
+)
+def test_malformed_landmark_ranges_name_the_key(key: str, entry: dict[str, Any], said: str) -> None:
+    blocks = [{"block": number, "landmarks": 8} for number in range(6, 9)]
+    blocks.append({"block": 9, "landmarks": 8, "sampler": "lattice"})
+    text = json.dumps({"num_blocks": 12, "blocks": blocks, key: [entry]})
+    with pytest.raises(InvalidPlanError, match=said.format(key)) as caught:
+        parse_plan(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_block_is_in_one_range_of_a_kind_at_most() -> None:
+    ranges = (TokenRange(blocks="1-2", tokens="massive"), TokenRange(blocks="2-3", tokens=(3,)))
+    with pytest.raises(InvalidPlanError, match="block 2 is in more than one of the landmarks_include"):
+        uniform_plan(4, layers="all", landmarks_include=ranges)
+    uniform_plan(4, layers="all", landmarks_include=ranges[:1], landmarks_exclude=ranges[1:])

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from fna.cli import main
 from fna.errors import InvalidPlanError
-from fna.export.files import save_model
+from fna.export.files import load_onnx, save_model
+from fna.export.lower import lower
 from fna.export.sources import LoadedModel, wrap_model
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
@@ -66,14 +68,17 @@ def test_a_grafted_plan_computes_what_the_patched_model_computes(
     pixels = torch.randn(2, 3, 56, 84)
     session = onnxruntime.InferenceSession(str(output))
     given = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    inlined = onnxruntime.InferenceSession(lower(load_onnx(output), "portable").SerializeToString())
+    portable = inlined.run(None, {session.get_inputs()[0].name: pixels.numpy()})
     patch(source.module, plan)
     try:
         with torch.inference_mode():
             expected = source.module(pixels)
     finally:
         unpatch(source.module)
-    for array, tensor in zip(given, expected, strict=True):
+    for array, same, tensor in zip(given, portable, expected, strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(same, tensor.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_heads_that_a_block_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:
@@ -87,3 +92,14 @@ def test_a_plan_for_another_size_is_refused_by_both(dense: Path, tmp_path: Path)
     with pytest.raises(InvalidPlanError, match="518x518 images, but the resolution is 56x84"):
         graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_command_takes_the_size_from_the_plan(source: LoadedModel, tmp_path: Path) -> None:
+    model, _ = trace_model(source, uniform_plan(3, layers="none"), TraceOptions(56, 56, dynamic_size=True))
+    save_model(model, tmp_path / "open.onnx")
+    plan = Plan(num_blocks=3, blocks=(PLANS["neighbouring heads"],), prefix_tokens=1, resolution=(56, 84))
+    (tmp_path / "plan.json").write_text(plan.dump_json())
+    files = [str(tmp_path / name) for name in ("open.onnx", "out.onnx", "plan.json")]
+    assert main(["graft", files[0], "-o", files[1], "--plan", files[2], "--quiet"]) == 0
+    session = onnxruntime.InferenceSession(files[1], providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[2:] == [56, 84]

@@ -11,10 +11,21 @@ import torch
 from PIL import Image
 
 from fna.cli import main
+from fna.commands.inspect import print_tokens
+from fna.commands.options import make_console
 from fna.export.sources import LoadedModel, wrap_model
+from fna.plan import TokenRange, parse_plan, uniform_plan
 from fna.validate import masking
-from fna.validate.masking import measure_landmarks, measure_photographs, planted, segmentation_smoothness, write_report
-from fna.validate.tokens import TokenReport, survey_photographs
+from fna.validate.masking import (
+    measure_digits,
+    measure_guided,
+    measure_landmarks,
+    measure_photographs,
+    planted,
+    segmentation_smoothness,
+    write_report,
+)
+from fna.validate.tokens import BlockReport, FoundToken, ImageReport, TokenReport, propose, survey_photographs
 
 FACTORY = """
 import torch
@@ -69,6 +80,17 @@ def test_planted_massive_tokens_are_printed_written_and_drawn(here: Path, capsys
         assert [(token.token, token.row, token.column) for token in block.massive] == [(4, 0, 3), (11, 2, 2)]
         assert all(token.value > 400 for token in block.massive)
         assert block.gap > report.minimal_ratio
+    assert '{"landmarks_include": [{"blocks": "1-3", "tokens": "massive"}]}' in printed
+    assert [set(proposal.plan) for proposal in report.proposals] == [
+        {"masks", "landmarks_exclude"},
+        {"landmarks_include"},
+    ]
+    for proposal in report.proposals:  # as they are printed, they are lines of a plan
+        lines = proposal.model_dump(mode="json")["plan"]
+        plan = uniform_plan(4, layers="all", landmarks=6).model_dump() | lines
+        assert parse_plan(json.dumps(plan)).find_landmark_range(
+            "include" if "landmarks_include" in lines else "exclude", 2
+        ) == (1, TokenRange(blocks="1-3", tokens="massive"))
     with Image.open(here / "pictures" / "tokens-noise.png") as picture:
         red, green, blue = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int).T
     assert ((red > 180) & (green < 90) & (blue < 90)).sum() > 100  # two squares in each of four panels
@@ -78,6 +100,7 @@ def test_a_model_with_none_says_so(here: Path, capsys: pytest.CaptureFixture[str
     assert main(["inspect", "surveyfactory:plain", "--tokens", "--images", "images", "--json", "-", "--quiet"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert all(not block["massive"] for block in answer["images"][0]["blocks"])
+    assert all("massive" not in json.dumps(proposal) for proposal in answer["proposals"])
 
 
 @pytest.mark.parametrize(
@@ -95,6 +118,36 @@ def test_bad_input_is_one_line(here: Path, arguments: list[str], said: str, caps
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_what_is_found_on_few_photographs_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    def image(*blocks: tuple[bool, bool]) -> ImageReport:
+        token = (FoundToken(token=5, row=0, column=4, value=1.0),)
+        entries = (
+            BlockReport(
+                block=number, name="", median_norm=1, largest_norm=1, gap=1, massive=token * large,
+                class_attention_to_itself=1, artifacts=token * artifact,
+            )
+            for number, (large, artifact) in enumerate(blocks)
+        )  # fmt: skip
+        return ImageReport(image="", blocks=tuple(entries))
+
+    nothing, last = (False, False), (True, False)
+    assert propose([image(nothing, nothing)]) == ()
+    assert propose([image(nothing, last)]) == (), "no block comes after the last"
+    often = [image(nothing, last, (False, True)), image(nothing, nothing, nothing)]
+    mask, include = propose(often)
+    assert include.plan == {"landmarks_include": (TokenRange(blocks="2", tokens="massive"),)}
+    assert mask.plan["masks"] == (TokenRange(blocks="2", tokens="massive"),), "one mask for a block"
+    few = (*often, image(nothing, nothing, nothing))
+    assert propose(few) == ()
+    report = TokenReport(
+        model="m", height=1, width=1, prefix_tokens=1, minimal_ratio=3, images=few, proposals=propose(few)
+    )
+    print_tokens(make_console(False), report)
+    assert "in no block on half of the photographs" in capsys.readouterr().out
+    (artifacts,) = propose([image((False, True), (False, True), nothing)])
+    assert artifacts.plan["masks"] == (TokenRange(blocks="0-1", tokens="artifact"),)
 
 
 def test_smoothness_is_the_share_of_neighbours_in_one_segment() -> None:
@@ -138,3 +191,32 @@ def test_the_measurement_of_masking_runs_on_a_tiny_model(monkeypatch: pytest.Mon
     report = write_report(results, [], choices)
     assert "| planted | exact | massive, sinks |" in report
     assert torch.isfinite(torch.tensor([c.error for c in choices])).all()
+
+
+def test_the_digits_are_probed_with_planted_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """84 pixels are 37 tokens, of which 4 can be massive: planted after block 1, masked in blocks 2 and 3 of 4."""
+    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
+    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
+    results = measure_digits(load("plain"), 40, attentions=["FNA"], only_masks=["none", "massive, sinks"])
+    assert [(r.planted, r.mask, r.masked_tokens) for r in results] == [
+        (False, "none", 0.0),
+        (False, "massive, sinks", 0.0),
+        (True, "none", 0.0),
+        (True, "massive, sinks", 2.0),
+    ]
+    assert results[0].accuracy == results[1].accuracy
+    assert all((r.train, r.test) == (20, 20) for r in results)
+
+
+def test_the_measurement_of_guided_landmarks_runs_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
+    monkeypatch.setattr(masking, "PLANTED_TOKENS", 2)
+    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
+    results = measure_guided(load("plain"), photographs()[:1], 56, 6)
+    by_condition = {(r.planted, r.sampler, r.landmarks): r for r in results}
+    assert len(by_condition) == len(results) == 2 * (6 + 3 + 6 + 6)
+    for planting in (False, True):
+        plain, included = (by_condition[planting, "grid", name] for name in ("none", "massive included"))
+        assert (plain.patch_cosine == included.patch_cosine) is not planting
+        assert plain.patch_cosine == plain.same_cosine or planting
+    assert "| planted | fps | massive masked and excluded |" in write_report([], [], [], results)

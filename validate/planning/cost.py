@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from fna.arithmetic import correction_products, exact_products, nystrom_products
+from fna.arithmetic import correction_products, exact_products, nystrom_products, sampling_products
 from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
@@ -44,9 +44,11 @@ class ProductCost:
     def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         tokens, size = self.layout.tokens, self.layout.head_size
-        total = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
+        total: float = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
+        sampling = sampling_products(candidate.sampler, tokens, candidate.landmarks, self.layout.channels)
+        total += sampling * _share_of_choice(candidate, self.layout)
         return total + self.exact(self.layout.heads - heads)
 
 
@@ -97,11 +99,28 @@ def device_of(target: Target, precision: str = "fp16") -> Device:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors on predicted seconds that measurements call for, and the seconds that are not attention."""
+    """Factors on predicted seconds that measurements call for, the seconds that are not attention, and what is left unexplained.
+
+    Attributes:
+        exact: factor on exact attention.
+        nystrom: factor on FNA.
+        rest: seconds of all else, at the tokens planned for.
+        times: how many measured times it was fitted to.
+        worst: largest relative difference between a measured time and what the calibrated model says of it.
+    """
 
     exact: float = 1.0
     nystrom: float = 1.0
     rest: float = 0.0
+    times: int = 0
+    worst: float = 0.0
+
+    def describe(self) -> str:
+        """Say in one line how far to trust it."""
+        return (
+            f"calibrated by {self.times} measured times of whole models: exact attention takes {self.exact:.3g} times what was "
+            f"assumed, FNA {self.nystrom:.3g} times; the calibrated model is within {self.worst:.1%} of each"
+        )
 
 
 class TimeCost:
@@ -150,8 +169,8 @@ class TimeCost:
             seconds = landmark + launches * device.launch + newton * heads / (device.matrix_rate * NYSTROM_EFFICIENCY)
         seconds += self._kernel(8.0 * count * count * size * heads, 0.0, NYSTROM_EFFICIENCY)
         seconds += self._kernel(rows, 3 * self._values(heads), NYSTROM_EFFICIENCY)
-        if candidate.sampler in ("fps", "norm-grid") and candidate.resample:
-            seconds += self._sampler(candidate)
+        if candidate.sampler in ("fps", "norm-grid"):
+            seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
 
     def _sampler(self, candidate: Candidate) -> float:
@@ -170,6 +189,11 @@ class TimeCost:
 
     def _copies(self, launches: int, moved: float) -> float:
         return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch
+
+
+def _share_of_choice(candidate: Candidate, layout: Layout) -> float:
+    """The part of choosing landmarks that one block bears: all of it, or its share where all blocks use the same."""
+    return 1.0 if candidate.resample else 1.0 / layout.num_blocks
 
 
 def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibration: Calibration | None = None) -> int:
@@ -238,4 +262,6 @@ def read_calibration(path: Path, layout: Layout, device: Device) -> Calibration:
     scale = np.linalg.norm(matrix / right[:, None], axis=0)
     found = nnls(matrix / right[:, None] / scale, np.ones(len(right)))[0] / scale
     nystrom_factor = found[2] if len(found) == 3 else found[1]
-    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, float(found[0]) * layout.tokens)
+    worst = float(np.abs(matrix @ found / right - 1).max())
+    rest = float(found[0]) * layout.tokens
+    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, rest, len(right), worst)

@@ -18,6 +18,7 @@ class Fidelity(BaseModel):
         mean: of the patch tokens' cosines; of whole outputs where the model has no token output.
         p5: their 5th percentile.
         first: mean cosine of the class token; None where there is none.
+        tasks: values of task metrics, by `task:measure`; empty where none was asked for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,11 +26,17 @@ class Fidelity(BaseModel):
     mean: float
     p5: float
     first: float | None = None
+    tasks: dict[str, float] = {}
 
     @property
     def loss(self) -> float:
         """`1 - mean`."""
         return 1 - self.mean
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        tasks = "".join(f", {name} {value:.4f}" for name, value in self.tasks.items())
+        return f"{self.mean:.6f} (5th percentile {self.p5:.6f}{tasks})"
 
 
 def measure_fidelity(

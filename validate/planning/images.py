@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from PIL import Image
 
-PLANNING = ("camera", "coins", "stereo_motorcycle", "rocket", "clock", "grass")
+PLANNING = ("camera", "coins", "stereo_motorcycle", "rocket", "clock", "grass", "hubble_deep_field")
 
 
 def planning_photographs() -> list[tuple[str, Image.Image]]:
-    """Return six photographs that scikit-image carries in its package; `bundled_photographs` are others."""
+    """Return eight photographs that scikit-image and matplotlib carry in their packages; `bundled_photographs` are others."""
+    from matplotlib.cbook import get_sample_data
     from skimage import data
 
     found = []
     for name in PLANNING:
         pixels = getattr(data, name)()
         found.append((name, Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")))
+    portrait = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    with Image.open(portrait) as image:
+        found.append(("grace_hopper", image.convert("RGB")))
     return found

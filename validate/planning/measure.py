@@ -31,6 +31,7 @@ KERNEL = 5
 RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
+ALL_SAMPLERS: tuple[Sampler, ...] = ("lattice", "norm-grid", "grid", "fps", "random")
 LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
 ITERATIONS = (3, 6)
 SAMPLED_ROWS = 512
@@ -64,10 +65,10 @@ class Range:
         kernel: side of its kernel.
     """
 
-    samplers: tuple[Sampler, ...] = ("lattice", "norm-grid")
+    samplers: tuple[Sampler, ...] = ALL_SAMPLERS
     landmarks: tuple[int, ...] = LANDMARK_COUNTS
     iterations: tuple[int, ...] = ITERATIONS
-    shared: bool = False
+    shared: bool = True
     corrections: bool = True
     kernel: int = KERNEL
 

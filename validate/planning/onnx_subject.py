@@ -32,6 +32,8 @@ from fna.export.surgery.scan import scan
 from fna.export.surgery.stream import count_prefix_tokens, find_stream
 from fna.plan import Plan
 from fna.validate.planning.subject import BlockView, Layout
+from fna.validate.runners import Arrays
+from fna.validate.task import OutputKinds
 
 TYPICAL_COHERENCE = 30.0
 """Where gradients cannot say: by how much more an error that all tokens share weighs. Between 5 and 100 in DINOv2-S's blocks."""
@@ -85,6 +87,7 @@ class OnnxSubject:
             resolution=(height, width),
         )
         self.preprocessing = _preprocessing(model, path)
+        self._outputs = [item.name for item in model.graph.output]
         self._fidelity_tensor = _last_tokens(graph, points[0].shapes, tokens)
         self._folder = tempfile.TemporaryDirectory(prefix="fna-plan-")
         self._names: dict[int, tuple[str, str, str, str | None]] = {}
@@ -114,7 +117,7 @@ class OnnxSubject:
                 root = self._roots[row.block] / (2 * self.layout.tokens) ** 0.5
                 visit(BlockView(row.block, query, key, value, exact, scale, hidden, root, coherence))
 
-    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:
         """See `fna.validate.planning.subject.Subject.run`."""
         if plan is None or not plan.blocks:
             session = self._session
@@ -125,9 +128,26 @@ class OnnxSubject:
             graft(self.path, output, GraftOptions(plan=plan, resolution=self.size, check=False))
             session = self._open(onnx.load(output), "planned")
             self._planned = (plan, session)
-        (tokens,) = session.run([self._fidelity_tensor], {self._input: pixels[None]})
-        rows = np.asarray(tokens, np.float32)
+        names = list(dict.fromkeys([*self._outputs, self._fidelity_tensor]))
+        return dict(zip(names, session.run(names, {self._input: pixels[None]}), strict=True))
+
+    def tokens(self, outputs: Arrays) -> NDArray[np.float32]:
+        """See `fna.validate.planning.subject.Subject.tokens`."""
+        rows = np.asarray(outputs[self._fidelity_tensor], np.float32)
         return rows[0] if rows.ndim == 3 else rows.reshape(1, -1)
+
+    def kinds(self, outputs: Arrays) -> OutputKinds:
+        """See `fna.validate.planning.subject.Subject.kinds`: told by their shapes."""
+        height, width = self.layout.resolution
+        maps = tuple(
+            name
+            for name, array in outputs.items()
+            if array.size == height * width and array.shape[-2:] == (height, width)
+        )
+        tokens = tuple(
+            name for name, array in outputs.items() if array.ndim == 3 and array.shape[1] == self.layout.tokens
+        )
+        return OutputKinds(maps, tokens, self.layout.prefix_tokens)
 
     def _open(self, model: ModelProto, name: str) -> Any:
         known = {item.name for item in model.graph.output}

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import BlockPlan, Correction, Method, Plan, Sampler
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
+from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals
 from fna.validate.planning.measure import (
     MOMENTS,
     Candidate,
@@ -32,6 +33,7 @@ from fna.validate.planning.measure import (
 )
 from fna.validate.planning.search import Choice, Option, drop_dominated, find_front
 from fna.validate.planning.subject import BlockView, Subject
+from fna.validate.runners import Arrays
 
 Pixels = NDArray[np.float32]
 Say = Callable[[str], None]
@@ -45,7 +47,10 @@ TRIAL_IMAGES = 1
 WORTHWHILE = 1.1
 """A candidate is measured further while its loss is at most this much of that of every cheaper one."""
 
-ROUNDS = 6
+TYPICAL_COSINE = 0.99
+"""Where the search starts if only a task metric is asked for."""
+
+ROUNDS = 8
 FRONT_POINTS = 7
 CLOSE_ENOUGH = 0.96
 """The search ends when the loss is this much of what is allowed."""
@@ -59,16 +64,39 @@ class Wish:
     """What is asked for.
 
     Attributes:
-        min_cosine: mean cosine of the final patch tokens to exact attention.
+        min_cosine: mean cosine of the final patch tokens to exact attention; None asks for nothing.
         min_p5: the 5th percentile of it; None asks for nothing.
+        goals: task metrics to be kept.
         whole_blocks: only all heads of a block, or none.
         tried: the range of candidates.
     """
 
-    min_cosine: float = 0.99
+    min_cosine: float | None = 0.99
     min_p5: float | None = None
+    goals: tuple[TaskGoal, ...] = ()
     whole_blocks: bool = False
     tried: Range = field(default_factory=Range)
+
+    def excess(self, found: Fidelity, keep_below: float = 1.0) -> float:
+        """By how much the worst of the losses exceeds what is allowed: at most 1 where all that is asked for is kept.
+
+        Args:
+            found: what a plan reached.
+            keep_below: aim at this part of the mean loss allowed.
+        """
+        parts = [0.0]
+        if self.min_cosine is not None:
+            parts.append((1 - found.mean) / (keep_below * (1 - self.min_cosine)))
+        if self.min_p5 is not None:
+            parts.append((1 - found.p5) / (1 - self.min_p5))
+        parts += [(1 - found.tasks[goal.name]) / (1 - goal.minimum) for goal in self.goals]
+        return max(parts)
+
+    def describe(self) -> str:
+        """What is asked for, in words."""
+        parts = [] if self.min_cosine is None else [f"a mean cosine of {self.min_cosine}"]
+        parts += [] if self.min_p5 is None else [f"a 5th percentile of {self.min_p5}"]
+        return " and ".join([*parts, *(f"{goal.name} of {goal.minimum}" for goal in self.goals)])
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,34 @@ class FrontPoint:
 
 
 @dataclass(frozen=True)
+class UniformPoint:
+    """A setting that treats all its blocks alike, run on the images held out, to compare with.
+
+    Attributes:
+        layers: its FNA blocks, as `--layers` has them.
+        landmarks: S.
+        sampler: of all of them.
+        method: weighted or published.
+        cost: as a `FrontPoint` has it.
+        saved: part of the products.
+        measured: on the images held out.
+    """
+
+    layers: str
+    landmarks: int
+    sampler: Sampler
+    method: Method
+    cost: float
+    saved: float
+    measured: Fidelity
+
+    @property
+    def label(self) -> str:
+        """The setting, for people."""
+        return f"blocks {self.layers}, S={self.landmarks}, {self.sampler}, {self.method}"
+
+
+@dataclass(frozen=True)
 class Planned:
     """The result.
 
@@ -101,6 +157,7 @@ class Planned:
         exact_cost: cost of exact attention in all blocks.
         reached: whether the winner keeps what was asked for on the images that it was not planned on.
         notes: what should be said about it.
+        uniform: settings alike in all blocks, where they were asked for.
     """
 
     plan: Plan
@@ -109,6 +166,7 @@ class Planned:
     exact_cost: float
     reached: bool
     notes: list[str]
+    uniform: tuple[UniformPoint, ...] = ()
 
 
 class Planner:
@@ -138,7 +196,8 @@ class Planner:
                 f"no candidate is cheaper than exact attention at {self.layout.tokens} tokens: FNA does not pay there"
             )
         self.blocks = [n for n in range(self.layout.num_blocks) if n not in self.layout.refused]
-        self._references: dict[int, Pixels] = {}
+        self._references: dict[int, Arrays] = {}
+        self._resolve_goals()
 
     # ------------------------------------------------------------ measuring
 
@@ -304,19 +363,75 @@ class Planner:
 
     def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         """Really run a plan and compare with exact attention."""
-        for pixels in images:
-            if id(pixels) not in self._references:
-                self._references[id(pixels)] = self.subject.run(pixels, None)
+        exact = [self._reference(pixels) for pixels in images]
         given = [self.subject.run(pixels, plan) for pixels in images]
-        return measure_fidelity([self._references[id(p)] for p in images], given, self.layout.prefix_tokens)
+        tokens = self.subject.tokens
+        found = measure_fidelity([tokens(o) for o in exact], [tokens(o) for o in given], self.layout.prefix_tokens)
+        if not self.wish.goals:
+            return found
+        measured = measure_agreement(self.subject.kinds(exact[0]), exact, given)
+        return found.model_copy(update={"tasks": {goal.name: measured[goal.name] for goal in self.wish.goals}})
+
+    def _reference(self, pixels: Pixels) -> Arrays:
+        if id(pixels) not in self._references:
+            self._references[id(pixels)] = self.subject.run(pixels, None)
+        return self._references[id(pixels)]
+
+    def _resolve_goals(self) -> None:
+        """Refuse goals that cannot be measured on both groups of images, before anything takes long."""
+        if not self.wish.goals:
+            return
+        self.say("running exact attention")
+        for images in (self.images, self.held_out):
+            exact = [self._reference(pixels) for pixels in images]
+            known = measure_agreement(self.subject.kinds(exact[0]), exact, exact)
+            self.wish = replace(self.wish, goals=resolve_goals(self.wish.goals, known))
 
     def keeps(self, fidelity: Fidelity) -> bool:
         """Whether a fidelity is as asked for."""
-        return fidelity.mean >= self.wish.min_cosine and (self.wish.min_p5 is None or fidelity.p5 >= self.wish.min_p5)
+        return self.wish.excess(fidelity) <= 1
 
     def saved(self, plan: Plan) -> float:
         """Part of the attention products that a plan saves."""
         return saved_part(plan, self.layout.tokens, self.layout.heads, self.layout.head_size)
+
+
+UNIFORM_LANDMARKS = (64, 96, 128, 256)
+UNIFORM_SETTINGS: tuple[tuple[Sampler, Method], ...] = (
+    ("grid", "weighted"),
+    ("norm-grid", "weighted"),
+    ("grid", "published"),
+)
+
+
+def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
+    """Run FNA alike in the later half of the blocks, in all, and in all but the second quarter, on the images held out.
+
+    These are the settings of users without a plan; those that exact attention would be cheaper than are left out.
+    """
+    layout, cost = planner.layout, planner.cost
+    count = layout.num_blocks
+    layers = {f"{count // 2}-{count - 1}": [*range(count // 2, count)], "all": [*range(count)]}
+    if count >= 4:
+        layers[f"0-{count // 4 - 1},{count // 2}-{count - 1}"] = [*range(count // 4), *range(count // 2, count)]
+    found = []
+    for name, numbers in layers.items():
+        for landmarks in (size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens):
+            for sampler, method in UNIFORM_SETTINGS:
+                candidate = Candidate(landmarks, sampler, False, 6)
+                blocks = [number for number in numbers if number in planner.blocks]
+                total = sum(
+                    cost.block(candidate, layout.heads, 0) if number in blocks else cost.exact(layout.heads)
+                    for number in range(count)
+                )
+                if not blocks or total >= count * cost.exact(layout.heads):
+                    continue
+                entries = tuple(BlockPlan(block=n, landmarks=landmarks, sampler=sampler) for n in blocks)
+                plan = Plan(num_blocks=count, blocks=entries, prefix_tokens=layout.prefix_tokens, method=method)
+                planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
+                measured = planner.run(plan, planner.held_out)
+                found.append(UniformPoint(name, landmarks, sampler, method, total, planner.saved(plan), measured))
+    return tuple(found)
 
 
 def make_best_plan(planner: Planner) -> Planned:
@@ -329,7 +444,7 @@ def make_best_plan(planner: Planner) -> Planned:
     else:
         scales = planner.cached(f"scales-{_digest(np.stack(planner.images[:2]))}", lambda: planner.scales(fits))
     options = planner.options(fits, scales)
-    allowed = 1 - planner.wish.min_cosine
+    allowed = 1 - (planner.wish.min_cosine or TYPICAL_COSINE)
     say("searching")
     front = find_front(options, largest_loss=40 * allowed, bins=16000)
     if len(front) == 1:
@@ -374,9 +489,7 @@ def _settle(
         plan = planner.make_plan(front[guess].items, fits)
         planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
         found = planner.run(plan, planner.images)
-        excess = (1 - found.mean) / (KEEP_BELOW * allowed)
-        if planner.wish.min_p5 is not None:
-            excess = max(excess, (1 - found.p5) / (1 - planner.wish.min_p5))
+        excess = planner.wish.excess(found, KEEP_BELOW)
         if excess <= 1:
             low, best = guess, (guess, plan, found)
         else:
@@ -401,12 +514,9 @@ def _most_faithful(
     plan = planner.make_plan(front[index].items, fits)
     found = planner.run(plan, planner.images)
     if not planner.keeps(found):
-        asked = f"a mean cosine of {planner.wish.min_cosine}"
-        if planner.wish.min_p5 is not None:
-            asked += f" with a 5th percentile of {planner.wish.min_p5}"
         entry = plan.blocks[0]
         raise InvalidArgumentError(
-            f"{asked} cannot be kept with any FNA: the best reachable is {found.mean:.6f} (5th percentile {found.p5:.6f}), with "
+            f"{planner.wish.describe()} cannot be kept with any FNA: the best reachable is {found.describe()}, with "
             f"{entry.landmarks} landmarks in block {entry.block}"
             + (f", head {entry.heads[0]}" if entry.heads else "")
             + "; ask for less, or keep exact attention"
@@ -426,8 +536,12 @@ def _alone(options: Sequence[Sequence[Option[Picked]]], option: Option[Picked]) 
 def _exact_only(planner: Planner, choice: Choice[Picked]) -> Planned:
     """The plan where no candidate is cheaper than exact attention."""
     plan = planner.make_plan(choice.items, {})
-    point = FrontPoint(plan, choice.cost, 0.0, 0.0, Fidelity(mean=1.0, p5=1.0, first=1.0))
+    point = FrontPoint(plan, choice.cost, 0.0, 0.0, _perfect(planner))
     return Planned(plan, point, [point], choice.cost, True, _say_break_even(planner))
+
+
+def _perfect(planner: Planner) -> Fidelity:
+    return Fidelity(mean=1.0, p5=1.0, first=1.0, tasks={goal.name: 1.0 for goal in planner.wish.goals})
 
 
 def _spread(front: list[Choice[Picked]], position: int) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fna.export.files import written_whole
-from fna.validate.planning.planner import FrontPoint, Planned
+from fna.validate.planning.planner import FrontPoint, Planned, UniformPoint, Wish
 
 
 def describe_cost(cost: float, unit: str) -> str:
@@ -30,7 +29,15 @@ def as_json(planned: Planned, unit: str) -> dict[str, Any]:
             "saved": point.saved,
             "predicted_cosine": 1 - point.predicted_loss,
             "measured": measured,
-            "chosen": point.plan == planned.plan,
+            "chosen": point.plan == planned.point.plan,
+        }
+
+    def uniform(point: UniformPoint) -> dict[str, Any]:
+        return {
+            "label": point.label,
+            "cost": point.cost,
+            "saved": point.saved,
+            "measured": point.measured.model_dump(),
         }
 
     return {
@@ -39,63 +46,60 @@ def as_json(planned: Planned, unit: str) -> dict[str, Any]:
         "reached": planned.reached,
         "plan": planned.plan.model_dump(mode="json"),
         "front": [row(point) for point in planned.front],
+        "uniform": [uniform(point) for point in planned.uniform],
         "notes": planned.notes,
     }
 
 
-def draw_front(
-    planned: Planned,
-    unit: str,
-    path: Path,
-    *,
-    title: str,
-    wanted: float,
-    others: Sequence[tuple[str, float, float]] = (),
-) -> None:
-    """Write a PNG: fidelity measured on the images held out against cost, the front and the choice marked.
+def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wish) -> None:
+    """Write a PNG: what was asked for, measured on the images held out, against cost; the front and the choice marked.
 
     Args:
         planned: the result.
         unit: of the costs.
         path: the file to write.
         title: of the picture.
-        wanted: mean cosine that was asked for, drawn as a line.
-        others: further points to compare with: label, part of the products saved, mean cosine.
+        wish: what was asked for; where no cosine was, the first task metric is drawn.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axis = figure.subplots()
-    points = [point for point in planned.front if point.measured is not None and point.plan.blocks]
+    by_task = wish.min_cosine is None and bool(wish.goals)
+    name = wish.goals[0].name if by_task else "mean cosine of the patch tokens"
+    wanted = wish.goals[0].minimum if by_task else wish.min_cosine
     by_time = unit == "seconds"
 
-    def place(point: FrontPoint) -> float:
-        return point.cost * 1e3 if by_time else 100 * (1 - point.saved)
+    def place(point: FrontPoint | UniformPoint) -> tuple[float, float]:
+        assert point.measured is not None
+        value = point.measured.tasks[name] if by_task else point.measured.mean
+        return point.cost * 1e3 if by_time else 100 * (1 - point.saved), max(1 - value, 1e-6)
 
-    losses = [max(point.measured.loss, 1e-6) for point in points if point.measured is not None]
-    axis.plot(
-        [place(point) for point in points], losses, "o-", color="C0", label="planned, measured on images held out"
-    )
-    if not by_time and others:
-        axis.plot(
-            [100 * (1 - saved) for _, saved, _ in others], [1 - mean for _, _, mean in others], "x", color="C1",
-            label="uniform settings, same images",
-        )  # fmt: skip
-        for label, saved, mean in others:
-            axis.annotate(label, (100 * (1 - saved), 1 - mean), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    chosen = planned.point
-    if chosen.measured is not None and chosen.plan.blocks:
-        axis.plot([place(chosen)], [max(chosen.measured.loss, 1e-6)], "*", color="C3", markersize=15, label="the plan")
-    axis.axhline(1 - wanted, color="grey", linestyle="--", linewidth=1)
-    axis.annotate(
-        f"asked for: {wanted}", (0.01, 1 - wanted), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
-    )
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    places = [place(point) for point in planned.front if point.measured is not None and point.plan.blocks]
+    if places:
+        axis.plot(*zip(*places, strict=True), "o-", color="C0", label="planned, measured on images held out")
+    groups = dict.fromkeys((point.layers, point.method) for point in planned.uniform)
+    for number, (layers, method) in enumerate(groups):
+        points = [point for point in planned.uniform if (point.layers, point.method) == (layers, method)]
+        colour = "C1" if method == "weighted" else "C2"
+        label = f"blocks {layers} alike, {method}"
+        axis.plot(*zip(*map(place, points), strict=True), "x+1"[number // 2 % 3], color=colour, label=label)
+        for point in points:
+            text = f"{point.landmarks}{'n' if point.sampler == 'norm-grid' else ''}"
+            axis.annotate(text, place(point), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    if planned.point.measured is not None and planned.point.plan.blocks:
+        axis.plot(*place(planned.point), "*", color="C3", markersize=15, label="the plan")
+    if wanted is not None:
+        axis.axhline(1 - wanted, color="grey", linestyle="--", linewidth=1)
+        where = (0.01, 1 - wanted)
+        axis.annotate(f"asked for: {wanted}", where, xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     axis.set_yscale("log")
     axis.invert_yaxis()
     axis.set_xlabel("predicted time of all attention, ms" if by_time else "attention products, % of exact attention's")
-    axis.set_ylabel("1 - mean cosine of the patch tokens")
+    axis.set_ylabel(f"1 - {name}")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -14,9 +14,11 @@ from torch import Tensor
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources import LoadedModel, check_resolution
 from fna.observing import observed
-from fna.patching import find_attention_blocks, patch, unpatch
+from fna.patching import find_attention_blocks
 from fna.plan import Plan
 from fna.tokens import detect_prefix_tokens
+from fna.validate.runners import Arrays, patched, run_torch
+from fna.validate.task import OutputKinds
 
 PROBES = 4
 """Random directions of the output whose gradients say how much an error in a block matters; each token adds to the average."""
@@ -91,8 +93,14 @@ class Subject(Protocol):
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """Run one image `[3, H, W]` exactly and show every block that can be FNA, in order."""
 
-    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
-        """Run one image `[3, H, W]` by a plan, None is exact; returns the tokens `[T, C]` that fidelity is measured on."""
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:
+        """Run one image `[3, H, W]` by a plan, None is exact; returns the outputs by name, batch of one."""
+
+    def tokens(self, outputs: Arrays) -> NDArray[np.float32]:
+        """The tokens `[T, C]` that fidelity is measured on, of the outputs of one image."""
+
+    def kinds(self, outputs: Arrays) -> OutputKinds:
+        """What the outputs are, for tasks."""
 
 
 class TorchSubject:
@@ -131,17 +139,21 @@ class TorchSubject:
             resolution=(height, width),
         )
 
-    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> NDArray[np.float32]:
+    def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:
         """See `Subject.run`."""
-        if plan is not None:
-            patch(self.model.module, plan)
-        try:
-            with torch.inference_mode():
-                tokens: NDArray[np.float32] = self._tokens(torch.from_numpy(pixels[None])).numpy()
-        finally:
-            if plan is not None:
-                unpatch(self.model.module)
-        return tokens
+        if plan is None:
+            return run_torch(self.model, pixels[None])
+        with patched(self.model, plan):
+            return run_torch(self.model, pixels[None])
+
+    def tokens(self, outputs: Arrays) -> NDArray[np.float32]:
+        """See `Subject.tokens`."""
+        tokens: NDArray[np.float32] = outputs[self._fidelity_output()].astype(np.float32)
+        return tokens[0] if self.model.token_outputs else tokens.reshape(1, -1)
+
+    def kinds(self, outputs: Arrays) -> OutputKinds:
+        """See `Subject.kinds`."""
+        return OutputKinds(self.model.map_outputs, self.model.token_outputs, self.layout.prefix_tokens)
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """See `Subject.look`."""
@@ -195,10 +207,11 @@ class TorchSubject:
                 visit(view)
 
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
-        outputs = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))
-        if self.model.token_outputs:
-            return outputs[self.model.token_outputs[0]][0]
-        return next(iter(outputs.values())).reshape(1, -1)
+        found = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output()]
+        return found[0] if self.model.token_outputs else found.reshape(1, -1)
+
+    def _fidelity_output(self) -> str:
+        return (*self.model.token_outputs, *self.model.output_names)[0]
 
 
 def _keep_hidden(hidden: dict[int, Tensor], number: int):  # type: ignore[no-untyped-def]

@@ -117,6 +117,8 @@ def test_a_plan_edited_by_hand_is_refused_naming_the_key(
         (["--measured", "x.json"], "give the --target"),
         (["--images", "nowhere"], "nowhere"),
         (["--resolution", "141"], "multiple of"),
+        (["--min-task", "saliency"], "write TASK:MEASURE=MINIMUM"),
+        (["--min-task", "saliency:IoU=0.9"], "saliency:IoU cannot be measured on this model"),
     ],
 )
 def test_bad_input_exits_with_2_in_one_line(
@@ -128,6 +130,21 @@ def test_bad_input_exits_with_2_in_one_line(
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_task_can_be_the_goal_and_uniform_settings_the_comparison(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output, record = tmp_path / "plan.json", tmp_path / "record.json"
+    arguments = ["plan", "planfactory:tiny", "-o", output, "--resolution", "140", "--images", "images", "--compare"]
+    code, out, _ = call(capsys, *arguments, "--min-task", "Segmentation:miou=0.3", "--json", record)
+    assert code == 0
+    assert "segmentation:mIoU" in out
+    assert load_plan(output).made_from["min_tasks"] == {"segmentation:mIoU": 0.3}
+    assert load_plan(output).made_from["min_cosine"] is None
+    document = json.loads(record.read_text())
+    assert document["plan"]["made_from"]["verified"]["tasks"]["segmentation:mIoU"] >= 0.3
+    assert all("segmentation:mIoU" in row["measured"]["tasks"] for row in document["front"] + document["uniform"])
 
 
 def test_too_few_images_are_warned_of(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

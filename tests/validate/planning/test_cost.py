@@ -51,7 +51,28 @@ def test_a_measurement_calibrates_both_kinds_of_attention(tmp_path: Path) -> Non
     assert found.exact == pytest.approx(3, rel=1e-3)
     assert found.nystrom == pytest.approx(5, rel=1e-3)
     assert found.rest == pytest.approx(1e-6 * 1370, rel=1e-3)
+    assert (found.times, found.worst) == (4, pytest.approx(0, abs=1e-3))
     assert TimeCost(LAYOUT, ORIN, found).exact(6) == pytest.approx(3 * TimeCost(LAYOUT, ORIN).exact(6), rel=1e-3)
+
+
+def test_what_a_calibration_cannot_explain_is_said(tmp_path: Path) -> None:
+    times = [(1370, 10.0, 8.0), (2500, 40.0, 15.0), (5330, 90.0, 35.0)]
+    rows = [
+        {"tokens": n, "landmarks": 64, "blocks": 12, "dense": {"median": dense}, "fna": {"median": fna}}
+        for n, dense, fna in times
+    ]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"rows": rows}))
+    found = read_calibration(path, LAYOUT, ORIN)
+    at = {n: TimeCost(replace(LAYOUT, tokens=n), ORIN, replace(found, rest=found.rest * n / 1370)) for n, _, _ in times}
+    errors = [
+        abs((at[n].calibration.rest + 12 * part) * 1e3 / measured - 1)
+        for n, dense, fna in times
+        for part, measured in ((at[n].exact(6), dense), (at[n].nystrom(GRID, 6), fna))
+    ]
+    assert found.worst == pytest.approx(max(errors), rel=1e-6)
+    assert found.worst > 0.05
+    assert f"within {found.worst:.1%} of each" in found.describe()
 
 
 @pytest.mark.parametrize(

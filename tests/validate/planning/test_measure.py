@@ -94,7 +94,7 @@ def test_a_small_error_costs_what_the_gradients_say(
     monkeypatch.setattr(subjects, "PROBES", 96)
     views: list[BlockView] = []
     subject.look(pictures[1], views.append)
-    reference = subject.run(pictures[1], None)
+    reference = subject.tokens(subject.run(pictures[1], None))
     for view, kind in ((views[0], "shared"), (views[1], "shared"), (views[1], "own")):
         error = torch.zeros_like(view.exact)
         tokens = 1 if kind == "shared" else error.shape[2]
@@ -103,8 +103,8 @@ def test_a_small_error_costs_what_the_gradients_say(
         def inject(number: int, *_: Any, block: int = view.number, error: Tensor = error) -> Tensor:
             return _[-1] + error if number == block else _[-1]
 
-        with torch.inference_mode(), observed(subject.model.module, inject):
-            given = subject._tokens(torch.from_numpy(pictures[1][None])).numpy()
+        with observed(subject.model.module, inject):
+            given = subject.tokens(subject.run(pictures[1], None))
         cosines = (given * reference).sum(-1) / np.linalg.norm(given, axis=-1) / np.linalg.norm(reference, axis=-1)
         assert view.gradients is not None
         predicted = float((view.gradients * error[0]).sum((1, 2, 3)).square().mean())

@@ -15,10 +15,19 @@ from fna.arithmetic import block_products
 from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
 from fna.export.sources import LoadedModel
+from fna.plan import BlockPlan, Plan
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
-from fna.validate.planning.measure import Range
+from fna.validate.planning.goals import TaskGoal
+from fna.validate.planning.measure import Candidate, Range
 from fna.validate.planning.onnx_subject import OnnxSubject
-from fna.validate.planning.planner import Planned, Planner, Wish, make_best_plan
+from fna.validate.planning.planner import (
+    UNIFORM_SETTINGS,
+    Planned,
+    Planner,
+    Wish,
+    make_best_plan,
+    run_uniform_settings,
+)
 from fna.validate.planning.subject import Subject, TorchSubject
 
 Pictures = list[NDArray[np.float32]]
@@ -64,6 +73,46 @@ def test_asking_for_less_fidelity_gives_a_cheaper_plan(
     assert less.point.cost < planned.point.cost
 
 
+def test_a_task_metric_is_kept_instead_of_a_cosine(subject: TorchSubject, pictures: Pictures) -> None:
+    found = {}
+    for minimum in (0.6, 0.8):
+        goal = TaskGoal("segmentation:patch agreement", minimum)
+        found[minimum] = make_best_plan(planner_for(subject, pictures, min_cosine=None, goals=(goal,)))
+        planner = planner_for(subject, pictures, min_cosine=None, goals=(goal,))
+        assert planner.run(found[minimum].plan, pictures[:3]).tasks[goal.name] >= minimum
+        measured = found[minimum].point.measured
+        assert measured is not None
+        assert found[minimum].reached == (measured.tasks[goal.name] >= minimum)
+    assert found[0.6].point.cost < found[0.8].point.cost
+
+
+def test_a_task_that_the_model_has_not_is_refused_before_anything_is_measured(
+    subject: TorchSubject, pictures: Pictures
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="saliency:IoU cannot be measured on this model"):
+        planner_for(subject, pictures, goals=(TaskGoal("saliency:IoU", 0.9),))
+
+
+def test_settings_alike_in_all_blocks_are_run_to_compare_with(subject: TorchSubject, pictures: Pictures) -> None:
+    class Free(ProductCost):
+        """FNA at 65 tokens would be dearer than exact attention, and left out."""
+
+        def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+            return 0.0
+
+    planner = planner_for(subject, pictures)
+    assert run_uniform_settings(planner) == ()
+    planner.cost = Free(subject.layout)
+    uniform = run_uniform_settings(planner)
+    assert {point.layers for point in uniform} == {"1-2", "all"}
+    assert {(point.sampler, point.method) for point in uniform} == set(UNIFORM_SETTINGS)
+    for point in uniform:
+        blocks = tuple(BlockPlan(block=n, landmarks=point.landmarks, sampler=point.sampler)
+                       for n in ((1, 2) if point.layers == "1-2" else range(3)))  # fmt: skip
+        plan = Plan(num_blocks=3, blocks=blocks, prefix_tokens=1, method=point.method)
+        assert planner.run(plan, pictures[3:]).mean == pytest.approx(point.measured.mean, abs=1e-6)
+
+
 def test_whole_blocks_have_no_single_heads(subject: TorchSubject, pictures: Pictures) -> None:
     found = make_best_plan(planner_for(subject, pictures, whole_blocks=True, min_cosine=0.9))
     assert found.plan.blocks
@@ -102,7 +151,7 @@ def test_an_interrupted_run_goes_on_where_it_was(subject: TorchSubject, pictures
                 raise KeyboardInterrupt
             subject.look(pixels, visit)
 
-        run = staticmethod(subject.run)
+        run, tokens, kinds = subject.run, subject.tokens, subject.kinds
 
     first, second = Interrupted(), Interrupted()
     second.fails_at = 0
@@ -147,6 +196,6 @@ def test_an_onnx_file_shows_what_its_pytorch_model_shows(
     for ours, theirs in zip(*seen, strict=True):
         for name in ("query", "key", "value", "exact", "hidden"):
             torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(
-        OnnxSubject(planned_file, None).run(pictures[0], None), subject.run(pictures[0], None), rtol=1e-3, atol=1e-4
-    )
+    file = OnnxSubject(planned_file, None)
+    theirs, ours = file.tokens(file.run(pictures[0], None)), subject.tokens(subject.run(pictures[0], None))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-4)
