@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
+from fna.engines.debug_tensors import DebugTensors, Place, find_places, mark_debug_tensors
 from fna.engines.device import find_gpu
 from fna.engines.flavours import (
     FLAVOURS,
@@ -75,6 +76,8 @@ class BuildOptions:
         version_compatible: an engine that later versions of the same major version run too. Only TensorRT.
         tf32: whether fp32 products may be computed in TF32, with 10 bits of mantissa. FNA's insides are fp32 products in the portable
             lowering, and lose with it about as much as fp16 does, or more.
+        debug_tensors: what `fna validate` can look at inside the engine: `blocks`, the block boundaries, at the cost of fusions across
+            them; `unfused`, what fusion leaves over, at no such cost; None nothing.
     """
 
     backend: Flavour = "tensorrt-rtx"
@@ -89,6 +92,7 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     tf32: bool = False
+    debug_tensors: DebugTensors | None = None
 
 
 def parse_batch(text: str) -> BatchRange:
@@ -141,6 +145,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     profiles = _profiles(model, options, metadata)
     lowering = options.lowering or lowering_of(options.backend, targets)
     requested = requested_layers(model)
+    places = find_places(model, metadata.plan) if options.debug_tensors is not None else ()
     lowered = lower(model, lowering)
     del model
     plugin = _plugin_of(lowered, options)
@@ -151,9 +156,8 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     gpu = find_gpu()
     started = time.perf_counter()
     with written_whole(output) as temporary:
-        serialized = _Builder(trt, logger, messages, options, targets).build(
-            lowered, profiles, requested if lowering == "plugin" else (), on_progress
-        )
+        work = _Builder(trt, logger, messages, options, targets, places)
+        serialized = work.build(lowered, profiles, requested if lowering == "plugin" else (), on_progress)
         temporary.write_bytes(serialized)
         seconds = time.perf_counter() - started
         layers, inspection = _inspect(trt, logger, serialized, requested, lowering, has_gpu=gpu is not None)
@@ -182,6 +186,8 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
             device=gpu.name if gpu is not None and options.backend == "tensorrt" else None,
             plugin_name=plugin.name if plugin is not None else None,
             plugin_sha256=file_sha256(plugin) if plugin is not None else None,
+            debug_tensors=options.debug_tensors,
+            places=work.places,
         )
     write_manifest(manifest, output)
     return manifest
@@ -236,9 +242,16 @@ class _Builder:
     """One build; holds what TensorRT's objects refer to, for as long as they live."""
 
     def __init__(
-        self, trt: Any, logger: Any, messages: list[str], options: BuildOptions, targets: Sequence[Target]
+        self,
+        trt: Any,
+        logger: Any,
+        messages: list[str],
+        options: BuildOptions,
+        targets: Sequence[Target],
+        places: tuple[Place, ...],
     ) -> None:
         self._trt, self._messages, self._options, self._targets = trt, messages, options, targets
+        self.places = places
         self._logger = logger
         self._title = FLAVOURS[options.backend].title
         self._cache: Any = None
@@ -257,6 +270,9 @@ class _Builder:
         parser = trt.OnnxParser(network, self._logger)
         self._parse(parser, model)
         self._check_network(network, plugin_layers)
+        if self._options.debug_tensors is not None:
+            outputs = [value.name for value in model.graph.output]
+            self.places = mark_debug_tensors(self._title, network, self._options.debug_tensors, self.places, outputs)
         config = builder.create_builder_config()
         for shapes_by_name in profiles:
             profile = builder.create_optimization_profile()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fna.engines.debug_tensors import DebugTensors, Place
 from fna.engines.layers import FnaLayer
 from fna.errors import InputFileError
 from fna.export.files import file_sha256, write_text
@@ -54,6 +55,8 @@ class Manifest(BaseModel):
         device: name of the GPU that it was built on; None where it was built without one.
         plugin_name: file name of the plugin library that it needs; None where it needs none.
         plugin_sha256: of that file.
+        debug_tensors: which tensors the engine hands out while it runs; None where it was built without.
+        places: the block boundaries among them; of `unfused`, those that may be among them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +86,8 @@ class Manifest(BaseModel):
     device: str | None = None
     plugin_name: str | None = None
     plugin_sha256: str | None = None
+    debug_tensors: DebugTensors | None = None
+    places: tuple[Place, ...] = ()
 
 
 def manifest_path(engine: Path) -> Path:

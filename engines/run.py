@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from fna.engines.build import import_tensorrt_rtx, make_logger
+from fna.engines.debug_tensors import how_to_build, make_listener, set_debug_state
 from fna.engines.device import find_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, import_flavour, load_plugins
 from fna.engines.manifest import Manifest, ShapeRange, read_manifest
@@ -223,6 +224,8 @@ class Engine:
             InputFileError, MissingCapabilityError: see `check_engine_can_run`.
         """
         self.manifest = check_engine_can_run(path, plugin)
+        self._name = path.name
+        self._listener: Any = None
         self._trt = import_flavour(self.manifest.backend)
         self._cuda_graph = cuda_graph
         self._messages: list[str] = []
@@ -248,6 +251,9 @@ class Engine:
         with _polygraphy_errors():
             self._runner = runner(self._engine)
             self._runner.activate()
+        if self.manifest.debug_tensors is not None:
+            # Polygraphy turns them on and adds them to the outputs
+            set_debug_state(self._runner.context, self.manifest.debug_tensors, False)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run one batch and return the outputs by name, as fp32, on the host."""
@@ -256,6 +262,32 @@ class Engine:
         with _polygraphy_errors():
             outputs = self._runner.infer(typed, copy_outputs_to_host=True)
         return {name: np.array(array, dtype=np.float32) for name, array in outputs.items()}
+
+    def inspect(self, inputs: Arrays) -> Arrays:
+        """Run one batch and return the debug tensors by name, as fp32, on the host, in the order in which the engine wrote them.
+
+        Raises:
+            InvalidArgumentError: if the engine was built without debug tensors; says how to build it.
+            CheckFailedError: if a tensor cannot be read.
+        """
+        if self.manifest.debug_tensors is None:
+            raise InvalidArgumentError(
+                f"{self._name} was built without debug tensors; {how_to_build(self.manifest.onnx_name, self._name)}"
+            )
+        typed = self._typed(inputs)
+        self._choose_profile(typed)
+        context, listener = self._runner.context, make_listener(self._trt)
+        context.set_debug_listener(listener)
+        self._listener = listener  # the context keeps no reference
+        set_debug_state(context, self.manifest.debug_tensors, True)
+        try:
+            with _polygraphy_errors():
+                self._runner.infer(typed, copy_outputs_to_host=True)
+        finally:
+            set_debug_state(context, self.manifest.debug_tensors, False)
+        if listener.problems:
+            raise CheckFailedError(f"a debug tensor cannot be read: {listener.problems[0]}")
+        return dict(listener.arrays)
 
     def bench(self, inputs: Arrays, *, runs: int = 200, warm_up: int = 20) -> Latency:
         """Time one batch on the device: inputs are there already, outputs stay there."""

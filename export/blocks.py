@@ -7,6 +7,7 @@ tensor that everything passes through, and that also flows past the next attenti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto
@@ -18,8 +19,34 @@ _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
 _PASSED = ("Cast", "Dropout", "Identity", "Where", "Reshape", "QuantizeLinear", "DequantizeLinear")
 
+# As fna.export.trace, fna.export.surgery and fna.export.lower name nodes.
+_FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{ATTENTION}(?:/|$)|/fna_block_(\d+)$")
+
 Consumers = dict[str, list[int]]
 """Indices of the nodes that use a tensor's values, by its name."""
+
+
+def attention_block(node: NodeProto) -> int | None:
+    """Return the block number of an FNA attention node, or of a node inlined from one; the name holds it. None for others."""
+    match = _FNA_IN_NAME.search(node.name)
+    return int(match[1] or match[2]) if match else None
+
+
+def block_ends(model: ModelProto, num_blocks: int) -> dict[int, str]:
+    """Return the tensor in which each block ends: the residual stream that enters the next block.
+
+    A last block whose end cannot be told from what comes after it is left out.
+
+    Args:
+        model: with its nodes in topological order.
+        num_blocks: attention blocks, as the file's plan counts them.
+
+    Raises:
+        InvalidArgumentError: if the file does not hold that many attention operators.
+    """
+    nodes = list(model.graph.node)
+    _, ends = _borders(nodes, _consumers(model.graph), num_blocks)
+    return {block: nodes[end].output[0] for block, end in enumerate(ends) if end is not None}
 
 
 def find_blocks(model: ModelProto, num_blocks: int) -> dict[str, int]:
@@ -32,9 +59,21 @@ def find_blocks(model: ModelProto, num_blocks: int) -> dict[str, int]:
     Raises:
         InvalidArgumentError: if the file does not hold that many attention operators.
     """
-    graph = model.graph
-    nodes = list(graph.node)
-    consumers = _consumers(graph)
+    nodes = list(model.graph.node)
+    consumers = _consumers(model.graph)
+    starts, ends = _borders(nodes, consumers, num_blocks)
+    return {
+        name: block
+        for block, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for index in _between(nodes, consumers, start, end)
+        for name in nodes[index].output
+    }
+
+
+def _borders(
+    nodes: Sequence[NodeProto], consumers: Consumers, num_blocks: int
+) -> tuple[list[int | None], list[int | None]]:
+    """The nodes that write the residual stream that enters each block, and that leaves it."""
     found = [_attention_end(node, index, nodes, consumers) for index, node in enumerate(nodes)]
     anchors = sorted({index for index in found if index is not None})
     if len(anchors) != num_blocks:
@@ -45,13 +84,7 @@ def find_blocks(model: ModelProto, num_blocks: int) -> dict[str, int]:
     starts = [
         _stream_before(nodes, consumers, left, right) for left, right in zip([None, *anchors], anchors, strict=False)
     ]
-    ends = [*starts[1:], _stream_after(nodes, consumers, anchors, starts)]
-    return {
-        name: block
-        for block, (start, end) in enumerate(zip(starts, ends, strict=True))
-        for index in _between(nodes, consumers, start, end)
-        for name in nodes[index].output
-    }
+    return starts, [*starts[1:], _stream_after(nodes, consumers, anchors, starts)]
 
 
 def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], consumers: Consumers) -> int | None:

@@ -27,7 +27,7 @@ from fna.validate.chain import (
     open_chain,
     open_subject,
 )
-from fna.validate.fna_nodes import NodeProbe, expected_output
+from fna.validate.fna_nodes import NodeProbe, planned_output
 from fna.validate.metrics import ErrorMeter, OutputError
 from fna.validate.not_finite import NotFinite, find_not_finite
 from fna.validate.points import Point, captured
@@ -299,7 +299,8 @@ class _Gauge:
         chain = self.chain
         for output in chain.outputs:
             meters = self.meters.setdefault(step, {})
-            prefix = (chain.metadata.plan.prefix_tokens or 0) if is_tokens(chain, output, reference[output]) else None
+            tokens = is_tokens(chain, output, reference[output])
+            prefix = prefix_of(chain.metadata, chain.height, chain.width, reference[output]) if tokens else None
             try:
                 meters.setdefault(output, ErrorMeter(output, prefix)).add(reference[output], actual[output])
             except ValueError as error:
@@ -313,11 +314,7 @@ class _Gauge:
         meters = self.meters.setdefault("export", {})
         for node in probe.nodes:
             meter = meters.setdefault(node.name, ErrorMeter(node.name))
-            scale, plan = _table_scale(self.chain.metadata, node.block), self.chain.metadata.plan
-            expected = expected_output(
-                node, arrays, scale=scale, iterations=plan.iterations, exact_rows=plan.exact_rows
-            )
-            meter.add(expected, arrays[node.output].astype(np.float32))
+            meter.add(planned_output(node, arrays, self.chain.metadata), arrays[node.output].astype(np.float32))
 
     def step(self, link: Link, tolerances: Mapping[str, float]) -> StepError:
         """The errors of one step."""
@@ -377,10 +374,22 @@ def is_tokens(chain: Chain, output: str, array: NDArray[Any]) -> bool:
     return array.ndim == 3 and array.shape[1] in {row.get("tokens") for row in table}
 
 
-def _table_scale(metadata: FileMetadata, block: int) -> float | None:
-    """The scale that graft found for a block."""
-    rows = [row for row in metadata.attention_table or [] if row.get("block") == block]
-    return rows[0].get("scale") if rows else None
+def prefix_of(metadata: FileMetadata, height: int | None, width: int | None, tokens: NDArray[Any]) -> int:
+    """Return how many tokens precede the patches in an output.
+
+    The plan's prefix tokens; but none where there are fewer tokens than the model has: LLaVA's projector takes patches alone.
+
+    Args:
+        metadata: of the file.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        tokens: the output, `[B, N, C]`.
+    """
+    prefix = metadata.plan.prefix_tokens or 0
+    if metadata.patch_size is None or height is None or width is None:
+        return prefix
+    patches = (height // metadata.patch_size) * (width // metadata.patch_size)
+    return prefix if tokens.shape[1] >= patches + prefix else 0
 
 
 def _locate_not_finite(

@@ -5,25 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.engines.bundle import Bundle, is_bundle, open_bundle
-from fna.engines.manifest import read_manifest
+from fna.engines.manifest import Manifest, read_manifest
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.files import file_sha256, load_onnx
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.sources import LoadedModel, check_resolution, load_model
 from fna.export.trace import TraceOptions, trace_model
+from fna.validate.fna_nodes import list_fna_nodes
 from fna.validate.rounding import has_low_types, round_everywhere
 from fna.validate.runners import Arrays, OnnxRunner, Run, patched, run_torch, with_functions
+from fna.validate.undoing import undo_nodes
 
 Say = Callable[..., None]
 """Called with what is being done, and where it is known with how much of it is done and how much there is."""
 
 EXACT, FNA, PORTABLE, DEPLOYED, ENGINE = "exact", "fna", "portable", "deployed", "engine"
+UNDONE = "undone"
+"""A grafted file with exact attention in the place of its FNA nodes: what the original is, if the graft took it apart rightly."""
+
+
+class RunningEngine(Protocol):
+    """An engine that can be run and looked into; `fna.engines.run.Engine` is one."""
+
+    manifest: Manifest
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Run one batch and return the outputs by name."""
+
+    def inspect(self, inputs: Arrays) -> Arrays:
+        """Run one batch and return the debug tensors by name, in the order in which they were written."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ class Chain:
         proto: the deployed file's model, tensors loaded.
         portable: the fp32 model of the export step, if it is not the deployed file.
         reference: a grafted file's original.
+        engine: the engine, where this machine can run it.
         notes: what the reader should know about how something was run.
     """
 
@@ -101,6 +119,7 @@ class Chain:
     links: list[Link] = field(default_factory=list)
     portable: ModelProto | None = None
     reference: ModelProto | None = None
+    engine: RunningEngine | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -188,10 +207,13 @@ def open_chain(subject: Subject, resolution: tuple[int, int] | None, say: Say) -
         reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
         compares = "engine against the ONNX file" if reference == DEPLOYED else "engine against the fp32 ONNX file"
         try:
-            chain.stages[ENGINE] = _open_engine(subject.engine)
+            engine = _open_engine(subject.engine)
         except MissingCapabilityError as error:
             chain.links.append(Link("engine", compares, reference, ENGINE, str(error)))
         else:
+            (name,) = engine.manifest.profiles
+            chain.engine = engine
+            chain.stages[ENGINE] = lambda pixels: engine.run({name: pixels})
             chain.links.append(Link("engine", compares, reference, ENGINE))
     return chain
 
@@ -242,7 +264,14 @@ def _open_grafted(subject: Subject, resolution: tuple[int, int] | None, say: Say
     name = subject.onnx.name
     chain.stages[FNA] = _checked(OnnxRunner(runnable, chain.folder, name), chain, name).run
     chain.links.append(Link("approximation", f"grafted file against {subject.original.name}, onnxruntime", EXACT, FNA))
-    chain.links.append(Link("export", "each FNA node against FNA in PyTorch fp32 on the node's own inputs", FNA, FNA))
+    nodes = "each FNA node against FNA in PyTorch fp32 on the node's own inputs"
+    if subject.precision == "fp32":
+        undone = undo_nodes(proto, [node.block for node in list_fna_nodes(proto)], keep_masks=False)
+        chain.stages[UNDONE] = OnnxRunner(undone, chain.folder, name).run
+        how = f"with exact attention in its nodes, the file against {subject.original.name}"
+        chain.links.append(Link("export", f"{how}; {nodes}", EXACT, UNDONE))
+    else:
+        chain.links.append(Link("export", nodes, FNA, FNA))
     _add_precision(chain, FNA, say)
     return chain
 
@@ -296,12 +325,16 @@ def _checked(runner: OnnxRunner, chain: Chain, name: str) -> OnnxRunner:
     return runner
 
 
-def _open_engine(path: Path) -> Run:
+def _open_engine(path: Path) -> RunningEngine:
     from fna.engines.run import Engine
 
-    engine = Engine(path)
+    return Engine(path)
+
+
+def inspect_engine(engine: RunningEngine, pixels: NDArray[np.float32]) -> Arrays:
+    """Run one image `[1, 3, H, W]` through an engine and return its debug tensors by name, in the order of their writing."""
     (name,) = engine.manifest.profiles
-    return lambda pixels: engine.run({name: pixels})
+    return engine.inspect({name: pixels})
 
 
 def choose_size(
@@ -328,8 +361,6 @@ def choose_size(
 def describe_types(model: ModelProto) -> Mapping[str, str]:
     """Return the element type that each FNA node of a file takes, by block number: what it says, not what was asked for."""
     from onnx import TensorProto, shape_inference
-
-    from fna.validate.fna_nodes import list_fna_nodes
 
     nodes = list_fna_nodes(model)
     if not nodes:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fna import __version__
 from fna.errors import InvalidArgumentError
 from fna.validate.bench import bench_quickly, read_bench
-from fna.validate.bisect import Bisection, Divergence, bisect, locate
+from fna.validate.bisect import Bisection, Divergence, bisect, locate, why_not_located
 from fna.validate.budget import Outputs, Validation, last_stage, measure_chain
 from fna.validate.chain import Chain, Say, open_chain, open_subject
 from fna.validate.machine import describe_machine
@@ -56,6 +56,7 @@ class Document(BaseModel):
         validation: the error budget.
         bisection: of `--bisect`.
         divergences: the block to blame for each step that is out of tolerance.
+        not_located: why that is not known, by step.
         task: of `--task`.
         bench: of `--bench`, as `fna bench` writes it.
     """
@@ -71,13 +72,17 @@ class Document(BaseModel):
     validation: Validation
     bisection: Bisection | None = None
     divergences: tuple[Divergence, ...] = ()
+    not_located: dict[str, str] = {}
     task: TaskResult | None = None
     bench: dict[str, Any] | None = None
 
     def failures(self) -> list[str]:
         """Say what is out of tolerance, and which block is to blame where that was found."""
         lines = self.validation.failures()
-        return lines + [item.describe() for item in self.divergences] if lines else []
+        if not lines:
+            return []
+        blame = [item.describe() for item in self.divergences]
+        return lines + blame + [f"{step}: which block is not known: {why}" for step, why in self.not_located.items()]
 
     def summary(self) -> list[str]:
         """What the extras found, a line each."""
@@ -91,6 +96,13 @@ class Document(BaseModel):
                 f"approximation by block, output {first}: block {worst.block} costs most alone ({worst.alone:.2e}); making block "
                 f"{gain.block} exact gains most ({gain.everything:.2e} to {gain.all_but:.2e})"
             )
+        if self.bisection is not None:
+            measured = {step.step for step in self.validation.steps if step.not_measured is None}
+            lines += [
+                f"not looked into: {step}: {why}"
+                for step, why in self.bisection.not_measured.items()
+                if step in measured and step not in self.not_located
+            ]
         if self.task is not None:
             lines += [f"{item.task}: {item.measure} {item.value:.4f} ({item.detail})" for item in self.task.measures]
             lines += [f"not measured: {line}" for line in self.task.skipped]
@@ -134,7 +146,7 @@ def make_document(
     validation, outputs = measure_chain(
         chain, photographs.images, skipped=photographs.skipped, tolerances=tolerances, on_step=on_step
     )
-    bisection, divergences = _find_blame(chain, validation, photographs, extras, on_step)
+    bisection, divergences, not_located = _find_blame(chain, validation, photographs, extras, on_step)
     document = Document(
         command=extras.command,
         date=_today(),
@@ -144,6 +156,7 @@ def make_document(
         validation=validation,
         bisection=bisection,
         divergences=divergences,
+        not_located=not_located,
         task=measure_tasks(chain, last_stage(chain), photographs, outputs, on_step) if extras.task else None,
         bench=_bench_now(chain, on_step) if extras.bench == "quick" else bench_file,
     )
@@ -152,9 +165,11 @@ def make_document(
 
 def _find_blame(
     chain: Chain, validation: Validation, photographs: Photographs, extras: Extras, on_step: Say
-) -> tuple[Bisection | None, tuple[Divergence, ...]]:
+) -> tuple[Bisection | None, tuple[Divergence, ...], dict[str, str]]:
     failing = {step.step: step.tolerance or 0.0 for step in validation.steps if step.failures()}
     names = [name for name, _ in photographs.images]
+    reasons = {step: why_not_located(chain, step) for step in failing}
+    not_located = {step: reason for step, reason in reasons.items() if reason is not None}
 
     def pixels(index: int) -> Any:
         return chain.metadata.preprocessing.apply(photographs.images[index][1], chain.height, chain.width)[None]
@@ -162,7 +177,7 @@ def _find_blame(
     if extras.bisect:
         images = [(names[index], pixels(index)) for index in range(min(BISECT_IMAGES, len(names)))]
         found = bisect(chain, images, failing, on_step)
-        return found, found.divergences
+        return found, found.divergences, not_located
     divergences = []
     for step in validation.steps:
         if step.step in failing and step.step != "approximation":
@@ -170,7 +185,7 @@ def _find_blame(
             worst = next(error.worst_item for error in step.errors)
             divergence = locate(chain, step.step, failing[step.step], pixels(worst))
             divergences += [divergence] if divergence is not None else []
-    return None, tuple(divergences)
+    return None, tuple(divergences), not_located
 
 
 def _bench_now(chain: Chain, on_step: Say) -> dict[str, Any]:

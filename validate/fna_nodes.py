@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from fna.attention import nystrom_attention_reference
+from fna.export.blocks import attention_block
 from fna.export.functions import ATTENTION, fna_nodes, node_attributes
-from fna.validate.points import attention_block
+from fna.export.metadata import FileMetadata
 from fna.validate.runners import Arrays, OnnxRunner
 
 _INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")
@@ -132,3 +133,32 @@ def expected_output(
             sink=node.sink,
         )  # fmt: skip
     return out.numpy()
+
+
+def planned_settings(node: FnaNode, metadata: FileMetadata) -> dict[str, float]:
+    """Return the scale, iterations and exact_rows that a node of a grafted file should have.
+
+    The scale is the one that graft found in the original; where it noted none, the node's own.
+    """
+    plan = metadata.plan
+    rows = [row for row in metadata.attention_table or [] if row.get("block") == node.block]
+    scale = rows[0].get("scale") if rows else None
+    entry = plan.find(node.block)
+    own = entry.iterations if entry is not None else None
+    return {
+        "scale": node.scale if scale is None else float(scale),
+        "iterations": plan.iterations if own is None else own,
+        "exact_rows": int(plan.exact_rows),
+    }
+
+
+def planned_output(node: FnaNode, arrays: Arrays, metadata: FileMetadata) -> NDArray[np.float32]:  # [B, H, N, D]
+    """As `expected_output`, with the settings that a grafted file's node should have."""
+    needed = planned_settings(node, metadata)
+    return expected_output(
+        node,
+        arrays,
+        scale=needed["scale"],
+        iterations=int(needed["iterations"]),
+        exact_rows=bool(needed["exact_rows"]),
+    )

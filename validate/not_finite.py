@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fna.errors import InputFileError
 from fna.export.functions import fna_nodes
 from fna.export.lower import lower
-from fna.validate.chain import Chain
+from fna.validate.chain import Chain, inspect_engine
 from fna.validate.fna_nodes import mark_outputs
 from fna.validate.points import block_of, layer_numbers
 from fna.validate.rounding import has_low_types, round_everywhere
@@ -36,6 +36,7 @@ class NotFinite(BaseModel):
         block: that the node belongs to; None outside of blocks.
         count: NaN and infinite values in it.
         largest_before: largest magnitude among the node's inputs: above 65504 is what fp16 cannot hold.
+        since: in an engine, which shows some of its tensors only: the last one before that is finite.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,11 +49,15 @@ class NotFinite(BaseModel):
     block: int | None
     count: int
     largest_before: float | None = None
+    since: str | None = None
 
     def describe(self) -> str:
         """Say it in one line."""
-        where = "outside of the blocks" if self.block is None else f"in block {self.block}"
+        where = f"in block {self.block}"
+        if self.block is None:
+            where = "outside of the blocks" if self.since is None else "in a block that its name does not tell"
         size = "" if self.largest_before is None else f", whose inputs reach {self.largest_before:.3g}"
+        size += "" if self.since is None else f", the first of the engine's debug tensors after {self.since}"
         return (
             f"{self.step}: {self.count} NaN or infinite values on {self.image}, first in tensor {self.tensor}, written by "
             f"{self.op_type} {self.node}{size}, {where}"
@@ -66,7 +71,8 @@ def find_not_finite(chain: Chain, step: str, pixels: NDArray[np.float32], image:
             found = _first_in_torch(chain.model, pixels)
         return found and found.model_copy(update={"step": step, "image": image})
     if step == "engine":
-        return None
+        found = first_in_engine(chain, pixels)
+        return found and found.model_copy(update={"image": image})
     proto = chain.portable if step == "export" and chain.portable is not None else chain.proto
     layers = layer_numbers(chain.model.module) if chain.model is not None else {}
     try:
@@ -74,6 +80,25 @@ def find_not_finite(chain: Chain, step: str, pixels: NDArray[np.float32], image:
     except InputFileError:
         return None
     return found and found.model_copy(update={"step": step, "image": image})
+
+
+def first_in_engine(chain: Chain, pixels: NDArray[np.float32]) -> NotFinite | None:
+    """Return the first of an engine's debug tensors that is not finite; None where it was built without, or all are finite."""
+    if chain.engine is None or chain.engine.manifest.debug_tensors is None:
+        return None
+    blocks = {place.tensor: place.block for place in chain.engine.manifest.places}
+    writers = {name: node for node in chain.proto.graph.node for name in node.output}
+    since = None
+    for name, array in inspect_engine(chain.engine, pixels).items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            node = writers.get(name)
+            return NotFinite(
+                step="engine", image="", tensor=name, node=node.name if node is not None else "of its own",
+                op_type=node.op_type if node is not None else "a layer", block=blocks.get(name),
+                count=int(np.count_nonzero(~np.isfinite(array))), since=since or "its input",
+            )  # fmt: skip
+        since = name
+    return None
 
 
 def first_in_onnx(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fna.export.files import written_whole
 from fna.export.metadata import FileMetadata
-from fna.validate.budget import Outputs
+from fna.validate.budget import Outputs, prefix_of
 from fna.validate.metrics import cosine
 
 _SIDE = 256
@@ -81,7 +81,7 @@ def _map_columns(outputs: Outputs, name: str) -> list[_Column]:
 
 def _token_columns(outputs: Outputs, metadata: FileMetadata) -> list[_Column]:
     name = metadata.token_outputs[0]
-    prefix = metadata.plan.prefix_tokens or 0
+    prefix = prefix_of(metadata, metadata.height, metadata.width, outputs.exact[name])
     error = 1 - cosine(outputs.exact[name][:, prefix:], outputs.exported[name][:, prefix:])
     side = metadata.patch_size or 1
     rows, columns = (metadata.height or 0) // side, (metadata.width or 0) // side

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fna.export.functions import ATTENTION
+from fna.export.blocks import attention_block
 from fna.patching import find_attention_blocks
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -24,7 +24,6 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 # As fna.export.trace, fna.export.surgery and fna.export.lower name nodes.
 _BLOCK_IN_NAME = re.compile(r"^/blocks\.(\d+)/|/fna_block_(\d+)(?:/|$)")
-_FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{ATTENTION}(?:/|$)|/fna_block_(\d+)$")
 
 
 class Point(NamedTuple):
@@ -32,7 +31,8 @@ class Point(NamedTuple):
 
     Attributes:
         block: the attention block's number.
-        part: `fna`, what the FNA operator returns, `[B, H, N, D]`; `output`, the hidden states that leave the block.
+        part: `fna`, what the FNA operator returns, `[B, H, N, D]`; `output`, the hidden states that leave the block;
+            `attention`, exact attention on the FNA operator's inputs, in a grafted file whose nodes are exact again.
     """
 
     block: int
@@ -40,7 +40,8 @@ class Point(NamedTuple):
 
     def __str__(self) -> str:
         """Name the place for people."""
-        return f"block {self.block}, {'FNA operator' if self.part == 'fna' else self.part}"
+        names = {"fna": "FNA operator", "attention": "exact attention on its FNA operator's inputs"}
+        return f"block {self.block}, {names.get(self.part, self.part)}"
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,15 @@ class _CallRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.fna.attention.default, torch.ops.fna.attention_with_key_mask.default):
             number = self.blocks[len(self.capture.calls) % len(self.blocks)]
+            mask, sink = None, False
             if func is torch.ops.fna.attention_with_key_mask.default:
-                args = (*args[:5], *args[6:9])  # without the mask, and whether masked queries are sinks
+                mask, sink = args[5], args[9]
+                args = (*args[:5], *args[6:9])
             query, key, value, landmarks, bias, scale, iterations, exact_rows = args
             self.capture.calls.append(
-                AttentionCall(query, key, value, landmarks, bias, scale, iterations, exact_rows, result)
+                AttentionCall(
+                    query, key, value, landmarks, bias, scale, iterations, exact_rows, result, key_mask=mask, sink=sink
+                )
             )
             self.capture.arrays[Point(number, "fna")] = result.float().numpy()
         return result
@@ -172,9 +177,3 @@ def block_of(node: NodeProto, layers: dict[str, int]) -> int | None:
     if match is not None:
         return int(match[1] or match[2])
     return next((layers[scope] for scope in _scopes(node) if scope in layers), None)
-
-
-def attention_block(node: NodeProto) -> int | None:
-    """Return the block number of an FNA attention node, or of a node inlined from one; the name holds it. None for others."""
-    match = _FNA_IN_NAME.search(node.name)
-    return int(match[1] or match[2]) if match else None

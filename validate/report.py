@@ -206,21 +206,26 @@ def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
             (block_chart(curves, title=title, name="chart-effects"), f"What each FNA block costs, on {output}.")
         )
     if bisection and bisection["places"]:
+        part = "output" if any(item["part"] == "output" for item in _all_places(bisection)) else "fna"
         curves = [
-            (step, [item["block"] for item in places if item["part"] == "output"],
-             [item["relative_l2"] for item in places if item["part"] == "output"])
+            (step, [item["block"] for item in places if item["part"] == part],
+             [item["relative_l2"] for item in places if item["part"] == part])
             for step, places in bisection["places"].items() if step != "approximation" or not blocks
         ]  # fmt: skip
         curves = [curve for curve in curves if curve[1] and any(value for value in curve[2])]
         if curves:
-            title = "relative L2 error of the hidden states that leave each block, by step"
+            what = "the hidden states that leave each block" if part == "output" else "what each FNA operator returns"
             charts.append(
                 (
-                    block_chart(curves, title=title, name="chart-places"),
-                    "Each step's own error at the block boundaries.",
+                    block_chart(curves, title=f"relative L2 error of {what}, by step", name="chart-places"),
+                    f"Each step's own error of {what}.",
                 )
             )
     return charts
+
+
+def _all_places(bisection: dict[str, Any]) -> list[dict[str, Any]]:
+    return [item for places in bisection["places"].values() for item in places]
 
 
 def _bench_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
@@ -253,12 +258,15 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
     for number, step in enumerate((*validation.steps, validation.total)):
         base = f"validation.steps.{number}" if number < len(validation.steps) else "validation.total"
         for index, error in enumerate(step.errors):
-            if error.tokens is None or grid is None or len(error.tokens.relative_l2) != grid[0] * grid[1] + prefix:
+            if error.tokens is None or grid is None:
                 continue
-            values = np.array(error.tokens.relative_l2[prefix:]).reshape(grid)
+            first = len(error.tokens.relative_l2) - grid[0] * grid[1]
+            if first not in (0, prefix):
+                continue
+            values = np.array(error.tokens.relative_l2[first:]).reshape(grid)
             if not np.isfinite(values).all() or values.max() == 0:
                 continue
-            top = int(np.argmax(values)) + prefix
+            top = int(np.argmax(values)) + first
             title = f"{step.step}: {error.output}, relative L2 error of each patch over all images"
             uri = colour_map(values)
             found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.relative_l2.{top}"))

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from fna.errors import InputFileError
 from fna.export.sources import LoadedModel
 from fna.plan import Plan
-from fna.validate.budget import Outputs, is_tokens
+from fna.validate.budget import Outputs, is_tokens, prefix_of
 from fna.validate.chain import EXACT, Chain, Say
 from fna.validate.metrics import cosine
 from fna.validate.photographs import Photographs
@@ -79,17 +79,25 @@ class OutputKinds:
         maps: outputs that are one-channel maps.
         tokens: outputs that are `[B, N, C]` tokens.
         prefix_tokens: class and register tokens at their front.
+        patches_only: those of `tokens` that have none; LLaVA's projector takes patches alone.
     """
 
     maps: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     prefix_tokens: int = 0
+    patches_only: tuple[str, ...] = ()
+
+    def prefix_of(self, name: str) -> int:
+        """How many tokens precede the patches in one of `tokens`."""
+        return 0 if name in self.patches_only else self.prefix_tokens
 
 
-def output_kinds(chain: Chain, arrays: Arrays) -> OutputKinds:
-    """Read off a chain what the outputs of its model are."""
+def output_kinds(chain: Chain, arrays: Arrays, size: tuple[int, int] | None = None) -> OutputKinds:
+    """Read off a chain what the outputs of its model are; `size` is the images' height and width, None the chain's."""
+    height, width = size or (chain.height, chain.width)
     tokens = tuple(name for name, array in arrays.items() if array.ndim == 3 and is_tokens(chain, name, array))
-    return OutputKinds(chain.metadata.map_outputs, tokens, chain.metadata.plan.prefix_tokens or 0)
+    bare = tuple(name for name in tokens if prefix_of(chain.metadata, height, width, arrays[name]) == 0)
+    return OutputKinds(chain.metadata.map_outputs, tokens, chain.metadata.plan.prefix_tokens or 0, bare)
 
 
 @dataclass
@@ -237,7 +245,9 @@ def _embedding(kinds: OutputKinds, arrays: Arrays) -> tuple[str, NDArray[Any] | 
     for name in kinds.tokens:
         tokens = arrays[name][0]
         return (
-            (f"class token of {name}", tokens[0]) if kinds.prefix_tokens else (f"mean token of {name}", tokens.mean(0))
+            (f"class token of {name}", tokens[0])
+            if kinds.prefix_of(name)
+            else (f"mean token of {name}", tokens.mean(0))
         )
     for name, array in arrays.items():
         if array.ndim == 2 and name != "logits":
@@ -475,7 +485,7 @@ def _segmentation(results: Results, kinds: OutputKinds, exact_outputs: Arrays, g
             results.add("segmentation", "mIoU", mean_iou(exact, fna), detail)
             return
     for name in kinds.tokens:
-        array, prefix = exact_outputs[name], kinds.prefix_tokens
+        array, prefix = exact_outputs[name], kinds.prefix_of(name)
         exact, fna = cluster(array[:, prefix:], given[name][:, prefix:])
         detail = f"{CLUSTERS} k-means clusters of the patch features of {name}, {len(array)} images"
         results.add("segmentation", "patch agreement", float((exact == fna).mean()), detail)
@@ -581,7 +591,9 @@ def _batched(chain: Chain, model: LoadedModel, plan: Plan | None) -> Callable[..
                 tensors = model.module(torch.from_numpy(pixels[start : start + 25]))
                 batch = {name: t.float().numpy() for name, t in zip(model.output_names, tensors, strict=True)}
                 for index in range(len(pixels[start : start + 25])):
-                    _, vector = _embedding(output_kinds(chain, batch), _image_of(batch, index))
+                    _, vector = _embedding(
+                        output_kinds(chain, batch, (pixels.shape[2], pixels.shape[3])), _image_of(batch, index)
+                    )
                     if vector is None:
                         return None
                     vectors.append(vector.copy())

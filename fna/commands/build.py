@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 @click.option("--hardware-compatible", is_flag=True, help="One engine for all chips from Ampere on, slower (TensorRT).")
 @click.option("--version-compatible", is_flag=True, help="Runs on later TensorRT of the same major version (TensorRT).")
 @click.option("--tf32", is_flag=True, help="Let fp32 products be TF32: faster, with 10 bits of mantissa.")
+@click.option(
+    "--debug-tensors",
+    type=click.Choice(("blocks", "unfused")),
+    help="Let fna validate look inside: at block boundaries, which then cost fusions, or at what fusion left over, which costs none.",
+)
 @json_option
 @quiet_option
 def command(

@@ -67,7 +67,8 @@ def command(
 
     Separate errors, each measured by changing one thing: approximation (FNA against exact attention), export (the ONNX file in
     fp32 against FNA in PyTorch), precision (fp16, bf16 or int8 against fp32) and engine (where this machine can run one). A
-    grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance.
+    grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance; the block to blame is
+    named, in engines that were built with --debug-tensors.
     """
     size = parse_resolution(resolution)
     folder = output or file.with_name(f"{file.stem}-validation")

@@ -69,7 +69,11 @@ class FakeTensorRT:
             self.nodes = [node for node in model.graph.node if node.domain == "fna" and node.name != self.parsed_away]
             return True
         if key == "INetworkDefinition.get_layer":
-            return SimpleNamespace(name=self.nodes[arguments[0]].name, type=self.LayerType.PLUGIN_V3)
+            node = self.nodes[arguments[0]]
+            outputs = [SimpleNamespace(name=name) for name in node.output]
+            return SimpleNamespace(
+                name=node.name, type=self.LayerType.PLUGIN_V3, num_outputs=len(outputs), get_output=outputs.__getitem__
+            )
         if key == "IPluginRegistry.load_library":
             self.loaded.append(arguments[0])
         if key == "Builder.build_serialized_network":

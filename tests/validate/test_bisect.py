@@ -137,15 +137,5 @@ def test_bisect_looks_into_every_step_that_can_be(tiny) -> None:
     assert "making block" in document.summary()[0]
 
 
-def test_a_grafted_files_approximation_is_measured_at_each_attention(tiny) -> None:
-    photographs = Photographs(tiny.images[:1])
-    document, _ = make_document(tiny.file("grafted"), photographs, {}, None, None, Extras(bisect=True), quietly)
-    found = document.bisection
-    assert found is not None
-    assert [place.block for place in found.places["approximation"]] == [1, 2]
-    assert all(0 < place.relative_l2 < 1 for place in found.places["approximation"])
-    assert "node by node already" in found.not_measured["export"]
-
-
 def pixels(chain: Chain, tiny):
     return chain.metadata.preprocessing.apply(tiny.images[0][1], chain.height, chain.width)[None]

@@ -172,22 +172,27 @@ def browser() -> str:
     return found
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+A4 = 703
+"""Pixels between the margins of the narrowest paper that people print on."""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1280), ("light", 390), ("dark", 1280), ("dark", 390), ("print", A4)]
+)
 def test_a_browser_shows_it(browser: str, report: Path, page: Page, tmp_path: Path, width: int, scheme: str) -> None:
     """In a frame of the width wanted: a window cannot be as narrow as a phone everywhere."""
     text = report.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>")
     if scheme == "dark":
         text = text.replace("(prefers-color-scheme: dark)", "all")
+    if scheme == "print":
+        text = text.replace("@media print", "@media all")
     (tmp_path / "inner.html").write_text(text, encoding="utf-8")
     relay = 'document.body.dataset.inner = frames[0].document.body.dataset.probe || "{}"'
     outer = f"<body><iframe src=inner.html width={width} height=1000 onload='setTimeout(() => {{ {relay} }}, 300)'></iframe></body>"
     (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--allow-file-access-from-files",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1200",
-         "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "outer.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+    done = run_browser(
+        browser, tmp_path, "--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1400,1200",
+        "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "outer.html").as_uri(),
     )  # fmt: skip
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
@@ -198,3 +203,23 @@ def test_a_browser_shows_it(browser: str, report: Path, page: Page, tmp_path: Pa
     assert seen["images"] == len(page.images)
     assert (seen["broken"], seen["flat"], seen["small"]) == ([], 0, 0)
     assert seen["overflow"] <= 0
+
+
+def run_browser(browser: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command = [browser, *flags, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_it_prints_on_a_few_pages(browser: str, report: Path, tmp_path: Path) -> None:
+    """Charts that were taken for unbreakable wholes, or images at full size, would make it many."""
+    pdf = tmp_path / "report.pdf"
+    run_browser(browser, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={pdf}", report.as_uri())
+    pages = re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())
+    assert 3 <= len(pages) <= 6
+
+
+def test_print_keeps_what_backgrounds_say(report: Path) -> None:
+    """Browsers print no backgrounds unless told to, and the bars and the tolerances' lines are backgrounds."""
+    style = report.read_text(encoding="utf-8").split("@media print", 1)[1]
+    assert "print-color-adjust: exact" in style.split("</style>")[0]

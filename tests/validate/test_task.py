@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, jaccard_score, top_k_accuracy_score
@@ -14,8 +15,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from fna.errors import InputFileError
 from fna.export.sources import load_model
+from fna.export.trace import TraceOptions, export_onnx
 from fna.plan import uniform_plan
-from fna.validate.budget import measure_chain
+from fna.validate.budget import measure_chain, prefix_of
 from fna.validate.chain import DEPLOYED, EXACT, open_chain, open_subject
 from fna.validate.photographs import Photographs, load_labelled
 from fna.validate.task import (
@@ -159,6 +161,82 @@ def test_a_classifiers_classes_are_compared_and_scored(tiny) -> None:
     assert values["accuracy, FNA"] == accuracy_score([number % 7 for number in range(20)], fna.argmax(axis=1))
     with pytest.raises(InputFileError, match="class folder 'nothing' is no class of the model, which has 7"):
         measure_classification(results, chain, found, Photographs([], labels=["nothing"] * 20))
+
+
+HEADS = '''
+import torch, transformers
+from model_families import IMAGE, SIZES, TEXT, randomise
+
+class LinearSegmenter(torch.nn.Module):
+    """DINOv2 with a linear layer on its patches: the usual way to segment with it."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {**SIZES, **IMAGE, "initializer_range": 0.2, "layerscale_value": 0.5}
+        self.backbone = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+        self.head = torch.nn.Linear(32, 5)
+
+    def forward(self, pixel_values):
+        patches = self.backbone(pixel_values).last_hidden_state[:, 1:]
+        classes = self.head(patches).transpose(1, 2).reshape(-1, 5, 8, 8)
+        return {"logits": torch.nn.functional.interpolate(classes, scale_factor=4, mode="bilinear")}
+
+def segmenter():
+    torch.manual_seed(0)
+    return LinearSegmenter()
+
+def llava():
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(**SIZES, **IMAGE, projection_dim=16)
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98, vision_feature_layer=-1)
+    model = transformers.LlavaForConditionalGeneration(config)
+    randomise(model)
+    return model
+'''
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch):
+    """A model of `HEADS`, traced with FNA in two blocks at 32 pixels, and what the tasks measure on it."""
+    (tmp_path / "heads.py").write_text(HEADS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = load_model(f"heads:{request.param}")
+    path = tmp_path / "model.onnx"
+    export_onnx(model, uniform_plan(model.num_blocks, layers="1-2", landmarks=6), TraceOptions(32, 32), path)
+    return measure_file(path, Photographs(tiny.images), digits=80)
+
+
+@pytest.mark.parametrize("measured", ["segmenter"], indirect=True)
+def test_class_maps_are_compared_pixel_by_pixel(measured) -> None:
+    chain, outputs, result = measured
+    assert outputs.exact["logits"].shape == (2, 5, 32, 32)
+    exact, fna = (arrays["logits"].argmax(axis=1).ravel() for arrays in (outputs.exact, outputs.exported))
+    assert result.find("segmentation", "pixel agreement") == pytest.approx(accuracy_score(exact, fna))
+    wanted = jaccard_score(exact, fna, average="macro", labels=np.unique(exact))
+    assert result.find("segmentation", "mIoU") == pytest.approx(wanted)
+    assert 0.5 < result.find("segmentation", "mIoU") < 1
+    assert chain.metadata.map_outputs == ()  # five channels are classes, and no map of saliency
+    assert result.find("classification", "top-1 agreement") is None
+
+
+@pytest.mark.parametrize("measured", ["llava"], indirect=True)
+def test_the_tokens_that_a_language_model_is_given_are_compared(measured) -> None:
+    chain, outputs, result = measured
+    exact, fna = (torch.from_numpy(arrays["image_features"]) for arrays in (outputs.exact, outputs.exported))
+    cosines = torch.nn.functional.cosine_similarity(exact, fna, dim=-1)
+    assert cosines.shape == (2, 64)  # without the class token
+    for measure, value in (("mean", cosines.mean()), ("min", cosines.min())):
+        assert result.find("projected tokens", f"cosine, {measure}") == pytest.approx(float(value), abs=1e-5)
+    wanted = float(cosines.flatten().quantile(0.05))
+    assert result.find("projected tokens", "cosine, 5th percentile") == pytest.approx(wanted, abs=1e-5)
+    # a first token that is a patch is not taken for the class token
+    validation, _ = measure_chain(chain, [("a", Image.new("RGB", (40, 40), "red"))], tolerances={}, on_step=quietly)
+    errors = {error.output: error for error in validation.steps[0].errors}
+    assert errors["image_features"].cosine_first_token is None
+    assert errors["last_hidden_state"].cosine_first_token is not None
+    found = {name: prefix_of(chain.metadata, 32, 32, array) for name, array in outputs.exact.items() if array.ndim == 3}
+    assert found == {"image_features": 0, "last_hidden_state": 1}
 
 
 def test_labels_need_two_classes_of_two_images(tiny, class_folders: Path) -> None:
