@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +17,9 @@ from fna.errors import InvalidPlanError
 from fna.export.files import load_onnx, save_model
 from fna.export.lower import lower
 from fna.export.sources import LoadedModel, wrap_model
-from fna.export.surgery.graft import GraftOptions, graft, inspect_file
+from fna.export.surgery.graft import GraftOptions, graft
+from fna.export.surgery.graph import Graph
+from fna.export.surgery.shapes import infer_point
 from fna.export.trace import TraceOptions, trace_model
 from fna.patching import patch, unpatch
 from fna.plan import BlockPlan, Correction, Plan, uniform_plan
@@ -105,11 +109,14 @@ def test_the_command_takes_the_size_from_the_plan(source: LoadedModel, tmp_path:
     assert session.get_inputs()[0].shape[2:] == [56, 84]
 
 
-def test_exact_blocks_behind_fna_are_recognised(dense: Path, tmp_path: Path) -> None:
-    graft(dense, tmp_path / "out.onnx", GraftOptions(layers="0", landmarks=5))
-    rows = inspect_file(tmp_path / "out.onnx")
-    assert [(row.family, row.heads, row.decision.value) for row in rows] == [
-        ("FNA", 4, "kept"),
-        ("MatMul+Softmax", 4, "eligible"),
-        ("MatMul+Softmax", 4, "eligible"),
-    ]
+@pytest.mark.parametrize("operator", ["FastNystromAttention", "MaskedAttention"])
+def test_an_operator_of_ours_has_the_shape_of_its_query(operator: str) -> None:
+    """A plugin file has no function bodies that would say so."""
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 18, "fna" : 1]>
+        g (float[1, 2, 9, 4] query, int32[1, 3] landmarks) => (float[1, 9, 2, 4] out) {{
+            attention = fna.{operator} (query, query, query, landmarks)
+            out = Transpose <perm = [0, 2, 1, 3]> (attention)
+        }}""")
+    point = infer_point(Graph(model, Path()), {"query": (1, 2, 9, 4), "landmarks": (1, 3)}, 1)
+    assert point.shapes["attention"] == (1, 2, 9, 4)
+    assert point.shapes["out"] == (1, 9, 2, 4)

@@ -44,9 +44,8 @@ def measure_fidelity(
     given: Sequence[NDArray[np.float32]],
     prefix_tokens: int,
 ) -> Fidelity:
-    """Compare runs of several images; outputs of as many tokens as there are prefix tokens, or fewer, are compared whole."""
+    """Compare runs of several images; `prefix_tokens` are those of the T that precede the patches."""
     cosines = [cosine(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(reference, given, strict=True)]
-    skipped = prefix_tokens if len(cosines[0]) > prefix_tokens else 0
-    patches = np.concatenate([values[skipped:] for values in cosines])
-    first = float(np.mean([values[0] for values in cosines])) if skipped else None
+    patches = np.concatenate([values[prefix_tokens:] for values in cosines])
+    first = float(np.mean([values[0] for values in cosines])) if prefix_tokens else None
     return Fidelity(mean=float(patches.mean()), p5=float(np.percentile(patches, 5)), first=first)

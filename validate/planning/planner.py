@@ -365,8 +365,8 @@ class Planner:
         """Really run a plan and compare with exact attention."""
         exact = [self._reference(pixels) for pixels in images]
         given = [self.subject.run(pixels, plan) for pixels in images]
-        tokens = self.subject.tokens
-        found = measure_fidelity([tokens(o) for o in exact], [tokens(o) for o in given], self.layout.prefix_tokens)
+        expected, reached = ([self.subject.tokens(outputs) for outputs in group] for group in (exact, given))
+        found = measure_fidelity(expected, reached, self.layout.prefix_among(len(expected[0])))
         if not self.wish.goals:
             return found
         measured = measure_agreement(self.subject.kinds(exact[0]), exact, given)

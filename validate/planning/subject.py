@@ -52,6 +52,10 @@ class Layout:
     patches: tuple[int, int] | None
     resolution: tuple[int, int]
 
+    def prefix_among(self, count: int) -> int:
+        """How many of so many tokens of an output precede the patches: none where the model hands out patches alone."""
+        return 0 if count <= self.prefix_tokens or count == self.tokens - self.prefix_tokens else self.prefix_tokens
+
 
 @dataclass(frozen=True)
 class BlockView:
@@ -153,7 +157,9 @@ class TorchSubject:
 
     def kinds(self, outputs: Arrays) -> OutputKinds:
         """See `Subject.kinds`."""
-        return OutputKinds(self.model.map_outputs, self.model.token_outputs, self.layout.prefix_tokens)
+        names, prefix = self.model.token_outputs, self.layout.prefix_tokens
+        bare = tuple(name for name in names if self.layout.prefix_among(outputs[name].shape[1]) < prefix)
+        return OutputKinds(self.model.map_outputs, names, prefix, bare)
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """See `Subject.look`."""
@@ -180,7 +186,7 @@ class TorchSubject:
                         block.layer.register_forward_pre_hook(_keep_hidden(hidden, block.number), with_kwargs=True)
                     )
                 tokens = self._tokens(torch.from_numpy(pixels[None]))
-                patches = tokens[self.layout.prefix_tokens :] if len(tokens) > self.layout.prefix_tokens else tokens
+                patches = tokens[self.layout.prefix_among(len(tokens)) :]
                 directions = torch.nn.functional.normalize(patches, dim=-1)
                 gradients = _gradients(directions, errors, seed=0)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def test_a_task_that_the_model_has_not_is_refused_before_anything_is_measured(
 ) -> None:
     with pytest.raises(InvalidArgumentError, match="saliency:IoU cannot be measured on this model"):
         planner_for(subject, pictures, goals=(TaskGoal("saliency:IoU", 0.9),))
+
+
+def test_a_model_that_hands_out_patches_alone_has_no_class_token_to_leave_out(
+    planned_model: LoadedModel, pictures: Pictures
+) -> None:
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = planned_model.module
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            first, *_ = self.model(pixels)
+            return (first[:, 1:],)
+
+    alone = replace(planned_model, module=Patches(), output_names=("tokens",), token_outputs=("tokens",))
+    whole, bare = (TorchSubject(model, 112, 112) for model in (planned_model, alone))
+    assert bare.kinds(bare.run(pictures[0], None)).prefix_of("tokens") == 0
+    plan = Plan(num_blocks=3, blocks=(BlockPlan(block=1, landmarks=8),), prefix_tokens=1)
+    expected, found = (planner_for(subject, pictures).run(plan, pictures[3:]) for subject in (whole, bare))
+    assert (found.mean, found.p5) == pytest.approx((expected.mean, expected.p5), abs=1e-6)
+    assert (expected.first is None, found.first) == (False, None)
 
 
 def test_settings_alike_in_all_blocks_are_run_to_compare_with(subject: TorchSubject, pictures: Pictures) -> None:
