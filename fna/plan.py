@@ -14,7 +14,7 @@ from fna.errors import InputFileError, InvalidPlanError
 Sampler = Literal["fps", "grid", "lattice", "norm-grid", "random"]
 Method = Literal["weighted", "published"]
 Feature = Literal["input", "query", "key", "value"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 METHODS: tuple[str, ...] = get_args(Method)
 GUIDED_SAMPLERS: tuple[str, ...] = ("fps", "grid", "norm-grid")
 """Samplers whose landmarks can include and exclude tokens."""

@@ -437,6 +437,10 @@ def _bias(chosen: Tensor, own: Tensor, num_tokens: int, prefix: int, landmarks: 
     return torch.where(alone, 0.0, weight.log())
 
 
+def _which(is_planted: bool) -> str:
+    return "planted" if is_planted else "as they are"
+
+
 def write_report(
     smoothness: Sequence[Smoothness],
     probes: Sequence[Probe],
@@ -453,7 +457,7 @@ def write_report(
         for key in dict.fromkeys((r.planted, r.attention, r.mask) for r in smoothness):
             rows = [r for r in smoothness if (r.planted, r.attention, r.mask) == key]
             changes = [r.saliency_change for r in rows if r.saliency_change is not None]
-            cells = ["planted" if key[0] else "as they are", key[1], key[2], str(sum(r.masked_tokens for r in rows))]
+            cells = [_which(key[0]), key[1], key[2], str(sum(r.masked_tokens for r in rows))]
             cells += [f"{np.mean([r.smoothness for r in rows]):.4f}", f"{np.mean(changes):.5f}" if changes else ""]
             lines.append("| " + " | ".join([*cells, f"{np.mean([r.patch_cosine for r in rows]):.5f}"]) + " |")
         lines.append("")
@@ -463,9 +467,8 @@ def write_report(
             "|---" * 5 + "|",
         ]
         for p in probes:
-            where = "planted" if p.planted else "as they are"
             lines.append(
-                f"| {where} | {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |"
+                f"| {_which(p.planted)} | {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |"
             )
         lines.append("")
     if choices:
@@ -474,8 +477,9 @@ def write_report(
             "|---|---|---|---|",
         ]
         for choice in choices:
-            where = "planted" if choice.planted else "as they are"
-            lines.append(f"| {where} | {choice.landmarks} | {choice.artifacts_or_massive} | {choice.error:.4f} |")
+            lines.append(
+                f"| {_which(choice.planted)} | {choice.landmarks} | {choice.artifacts_or_massive} | {choice.error:.4f} |"
+            )
         lines.append("")
     if guided:
         lines += [
@@ -483,9 +487,8 @@ def write_report(
             "|---" * 6 + "|",
         ]
         for row in guided:
-            where = "planted" if row.planted else "as they are"
             numbers = " | ".join(f"{value:.5f}" for value in (row.patch_cosine, row.class_cosine, row.same_cosine))
-            lines.append(f"| {where} | {row.sampler} | {row.landmarks} | {numbers} |")
+            lines.append(f"| {_which(row.planted)} | {row.sampler} | {row.landmarks} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ runs), except the linear probe on digits, which needs images of its own size and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,10 @@ def measure_tasks(
     collected = _collect(chain, last, photographs, outputs, on_step)
     _retrieval(results, collected)
     measure_classification(results, chain, collected, photographs)
-    _outputs(results, output_kinds(chain, outputs.exact), outputs.exact, outputs.exported)
+    kinds, exact, given = output_kinds(chain, outputs.exact), outputs.exact, outputs.exported
+    _maps(results, kinds, exact, given)
+    _segmentation(results, kinds, exact, given)
+    _projected(results, exact, given)
     _digits_probe(results, chain, digits, on_step)
     return TaskResult(measures=tuple(results.measures), skipped=tuple(results.skipped))
 
@@ -141,6 +144,7 @@ def compare_outputs(
     kinds: OutputKinds,
     exact: Arrays,  # [M, ...] each
     given: Arrays,
+    tasks: Collection[str] | None = None,
 ) -> TaskResult:
     """Measure what the outputs of the same images, exact and otherwise, say by themselves: all tasks but the probes.
 
@@ -148,20 +152,22 @@ def compare_outputs(
         kinds: what the outputs are.
         exact: outputs of M images by name.
         given: the same, to be compared.
+        tasks: those that are measured; None is all.
     """
     results, count = Results(), len(next(iter(exact.values())))
     rows, name = _rows(lambda _: kinds, ((_image_of(exact, i), _image_of(given, i)) for i in range(count)))
     found = Collected(rows.get("exact"), rows.get("fna"), rows.get("exact_logits"), rows.get("fna_logits"), count, name)
-    _retrieval(results, found)
-    _agreement_of_classes(results, found)
-    _outputs(results, kinds, exact, given)
+    steps: dict[str, Callable[[], object]] = {
+        "retrieval": lambda: _retrieval(results, found),
+        "classification": lambda: _agreement_of_classes(results, found),
+        "saliency": lambda: _maps(results, kinds, exact, given),
+        "segmentation": lambda: _segmentation(results, kinds, exact, given),
+        "projected tokens": lambda: _projected(results, exact, given),
+    }
+    for task, step in steps.items():
+        if tasks is None or task in tasks:
+            step()
     return TaskResult(measures=tuple(results.measures), skipped=tuple(results.skipped))
-
-
-def _outputs(results: Results, kinds: OutputKinds, exact: Arrays, given: Arrays) -> None:
-    _maps(results, kinds, exact, given)
-    _segmentation(results, kinds, exact, given)
-    _projected(results, exact, given)
 
 
 # ---------------------------------------------------------------- running

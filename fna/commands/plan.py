@@ -182,7 +182,7 @@ def make_wish(
     from fna.validate.planning.planner import Wish
 
     goals = tuple(parse_goal(text) for text in min_tasks)
-    if min_cosine is None and min_p5 is None and not goals:
+    if min_cosine is None and not goals:
         min_cosine = USUAL_COSINE
     tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)

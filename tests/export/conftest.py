@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_files import make_tiny_dinov2
 
 from fna.export.sources import LoadedModel, load_model
@@ -14,6 +15,17 @@ def tiny_model() -> LoadedModel:
     from fna.export.sources import wrap_model
 
     return wrap_model("tests:tiny_dinov2", make_tiny_dinov2())
+
+
+@pytest.fixture(scope="module")
+def planted_model() -> LoadedModel:
+    """A tiny DINOv2 with two massive tokens: their position embedding is huge."""
+    from fna.export.sources import wrap_model
+
+    module = make_tiny_dinov2()
+    with torch.no_grad():
+        module.embeddings.position_embeddings[:, [4, 11]] *= 600
+    return wrap_model("tests:planted", module)
 
 
 @pytest.fixture(scope="session")

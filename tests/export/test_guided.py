@@ -31,7 +31,7 @@ from fna.export.functions import (
     fna_nodes,
 )
 from fna.export.lower import lower
-from fna.export.sources import LoadedModel, wrap_model
+from fna.export.sources import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
 from fna.guided import guided_landmarks
@@ -120,17 +120,6 @@ def test_files_choose_the_landmarks_and_weights_that_pytorch_chooses(method: Any
 
 
 # ---------------------------------------------------------------- whole files
-
-
-@pytest.fixture(scope="module")
-def planted_model() -> LoadedModel:
-    """A tiny DINOv2 with two massive tokens: their position embedding is huge."""
-    from tiny_files import make_tiny_dinov2
-
-    module = make_tiny_dinov2()
-    with torch.no_grad():
-        module.embeddings.position_embeddings[:, [4, 11]] *= 600
-    return wrap_model("tests:planted", module)
 
 
 MASSIVE, ARTIFACT = ({"blocks": "0-3", "tokens": tokens} for tokens in ("massive", "artifact"))

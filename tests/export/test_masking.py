@@ -191,19 +191,6 @@ def run_torch(model: LoadedModel, plan: Plan, pixels: np.ndarray) -> list[Any]:
         unpatch(model.module)
 
 
-@pytest.fixture(scope="module")
-def planted_model() -> LoadedModel:
-    """A tiny DINOv2 with two massive tokens: their position embedding is huge."""
-    from fna.export.sources import wrap_model
-
-    from .conftest import make_tiny_dinov2
-
-    module = make_tiny_dinov2()
-    with torch.no_grad():
-        module.embeddings.position_embeddings[:, [4, 11]] *= 600
-    return wrap_model("tests:planted", module)
-
-
 HEADS = {"massive": ((0, 1), (1,)), "artifact": ((1,), None), "indices": ((0,), (0, 1))}
 """Of blocks 1 and 2: all by number, some, all."""
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seen_landmarks import seen_landmarks
+from tiny_vit import make_vit
 from torch import Tensor, nn
 
 from fna.errors import InvalidLandmarksError, InvalidPlanError
@@ -108,19 +109,7 @@ def test_sizes_that_leave_no_choice_are_refused(count: int, method: Any, masks: 
 
 def tiny_vit(*planted: int) -> nn.Module:
     """Four blocks of 65 tokens; `planted` tokens are massive from block 1's output on."""
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    model = ViTModel(
-        ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=4,
-        )
-    ).eval()
+    model = make_vit()
 
     def plant(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = (output[0] if isinstance(output, tuple) else output).clone()

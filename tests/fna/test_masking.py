@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vit import make_vit
 from torch import Tensor, nn
 
 from fna.attention import fast_nystrom_attention
@@ -186,19 +187,7 @@ class Planted(nn.Module):
 
 
 def tiny_vit(*planted: int) -> nn.Module:
-    from transformers import ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    model = ViTModel(
-        ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=4,
-        )
-    ).eval()
+    model = make_vit()
     layers = find_attention_blocks(model)
     if planted:
         parent = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and layers[1].layer in list(m))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,11 @@ class TaskGoal:
     name: str
     minimum: float
 
+    @property
+    def task(self) -> str:
+        """The task alone."""
+        return self.name.partition(":")[0]
+
 
 def parse_goal(text: str) -> TaskGoal:
     """Turn `saliency:IoU=0.97` into a goal.
@@ -44,15 +49,18 @@ def parse_goal(text: str) -> TaskGoal:
     return TaskGoal(f"{task.strip()}:{measure.strip()}", minimum)
 
 
-def measure_agreement(kinds: OutputKinds, exact: Sequence[Arrays], given: Sequence[Arrays]) -> dict[str, float]:
-    """Measure all tasks that a model's outputs allow, by `task:measure`.
+def measure_agreement(
+    kinds: OutputKinds, exact: Sequence[Arrays], given: Sequence[Arrays], tasks: Collection[str] | None = None
+) -> dict[str, float]:
+    """Measure the tasks that a model's outputs allow, by `task:measure`.
 
     Args:
         kinds: what the outputs are.
         exact: outputs of each image, by name, batch of one.
         given: the same by a plan.
+        tasks: those that are measured; None is all.
     """
-    result = compare_outputs(kinds, _stack(exact), _stack(given))
+    result = compare_outputs(kinds, _stack(exact), _stack(given), tasks)
     return {f"{item.task}:{item.measure}": item.value for item in result.measures}
 
 

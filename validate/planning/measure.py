@@ -22,7 +22,7 @@ from fna.landmarks import (
     norm_grid_reference,
     random_landmarks,
 )
-from fna.plan import Sampler
+from fna.plan import SAMPLERS, Sampler
 from fna.validate.planning.subject import BlockView, Layout
 
 KERNEL = 5
@@ -31,7 +31,6 @@ KERNEL = 5
 RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
-ALL_SAMPLERS: tuple[Sampler, ...] = ("lattice", "norm-grid", "grid", "fps", "random")
 LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
 ITERATIONS = (3, 6)
 SAMPLED_ROWS = 512
@@ -65,7 +64,7 @@ class Range:
         kernel: side of its kernel.
     """
 
-    samplers: tuple[Sampler, ...] = ALL_SAMPLERS
+    samplers: tuple[Sampler, ...] = SAMPLERS
     landmarks: tuple[int, ...] = LANDMARK_COUNTS
     iterations: tuple[int, ...] = ITERATIONS
     shared: bool = True

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction, Method, Plan, Sampler
+from fna.plan import BlockPlan, Correction, Method, Plan, Sampler, parse_layers, uniform_plan
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals
@@ -369,7 +370,8 @@ class Planner:
         found = measure_fidelity(expected, reached, self.layout.prefix_among(len(expected[0])))
         if not self.wish.goals:
             return found
-        measured = measure_agreement(self.subject.kinds(exact[0]), exact, given)
+        tasks = {goal.task for goal in self.wish.goals}
+        measured = measure_agreement(self.subject.kinds(exact[0]), exact, given, tasks)
         return found.model_copy(update={"tasks": {goal.name: measured[goal.name] for goal in self.wish.goals}})
 
     def _reference(self, pixels: Pixels) -> Arrays:
@@ -410,27 +412,29 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
     These are the settings of users without a plan; those that exact attention would be cheaper than are left out.
     """
     layout, cost = planner.layout, planner.cost
-    count = layout.num_blocks
-    layers = {f"{count // 2}-{count - 1}": [*range(count // 2, count)], "all": [*range(count)]}
+    count, exact = layout.num_blocks, cost.exact(layout.heads)
+    names = [f"{count // 2}-{count - 1}", "all"]
     if count >= 4:
-        layers[f"0-{count // 4 - 1},{count // 2}-{count - 1}"] = [*range(count // 4), *range(count // 2, count)]
+        names.append(f"0-{count // 4 - 1},{count // 2}-{count - 1}")
+    sizes = [size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens]
     found = []
-    for name, numbers in layers.items():
-        for landmarks in (size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens):
-            for sampler, method in UNIFORM_SETTINGS:
-                candidate = Candidate(landmarks, sampler, False, 6)
-                blocks = [number for number in numbers if number in planner.blocks]
-                total = sum(
-                    cost.block(candidate, layout.heads, 0) if number in blocks else cost.exact(layout.heads)
-                    for number in range(count)
-                )
-                if not blocks or total >= count * cost.exact(layout.heads):
-                    continue
-                entries = tuple(BlockPlan(block=n, landmarks=landmarks, sampler=sampler) for n in blocks)
-                plan = Plan(num_blocks=count, blocks=entries, prefix_tokens=layout.prefix_tokens, method=method)
-                planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
-                measured = planner.run(plan, planner.held_out)
-                found.append(UniformPoint(name, landmarks, sampler, method, total, planner.saved(plan), measured))
+    for name, landmarks, (sampler, method) in product(names, sizes, UNIFORM_SETTINGS):
+        blocks = [number for number in parse_layers(name, count) if number in planner.blocks]
+        block = cost.block(Candidate(landmarks, sampler, False, 6), layout.heads, 0)
+        total = len(blocks) * block + (count - len(blocks)) * exact
+        if not blocks or total >= count * exact:
+            continue
+        plan = uniform_plan(
+            count,
+            layers=",".join(map(str, blocks)),
+            landmarks=landmarks,
+            sampler=sampler,
+            method=method,
+            prefix_tokens=layout.prefix_tokens,
+        )
+        planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
+        measured = planner.run(plan, planner.held_out)
+        found.append(UniformPoint(name, landmarks, sampler, method, total, planner.saved(plan), measured))
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fna.cli import main
+from fna.commands.plan import make_wish
 from fna.plan import load_plan
 
 FACTORY = """
@@ -145,6 +146,16 @@ def test_a_task_can_be_the_goal_and_uniform_settings_the_comparison(
     document = json.loads(record.read_text())
     assert document["plan"]["made_from"]["verified"]["tasks"]["segmentation:mIoU"] >= 0.3
     assert all("segmentation:mIoU" in row["measured"]["tasks"] for row in document["front"] + document["uniform"])
+
+
+@pytest.mark.parametrize(
+    ("cosine", "p5", "tasks", "asked"),
+    [(None, None, (), 0.99), (None, 0.95, (), 0.99), (None, 0.95, ("saliency:IoU=0.9",), None), (0.9, None, (), 0.9)],
+)
+def test_a_cosine_is_asked_for_unless_a_task_is(
+    cosine: float | None, p5: float | None, tasks: tuple[str, ...], asked: float | None
+) -> None:
+    assert make_wish(cosine, p5, tasks, "grid", False, False, False).min_cosine == asked
 
 
 def test_too_few_images_are_warned_of(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def test_everything_agrees_with_itself() -> None:
     assert all(value == pytest.approx(1) for value in found.values())
 
 
+def test_only_the_tasks_asked_for_are_measured() -> None:
+    exact, given = outputs(2), outputs(2)
+    whole = measure_agreement(KINDS, exact, given)
+    found = measure_agreement(KINDS, exact, given, {"saliency"})
+    assert found == {name: whole[name] for name in ("saliency:IoU", "saliency:correlation")}
+
+
 def test_what_a_task_says_is_what_validate_says() -> None:
     exact, given = outputs(2), outputs(2)
     overlap = [
