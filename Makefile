@@ -88,4 +88,4 @@ lint: $(STAMP) ## Check formatting, style and types
 clean: ## Remove build/
 	rm -rf $(BUILD)
 
--include plugins/plugin.mk engines/bundle.mk
+-include plugins/plugin.mk engines/bundle/bundle.mk

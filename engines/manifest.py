@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fna.engines.debug_tensors import DebugTensors, Place
-from fna.engines.layers import FnaLayer
+from fna.engines.look_inside.debug_tensors import DebugTensors, Place
+from fna.engines.look_inside.layers import FnaLayer
 from fna.errors import InputFileError
-from fna.export.files import file_sha256, write_text
 from fna.export.preprocessing import Preprocessing
+from fna.files import file_sha256, write_text
 from fna.plan import Plan, describe_validation_error
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from onnx import GraphProto, ModelProto, NodeProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
 
 _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
 _PASSED = ("Cast", "Dropout", "Identity", "Where", "Reshape", "QuantizeLinear", "DequantizeLinear")
 
-# As fna.export.trace, fna.export.surgery and fna.export.lower name nodes.
+# As fna.export.trace, fna.export.surgery and fna.export.passes.lower name nodes.
 _FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{ATTENTION}(?:/|$)|/fna_block_(\d+)$")
 
 Consumers = dict[str, list[int]]

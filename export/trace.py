@@ -24,9 +24,8 @@ import fna.guided
 import fna.landmarks
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
-from fna.export.files import save_model
-from fna.export.fold_scales import fold_channel_scales
-from fna.export.functions import (
+from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
@@ -46,13 +45,14 @@ from fna.export.functions import (
     attach_functions,
     fna_nodes,
 )
-from fna.export.metadata import FileMetadata, write_metadata
-from fna.export.schemas import operator_schema
-from fna.export.sources import LoadedModel, check_resolution
+from fna.export.operators.schemas import operator_schema
+from fna.export.passes.fold_scales import fold_channel_scales
+from fna.export.sources.loading import LoadedModel, check_resolution
+from fna.files import save_model
 from fna.guided import check_rooms
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
-from fna.tokens import detect_prefix_tokens
+from fna.special_tokens import detect_prefix_tokens
 
 Precision = Literal["fp32", "fp16", "bf16"]
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -90,7 +90,7 @@ def export_onnx(model: LoadedModel, plan: Plan, options: TraceOptions, path: Pat
     The module is patched, cast and restored; it computes afterwards what it did before.
 
     Args:
-        model: from `fna.export.sources.load_model`.
+        model: from `fna.export.sources.loading.load_model`.
         plan: which blocks are FNA. A plan without blocks gives the dense model.
         options: size, opset and precision.
         path: the file to write; tensors go to `<path>.data` beside it when they exceed 2 GB.

@@ -13,10 +13,10 @@ from onnx import ModelProto
 from PIL import Image
 
 from fna.errors import InvalidArgumentError
-from fna.export.files import load_onnx, save_model
 from fna.export.metadata import FileMetadata, read_metadata
-from fna.export.precision import cast_model
-from fna.export.quantize import find_overflows, measure_ranges, quantize_model
+from fna.export.passes.precision import cast_model
+from fna.export.passes.quantize import find_overflows, measure_ranges, quantize_model
+from fna.files import load_onnx, save_model
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

@@ -18,7 +18,7 @@ from fna.errors import (
     InvalidShapeError,
     UnsupportedAttentionError,
 )
-from fna.tokens import masked_scores
+from fna.special_tokens import masked_scores
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -53,7 +53,8 @@ def fast_nystrom_attention(
         scale: factor on the scores; `D ** -0.5` if None.
         iterations: Newton-Schulz iterations. Six are the definition of the method.
         exact_rows: write the exactly known output of the landmark tokens over their approximation.
-        key_mask: tokens (non-zero) that nobody attends to, in all three softmaxes; see `fna.tokens`. One of zeros changes no bit.
+        key_mask: tokens (non-zero) that nobody attends to, in all three softmaxes; see `fna.special_tokens`.
+            One of zeros changes no bit.
         sink: let masked tokens, as queries, keep all their keys.
         attn_mask: must be None. Accepted so that a call ported from `scaled_dot_product_attention` is refused by name.
 

@@ -9,7 +9,7 @@ every mask say what happens. A token's role is `GUARANTEED`, `FREE` or `EXCLUDED
 - a token that is both is guaranteed; prefix tokens are guaranteed unless excluded.
 
 Guaranteed tokens come first, ascending, and stand for themselves alone; the sampler's own follow. With no token included and none
-excluded, landmarks and weights are the sampler's own. `fna.export.functions` says the same in ONNX.
+excluded, landmarks and weights are the sampler's own. `fna.export.operators.functions` says the same in ONNX.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fna.errors import InvalidLandmarksError
 from fna.landmarks import after_guaranteed, evenly_spaced, middles_of_stretches, norm_grid_count
 from fna.plan import Sampler
-from fna.tokens import LARGEST_SHARE
+from fna.special_tokens import LARGEST_SHARE
 
 GUARANTEED, FREE, EXCLUDED = 1, 0, -1
 

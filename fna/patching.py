@@ -31,7 +31,7 @@ from fna.landmarks import (
     select_landmarks,
 )
 from fna.plan import BlockPlan, MaskPlan, Plan, SharingKey, TokenRange
-from fna.tokens import detect_prefix_tokens, listed_tokens_mask
+from fna.special_tokens import detect_prefix_tokens, listed_tokens_mask
 
 ATTENTION_NAME = "fna"
 _STATE = "_fna_block"

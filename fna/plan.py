@@ -94,7 +94,7 @@ class BlockPlan(BaseModel):
 
 
 class TokenRange(BaseModel):
-    """Some tokens in a range of blocks; see `fna.tokens`.
+    """Some tokens in a range of blocks; see `fna.special_tokens`.
 
     Attributes:
         blocks: block numbers, as for `parse_layers`.

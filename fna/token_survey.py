@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fna.errors import InvalidPlanError
 from fna.patching import find_attention_blocks, is_patched
-from fna.tokens import MINIMAL_GAP, class_attention, detect_prefix_tokens, find_massive_tokens
+from fna.special_tokens import MINIMAL_GAP, class_attention, detect_prefix_tokens, find_massive_tokens
 
 SURVEY_NAME = "fna_survey"
 

@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError, MissingCapabilityError
-from fna.plugins.plan import Variant, all_variants
+from fna.plugins.launch_plan import Variant, all_variants
 
 CHIPS = (80, 86, 87, 89, 90, 100, 110, 120)
 FALLBACK = 0

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from fna.errors import MissingCapabilityError
-from fna.plugins.plan import Variant
+from fna.plugins.launch_plan import Variant
 from fna.plugins.table import Kernel, Table
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from fna.plugins.plan import Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.launch_plan import Plan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 
 POISON = 0x7F

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
-from fna.plugins.plan import (
+from fna.plugins.launch_plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
     MAX_HEAD_SIZE,

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fna.cli import COMMANDS, main
-from fna.export.files import save_model
-from fna.export.sources import LoadedModel, wrap_model
+from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.trace import TraceOptions, trace_model
+from fna.files import save_model
 from fna.plan import uniform_plan
 
 FACTORY = """

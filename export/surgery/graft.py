@@ -15,16 +15,16 @@ from onnx import ModelProto, TensorProto
 
 import fna
 from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
-from fna.export.files import file_sha256, written_whole
-from fna.export.functions import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.operators.functions import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.preprocessing import Preprocessing
-from fna.export.surgery.graph import Graph, all_tensors, attribute, external_file, load_model, one_line
+from fna.export.surgery.graph.index import Graph, all_tensors, attribute, external_file, load_model, one_line
+from fna.export.surgery.graph.shapes import Point, Shape, ShapeConflictError, find_points
 from fna.export.surgery.prove import Proof, prove_blocks, prove_file
-from fna.export.surgery.rewrite import Rewritten, rewrite
-from fna.export.surgery.rows import Decision, Row
-from fna.export.surgery.scan import MALFORMED, scan
-from fna.export.surgery.shapes import Point, Shape, ShapeConflictError, find_points
+from fna.export.surgery.recognise.rows import Decision, Row
+from fna.export.surgery.recognise.scan import MALFORMED, scan
+from fna.export.surgery.rewrite.rewrite import Rewritten, rewrite
+from fna.files import file_sha256, written_whole
 from fna.plan import Plan, Sampler, uniform_plan
 
 Progress = Callable[[str], None]
@@ -173,7 +173,7 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     }
     model = prepare(model, notes)
     if options.resolution is not None:
-        from fna.export.surgery.resolution import set_resolution
+        from fna.export.surgery.graph.resolution import set_resolution
 
         model = set_resolution(model, source.parent, options.resolution)
     graph = Graph(model, source.parent)

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
-from fna.export.functions import MASKED_ATTENTION
-from fna.export.surgery.fold import numpy_type
-from fna.export.surgery.graph import Graph, all_inputs, attribute, one_line
-from fna.export.surgery.rewrite import Replacement, Rewritten
-from fna.export.surgery.shapes import Point
+from fna.export.operators.functions import MASKED_ATTENTION
+from fna.export.surgery.graph.fold import numpy_type
+from fna.export.surgery.graph.index import Graph, all_inputs, attribute, one_line
+from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.rewrite.rewrite import Replacement, Rewritten
 
 TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
 """Largest error over largest value, by element type."""
@@ -113,7 +113,7 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     from fna.attention import nystrom_attention_reference
     from fna.composition import compose_heads, correct
     from fna.landmarks import patch_grid
-    from fna.tokens import masked_attention
+    from fna.special_tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
     query, key, value, *others, out = (torch.from_numpy(np.array(array[-1:])) for array in values)

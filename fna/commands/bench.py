@@ -20,7 +20,7 @@ from fna.commands.options import (
 
 if TYPE_CHECKING:
     from fna.plan import Plan
-    from fna.validate.bench import BenchResult
+    from fna.validate.bench.models import BenchResult
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensorrt", "tensorrt-rtx")
 
@@ -68,9 +68,9 @@ def command(
             check_writable(path)
     with progress_bar(quiet) as say:
         say("importing PyTorch")
-        from fna.export.files import write_text
-        from fna.export.sources import load_model
-        from fna.validate.bench import bench, check_backend, draw, dump_csv, plot_kind
+        from fna.export.sources.loading import load_model
+        from fna.files import write_text
+        from fna.validate.bench.models import bench, check_backend, draw, dump_csv, plot_kind
 
         check_backend(backend)
         if plot is not None:

@@ -83,11 +83,11 @@ def command(
     check_writable(output)
     with build_progress(quiet) as (say, on_progress):
         say("importing the builder")
-        from fna.engines.build import BuildOptions, build_engine, parse_batch
+        from fna.engines.builder.build import BuildOptions, build_engine, parse_batch
         from fna.engines.targets import find_targets
-        from fna.export.files import write_text
-        from fna.export.precision import parse_blocks
+        from fna.export.passes.precision import parse_blocks
         from fna.export.variants import Variant, make_variant
+        from fna.files import write_text
 
         sizes = tuple(size for size in map(parse_resolution, resolutions) if size is not None)
         cache = settings.pop("timing_cache") or Path.home() / ".cache" / "fna" / "timing"

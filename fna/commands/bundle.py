@@ -19,7 +19,7 @@ from fna.commands.options import (
 from fna.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from fna.engines.bundle import BundleManifest
+    from fna.engines.bundle.format import BundleManifest
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -97,15 +97,15 @@ def command(
     lines = []
     with progress(quiet) as say:
         say("importing PyTorch")
-        from fna.engines.build import parse_batch
-        from fna.engines.triton import write_triton_repository
-        from fna.export.files import write_text
+        from fna.engines.builder.build import parse_batch
+        from fna.engines.serving.triton_repository import write_triton_repository
+        from fna.files import write_text
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
-            from fna.engines.bundle_write import DEFAULT_TABLE, BundleOptions, write_bundle
+            from fna.engines.bundle.write import DEFAULT_TABLE, BundleOptions, write_bundle
             from fna.engines.targets import find_target
-            from fna.export.precision import parse_blocks
+            from fna.export.passes.precision import parse_blocks
 
             device = find_target(target)
             photographs, skipped = load_photographs(images)
@@ -146,8 +146,8 @@ def _parse_precisions(text: str | None) -> tuple[Any, ...]:
 def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
     with progress(quiet) as say:
         say(f"checking {file.name}")
-        from fna.engines.bundle import open_bundle
-        from fna.export.files import write_text
+        from fna.engines.bundle.format import open_bundle
+        from fna.files import write_text
 
         with open_bundle(file) as bundle:
             if json_file is not None:

@@ -27,6 +27,6 @@ def command(json_file: Path | None) -> None:
         return
     click.echo(format_report(report))
     if json_file is not None:
-        from fna.export.files import write_text
+        from fna.files import write_text
 
         write_text(json_file, text)

@@ -66,12 +66,12 @@ def command(
     fixed_batch = _parse_batch(batch)
     with progress(quiet) as say:
         say("importing PyTorch")
-        from fna.export.files import load_onnx, write_text
         from fna.export.metadata import read_metadata
-        from fna.export.precision import parse_blocks
-        from fna.export.sources import load_model
+        from fna.export.passes.precision import parse_blocks
+        from fna.export.sources.loading import load_model
         from fna.export.trace import TraceOptions, export_onnx
         from fna.export.variants import Variant, make_variant
+        from fna.files import load_onnx, write_text
 
         variant = Variant(precision or "fp32", int8, parse_blocks(keep_fp32))
 

@@ -72,8 +72,8 @@ def command(
     with progress(quiet) as say:
         say("starting")
         from fna.commands.inspect import parse_input_shapes, print_table
-        from fna.export.files import write_text
         from fna.export.surgery.graft import GraftOptions, graft
+        from fna.files import write_text
         from fna.plan import load_plan
 
         plan = None if plan_file is None else load_plan(plan_file)

@@ -24,8 +24,8 @@ from fna.errors import InputFileError, InvalidArgumentError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fna.export.surgery.rows import Row
-    from fna.validate.tokens import FoundToken, TokenReport
+    from fna.export.surgery.recognise.rows import Row
+    from fna.validate.token_report import FoundToken, TokenReport
 
 MOST_PLACES = 3
 """Places of massive or artifact tokens that the table names for each block; --json has all."""
@@ -62,7 +62,7 @@ def command(
     With --tokens: which tokens of a PyTorch MODEL (as for fna export) are massive or artifacts, block by block, and the lines of a
     plan (masks, landmarks_include, landmarks_exclude) that fit them.
     """
-    from fna.export.files import write_text
+    from fna.files import write_text
 
     console = make_console(quiet)
     path = Path(file)
@@ -180,8 +180,8 @@ def _survey(name: str, images: Path | None, resolution: str | None, folder: Path
     photographs, skipped = load_photographs(images)
     with progress(quiet) as say:
         say("importing PyTorch")
-        from fna.export.sources import load_model
-        from fna.validate.tokens import survey_photographs
+        from fna.export.sources.loading import load_model
+        from fna.validate.token_report import survey_photographs
 
         say(f"loading {name}")
         model = load_model(name)

@@ -139,7 +139,7 @@ def check_writable(path: Path) -> None:
     Raises:
         InputFileError: if it is a folder, or its folder does not exist or is not writable.
     """
-    from fna.export.files import written_whole
+    from fna.files import written_whole
 
     if path.is_dir():
         raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")

@@ -117,7 +117,7 @@ def command(
         from dataclasses import replace
 
         from fna.errors import CheckFailedError
-        from fna.export.files import write_text
+        from fna.files import write_text
         from fna.validate.planning.planner import make_best_plan, run_uniform_settings
         from fna.validate.planning.report import as_json, draw_front
 
@@ -195,7 +195,7 @@ def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], 
         from fna.validate.planning.onnx_subject import OnnxSubject
 
         return OnnxSubject(Path(model), size)
-    from fna.export.sources import load_model
+    from fna.export.sources.loading import load_model
     from fna.validate.planning.subject import TorchSubject
 
     loaded = load_model(model)
@@ -234,7 +234,7 @@ def _make_planner(
     cache: Path | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, list[str]], Any]:
-    from fna.export.saliency import cache_folder
+    from fna.export.sources.dino_saliency import cache_folder
     from fna.validate.planning.planner import Planner
 
     planned_on, verified, notes = _choose_images(images, verify_images)

@@ -58,8 +58,8 @@ def command(
         say("loading")
         import numpy as np
 
-        from fna.engines.run import open_model
-        from fna.export.files import write_text, written_whole
+        from fna.engines.run.engine import open_model
+        from fna.files import write_text, written_whole
 
         name, shape, preprocessing = _describe(file, size)
         model = open_model(file, provider=provider, plugin=plugin)
@@ -93,9 +93,9 @@ def command(
 def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], Any]:
     """Return a file's input, its height and width, and how photographs become it."""
     from fna.errors import InputFileError
-    from fna.export.files import load_onnx
     from fna.export.metadata import read_metadata
     from fna.export.preprocessing import Preprocessing
+    from fna.files import load_onnx
 
     if file.suffix == ".engine":
         from fna.engines.manifest import read_manifest

@@ -19,7 +19,7 @@ from fna.commands.options import (
 from fna.errors import CheckFailedError, InputFileError
 
 if TYPE_CHECKING:
-    from fna.validate.document import Document
+    from fna.validate.report.document import Document
 
 
 @click.command("validate", short_help="Measure how far a file is from PyTorch, step by step.")
@@ -79,11 +79,11 @@ def command(
         raise InputFileError(f"--report {report} is an HTML page, with JSON beside it; give a name ending in .html")
     with progress_bar(quiet) as say:
         say("importing PyTorch")
-        from fna.export.files import write_text
-        from fna.validate.document import Extras, make_document
-        from fna.validate.overlay import draw_overlay
+        from fna.files import write_text
+        from fna.validate.budget.tolerances import parse_tolerances
         from fna.validate.photographs import load_labelled
-        from fna.validate.tolerances import parse_tolerances
+        from fna.validate.report.document import Extras, make_document
+        from fna.validate.report.overlay import draw_overlay
 
         limits = parse_tolerances(tolerances)
         photographs = load_labelled(images)
@@ -101,7 +101,7 @@ def command(
         if json_file is not None:
             write_text(json_file, text)
         if report is not None:
-            from fna.validate.report import write_report
+            from fna.validate.report.page import write_report
 
             write_report(document, outputs, photographs.images, report)
     _print(document, folder, picture if drawn else None, report, quiet)

@@ -6,7 +6,7 @@ the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256)
 rows and columns of A are zero, which keeps those of Z, W and every product zero.
 
 Masked keys (`key_mask`, int32 [B or 1, N], with `mask_mode`: 0 none and the pointer is not read, 1 for all queries, 2 for queries
-that are not masked themselves) have MASKED taken off their scores, as in `fna.tokens`: finite, so that no row is empty.
+that are not masked themselves) have MASKED taken off their scores, as in `fna.special_tokens`: finite, so that no row is empty.
 
 Landmark indices are clamped to the tokens that exist, so wrong indices give wrong rows but never a wild access.
 

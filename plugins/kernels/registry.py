@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fna.plugins.kernels import attention, norms, sampling
-from fna.plugins.plan import (
+from fna.plugins.launch_plan import (
     FINISH_COLUMNS,
     FPS_ONE_LAUNCH_TOKENS,
     FPS_TILE,

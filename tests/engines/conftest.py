@@ -18,7 +18,7 @@ STAND_IN = Path(__file__).parent / "stand_in"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A traced file with FNA in both blocks; the batch size is open."""
-    from fna.export.sources import load_model
+    from fna.export.sources.loading import load_model
     from fna.export.trace import TraceOptions, export_onnx
     from fna.plan import uniform_plan
 
@@ -54,8 +54,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_bundle(tiny: Path, output: Path, table: Path, target: str = "jetson-agx-orin", **settings: object) -> Path:
     """Write a bundle of the tiny model with one photograph."""
-    from fna.engines.build import BatchRange
-    from fna.engines.bundle_write import BundleOptions, write_bundle
+    from fna.engines.builder.build import BatchRange
+    from fna.engines.bundle.write import BundleOptions, write_bundle
     from fna.engines.targets import find_target
     from fna.export.preprocessing import bundled_photographs
 

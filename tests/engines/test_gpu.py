@@ -13,12 +13,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fna.engines.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
 from fna.engines.device import find_gpu
-from fna.engines.run import Engine, OnnxModel
+from fna.engines.run.engine import Engine, OnnxModel
 from fna.engines.targets import TARGETS
 from fna.export.preprocessing import bundled_photographs
-from fna.export.sources import LoadedModel, load_model
+from fna.export.sources.loading import LoadedModel, load_model
 from fna.export.trace import TraceOptions, export_onnx
 from fna.export.variants import Variant, make_variant
 from fna.patching import patch, unpatch

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_files import make_tiny_dinov2
 
-from fna.export.sources import LoadedModel, load_model
+from fna.export.sources.loading import LoadedModel, load_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     """The tiny DINOv2 as a model source."""
-    from fna.export.sources import wrap_model
+    from fna.export.sources.loading import wrap_model
 
     return wrap_model("tests:tiny_dinov2", make_tiny_dinov2())
 
@@ -20,7 +20,7 @@ def tiny_model() -> LoadedModel:
 @pytest.fixture(scope="module")
 def planted_model() -> LoadedModel:
     """A tiny DINOv2 with two massive tokens: their position embedding is huge."""
-    from fna.export.sources import wrap_model
+    from fna.export.sources.loading import wrap_model
 
     module = make_tiny_dinov2()
     with torch.no_grad():

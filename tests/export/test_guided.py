@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 from seen_landmarks import seen_landmarks
 
 from fna.errors import InvalidLandmarksError
-from fna.export.functions import (
+from fna.export.operators.functions import (
     ATTENTION,
     DOMAIN,
     DOMAIN_VERSION,
@@ -30,8 +30,8 @@ from fna.export.functions import (
     attach_functions,
     fna_nodes,
 )
-from fna.export.lower import lower
-from fna.export.sources import LoadedModel
+from fna.export.passes.lower import lower
+from fna.export.sources.loading import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
 from fna.guided import guided_landmarks

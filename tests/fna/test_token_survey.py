@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidPlanError, InvalidShapeError
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import uniform_plan
-from fna.token_survey import survey_tokens
-from fna.tokens import (
+from fna.special_tokens import (
     LARGEST_SHARE,
     MINIMAL_GAP,
     class_attention,
@@ -23,6 +22,7 @@ from fna.tokens import (
     find_massive_tokens,
     massive_tokens_mask,
 )
+from fna.token_survey import survey_tokens
 
 
 def hidden_with(factor: float, *tokens: int, batch: int = 1, count: int = 80) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from shared_build import BUILD, ROOT, locked
 
-from fna.plugins.plan import all_variants
+from fna.plugins.launch_plan import all_variants
 
 TEST_CHIPS = (80, 86, 87, 89, 90, 100, 110, 120, 0)
 TEST_VARIANTS = ("landmark-fp16-s64-d64", "finish-fp16-s64", "output-fp16-s64-d64", "fps_step-fp16-d16")

@@ -14,7 +14,7 @@ import pytest
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
 from fna.plugins import aot
 from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
-from fna.plugins.plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.launch_plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.table import find_table, load_table
 
 from .conftest import TEST_CHIPS, TEST_VARIANTS, needs_triton

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fna.export.functions import attach_functions
-from fna.export.lower import lower
+from fna.export.operators.functions import attach_functions
+from fna.export.passes.lower import lower
 from fna.plugins.aot import Compiled, write_table
-from fna.plugins.plan import (
+from fna.plugins.launch_plan import (
     DTYPES,
     AttentionShape,
     Launch,
@@ -398,7 +398,7 @@ def test_self_registration_leaves_the_registry_of_another_major_version_alone(pr
 
 
 def plugin_lowered_model(node: str, domain: str) -> bytes:
-    """As `fna.export.lower` writes it (domain fna), or as someone might by hand (the default domain)."""
+    """As `fna.export.passes.lower` writes it (domain fna), or as someone might by hand (the default domain)."""
     from onnx import TensorProto, helper
 
     version = "2" if node == "with a mask" else "1"

@@ -13,7 +13,7 @@ from fna.attention import nystrom_attention_reference
 from fna.cuda_kernels import ENTRY_POINT_GROUP
 from fna.landmarks import farthest_points_reference, norm_grid_reference
 from fna.plugins import emulate, torch_ops
-from fna.plugins.plan import Plan
+from fna.plugins.launch_plan import Plan
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from fna.export.files import load_onnx
-from fna.export.functions import attach_functions
+from fna.export.operators.functions import attach_functions
+from fna.files import load_onnx
 
 
 def break_file(source: Path, target: Path, change: Callable[[ModelProto], None]) -> Path:

@@ -12,9 +12,9 @@ import numpy as np
 from onnx import ModelProto
 
 from fna.engines.manifest import manifest_path, read_manifest
-from fna.export.files import file_sha256
-from fna.validate.fna_nodes import mark_outputs
-from fna.validate.runners import OnnxRunner
+from fna.files import file_sha256
+from fna.validate.budget.fna_nodes import mark_outputs
+from fna.validate.budget.runners import OnnxRunner
 
 
 class StandInEngine:

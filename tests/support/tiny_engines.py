@@ -8,8 +8,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from fna.export.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, PLUGIN_FIELDS, attach_functions
 from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.operators.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, PLUGIN_FIELDS, attach_functions
 from fna.plan import BlockPlan, Plan
 
 

@@ -29,7 +29,7 @@ def make_tiny_dinov2() -> nn.Module:
 
 def write_traced(path: Path, *, layers: str = "2-3", sampler: str = "grid", dynamic_size: bool = False) -> Path:
     """Traced at opset 18: norms as operators, a linear layer as MatMul and Add."""
-    from fna.export.sources import wrap_model
+    from fna.export.sources.loading import wrap_model
     from fna.export.trace import TraceOptions, export_onnx
     from fna.plan import uniform_plan
 

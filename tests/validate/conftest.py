@@ -12,11 +12,11 @@ from filelock import FileLock
 from onnx import ModelProto
 from PIL import Image
 
-from fna.export.files import load_onnx, save_model
 from fna.export.metadata import FileMetadata, read_metadata
-from fna.export.sources import LoadedModel, load_model
+from fna.export.sources.loading import LoadedModel, load_model
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, export_onnx, trace_model
+from fna.files import load_onnx, save_model
 from fna.plan import uniform_plan
 
 SIDE = 224
@@ -108,7 +108,7 @@ def _export_all(folder: Path) -> None:
 def tiny(tiny_files: Tiny, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """The tiny files, and their factory importable; the fp32 trace that low precision is compared with is there already."""
     monkeypatch.chdir(tiny_files.folder)
-    monkeypatch.setattr("fna.validate.chain.trace_model", lambda _model, _plan, _options: _fp32_twin(tiny_files))
+    monkeypatch.setattr("fna.validate.budget.chain.trace_model", lambda _model, _plan, _options: _fp32_twin(tiny_files))
     return tiny_files
 
 

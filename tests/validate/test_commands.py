@@ -14,9 +14,9 @@ import pytest
 from broken_files import break_file, swap_key_and_value
 
 from fna.cli import main
-from fna.engines.bundle import MANIFEST
-from fna.export.files import load_onnx
-from fna.export.lower import lower
+from fna.engines.bundle.format import MANIFEST
+from fna.export.passes.lower import lower
+from fna.files import load_onnx
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "validate.md"
 

@@ -127,7 +127,7 @@ class TimeCost:
     """Predicted seconds of the plugin's kernels and of fused exact attention, batch 1.
 
     A kernel takes what is longer, its operations or its bytes, and a launch. Newton-Schulz of up to 128 landmarks runs beside the
-    exact rows, a program on one multiprocessor per head; beyond that it is a launch per product (`fna.plugins.plan`).
+    exact rows, a program on one multiprocessor per head; beyond that it is a launch per product (`fna.plugins.launch_plan`).
     """
 
     unit = "seconds"

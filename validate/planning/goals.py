@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fna.errors import InvalidArgumentError
-from fna.validate.runners import Arrays
-from fna.validate.task import OutputKinds, compare_outputs
+from fna.validate.budget.runners import Arrays
+from fna.validate.task.measure import OutputKinds, compare_outputs
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from torch import Tensor
 
-from fna.engines.run import open_onnx
+from fna.engines.run.engine import open_onnx
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import PREFIX, read_metadata
 from fna.export.preprocessing import Preprocessing
 from fna.export.surgery.graft import GraftOptions, find_image_size, find_points_of, graft, prepare
-from fna.export.surgery.graph import Graph, load_model, order_nodes
-from fna.export.surgery.resolution import set_resolution
-from fna.export.surgery.rewrite import operand_writer
-from fna.export.surgery.rows import Decision, Row
-from fna.export.surgery.scan import scan
-from fna.export.surgery.stream import count_prefix_tokens, find_stream
+from fna.export.surgery.graph.index import Graph, load_model, order_nodes
+from fna.export.surgery.graph.resolution import set_resolution
+from fna.export.surgery.recognise.rows import Decision, Row
+from fna.export.surgery.recognise.scan import scan
+from fna.export.surgery.recognise.stream import count_prefix_tokens, find_stream
+from fna.export.surgery.rewrite.rewrite import operand_writer
 from fna.plan import Plan
+from fna.validate.budget.runners import Arrays
 from fna.validate.planning.subject import BlockView, Layout
-from fna.validate.runners import Arrays
-from fna.validate.task import OutputKinds
+from fna.validate.task.measure import OutputKinds
 
 TYPICAL_COHERENCE = 30.0
 """Where gradients cannot say: by how much more an error that all tokens share weighs. Between 5 and 100 in DINOv2-S's blocks."""

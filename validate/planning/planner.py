@@ -18,6 +18,7 @@ from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
 from fna.plan import BlockPlan, Correction, Method, Plan, Sampler, parse_layers, uniform_plan
+from fna.validate.budget.runners import Arrays
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals
@@ -34,7 +35,6 @@ from fna.validate.planning.measure import (
 )
 from fna.validate.planning.search import Choice, Option, drop_dominated, find_front
 from fna.validate.planning.subject import BlockView, Subject
-from fna.validate.runners import Arrays
 
 Pixels = NDArray[np.float32]
 Say = Callable[[str], None]

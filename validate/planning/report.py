@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fna.export.files import written_whole
+from fna.files import written_whole
 from fna.validate.planning.planner import FrontPoint, Planned, UniformPoint, Wish
 
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fna.export.preprocessing import Preprocessing
-from fna.export.sources import LoadedModel, check_resolution
+from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.observing import observed
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
-from fna.tokens import detect_prefix_tokens
-from fna.validate.runners import Arrays, patched, run_torch
-from fna.validate.task import OutputKinds
+from fna.special_tokens import detect_prefix_tokens
+from fna.validate.budget.runners import Arrays, patched, run_torch
+from fna.validate.task.measure import OutputKinds
 
 PROBES = 4
 """Random directions of the output whose gradients say how much an error in a block matters; each token adds to the average."""

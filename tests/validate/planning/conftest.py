@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import Dinov2Config, Dinov2Model
 
-from fna.export.files import save_model
-from fna.export.sources import LoadedModel, wrap_model
+from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.trace import TraceOptions, trace_model
+from fna.files import save_model
 from fna.plan import uniform_plan
 
 SIDE = 112

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fna.attention import apply_newton_schulz, fast_nystrom_attention
 from fna.composition import correct
-from fna.export.sources import LoadedModel
+from fna.export.sources.loading import LoadedModel
 from fna.landmarks import landmark_bias, select_landmarks
 from fna.observing import observed
 from fna.plan import Correction

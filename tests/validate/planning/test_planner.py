@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fna.arithmetic import block_products
 from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
-from fna.export.sources import LoadedModel
+from fna.export.sources.loading import LoadedModel
 from fna.plan import BlockPlan, Plan
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.goals import TaskGoal

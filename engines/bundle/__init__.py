@@ -1,0 +1,1 @@
+"""Deployment bundles: format, writing, and what lies in them."""

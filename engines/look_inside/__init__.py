@@ -1,0 +1,1 @@
+"""What an engine holds, and its tensors while it runs."""

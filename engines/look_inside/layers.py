@@ -1,0 +1,169 @@
+"""What an engine really holds: its FNA layers and their types, read from TensorRT's engine inspector.
+
+Builds that report success have been silently fp32, or had lost a layer, so the manifest says what each layer is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onnx import ModelProto, TensorProto
+from pydantic import BaseModel, ConfigDict
+
+from fna.errors import BuildError
+from fna.export.operators.functions import ATTENTION, PLUGIN_OPS, fna_nodes, node_attributes
+from fna.export.types import tensor_types
+
+_ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+# As inspectors of 8.x to 11.x write types: "Row major linear FP16 format", "Half", "BFloat16", "Float".
+_TYPE_WORDS = (
+    ("bf16", r"bf16|bfloat16"),
+    ("fp16", r"fp16|half|float16"),
+    ("int8", r"int8"),
+    ("fp32", r"fp32|float32|float"),
+    ("int32", r"int32"),
+)
+
+
+@dataclass(frozen=True)
+class RequestedLayer:
+    """An FNA node of the file that is built, and the type that its floating-point inputs have there."""
+
+    name: str
+    op_type: str
+    precision: str
+    plugin_version: str = "1"
+
+
+class FnaLayer(BaseModel):
+    """An FNA node in an engine.
+
+    Attributes:
+        name: of the node in the ONNX file.
+        op_type: its operator.
+        implementation: the plugin's kernels, or TensorRT's own for standard operators.
+        requested: type of its inputs and output in the file; inside, softmax and sums are fp32 whatever this is.
+        precision: type that the engine inspector gives; of standard operators all that their layers give, as in fp16+fp32. None where
+            it was not asked, or names no such layer.
+        plugin_version: of the operator's plugin, where one implements it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    op_type: str
+    implementation: Literal["plugin", "operators"]
+    requested: str
+    precision: str | None = None
+    plugin_version: str = "1"
+
+
+def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
+    """Return the FNA nodes of a file with their types, which ONNX's type inference finds."""
+    nodes = list(fna_nodes(model.graph))
+    if not nodes:
+        return ()
+    types = tensor_types(model)
+    return tuple(
+        RequestedLayer(
+            node.name,
+            node.op_type,
+            _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"),
+            str(node_attributes(node).get("plugin_version", "1")),
+        )
+        for node in nodes
+    )
+
+
+def describe_layers(
+    requested: Sequence[RequestedLayer], lowering: Literal["portable", "plugin"], information: str | None
+) -> tuple[FnaLayer, ...]:
+    """Match the FNA nodes of a file with the layers of its engine.
+
+    Args:
+        requested: from `requested_layers`.
+        lowering: that was built.
+        information: the engine inspector's JSON; None where the engine could not be inspected.
+    """
+    layers = list(_inspected(information)) if information is not None else []
+    return tuple(_describe(layer, lowering, layers) for layer in requested)
+
+
+def check_layers(layers: Sequence[FnaLayer]) -> None:
+    """Refuse an engine in which a requested plugin layer is missing, or runs in another type than was asked.
+
+    Raises:
+        BuildError: naming the layers.
+    """
+    problems = []
+    for layer in layers:
+        if layer.implementation != "plugin":
+            continue
+        if layer.precision is None:
+            problems.append(f"{layer.name} is not a plugin layer of the engine")
+        elif layer.requested in _ONNX_NAMES.values() and layer.precision != layer.requested:
+            problems.append(f"{layer.name} runs in {layer.precision}, but {layer.requested} was asked for")
+    if problems:
+        raise BuildError(
+            f"the engine is not what was asked for: {'; '.join(problems)}; check that the plugin supports this size and "
+            "type, or build with --lowering portable"
+        )
+
+
+def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str, Any]]) -> FnaLayer:
+    by_plugin = lowering == "plugin" and layer.op_type in PLUGIN_OPS
+    precision = None
+    if by_plugin:
+        named = [entry for entry in inspected if _names(entry, layer.name)]
+        found = [entry for entry in named if str(entry.get("LayerType", "")).startswith("Plugin")]
+        if found:
+            side = "Outputs" if layer.op_type == ATTENTION else "Inputs"  # landmarks are integers whatever comes in
+            precision = read_type((found[0].get(side) or [{}])[0])
+    else:
+        inside = [entry for entry in inspected if _names_inside(entry, layer.name)]
+        types = {read_type(tensor) for entry in inside for tensor in entry.get("Outputs") or []}
+        precision = "+".join(sorted(types & {"fp32", "fp16", "bf16", "int8"})) or None
+    return FnaLayer(
+        name=layer.name,
+        op_type=layer.op_type,
+        implementation="plugin" if by_plugin else "operators",
+        requested=layer.precision,
+        precision=precision,
+        plugin_version=layer.plugin_version,
+    )
+
+
+def read_type(tensor: dict[str, Any]) -> str:
+    """Return the type of a tensor in the inspector's words as fp32, fp16, bf16, int8, int32 or unknown."""
+    text = " ".join(str(tensor.get(key, "")) for key in ("Format/Datatype", "Datatype", "DataType", "Format")).lower()
+    for name, pattern in _TYPE_WORDS:
+        if re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", text):
+            return name
+    return "unknown"
+
+
+def _inspected(information: str) -> Iterator[dict[str, Any]]:
+    try:
+        document = json.loads(information)
+    except ValueError as error:
+        raise BuildError(f"the engine inspector's answer is not JSON ({error})") from None
+    for entry in document.get("Layers", []):
+        # below detailed verbosity an entry is the layer's name alone
+        yield entry if isinstance(entry, dict) else {"Name": str(entry)}
+
+
+def _names(entry: dict[str, Any], node: str) -> bool:
+    """Whether an engine layer is, or comes from, a node of the file: by its name or by the parser's metadata."""
+    pattern = rf"(?<![\w/.]){re.escape(node)}(?:_\d+)?(?![\w/.])"
+    return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))
+
+
+def _names_inside(entry: dict[str, Any], node: str) -> bool:
+    """Whether an engine layer comes from a node's function body; lowering names its nodes `<node>/<tensor>`."""
+    pattern = rf"(?<![\w/.]){re.escape(node)}/"
+    return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))

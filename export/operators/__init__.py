@@ -1,0 +1,1 @@
+"""The ONNX operators of domain `fna`: signatures and bodies."""

@@ -1,0 +1,83 @@
+"""Two forms of a file with `fna` nodes: `portable` (standard operators only) and `plugin` (custom nodes for TensorRT).
+
+Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
+of the same name is registered, from 10.7 on it takes the plugin.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx.inliner
+from onnx import FunctionProto, ModelProto
+
+from fna.errors import InvalidArgumentError
+from fna.export.operators.functions import DOMAIN, PLUGIN_OPS, fna_nodes
+
+Lowering = Literal["portable", "plugin"]
+
+
+def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
+    """Return a lowered copy of `model`; metadata and external-data references are kept.
+
+    Args:
+        model: with `fna` nodes and their functions. Load files with external data by `load_external_data=False`.
+        lowering: `portable` inlines every function; `plugin` keeps the nodes that a plugin implements and strips their
+            functions.
+
+    Raises:
+        InvalidArgumentError: for another lowering, or for a model whose `fna` nodes have no functions to inline.
+    """
+    if lowering not in ("portable", "plugin"):
+        raise InvalidArgumentError(f"lowering {lowering!r} is not known; choose portable or plugin")
+    kept = PLUGIN_OPS if lowering == "plugin" else ()
+    known = {(function.domain, function.name) for function in model.functions}
+    for node in fna_nodes(model.graph):
+        if node.op_type not in kept and (node.domain, node.op_type) not in known:
+            raise InvalidArgumentError(
+                f"node {node.name!r} is fna::{node.op_type}, but the file carries no function for it; "
+                "start from the file that fna export or fna graft wrote, not from a plugin-lowered one"
+            )
+    bodies = {(item.domain, item.name, item.overload): item for item in model.functions}
+    lowered = onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in kept], exclude=True)
+    _name_inlined_nodes(model, lowered, kept, bodies)
+    del lowered.functions[:]
+    for node in fna_nodes(lowered.graph):
+        node.ClearField("overload")
+    if not any(True for _ in fna_nodes(lowered.graph)):
+        used = [entry for entry in lowered.opset_import if entry.domain != DOMAIN]
+        del lowered.opset_import[:]
+        lowered.opset_import.extend(used)
+    return lowered
+
+
+def _name_inlined_nodes(
+    model: ModelProto,
+    lowered: ModelProto,
+    kept: tuple[str, ...],
+    bodies: dict[tuple[str, str, str], FunctionProto],
+) -> None:
+    """Name each inlined node after its call, so that layer names of an engine say which block they belong to.
+
+    The inliner puts a function's nodes, in order, where the call was.
+    """
+    taken = {node.name for node in model.graph.node}
+    position = 0
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type in kept:
+            position += 1
+            continue
+        body = bodies[(node.domain, node.op_type, node.overload)]
+        for inlined, original in zip(lowered.graph.node[position:], body.node, strict=False):
+            inlined.name = _unique(f"{node.name or node.op_type}/{original.output[0]}", taken)
+        position += len(body.node)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """A name that no node has yet; onnxruntime refuses files in which two nodes have one."""
+    result, count = name, 1
+    while result in taken:
+        count += 1
+        result = f"{name}_{count}"
+    taken.add(result)
+    return result

@@ -1,0 +1,208 @@
+"""int8 for the linear layers: static quantisation with calibration photographs, by ONNX Runtime's quantiser.
+
+Weights are quantised per output channel, activations per tensor, both symmetric, as TensorRT wants them, and written as pairs of
+QuantizeLinear and DequantizeLinear. Attention (FNA and exact), convolutions and norms are left as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from fna.errors import BuildError, InvalidArgumentError
+from fna.export.blocks import find_blocks
+from fna.export.metadata import read_metadata, write_metadata
+from fna.export.passes.precision import FP16_LARGEST, norm_nodes
+from fna.files import load_onnx, save_model
+
+LINEAR = ("MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """The values that a tensor took on the photographs, and the block it belongs to; None outside all blocks."""
+
+    tensor: str
+    lowest: float
+    highest: float
+    block: int | None
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude; NaN if there is one."""
+        return float(np.max(np.abs([self.lowest, self.highest])))
+
+
+def quantize_model(
+    model: ModelProto,
+    pixels: Sequence[NDArray[np.float32]],
+    *,
+    keep: Sequence[int] = (),
+    name: str = "the file",
+) -> ModelProto:
+    """Return a copy of an fp32 FNA file whose linear layers compute in int8.
+
+    Args:
+        model: with its tensors loaded.
+        pixels: preprocessed photographs, `[1, 3, H, W]` each; activation ranges are measured on them.
+        keep: numbers of blocks whose linear layers stay as they are.
+        name: says in errors which file it was.
+
+    Raises:
+        InvalidArgumentError: if the file is not fp32, is quantised already, or there are no photographs.
+        BuildError: if the quantiser refuses the file.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    metadata = read_metadata(model, name)
+    if metadata.precision != "fp32" or metadata.quantized is not None:
+        kind = metadata.quantized or metadata.precision
+        raise InvalidArgumentError(f"{name} is {kind} already; quantise the fp32 file that it came from")
+    if not pixels:
+        raise InvalidArgumentError("int8 needs photographs to calibrate on, but there are none; give --images")
+    linear = _linear_nodes(model, keep, metadata.plan.num_blocks)
+    if not linear:
+        raise InvalidArgumentError(f"{name} has no linear layers with constant weights to quantise")
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source, target = Path(folder) / "source.onnx", Path(folder) / "quantized.onnx"
+        save_model(model, source)
+        try:
+            quantize_static(
+                str(source),
+                str(target),
+                _Reader(_input_name(model), pixels),
+                quant_format=QuantFormat.QDQ,
+                nodes_to_quantize=linear,
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=model.ByteSize() > 2_000_000_000,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    # TensorRT folds the pair; int8 weights in the file would be smaller, but its parser wants them in fp32
+                    "AddQDQPairToWeight": True,
+                    # outputs are read by fp32 operators: quantising those too would lose accuracy for nothing
+                    "OpTypesToExcludeOutputQuantization": list(LINEAR),
+                },
+            )
+        except Exception as error:  # the quantiser raises what it likes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BuildError(f"ONNX Runtime's quantiser refused {name}: {reason}") from error
+        quantized = load_onnx(target)
+    if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
+        raise BuildError(f"ONNX Runtime's quantiser left {name} as it was")
+    write_metadata(quantized, metadata.model_copy(update={"quantized": "int8"}))
+    return quantized
+
+
+def measure_ranges(
+    model: ModelProto, pixels: Sequence[NDArray[np.float32]], name: str = "the file"
+) -> list[TensorRange]:
+    """Run an fp32 file on photographs and return the range of every tensor that a cast would make 16-bit.
+
+    Norms, softmax and FNA's insides stay fp32, so their tensors are left out.
+
+    Raises:
+        InvalidArgumentError: if there are no photographs.
+    """
+    from onnxruntime.quantization.calibrate import MinMaxCalibrater
+
+    if not pixels:
+        raise InvalidArgumentError("ranges are measured on photographs, but there are none; give --images")
+    blocks = find_blocks(model, read_metadata(model, name).plan.num_blocks)
+    stays = norm_nodes(model)
+    inside = {output for node in model.graph.node if node.name in stays for output in node.output}
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        source = Path(folder) / "source.onnx"
+        save_model(model, source)
+        calibrater = MinMaxCalibrater(source, augmented_model_path=str(Path(folder) / "augmented.onnx"))
+        calibrater.augment_graph()
+        calibrater.create_inference_session()
+        calibrater.collect_data(_Reader(_input_name(model), pixels))
+        data = calibrater.compute_data()
+    ranges = []
+    for tensor, values in data.items():
+        if tensor in inside:
+            continue
+        lowest, highest = (float(np.asarray(value).reshape(-1)[0]) for value in values.range_value)
+        ranges.append(TensorRange(tensor, lowest, highest, blocks.get(tensor)))
+    return ranges
+
+
+def find_overflows(ranges: Sequence[TensorRange]) -> list[str]:
+    """Say for each block whose values leave fp16's range, or come near, which tensor does and how far.
+
+    Returns:
+        One line per block, ascending; empty where all fits.
+    """
+    worst: dict[int | None, TensorRange] = {}
+    for entry in ranges:
+        known = worst.get(entry.block)
+        if not entry.largest <= FP16_LARGEST and (known is None or not entry.largest <= known.largest):
+            worst[entry.block] = entry
+    lines = []
+    for block in sorted(worst, key=lambda number: -1 if number is None else number):
+        entry = worst[block]
+        where = "outside the blocks" if block is None else f"block {block}"
+        mend = "" if block is None else f"; keep it with --keep-fp32 {block}"
+        lines.append(f"{where}: {entry.tensor} reaches {entry.largest:.3g}, beyond fp16's {FP16_LARGEST:.0f}{mend}")
+    return lines
+
+
+class _Reader:
+    """Hands photographs to ONNX Runtime's calibraters, one at a time."""
+
+    def __init__(self, name: str, pixels: Sequence[NDArray[np.float32]]) -> None:
+        self._name, self._pixels = name, pixels
+        self._waiting: Iterator[NDArray[np.float32]] = iter(pixels)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next photograph by input name, or None after the last."""
+        image = next(self._waiting, None)
+        return None if image is None else {self._name: image}
+
+    def rewind(self) -> None:
+        """Start again."""
+        self._waiting = iter(self._pixels)
+
+
+def _linear_nodes(model: ModelProto, keep: Sequence[int], num_blocks: int) -> list[str]:
+    """Names of matrix products whose second factor is a constant; products of attention have none."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    constant |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
+    blocks = find_blocks(model, num_blocks) if keep else {}
+    wrong = [number for number in keep if not 0 <= number < num_blocks]
+    if wrong:
+        raise InvalidArgumentError(f"block {wrong[0]} is to be kept, but the model has blocks 0 to {num_blocks - 1}")
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in LINEAR and node.input[1] in constant and node.name and blocks.get(node.output[0]) not in keep
+    ]
+
+
+def _input_name(model: ModelProto) -> str:
+    constant = {tensor.name for tensor in model.graph.initializer}
+    return next(str(value.name) for value in model.graph.input if value.name not in constant)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser advises on the root logger, at length; errors are raised."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,1 @@
+"""An ONNX graph as surgery reads it: index, constants, shapes, bounds, input size."""

@@ -1,0 +1,1 @@
+"""Finding attention in a graph, and deciding what FNA can stand for."""

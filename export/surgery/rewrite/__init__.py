@@ -1,0 +1,1 @@
+"""Writing FNA into a graph."""

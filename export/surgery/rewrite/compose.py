@@ -1,0 +1,209 @@
+"""What a plan puts around an FNA node: heads that stay exact, and the correction; `fna.composition` in ONNX's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, helper
+
+from fna.errors import InvalidPlanError
+from fna.export.surgery.graph.fold import numpy_type
+from fna.export.surgery.recognise.rows import Attention
+from fna.landmarks import patch_grid
+from fna.plan import BlockPlan, Correction, Plan
+
+FAR_END = 2**62
+
+MakeNode = Callable[[str, str, str, str], NodeProto]
+
+
+class Names(Protocol):
+    """Where new names and constants come from."""
+
+    def unique(self, name: str) -> str:
+        """A name that nothing in the file has yet."""
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """An initializer; equal ones are shared."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block that becomes FNA: what it is, what the plan says, and its tensors `[B, H, N, D]`."""
+
+    found: Attention
+    block: BlockPlan
+    plan: Plan
+    prefix_tokens: int
+    name: str
+    query: str
+    key: str
+    value: str
+    landmarks: str
+
+
+def compose(
+    names: Names, site: Site, output: str, make_fna: MakeNode, make_exact: MakeNode | None = None
+) -> tuple[NodeProto, list[NodeProto]]:
+    """Return the FNA node and all nodes around it that together write `output` `[B, H, N, D]`.
+
+    Args:
+        names: for new names and constants.
+        site: the block.
+        output: name of the tensor to be written.
+        make_fna: makes the FNA node from the names of query, key, value and output.
+        make_exact: makes a node of exact attention likewise; None writes it in standard operators.
+
+    Raises:
+        InvalidPlanError: if the plan names a head that the block does not have, or where the patches lie is not known.
+    """
+    heads = site.block.heads
+    count = site.found.heads
+    if heads is not None and heads[-1] >= count:
+        raise InvalidPlanError(
+            f"the plan lists head {heads[-1]} of block {site.block.block}, but the block has heads 0 to {count - 1}"
+        )
+    nodes: list[NodeProto] = []
+    if heads is None or len(heads) == count:
+        return _corrected(names, site, (site.query, site.key, site.value), count, output, make_fna, nodes), nodes
+    others = [head for head in range(count) if head not in heads]
+    taken = [_take(names, site, tensor, heads, "fna", nodes) for tensor in (site.query, site.key, site.value)]
+    kept = [_take(names, site, tensor, others, "exact", nodes) for tensor in (site.query, site.key, site.value)]
+    approximate = names.unique(f"{site.name}/fna_heads")
+    fna = _corrected(names, site, (taken[0], taken[1], taken[2]), len(heads), approximate, make_fna, nodes)
+    if make_exact is None:
+        exact = _exact_attention(names, site, kept, nodes)
+    else:
+        exact = names.unique(f"{site.name}/exact_heads")
+        nodes.append(make_exact(kept[0], kept[1], kept[2], exact))
+    joined = names.unique(f"{site.name}/all_heads")
+    nodes.append(helper.make_node("Concat", [approximate, exact], [joined], name=joined, axis=1))
+    order = [*heads, *others]
+    index = np.asarray([order.index(head) for head in range(count)], np.int64)
+    place = names.constant("fna/head_order", index)
+    nodes.append(helper.make_node("Gather", [joined, place], [output], name=f"{site.name}/in_order", axis=1))
+    return fna, nodes
+
+
+def _take(names: Names, site: Site, tensor: str, heads: Sequence[int], which: str, nodes: list[NodeProto]) -> str:
+    result = names.unique(f"{tensor}_{which}")
+    index = names.constant(f"fna/{which}_heads", np.asarray(heads, np.int64))
+    nodes.append(helper.make_node("Gather", [tensor, index], [result], name=result, axis=1))
+    return result
+
+
+def _exact_attention(names: Names, site: Site, operands: Sequence[str], nodes: list[NodeProto]) -> str:
+    stem = f"{site.name}/exact"
+    new = {step: names.unique(f"{stem}_{step}") for step in ("columns", "scaled", "scores", "weights", "out")}
+    scale = names.constant("fna/scale", np.asarray(site.found.scale, numpy_type(site.found.element_type)))
+    query, key, value = operands
+    nodes += [
+        helper.make_node("Mul", [query, scale], [new["scaled"]], name=new["scaled"]),
+        helper.make_node("Transpose", [key], [new["columns"]], name=new["columns"], perm=(0, 1, 3, 2)),
+        helper.make_node("MatMul", [new["scaled"], new["columns"]], [new["scores"]], name=new["scores"]),
+        helper.make_node("Softmax", [new["scores"]], [new["weights"]], name=new["weights"], axis=-1),
+        helper.make_node("MatMul", [new["weights"], value], [new["out"]], name=new["out"]),
+    ]
+    return new["out"]
+
+
+def _corrected(
+    names: Names,
+    site: Site,
+    operands: tuple[str, str, str],
+    heads: int,
+    output: str,
+    make_fna: MakeNode,
+    nodes: list[NodeProto],
+) -> NodeProto:
+    correction = site.block.correction
+    if correction is None:
+        return make_fna(*operands, output)
+    if len(correction.gains) != heads:
+        raise InvalidPlanError(
+            f"the plan's correction of block {site.block.block} has kernels for {len(correction.gains)} heads, but {heads} are FNA"
+        )
+    plain = names.unique(f"{site.name}/fna")
+    fna = make_fna(*operands, plain)
+    _correction_nodes(names, site, correction, plain, operands[2], output, nodes)
+    return fna
+
+
+def _correction_nodes(
+    names: Names, site: Site, correction: Correction, plain: str, value: str, output: str, nodes: list[NodeProto]
+) -> None:
+    tokens = _only_size(site)
+    rows, columns = patch_grid(tokens, site.prefix_tokens, site.plan.patches)
+    heads, size = len(correction.gains), site.found.head_size
+    dtype = numpy_type(site.found.element_type)
+    steps = (
+        "values", "turned", "image", "local_image", "local_turned", "local", "patches", "scaled", "sum", "prefix", "joined"
+    )  # fmt: skip
+    new = {step: names.unique(f"{site.name}/correction_{step}") for step in steps}
+
+    def add(op_type: str, inputs: Sequence[str], result: str, **attributes: Any) -> None:
+        nodes.append(helper.make_node(op_type, list(inputs), [result], name=f"{result}/{op_type}", **attributes))
+
+    def ints(values: Sequence[int]) -> str:
+        return names.constant("fna/" + "_".join(str(v) for v in values), np.asarray(values, np.int64))
+
+    first, end, axis = ints([site.prefix_tokens]), ints([FAR_END]), ints([2])
+    taps = np.asarray(correction.kernels, np.float32).reshape(heads, 1, correction.size, correction.size)
+    kernel = names.constant(f"{site.name}/correction_kernel", np.repeat(taps, size, axis=0).astype(dtype))
+    gains = np.asarray(correction.gains, np.float32).reshape(1, heads, 1, 1).astype(dtype)
+    gain = names.constant(f"{site.name}/correction_gain", gains)
+    add("Slice", [value, first, end, axis], new["values"])
+    add("Transpose", [new["values"]], new["turned"], perm=(0, 1, 3, 2))
+    add("Reshape", [new["turned"], ints([0, heads * size, rows, columns])], new["image"])
+    half = correction.size // 2
+    add("Conv", [new["image"], kernel], new["local_image"], group=heads * size, pads=[half] * 4)
+    add("Reshape", [new["local_image"], ints([0, heads, size, rows * columns])], new["local_turned"])
+    add("Transpose", [new["local_turned"]], new["local"], perm=(0, 1, 3, 2))
+    add("Slice", [plain, first, end, axis], new["patches"])
+    add("Mul", [new["patches"], gain], new["scaled"])
+    exact_rows = site.plan.exact_rows
+    whole = output if not exact_rows else new["joined"]
+    add("Add", [new["scaled"], new["local"]], new["sum"] if site.prefix_tokens else whole)
+    if site.prefix_tokens:
+        add("Slice", [plain, ints([0]), first, axis], new["prefix"])
+        add("Concat", [new["prefix"], new["sum"]], whole, axis=2)
+    if exact_rows:
+        add("Where", [_known_rows(names, site, tokens, nodes), plain, whole], output)
+
+
+def _known_rows(names: Names, site: Site, tokens: int, nodes: list[NodeProto]) -> str:
+    """A condition `[B or 1, 1, N, 1]` that holds for landmarks."""
+    steps = ("dims", "batch", "shape", "zeros", "ones", "marks", "mask", "known")
+    new = {step: names.unique(f"{site.name}/landmark_{step}") for step in steps}
+    zero, one = (names.constant(f"fna/{value}", np.asarray([[value]], np.float32)) for value in (0.0, 1.0))
+    half = names.constant("fna/half", np.asarray(0.5, np.float32))
+    first, count, axes = (
+        names.constant(f"fna/{label}", np.asarray(value, np.int64))
+        for label, value in (("first", [0]), (f"tokens_{tokens}", [tokens]), ("axes_1_3", [1, 3]))
+    )
+    nodes += [
+        helper.make_node("Shape", [site.landmarks], [new["dims"]], name=new["dims"]),
+        helper.make_node("Gather", [new["dims"], first], [new["batch"]], name=new["batch"], axis=0),
+        helper.make_node("Concat", [new["batch"], count], [new["shape"]], name=new["shape"], axis=0),
+        helper.make_node("Expand", [zero, new["shape"]], [new["zeros"]], name=new["zeros"]),
+        helper.make_node("Expand", [one, new["dims"]], [new["ones"]], name=new["ones"]),
+        helper.make_node(
+            "ScatterElements", [new["zeros"], site.landmarks, new["ones"]], [new["marks"]], name=new["marks"], axis=1
+        ),
+        helper.make_node("Greater", [new["marks"], half], [new["mask"]], name=new["mask"]),
+        helper.make_node("Unsqueeze", [new["mask"], axes], [new["known"]], name=new["known"]),
+    ]
+    return new["known"]
+
+
+def _only_size(site: Site) -> int:
+    sizes = set(site.found.tokens)
+    if len(sizes) != 1:
+        raise InvalidPlanError(
+            "a correction needs a fixed number of tokens; this file leaves its input size open (set it by --resolution)"
+        )
+    return int(sizes.pop())

@@ -1,0 +1,672 @@
+"""Writing FNA into a graph: the new nodes, and the removal of what nothing needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.errors import InvalidPlanError
+from fna.export.operators.functions import (
+    ARTIFACT_TOKENS,
+    ATTENTION,
+    DOMAIN,
+    FARTHEST_POINTS,
+    GUIDED_FEATURES,
+    GUIDED_GRID,
+    GUIDED_PICKS,
+    LANDMARK_ROLES,
+    LARGEST_NORM_ROLES,
+    MASKED_ATTENTION,
+    MASKED_PLUGIN_FIELDS,
+    MASSIVE_TOKENS,
+    NORM_GRID,
+    PLUGIN_FIELDS,
+    attach_functions,
+)
+from fna.export.surgery.graph.index import Graph, all_inputs, order_nodes
+from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.recognise.rows import Attention, Dim, Operand, Result, Row
+from fna.export.surgery.recognise.stream import Stream, count_prefix_tokens, find_stream
+from fna.export.surgery.rewrite.compose import Site, compose
+from fna.guided import check_rooms, own_prefix
+from fna.plan import BlockPlan, Plan, TokenRange
+from fna.special_tokens import listed_tokens_mask
+
+FUNCTIONS_IR_VERSION = 8
+GRID_STEPS = ("length", "stretched", "rounded", "place", "index", "all", "landmarks")
+
+
+@dataclass
+class Replacement:
+    """One FNA node and the nodes around it."""
+
+    row: Row
+    fna: NodeProto
+    before: list[NodeProto]
+    after: list[NodeProto]
+    query: str
+    key: str
+    value: str
+    output: str
+    site: Site | None
+    constants: list[TensorProto] = field(default_factory=list)
+
+
+@dataclass
+class Rewritten:
+    """A rewritten model and what was put into it."""
+
+    model: ModelProto
+    replacements: list[Replacement]
+    prefix_tokens: dict[int, int]
+    features: dict[int, str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Writer:
+    graph: Graph
+    points: list[Point]
+    plan: Plan
+    taken: set[str]
+    inserted: dict[int, list[NodeProto]] = field(default_factory=dict)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    prefix: dict[int, int] = field(default_factory=dict)
+    features: dict[int, str] = field(default_factory=dict)
+    shared: dict[Any, tuple[str, str]] = field(default_factory=dict)
+    ranges: dict[Any, str] = field(default_factory=dict)
+    found_tokens: dict[Any, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def unique(self, name: str) -> str:
+        """A name that nothing in the file has yet."""
+        result, count = name, 1
+        while result in self.taken:
+            count += 1
+            result = f"{name}_{count}"
+        self.taken.add(result)
+        return result
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """An initializer; equal ones are shared."""
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for known, other in self.initializers.items():
+            if other.data_type == tensor.data_type and other.dims == tensor.dims and other.raw_data == tensor.raw_data:
+                return known
+        unique = self.unique(name)
+        tensor.name = unique
+        self.initializers[unique] = tensor
+        return unique
+
+
+def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) -> Rewritten:
+    """Return a copy of the graph's model in which the attention of `rows` is FNA.
+
+    Raises:
+        InvalidPlanError: if the plan asks for what this graph cannot give (random landmarks for open sizes).
+    """
+    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
+    taken |= set(graph.initializers) | {item.name for item in graph.inputs}
+    writer = _Writer(graph, points, plan, taken)
+    replacements = [_replace(writer, row) for row in rows]
+    for item in replacements:
+        read = {name for node in item.before for name in all_inputs(node)}
+        item.constants = [tensor for name, tensor in writer.initializers.items() if name in read]
+    model = _assemble(graph, writer, replacements)
+    return Rewritten(model, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
+
+
+def operand_writer(
+    graph: Graph, points: list[Point], plan: Plan
+) -> tuple[_Writer, Callable[[Row, list[NodeProto]], tuple[str, str, str]]]:
+    """Return a writer, and a function that adds the nodes that make query, key and value `[B, H, N, D]` of a row.
+
+    The writer's `initializers` are those that the nodes need.
+    """
+    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
+    writer = _Writer(graph, points, plan, taken | set(graph.initializers) | {item.name for item in graph.inputs})
+
+    def write(row: Row, nodes: list[NodeProto]) -> tuple[str, str, str]:
+        found = row.attention
+        assert found is not None
+        prefix = writer.unique(f"{row.node}/fna_operands_{row.block}")
+        nodes.extend(found.prelude)
+        for tensor in found.initializers:
+            writer.initializers[tensor.name] = tensor
+        query, key, value = (
+            _operand_nodes(writer, operand, f"{prefix}/{name}", nodes)
+            for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
+        )
+        return query, key, value
+
+    return writer, write
+
+
+# ---------------------------------------------------------------- one block
+
+
+def _replace(writer: _Writer, row: Row) -> Replacement:
+    found, block = row.attention, writer.plan.find(row.block)
+    assert found is not None
+    prefix = writer.unique(f"{row.node}/fna_block_{row.block}")
+    before = list(found.prelude)
+    for tensor in found.initializers:
+        writer.initializers[tensor.name] = tensor
+        writer.taken.add(tensor.name)
+    query, key, value = (
+        _operand_nodes(writer, operand, f"{prefix}/{name}", before)
+        for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
+    )
+    key_mask, sink = _key_mask(writer, row, found, query, key, before)
+    attributes: dict[str, Any]
+    if block is None:
+        inputs, attributes = [query, key, value, *key_mask], {"sink": int(sink)}
+    else:
+        landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
+        inputs = [query, key, value, landmarks, bias, *key_mask]
+        attributes = {"iterations": writer.plan.iterations_of(block), "exact_rows": int(writer.plan.exact_rows)}
+        attributes |= {"sink": int(sink), **MASKED_PLUGIN_FIELDS} if key_mask else PLUGIN_FIELDS
+    after: list[NodeProto] = []
+    output = _result_nodes(writer, found.result, prefix, after)
+
+    def make_node(op_type: str, inputs: Sequence[str], result: str, name: str, settings: dict[str, Any]) -> NodeProto:
+        return helper.make_node(
+            op_type, inputs, [result], name=name, domain=DOMAIN, scale=float(found.scale), **settings
+        )
+
+    around: list[NodeProto] = []
+    site = None
+    if block is None:
+        fna = make_node(MASKED_ATTENTION, inputs, output, prefix, attributes)
+    else:
+        site = Site(found, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
+
+        def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
+            return make_node(ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
+
+        def make_masked(query: str, key: str, value: str, result: str) -> NodeProto:
+            return make_node(
+                MASKED_ATTENTION, [query, key, value, *key_mask], result, f"{prefix}/exact", {"sink": int(sink)}
+            )
+
+        fna, around = compose(writer, site, output, make_fna, make_masked if key_mask else None)
+    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *around, *after]
+    return Replacement(row, fna, before, after, query, key, value, output, site)
+
+
+def _reshape_node(
+    writer: _Writer, tensor: str, target: tuple[int | Dim, ...], output: str, nodes: list[NodeProto]
+) -> None:
+    if all(isinstance(size, int) for size in target):
+        shape = writer.constant("fna/shape_" + "_".join(str(size) for size in target), np.asarray(target, np.int64))
+    else:
+        parts = []
+        for position, size in enumerate(target):
+            if isinstance(size, int):
+                parts.append(writer.constant(f"fna/size_{size}", np.asarray([size], np.int64)))
+                continue
+            dims, picked = writer.unique(f"{output}/dims_{position}"), writer.unique(f"{output}/size_{position}")
+            index = writer.constant(f"fna/axis_{size.axis}", np.asarray([size.axis], np.int64))
+            nodes.append(helper.make_node("Shape", [size.tensor], [dims], name=dims))
+            nodes.append(helper.make_node("Gather", [dims, index], [picked], name=picked, axis=0))
+            parts.append(picked)
+        shape = writer.unique(f"{output}/shape")
+        nodes.append(helper.make_node("Concat", parts, [shape], name=shape, axis=0))
+    nodes.append(helper.make_node("Reshape", [tensor, shape], [output], name=f"{output}/Reshape"))
+
+
+def _operand_nodes(writer: _Writer, operand: Operand, name: str, nodes: list[NodeProto]) -> str:
+    tensor = operand.tensor
+    if operand.reshape is not None:
+        reshaped = writer.unique(f"{name}_reshaped")
+        _reshape_node(writer, tensor, operand.reshape, reshaped, nodes)
+        tensor = reshaped
+    if operand.perm is not None:
+        turned = writer.unique(name)
+        nodes.append(helper.make_node("Transpose", [tensor], [turned], name=f"{turned}/Transpose", perm=operand.perm))
+        tensor = turned
+    return tensor
+
+
+def _result_nodes(writer: _Writer, result: Result, prefix: str, nodes: list[NodeProto]) -> str:
+    if result.perm is None and result.reshape is None:
+        return result.tensor
+    output = current = writer.unique(f"{prefix}/out")
+    if result.perm is not None:
+        turned = result.tensor if result.reshape is None else writer.unique(f"{prefix}/out_transposed")
+        nodes.append(
+            helper.make_node("Transpose", [current], [turned], name=f"{prefix}/out/Transpose", perm=result.perm)
+        )
+        current = turned
+    if result.reshape is not None:
+        _reshape_node(writer, current, result.reshape, result.tensor, nodes)
+    return output
+
+
+# ---------------------------------------------------------------- masked keys
+
+
+def _key_mask(
+    writer: _Writer, row: Row, found: Attention, query: str, key: str, nodes: list[NodeProto]
+) -> tuple[list[str], bool]:
+    """The name of the mask `[B or 1, N]` of one block, none where it has none, and whether it is a sink."""
+    planned = writer.plan.find_mask(row.block)
+    if planned is None:
+        return [], False
+    return [_tokens_mask(writer, "masks", planned, row, found, query, key, nodes)], planned[1].sink
+
+
+def _tokens_mask(
+    writer: _Writer,
+    use: str,
+    planned: tuple[int, TokenRange],
+    row: Row,
+    found: Attention,
+    query: str,
+    key: str,
+    nodes: list[NodeProto],
+) -> str:
+    """The name of a mask `[B or 1, N]` of the tokens of a range, found at the first block of it that comes."""
+    first, entry = planned
+    tower = (found.tokens, _origin(writer, find_stream(writer.graph, writer.points, found), found))
+    shared, place = (use, first, tower), (entry.tokens, row.block, tower)
+    if shared not in writer.ranges:
+        if place not in writer.found_tokens:
+            writer.found_tokens[place] = _find_tokens(writer, row, entry, found, query, key, nodes)
+        writer.ranges[shared] = writer.found_tokens[place]
+    return writer.ranges[shared]
+
+
+def _find_tokens(
+    writer: _Writer, row: Row, entry: TokenRange, found: Attention, query: str, key: str, nodes: list[NodeProto]
+) -> str:
+    kind = entry.tokens if isinstance(entry.tokens, str) else "listed"
+    name = writer.unique(f"{row.node}/fna_{kind}_tokens_{row.block}")
+    if isinstance(entry.tokens, tuple):
+        if len(set(found.tokens)) > 1:
+            raise InvalidPlanError("token indices in a plan need a fixed number of tokens; this file leaves it open")
+        mask = listed_tokens_mask(entry.tokens, found.tokens[0])
+        return writer.constant(f"fna/listed_tokens_{row.block}", mask.numpy())
+    stream = find_stream(writer.graph, writer.points, found)
+    prefix = writer.plan.prefix_tokens
+    if prefix is None:
+        prefix = _detect_prefix(writer, found, stream)
+    if entry.tokens == "massive":
+        if stream is None:
+            raise InvalidPlanError(
+                f"massive tokens cannot be found in block {row.block}: its hidden states could not be found"
+            )
+        inputs, op_type, attributes = [_hidden_states(writer, row, stream, nodes)], MASSIVE_TOKENS, {}
+    else:
+        if prefix < 1:
+            raise InvalidPlanError(
+                "artifact tokens are those that the class token looks at, but no class token was found; name massive tokens, "
+                "or give --prefix-tokens"
+            )
+        inputs, op_type, attributes = [query, key], ARTIFACT_TOKENS, {"scale": float(found.scale)}
+    nodes.append(
+        helper.make_node(op_type, inputs, [name], name=name, domain=DOMAIN, prefix_tokens=prefix, **attributes)
+    )
+    return name
+
+
+def _hidden_states(writer: _Writer, row: Row, stream: Stream, nodes: list[NodeProto]) -> str:
+    """The residual stream as `[B, N, C]`."""
+    if not stream.sequence_first:
+        return stream.tensor
+    turned = writer.unique(f"{row.node}/fna_features_{row.block}")
+    nodes.append(helper.make_node("Transpose", [stream.tensor], [turned], name=turned, perm=(1, 0, 2)))
+    return turned
+
+
+# ---------------------------------------------------------------- landmarks
+
+
+def _landmarks(
+    writer: _Writer,
+    row: Row,
+    block: BlockPlan,
+    found: Attention,
+    operands: tuple[str, str, str],
+    nodes: list[NodeProto],
+) -> tuple[str, str]:
+    """Names of the landmarks `[B or 1, S]` and of their bias `[1, S]` for one block."""
+    stream = find_stream(writer.graph, writer.points, found)
+    prefix = writer.plan.prefix_tokens
+    if prefix is None:
+        prefix = _detect_prefix(writer, found, stream)
+    writer.prefix[row.block] = prefix
+    static = len(set(found.tokens)) == 1
+    ranges = {key: writer.plan.find_landmark_range(key, block.block) for key in ("include", "exclude")}
+    guided = any(planned is not None for planned in ranges.values())
+    by_features = block.sampler in ("fps", "norm-grid")
+    origin = _origin(writer, stream, found) if by_features or guided or not static else None
+    key = (
+        writer.plan.sharing_key(block),
+        found.tokens,
+        prefix,
+        origin,
+        row.block if writer.plan.resamples(block) and by_features else -1,
+    )
+    if key in writer.shared:
+        return writer.shared[key]
+    if block.sampler in ("random", "lattice") and not static:
+        raise InvalidPlanError(
+            f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
+        )
+    features = _features(writer, row, block, stream, operands, nodes) if by_features else ""
+    if by_features:
+        writer.features[row.block] = features
+    landmarks = writer.unique(f"{row.node}/fna_landmarks_{row.block}")
+    if guided:
+        check_rooms(
+            block.landmarks, min(found.tokens), block.sampler, prefix,
+            includes=ranges["include"] is not None, excludes=ranges["exclude"] is not None, name=f"block {row.block}",
+        )  # fmt: skip
+        include, exclude = (
+            "" if planned is None else _tokens_mask(writer, use, planned, row, found, *operands[:2], nodes)
+            for use, planned in ranges.items()
+        )
+        bias = _guided_nodes(writer, row, block, prefix, features, (include, exclude), landmarks, nodes)
+        if not bias:
+            bias = writer.constant(f"fna/landmark_bias_0_{block.landmarks}", np.zeros((1, block.landmarks), np.float32))
+        writer.shared[key] = (landmarks, bias)
+        return landmarks, bias
+    if by_features:
+        nodes.append(_sampler_node(block, prefix, features, landmarks))
+    elif static:
+        landmarks = _static_landmarks(writer, block, found.tokens[0], prefix)
+    else:
+        landmarks = _grid_in_graph(writer, block, prefix, operands[1], f"{row.node}/fna_grid_{row.block}", nodes)
+    bias = _bias(writer, row, block, found, prefix, operands[1], nodes)
+    writer.shared[key] = (landmarks, bias)
+    return landmarks, bias
+
+
+def _origin(writer: _Writer, stream: Stream | None, found: Attention) -> str:
+    """What tells one tower of a model from another: the first tensor of data that its stream is computed from."""
+    start = stream.tensor if stream is not None else found.query.tensor
+    names = writer.graph.needed_for({start})
+    inputs = {item.name for item in writer.graph.inputs}
+    used = {name for index in names for name in writer.graph.nodes[index].input if name in inputs}
+    return ",".join(sorted(used))
+
+
+def _detect_prefix(writer: _Writer, found: Attention, stream: Stream | None) -> int:
+    key = ("prefix", found.tokens, _origin(writer, stream, found))
+    if key in writer.shared:
+        return int(writer.shared[key][0])
+    count = None if stream is None else count_prefix_tokens(writer.graph, writer.points, stream)
+    result = 0 if count is None or count >= min(found.tokens) else count
+    if count is None or count != result:
+        writer.notes.append(
+            "how many prefix tokens there are could not be told, so 0 are assumed; give --prefix-tokens"
+        )
+    if count is not None:
+        writer.shared[key] = (str(result), "")
+    return result
+
+
+def _features(
+    writer: _Writer,
+    row: Row,
+    block: BlockPlan,
+    stream: Stream | None,
+    operands: tuple[str, str, str],
+    nodes: list[NodeProto],
+) -> str:
+    if block.feature == "input" and stream is not None:
+        return _hidden_states(writer, row, stream, nodes)
+    if block.feature == "input":
+        writer.notes.append(
+            f"block {row.block}: its hidden states could not be found, so landmarks are chosen from its queries, averaged over heads"
+        )
+    choice = {"query": 0, "key": 1, "value": 2}.get(block.feature, 0)
+    mean = writer.unique(f"{row.node}/fna_features_{row.block}")
+    if writer.graph.opset >= 18:
+        axis = writer.constant("fna/heads_axis", np.asarray([1], np.int64))
+        nodes.append(helper.make_node("ReduceMean", [operands[choice], axis], [mean], name=mean, keepdims=0))
+    else:
+        nodes.append(helper.make_node("ReduceMean", [operands[choice]], [mean], name=mean, axes=[1], keepdims=0))
+    return mean
+
+
+def _sampler_node(block: BlockPlan, prefix: int, features: str, landmarks: str) -> NodeProto:
+    if block.sampler == "fps":
+        return helper.make_node(
+            FARTHEST_POINTS, [features], [landmarks], name=landmarks, domain=DOMAIN,
+            num_landmarks=block.landmarks, **PLUGIN_FIELDS,
+        )  # fmt: skip
+    return helper.make_node(
+        NORM_GRID, [features], [landmarks], name=landmarks, domain=DOMAIN,
+        num_landmarks=block.landmarks, prefix_tokens=prefix,
+    )  # fmt: skip
+
+
+def _guided_nodes(
+    writer: _Writer,
+    row: Row,
+    block: BlockPlan,
+    prefix: int,
+    features: str,
+    masks: tuple[str, str],
+    landmarks: str,
+    nodes: list[NodeProto],
+) -> str:
+    """Write what `fna.guided.guided_landmarks` does; return the name of the bias, empty where it is all zeros."""
+    stem = f"{row.node}/fna_guided_{row.block}"
+
+    def add(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **settings: int) -> None:
+        nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=DOMAIN, **settings))
+
+    include, exclude = masks
+    if not (include and exclude):
+        nothing = writer.unique(f"{stem}_nothing")
+        nodes.append(helper.make_node("Sub", [include or exclude] * 2, [nothing], name=nothing))
+        include, exclude = include or nothing, exclude or nothing
+    sizes = {"num_landmarks": block.landmarks, "prefix_tokens": own_prefix(block.sampler, prefix)}
+    role = writer.unique(f"{stem}_role")
+    add(LANDMARK_ROLES, [include, exclude], [role], **sizes)
+    if block.sampler == "fps":
+        guided, picks = writer.unique(f"{stem}_features"), writer.unique(f"{stem}_picks")
+        add(GUIDED_FEATURES, [features, role], [guided])
+        nodes.append(_sampler_node(block, prefix, guided, picks))
+        add(GUIDED_PICKS, [role, picks], [landmarks], num_landmarks=block.landmarks)
+        return ""
+    if block.sampler == "norm-grid":
+        plain, role = role, writer.unique(f"{stem}_norm_role")
+        add(LARGEST_NORM_ROLES, [features, plain], [role], **sizes)
+    bias = writer.unique(f"{stem}_bias")
+    add(GUIDED_GRID, [role], [landmarks, bias], **sizes, middles=int(block.sampler == "norm-grid"))
+    return "" if writer.plan.method == "published" else bias
+
+
+def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: int) -> str:
+    from fna.landmarks import grid_landmarks, lattice_landmarks, random_landmarks
+
+    if block.sampler == "lattice":
+        index = lattice_landmarks(tokens, block.landmarks, prefix, writer.plan.patches)
+    elif block.sampler == "random":
+        index = random_landmarks(tokens, block.landmarks, prefix, writer.plan.seed)
+    else:
+        index = grid_landmarks(tokens, block.landmarks, prefix)
+    return writer.constant(
+        f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}", index.numpy().astype(np.int32)
+    )
+
+
+def _bias(
+    writer: _Writer,
+    row: Row,
+    block: BlockPlan,
+    found: Attention,
+    prefix: int,
+    key: str,
+    nodes: list[NodeProto],
+) -> str:
+    from fna.landmarks import landmark_bias, norm_grid_count
+
+    name = f"fna/landmark_bias_{block.sampler}_{block.landmarks}"
+    own = min(prefix, block.landmarks)
+    if block.sampler == "norm-grid":
+        own = min(own + norm_grid_count(block.landmarks, prefix), block.landmarks)
+    flat = writer.plan.method == "published" or block.sampler in ("fps", "random") or own == block.landmarks
+    if flat:
+        return writer.constant(name, np.zeros((1, block.landmarks), np.float32))
+    if len(set(found.tokens)) == 1:
+        bias = landmark_bias(found.tokens[0], block.landmarks, method=block.sampler, prefix_tokens=prefix)
+        return writer.constant(f"{name}_of_{found.tokens[0]}", bias.numpy().astype(np.float32))
+    stem = f"{row.node}/fna_bias_{row.block}"
+    count = _token_count(writer, key, stem, nodes)
+    names = {step: writer.unique(f"{stem}_{step}") for step in ("count", "rest", "weight", "log", "bias")}
+    marks = np.asarray([[0.0] * own + [1.0] * (block.landmarks - own)], np.float32)
+    ours = writer.constant(f"fna/own_{own}", np.asarray([[own]], np.float32))
+    spaced = writer.constant(f"fna/spaced_{block.landmarks - own}", np.asarray([[block.landmarks - own]], np.float32))
+    nodes += [
+        helper.make_node("Cast", [count], [names["count"]], name=names["count"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", [names["count"], ours], [names["rest"]], name=names["rest"]),
+        helper.make_node("Div", [names["rest"], spaced], [names["weight"]], name=names["weight"]),
+        helper.make_node("Log", [names["weight"]], [names["log"]], name=names["log"]),
+        helper.make_node(
+            "Mul", [names["log"], writer.constant("fna/spaced_marks", marks)], [names["bias"]], name=names["bias"]
+        ),
+    ]
+    return names["bias"]
+
+
+def _token_count(writer: _Writer, tensor: str, stem: str, nodes: list[NodeProto]) -> str:
+    """N of `[B, H, N, D]`, as int64 `[1]`."""
+    dims, count = writer.unique(f"{stem}_dims"), writer.unique(f"{stem}_tokens")
+    nodes.append(helper.make_node("Shape", [tensor], [dims], name=dims))
+    nodes.append(
+        helper.make_node(
+            "Gather", [dims, writer.constant("fna/axis_2", np.asarray([2], np.int64))], [count], name=count, axis=0
+        )
+    )
+    return count
+
+
+def _grid_in_graph(writer: _Writer, block: BlockPlan, prefix: int, key: str, stem: str, nodes: list[NodeProto]) -> str:
+    """`fna.landmarks.grid_landmarks` in integers, for a number of tokens that is known only at run time."""
+    own = min(prefix, block.landmarks)
+    spaced = block.landmarks - own
+    front = np.arange(own, dtype=np.int64)[None]
+    if spaced == 0:
+        return writer.constant(f"fna/landmarks_first_{own}", front.astype(np.int32))
+    count = _token_count(writer, key, stem, nodes)
+    names = {step: writer.unique(f"{stem}_{step}") for step in GRID_STEPS}
+    # the i-th of K points from 0 to L - 1, rounded: (2 i (L - 1) + K - 1) / (2 (K - 1)); a single one is L / 2
+    alone = spaced == 1
+    gaps = spaced - 1
+    slots = np.asarray([[1]]) if alone else 2 * np.arange(spaced)[None]
+    before_last = writer.constant(f"fna/before_last_{own + 1 - alone}", np.asarray([own + 1 - alone], np.int64))
+    twice_slot = writer.constant(f"fna/twice_slot_{spaced}", slots.astype(np.int64))
+    half_gap = writer.constant(f"fna/half_gap_{gaps}", np.asarray([gaps], np.int64))
+    divisor = writer.constant(f"fna/gaps_{spaced}", np.asarray([2 if alone else 2 * gaps], np.int64))
+    first = writer.constant(f"fna/prefix_{own}", np.asarray([own], np.int64))
+    chain = [
+        ("Sub", count, before_last, "length"),
+        ("Mul", twice_slot, names["length"], "stretched"),
+        ("Add", names["stretched"], half_gap, "rounded"),
+        ("Div", names["rounded"], divisor, "place"),
+        ("Add", names["place"], first, "index"),
+    ]
+    for op_type, left, right, step in chain:
+        nodes.append(helper.make_node(op_type, [left, right], [names[step]], name=names[step]))
+    joined = names["index"]
+    if own:
+        joined = names["all"]
+        parts = [writer.constant(f"fna/front_{own}", front), names["index"]]
+        nodes.append(helper.make_node("Concat", parts, [joined], name=joined, axis=1))
+    nodes.append(
+        helper.make_node("Cast", [joined], [names["landmarks"]], name=names["landmarks"], to=TensorProto.INT32)
+    )
+    return names["landmarks"]
+
+
+# ---------------------------------------------------------------- the whole model
+
+
+def _assemble(graph: Graph, writer: _Writer, replacements: Sequence[Replacement]) -> ModelProto:
+    order: list[NodeProto] = []
+    mine: set[int] = set()
+    for index, node in enumerate(graph.nodes):
+        if index in writer.inserted:
+            for new in writer.inserted[index]:
+                mine.add(id(new))
+                order.append(new)
+            # further outputs of a fused operator are not read
+            continue
+        order.append(node)
+    kept = _without_new_dead(graph, order, mine)
+    used = {name for node in kept for name in all_inputs(node)} | graph.outputs
+    used_before = {name for node in graph.nodes for name in all_inputs(node)} | graph.outputs
+    declared = {item.name for item in graph.proto.input}
+
+    model = ModelProto()
+    model.CopyFrom(_without_graph(graph.model))
+    target = model.graph
+    target.name, target.doc_string = graph.proto.name, graph.proto.doc_string
+    target.node.extend(kept)
+    order_nodes(target)
+    target.initializer.extend(
+        item
+        for item in graph.proto.initializer
+        if item.name in used or item.name not in used_before or item.name in declared
+    )
+    target.initializer.extend(item for name, item in writer.initializers.items() if name in used)
+    target.sparse_initializer.extend(graph.proto.sparse_initializer)
+    target.input.extend(graph.proto.input)
+    target.output.extend(graph.proto.output)
+    gone = {name for node in graph.nodes for name in node.output} - {name for node in kept for name in node.output}
+    target.value_info.extend(item for item in graph.proto.value_info if item.name not in gone)
+    target.quantization_annotation.extend(
+        item for item in graph.proto.quantization_annotation if item.tensor_name not in gone
+    )
+    target.metadata_props.extend(graph.proto.metadata_props)
+    model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
+    types = {item.fna.name: item.row.attention.element_type for item in replacements if item.row.attention}
+    common = next(iter(types.values())) if len(set(types.values())) == 1 else TensorProto.UNDEFINED
+    attach_functions(model, common, types)
+    return model
+
+
+def _without_graph(model: ModelProto) -> ModelProto:
+    """The model's own fields: versions, domains, metadata, functions."""
+    shell = ModelProto()
+    for descriptor, value in model.ListFields():
+        if descriptor.name == "graph":
+            continue
+        if hasattr(value, "extend"):
+            getattr(shell, descriptor.name).extend(value)
+        else:
+            setattr(shell, descriptor.name, value)
+    return shell
+
+
+def _without_new_dead(graph: Graph, order: Sequence[NodeProto], mine: set[int]) -> list[NodeProto]:
+    """Drop what nothing needs any more; nodes that nothing needed before stay, unless their inputs are gone."""
+    producer = {name: position for position, node in enumerate(order) for name in node.output if name}
+    alive: set[int] = set()
+    todo = [producer[name] for name in graph.outputs if name in producer]
+    while todo:
+        position = todo.pop()
+        if position in alive:
+            continue
+        alive.add(position)
+        todo.extend(producer[name] for name in all_inputs(order[position]) if name in producer)
+    dead_before = {id(graph.nodes[index]) for index in range(len(graph.nodes)) if index not in graph.live}
+    known = {item.name for item in graph.proto.input} | set(graph.initializers) | graph.sparse
+    kept: list[NodeProto] = []
+    for position, node in enumerate(order):
+        if position in alive or (id(node) in dead_before and id(node) not in mine):
+            if position not in alive and any(name not in known for name in all_inputs(node)):
+                continue
+            kept.append(node)
+            known.update(node.output)
+    return kept

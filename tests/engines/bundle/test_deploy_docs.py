@@ -1,0 +1,40 @@
+"""docs/deploy.md: every command in it is run by a test, or marked as needing the device."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ..conftest import ROOT
+from .test_scripts import make_device
+
+TEXT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```([a-z ]+)\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = {
+    *re.findall(r"`(\./(?:check|build_engine)\.sh[^`]*)`", TEXT),
+    *re.findall(r"^\./(?:check|build_engine)\.sh.*$", TEXT, re.MULTILINE),
+} - {"./check.sh --flavour tensorrt-rtx"}  # test_tensorrt_rtx_gets_the_portable_model builds such a bundle
+
+
+def test_every_block_is_run_or_marked_as_the_devices() -> None:
+    assert len(BLOCKS) == TEXT.count("```") / 2
+    assert len(COMMANDS) >= 8
+    for kind, block in BLOCKS:
+        assert kind in ("sh", "sh device")
+        for line in block.strip().splitlines():
+            # tests/test_repository.py dry-runs the first and runs the second
+            assert kind == "sh device" or line.startswith(("make ", ".venv/bin/fna ")), line
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_devices_commands_run_with_stand_ins(bundle: Path, tmp_path: Path, command: str) -> None:
+    device = make_device(shutil.copytree(bundle, tmp_path / "bundle"), tmp_path / "bin", "trtexec", "runner")
+    script, *arguments = shlex.split(
+        command.replace("MODELS/model_tensorrt/1/model.plan", str(tmp_path / "model.plan"))
+    )
+    done = device.run(script.removeprefix("./"), *arguments)
+    assert done.returncode == 0, done.stderr

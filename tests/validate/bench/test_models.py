@@ -1,0 +1,113 @@
+"""Benches: what is counted, where curves meet, what is written, and what a machine that lacks something says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fna.attention import nystrom_attention_reference
+from fna.cli import main
+from fna.engines.device import find_gpu
+from fna.export.sources.loading import load_model
+from fna.plan import uniform_plan
+from fna.validate.bench.counts import count, exact_flop, fna_flop, total_flop
+from fna.validate.bench.models import BenchRow, Timing, bench, draw, dump_csv, find_break_even, read_bench
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("iterations", [6, 2])
+def test_fna_costs_what_pytorch_counts(iterations: int) -> None:
+    query, key, value = (torch.randn(1, 3, 50, 16) for _ in range(3))
+    landmarks = torch.arange(0, 50, 5)[None]
+    run = lambda: nystrom_attention_reference(query, key, value, landmarks, None, 0.25, iterations, True)  # noqa: E731
+    assert counted(run) == fna_flop(50, 10, 3, 16, iterations)
+
+
+def test_exact_attention_costs_what_pytorch_counts() -> None:
+    query, key, value = (torch.randn(1, 3, 50, 16) for _ in range(3))
+    assert counted(lambda: torch.softmax(query @ key.mT, -1) @ value) == exact_flop(50, 3, 16)
+
+
+def test_a_models_count_is_its_linear_layers_and_its_attention(tiny) -> None:
+    model = load_model("validate_tiny:tiny")
+    tokens, width, blocks = 65, 32, 3
+    linear = blocks * 2 * tokens * width * width * (4 + 8) + 2 * 64 * width * 3 * 14 * 14
+    found = count(model, uniform_plan(3, layers="1-2", landmarks=12, prefix_tokens=1), 112, 112)
+    assert total_flop(model, 112, 112) == linear + blocks * exact_flop(tokens, 2, 16)
+    assert found.attention_share == pytest.approx(blocks * exact_flop(tokens, 2, 16) / total_flop(model, 112, 112))
+    saved = 2 * (exact_flop(tokens, 2, 16) - fna_flop(tokens, 12, 2, 16))
+    assert found.dense_gflop - found.fna_gflop == pytest.approx(saved / 1e9)
+
+
+def row(tokens: int, speedup: float, landmarks: int = 8) -> BenchRow:
+    timings = [
+        Timing(median=ms, fastest=ms, slowest=ms, runs=1, images_per_second=1e3 / ms) for ms in (10.0, 10.0 / speedup)
+    ]
+    return BenchRow(
+        backend="torch", resolution=1, tokens=tokens, landmarks=landmarks, blocks=1, dense=timings[0], fna=timings[1],
+        speedup=speedup,
+    )  # fmt: skip
+
+
+def test_the_break_even_lies_where_the_curves_meet_on_logarithmic_axes() -> None:
+    # speed-up grows with the square root of the tokens, and is 1 at 400
+    rows = [row(tokens, (tokens / 400) ** 0.5) for tokens in (100, 1600)]
+    (found,) = find_break_even(rows)
+    assert found.tokens == pytest.approx(400, abs=0.1)
+
+
+def test_a_break_even_outside_of_what_was_measured_is_not_guessed() -> None:
+    always, never = find_break_even([row(10, 1.5, 4), row(20, 2.0, 4), row(10, 0.4, 8), row(20, 0.5, 8)])
+    assert (always.tokens, never.tokens) == (None, None)
+    assert "faster already at 10 tokens" in always.reason
+    assert "exact attention is faster up to 20 tokens" in never.reason
+
+
+def test_rows_for_every_size_and_s_in_json_and_csv(tiny, tmp_path: Path) -> None:
+    model = load_model("validate_tiny:tiny")
+    plans = [uniform_plan(3, layers="1-2", landmarks=count) for count in (6, 12)]
+    result = bench(model, plans, [112, 56], backend="torch", runs=2)
+    assert [(item.resolution, item.tokens, item.landmarks) for item in result.rows] == [
+        (56, 17, 6), (56, 17, 12), (112, 65, 6), (112, 65, 12),
+    ]  # fmt: skip
+    for item in result.rows:
+        assert item.speedup == item.dense.median / item.fna.median
+        assert item.dense.fastest <= item.dense.median <= item.dense.slowest
+        assert item.dense.peak_mib is None or item.dense.peak_mib >= 0
+    lines = list(csv.DictReader(dump_csv(result).splitlines()))
+    assert [float(line["fna.median"]) for line in lines] == [item.fna.median for item in result.rows]
+    assert float(lines[0]["counts.dense_gflop"]) == result.rows[0].counts.dense_gflop
+    path = tmp_path / "bench.json"
+    path.write_text(result.model_dump_json())
+    assert read_bench(path) == json.loads(result.model_dump_json())
+    for name in ("plot.png", "plot.svg"):
+        draw(result, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "tensorrt", "tensorrt-rtx"])
+def test_a_backend_that_is_not_here_is_exit_code_3(capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    assert main(["bench", "dinov2-small-saliency", "--backend", backend]) == 3
+    error = capsys.readouterr().err
+    assert f"--backend {backend} needs an NVIDIA GPU, but the CUDA driver" in error
+    assert error.count("\n") == 1
+
+
+def test_another_json_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    code = main(
+        ["validate", str(tiny.file("fp32")), "--bench", str(tmp_path / "other.json"), "--output", str(tmp_path)]
+    )
+    assert code == 2
+    assert "is no JSON file of this version's fna bench" in capsys.readouterr().err

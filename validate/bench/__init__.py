@@ -1,0 +1,1 @@
+"""Speed: models, kernels and engines, exact against FNA."""

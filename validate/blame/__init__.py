@@ -1,0 +1,1 @@
+"""Which block, node or tensor is to blame for an error."""

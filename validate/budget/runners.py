@@ -1,0 +1,146 @@
+"""One image in, named fp32 arrays out: PyTorch, ONNX Runtime and engines behind the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from fna.errors import InputFileError
+from fna.export.metadata import FileMetadata
+from fna.export.operators.functions import ATTENTION, attach_functions, fna_nodes
+from fna.export.sources.loading import LoadedModel
+from fna.patching import patch, unpatch
+from fna.plan import Plan
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[NDArray[np.float32]], Arrays]
+"""Takes pixels `[1, 3, H, W]`, returns arrays with a batch axis of 1."""
+
+_FLOAT_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def run_torch(
+    model: LoadedModel,
+    pixels: NDArray[np.float32],  # [B, 3, H, W]
+) -> Arrays:
+    """Run a model in PyTorch fp32, an image at a time, and return its outputs by name."""
+    batches = []
+    with torch.inference_mode():
+        for image in pixels:
+            batches.append([tensor.float().numpy() for tensor in model.module(torch.from_numpy(image[None]))])
+    return {
+        name: np.concatenate(parts) for name, parts in zip(model.output_names, zip(*batches, strict=True), strict=True)
+    }
+
+
+@contextmanager
+def patched(model: LoadedModel, plan: FileMetadata | Plan) -> Iterator[None]:
+    """Have the model compute FNA by a plan (or a file's plan) within the block."""
+    patch(model.module, plan if isinstance(plan, Plan) else plan.plan)
+    try:
+        yield
+    finally:
+        unpatch(model.module)
+
+
+class OnnxRunner:
+    """An ONNX model on ONNX Runtime's CPU provider.
+
+    Attributes:
+        outputs: names of the graph's outputs.
+        height: of the input; None where it is open.
+        width: of the input; None where it is open.
+    """
+
+    def __init__(self, model: ModelProto | Path, folder: Path, name: str, *, optimise: bool = True) -> None:
+        """Open a session.
+
+        Args:
+            model: the model, or the path of its file.
+            folder: where the model's external data lies, if it has any.
+            name: says in errors which file it is.
+            optimise: let ONNX Runtime fuse operators; off where every tensor must be as the file says.
+
+        Raises:
+            InputFileError: if ONNX Runtime cannot load it, or its input is no batch of RGB images.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        # Idle sessions otherwise keep a core spinning, which slows whatever else runs in the process.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source: Any
+        if isinstance(model, ModelProto):
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder.resolve())
+            )
+            source = model.SerializeToString()
+        else:
+            source = str(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exception types share no public base
+            raise InputFileError(f"{name} cannot be loaded by onnxruntime: {' '.join(str(error).split())}") from None
+        self._name = name
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._input, self._dtype, self._batch, self._channels_last = _check_inputs(self._session.get_inputs(), name)
+        sides = self._input.shape[1:3] if self._channels_last else self._input.shape[2:4]
+        self.height, self.width = (side if isinstance(side, int) else None for side in sides)
+
+    def run(self, pixels: NDArray[np.float32], outputs: Sequence[str] | None = None) -> Arrays:
+        """Run one image `[1, 3, H, W]`; a file with a fixed batch gets the image that many times.
+
+        Raises:
+            InputFileError: with ONNX Runtime's reason.
+        """
+        batch = np.repeat(pixels, self._batch, axis=0)
+        given = batch.transpose(0, 2, 3, 1) if self._channels_last else batch
+        names = list(outputs) if outputs is not None else self.outputs
+        try:
+            found = self._session.run(names, {self._input.name: np.ascontiguousarray(given, dtype=self._dtype)})
+        except Exception as error:  # likewise
+            raise InputFileError(f"{self._name} does not run on onnxruntime: {' '.join(str(error).split())}") from None
+        return {name: _first_image(array, self._batch) for name, array in zip(names, found, strict=True)}
+
+
+def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    values = array[:1] if batch > 1 and array.ndim and len(array) == batch else array
+    return values.astype(np.float32) if values.dtype.kind == "f" or values.dtype.name == "bfloat16" else values
+
+
+def _check_inputs(inputs: Sequence[Any], name: str) -> tuple[Any, Any, int, bool]:
+    """Return the image input, its type, its fixed batch (else 1), and whether channels come last."""
+    listed = ", ".join(f"{value.name} {value.shape}" for value in inputs) or "none"
+    if len(inputs) != 1:
+        raise InputFileError(
+            f"{name} has {len(inputs)} inputs ({listed}), but one, a batch of RGB images, is needed; "
+            "cut the vision part out first, by polygraphy surgeon extract for example"
+        )
+    (value,) = inputs
+    if len(value.shape) != 4 or 3 not in (value.shape[1], value.shape[3]):
+        raise InputFileError(f"{name} takes {listed}, but images [batch, 3, height, width] are needed")
+    if value.type not in _FLOAT_INPUTS:
+        raise InputFileError(f"{name} takes {value.type} images, but a floating-point type that NumPy has is needed")
+    batch = value.shape[0] if isinstance(value.shape[0], int) else 1
+    return value, _FLOAT_INPUTS[value.type], batch, value.shape[1] != 3
+
+
+def with_functions(model: ModelProto) -> ModelProto:
+    """Return the model with bodies for its `fna` nodes, which a plugin-lowered file does not carry."""
+    known = {(function.domain, function.name) for function in model.functions}
+    if all((node.domain, node.op_type) in known for node in fna_nodes(model.graph)):
+        return model
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kinds = {types.get(node.input[0], 0) for node in fna_nodes(model.graph) if node.op_type == ATTENTION}
+    attach_functions(model, kinds.pop() if len(kinds) == 1 else 0)
+    return model

@@ -1,0 +1,89 @@
+"""A file in which some FNA nodes compute exact attention again, on their own query, key and value: ONNX only, no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fna.export.blocks import attention_block
+from fna.export.operators.functions import (
+    ATTENTION,
+    DOMAIN,
+    MASKED_ATTENTION,
+    OVERLOAD_IR_VERSION,
+    FunctionVariant,
+    fna_nodes,
+    has_key_mask,
+    make_function,
+    model_opset,
+    node_attributes,
+)
+from fna.export.types import tensor_types
+
+_NO_MASK = "fna/no_mask"
+
+
+def undo_nodes(model: ModelProto, blocks: Collection[int], *, keep_masks: bool = True) -> ModelProto:
+    """Return a copy of a model in which the FNA nodes of some blocks are exact attention, without the plan's correction.
+
+    The operator of exact attention with masked keys takes their place; where nothing is masked, with a mask that says so.
+
+    Args:
+        model: with `fna` nodes, as `fna graft` wrote it.
+        blocks: block numbers.
+        keep_masks: whether keys that the plan masks stay masked, in these blocks and in the others that are exact.
+    """
+    undone = ModelProto()
+    undone.CopyFrom(model)
+    nodes = [node for node in fna_nodes(undone.graph) if _is_undone(node, blocks, keep_masks)]
+    types = tensor_types(undone) if nodes else {}
+    variants = {}
+    for node in nodes:
+        mask = _mask_of(node) if keep_masks else None
+        sink = mask is not None and bool(node_attributes(node).get("sink", 0))
+        variant = FunctionVariant(MASKED_ATTENTION, types.get(node.input[0], 0), masked=True, sink=sink)
+        variants[variant.overload] = variant
+        _make_exact(node, variant, mask or _NO_MASK)
+        _cancel_correction(undone, node.name)
+    for overload, variant in variants.items():
+        undone.functions.append(make_function(variant, model_opset(undone), overload=f"undone_{overload}"))
+    if nodes:
+        undone.ir_version = max(undone.ir_version, OVERLOAD_IR_VERSION)
+        undone.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1), np.int32), _NO_MASK))
+    return undone
+
+
+def _is_undone(node: NodeProto, blocks: Collection[int], keep_masks: bool) -> bool:
+    if node.op_type == MASKED_ATTENTION:
+        return not keep_masks
+    return node.op_type == ATTENTION and attention_block(node) in blocks
+
+
+def _mask_of(node: NodeProto) -> str | None:
+    return node.input[5] if has_key_mask(node) else None
+
+
+def _make_exact(node: NodeProto, variant: FunctionVariant, mask: str) -> None:
+    exact = helper.make_node(
+        MASKED_ATTENTION, [*node.input[:3], mask], list(node.output), name=node.name, domain=DOMAIN,
+        scale=float(node_attributes(node)["scale"]), sink=int(variant.sink), overload=f"undone_{variant.overload}",
+    )  # fmt: skip
+    node.CopyFrom(exact)
+
+
+def _cancel_correction(model: ModelProto, name: str) -> None:
+    """Make the correction behind a node, as `fna.export.surgery.rewrite.compose` writes it, add nothing and scale by 1."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        wanted = {"local_image": 0.0, "scaled": 1.0}
+        for step, value in wanted.items():
+            if node.output[0].startswith(f"{name}/correction_{step}"):
+                neutral = _filled(tensors[node.input[1]], value, f"{node.output[0]}/neutral")
+                model.graph.initializer.append(neutral)
+                node.input[1] = neutral.name
+
+
+def _filled(tensor: TensorProto, value: float, name: str) -> TensorProto:
+    return numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), value), name)

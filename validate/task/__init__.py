@@ -1,0 +1,1 @@
+"""Whether the model still does its job."""
