@@ -193,15 +193,6 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     return manifest
 
 
-def import_tensorrt_rtx() -> Any:
-    """Return the `tensorrt_rtx` module.
-
-    Raises:
-        MissingCapabilityError: if it is not installed, or its libraries do not load.
-    """
-    return import_flavour("tensorrt-rtx")
-
-
 def make_logger(trt: Any, messages: list[str]) -> Any:
     """Return a TensorRT logger that collects errors and drops the rest."""
 

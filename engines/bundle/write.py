@@ -42,7 +42,6 @@ from fna.engines.bundle.format import (
 )
 from fna.engines.look_inside.layers import requested_layers
 from fna.engines.manifest import ShapeRange
-from fna.engines.run.engine import open_onnx, run_onnx
 from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError, ModelSourceError
 from fna.export.metadata import FileMetadata, read_metadata
@@ -53,6 +52,7 @@ from fna.export.variants import Precision, Variant, make_variant
 from fna.files import file_sha256, load_onnx, written_whole
 from fna.patching import patch, unpatch
 from fna.plugins.table import FALLBACK_SM, Kernel, load_table
+from fna.runtime import open_session, run_session
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -434,9 +434,9 @@ def _run_pytorch(metadata: FileMetadata, pixels: NDArray[np.float32]) -> Arrays:
 
 
 def _run_onnxruntime(path: Path, name: str, metadata: FileMetadata, pixels: NDArray[np.float32]) -> Arrays:
-    session = open_onnx(path)
+    session = open_session(path)
     dtype: Any = np.float16 if metadata.precision == "fp16" else np.float32
-    parts = [run_onnx(session, {name: image[None].astype(dtype)}) for image in pixels]
+    parts = [run_session(session, {name: image[None].astype(dtype)}) for image in pixels]
     return {output: np.concatenate([part[output] for part in parts]).astype(np.float32) for output in parts[0]}
 
 

@@ -1,4 +1,4 @@
-"""Running ONNX files and engines on arrays, through Polygraphy's runners; and timing them.
+"""Running ONNX files and engines on arrays, engines through Polygraphy's runner; and timing them.
 
 Buffers, on the host and on the device, are kept from run to run. What is timed for an engine is the device's work on inputs that are
 there already, as one CUDA graph where the engine allows it; for an ONNX file, the call.
@@ -13,31 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from fna.engines.builder.build import import_tensorrt_rtx, make_logger
+from fna.engines.builder.build import make_logger
 from fna.engines.device import find_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, import_flavour, load_plugins
 from fna.engines.look_inside.debug_tensors import how_to_build, make_listener, set_debug_state
 from fna.engines.manifest import Manifest, ShapeRange, read_manifest
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.files import file_sha256
+from fna.runtime import Arrays, Provider, cast_inputs, open_session, run_session
 
-Arrays = dict[str, NDArray[Any]]
-Provider = Literal["cpu", "cuda"]
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ONNX_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(uint8)": np.uint8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 
 
@@ -82,75 +71,22 @@ class Model(Protocol):
         """Free what it holds."""
 
 
-def open_onnx(path: Path, *, threads: int = 0, provider: Provider = "cpu") -> Any:
-    """Open an ONNX file in onnxruntime.
-
-    Args:
-        path: a file that runs on standard operators and its own functions.
-        threads: for one operator; 0 takes all cores.
-        provider: the processor, or the first GPU.
-
-    Raises:
-        InputFileError: if onnxruntime cannot load it; the message is its own.
-        MissingCapabilityError: if this onnxruntime has no such provider, or it does not start.
-    """
-    import onnxruntime
-
-    wanted = _PROVIDERS[provider]
-    if wanted not in onnxruntime.get_available_providers():
-        raise MissingCapabilityError(
-            f"the onnxruntime installed here has no {wanted}; install it with: pip install 'fna[gpu]', or leave out --provider"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # Idle sessions otherwise keep a core spinning, which slows whatever else runs in the process and skews comparisons.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
-    except Exception as error:  # onnxruntime's own exception types share no public base
-        reason = " ".join(str(error).split())
-        raise InputFileError(f"{path} cannot be loaded by onnxruntime: {reason}") from None
-    if wanted not in session.get_providers():
-        raise MissingCapabilityError(
-            f"onnxruntime's {wanted} does not start on this machine; it needs a GPU and a driver"
-        )
-    return session
-
-
-def run_onnx(session: Any, inputs: Arrays) -> Arrays:
-    """Run one batch through an open session and return its outputs by name; inputs are cast to the file's types."""
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, cast_inputs(session, inputs)), strict=True))
-
-
-def cast_inputs(session: Any, inputs: Arrays) -> Arrays:
-    """Return the inputs in the types that a session declares."""
-    types = {value.name: _ONNX_DTYPES.get(value.type) for value in session.get_inputs()}
-    return {name: _as_type(array, types.get(name)) for name, array in inputs.items()}
-
-
 class OnnxModel:
-    """An ONNX file on onnxruntime, run by Polygraphy."""
+    """An ONNX file on onnxruntime."""
 
     def __init__(self, path: Path, *, provider: Provider = "cpu", threads: int = 0) -> None:
-        """Open it; errors are those of `open_onnx`."""
-        from polygraphy.backend.onnxrt import OnnxrtRunner
-
-        self.session = open_onnx(path, threads=threads, provider=provider)
+        """Open it; errors are those of `open_session`."""
+        self._session = open_session(path, threads=threads, provider=provider)
+        self._name = path.name
         self._provider = provider
-        with _polygraphy_errors():
-            self._runner = OnnxrtRunner(self.session)
-            self._runner.activate()
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run one batch and return the outputs by name."""
-        with _polygraphy_errors():
-            return dict(self._runner.infer(cast_inputs(self.session, inputs)))
+        return run_session(self._session, inputs, name=self._name)
 
     def bench(self, inputs: Arrays, *, runs: int = 50, warm_up: int = 5) -> Latency:
         """Time one batch."""
-        typed = cast_inputs(self.session, inputs)
+        typed = cast_inputs(self._session, inputs)
         for _ in range(warm_up):
             self.run(typed)
         seconds = [_timed(lambda: self.run(typed)) for _ in range(runs)]
@@ -159,7 +95,7 @@ class OnnxModel:
 
     def close(self) -> None:
         """Free the session."""
-        self._runner.deactivate()
+        del self._session
 
 
 def check_engine_can_run(path: Path, plugin: Path | None = None) -> Manifest:
@@ -206,12 +142,6 @@ def check_engine_can_run(path: Path, plugin: Path | None = None) -> Manifest:
                 "again with this one"
             )
     return manifest
-
-
-def cuda_capability() -> int | None:
-    """Return the first GPU's compute capability times ten, or None without a GPU."""
-    gpu = find_gpu()
-    return gpu.capability if gpu is not None else None
 
 
 class Engine:
@@ -499,24 +429,5 @@ def _fits(shape: tuple[int, ...], range_: ShapeRange) -> bool:
     )
 
 
-def _as_type(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    return np.ascontiguousarray(array, dtype=dtype) if dtype is not None else array
-
-
 def _list(capabilities: tuple[int, ...]) -> str:
     return ", ".join(f"{capability / 10:.1f}" for capability in capabilities)
-
-
-__all__ = [
-    "Arrays",
-    "Engine",
-    "Latency",
-    "Model",
-    "OnnxModel",
-    "check_engine_can_run",
-    "cuda_capability",
-    "import_tensorrt_rtx",
-    "open_model",
-    "open_onnx",
-    "run_onnx",
-]

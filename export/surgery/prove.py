@@ -7,7 +7,6 @@ rewritten file runs on random input and every FNA node's output is compared with
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fna.errors import InputFileError
 from fna.export.operators.functions import MASKED_ATTENTION
 from fna.export.surgery.graph.fold import numpy_type
-from fna.export.surgery.graph.index import Graph, all_inputs, attribute, one_line
+from fna.export.surgery.graph.index import Graph, all_inputs, attribute
 from fna.export.surgery.graph.shapes import Point
 from fna.export.surgery.rewrite.rewrite import Replacement, Rewritten
+from fna.runtime import open_session, run_session
 
 TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
 """Largest error over largest value, by element type."""
@@ -335,29 +335,13 @@ def run_model(
     Raises:
         CheckImpossibleError: with onnxruntime's reason, or if it takes too long.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
-    run_options = ort.RunOptions()
-    timer = threading.Timer(LONGEST_RUN_S, lambda: setattr(run_options, "terminate", True))
-    timer.daemon = True
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        known = {item.name for item in session.get_inputs()}
-        timer.start()
-        results = session.run(wanted, {name: value for name, value in feeds.items() if name in known}, run_options)
-    except Exception as error:
-        raise CheckImpossibleError(f"onnxruntime says: {one_line(error)}") from None
-    finally:
-        timer.cancel()
-    found = {**feeds, **dict(zip(wanted, results, strict=True))}
-    return [found[name] for name in outputs]
+        session = open_session(model, folder=folder, optimise=False, once=True)
+        arrays = {**feeds, **run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)}
+    except InputFileError as error:
+        raise CheckImpossibleError(str(error)) from None
+    return [arrays[name] for name in outputs]
 
 
 def _point_bytes(point: Point) -> float:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from fna.engines.run.engine import open_onnx, run_onnx
 from fna.errors import InputFileError, InvalidLandmarksError, MissingCapabilityError
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
 from fna.machine import describe_machine as describe_machine
 from fna.patching import find_attention_blocks, patch
 from fna.plan import Plan
+from fna.runtime import open_session, run_session
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.bench.counts import Counts, count
 
@@ -442,11 +442,13 @@ def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Callable[[_Setting, P
             _need_gpu("onnxruntime-cuda")
         path = setting.export(plan)
         with _peak_memory() as peak:
-            session = open_onnx(path, provider=provider)
+            session = open_session(path, provider=provider)
             inputs = {INPUT_NAME: setting.pixels}
-            run_onnx(session, inputs)
+            run_session(session, inputs)
         return _Timed(
-            lambda: _clocked(lambda: run_onnx(session, inputs)), lambda: None, peak.mib if provider == "cpu" else None
+            lambda: _clocked(lambda: run_session(session, inputs)),
+            lambda: None,
+            peak.mib if provider == "cpu" else None,
         )
 
     return opener

@@ -10,6 +10,7 @@ from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.engines.look_inside.debug_tensors import how_to_build
+from fna.runtime import Arrays
 from fna.validate.budget.chain import DEPLOYED, ENGINE, EXACT, FNA, PORTABLE, UNDONE, Chain, Say, inspect_engine
 from fna.validate.budget.fna_nodes import (
     FnaNode,
@@ -22,7 +23,7 @@ from fna.validate.budget.fna_nodes import (
 )
 from fna.validate.budget.points import AttentionCall, Capture, Point, captured, find_tensors
 from fna.validate.budget.rounding import has_low_types, round_everywhere
-from fna.validate.budget.runners import Arrays, OnnxRunner, patched, run_torch
+from fna.validate.budget.runners import OnnxRunner, patched, run_torch
 from fna.validate.budget.undoing import undo_nodes
 from fna.validate.metrics import ErrorMeter, measure
 

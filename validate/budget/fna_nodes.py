@@ -14,7 +14,8 @@ from fna.attention import nystrom_attention_reference
 from fna.export.blocks import attention_block
 from fna.export.metadata import FileMetadata
 from fna.export.operators.functions import ATTENTION, fna_nodes, node_attributes
-from fna.validate.budget.runners import Arrays, OnnxRunner
+from fna.runtime import Arrays
+from fna.validate.budget.runners import OnnxRunner
 
 _INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")
 

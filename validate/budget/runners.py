@@ -18,12 +18,12 @@ from fna.export.operators.functions import ATTENTION, attach_functions, fna_node
 from fna.export.sources.loading import LoadedModel
 from fna.patching import patch, unpatch
 from fna.plan import Plan
+from fna.runtime import Arrays, open_session, run_session
 
-Arrays = dict[str, NDArray[Any]]
 Run = Callable[[NDArray[np.float32]], Arrays]
 """Takes pixels `[1, 3, H, W]`, returns arrays with a batch axis of 1."""
 
-_FLOAT_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_FLOAT_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 def run_torch(
@@ -71,29 +71,10 @@ class OnnxRunner:
         Raises:
             InputFileError: if ONNX Runtime cannot load it, or its input is no batch of RGB images.
         """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        # Idle sessions otherwise keep a core spinning, which slows whatever else runs in the process.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not optimise:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source: Any
-        if isinstance(model, ModelProto):
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(folder.resolve())
-            )
-            source = model.SerializeToString()
-        else:
-            source = str(model)
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own exception types share no public base
-            raise InputFileError(f"{name} cannot be loaded by onnxruntime: {' '.join(str(error).split())}") from None
+        self._session = open_session(model, name=name, folder=folder, optimise=optimise)
         self._name = name
         self.outputs = [output.name for output in self._session.get_outputs()]
-        self._input, self._dtype, self._batch, self._channels_last = _check_inputs(self._session.get_inputs(), name)
+        self._input, self._batch, self._channels_last = _check_inputs(self._session.get_inputs(), name)
         sides = self._input.shape[1:3] if self._channels_last else self._input.shape[2:4]
         self.height, self.width = (side if isinstance(side, int) else None for side in sides)
 
@@ -104,13 +85,10 @@ class OnnxRunner:
             InputFileError: with ONNX Runtime's reason.
         """
         batch = np.repeat(pixels, self._batch, axis=0)
-        given = batch.transpose(0, 2, 3, 1) if self._channels_last else batch
-        names = list(outputs) if outputs is not None else self.outputs
-        try:
-            found = self._session.run(names, {self._input.name: np.ascontiguousarray(given, dtype=self._dtype)})
-        except Exception as error:  # likewise
-            raise InputFileError(f"{self._name} does not run on onnxruntime: {' '.join(str(error).split())}") from None
-        return {name: _first_image(array, self._batch) for name, array in zip(names, found, strict=True)}
+        if self._channels_last:
+            batch = batch.transpose(0, 2, 3, 1)
+        arrays = run_session(self._session, {self._input.name: batch}, outputs, name=self._name)
+        return {name: _first_image(array, self._batch) for name, array in arrays.items()}
 
 
 def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
@@ -118,8 +96,8 @@ def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
     return values.astype(np.float32) if values.dtype.kind == "f" or values.dtype.name == "bfloat16" else values
 
 
-def _check_inputs(inputs: Sequence[Any], name: str) -> tuple[Any, Any, int, bool]:
-    """Return the image input, its type, its fixed batch (else 1), and whether channels come last."""
+def _check_inputs(inputs: Sequence[Any], name: str) -> tuple[Any, int, bool]:
+    """Return the image input, its fixed batch (else 1), and whether channels come last."""
     listed = ", ".join(f"{value.name} {value.shape}" for value in inputs) or "none"
     if len(inputs) != 1:
         raise InputFileError(
@@ -132,7 +110,7 @@ def _check_inputs(inputs: Sequence[Any], name: str) -> tuple[Any, Any, int, bool
     if value.type not in _FLOAT_INPUTS:
         raise InputFileError(f"{name} takes {value.type} images, but a floating-point type that NumPy has is needed")
     batch = value.shape[0] if isinstance(value.shape[0], int) else 1
-    return value, _FLOAT_INPUTS[value.type], batch, value.shape[1] != 3
+    return value, batch, value.shape[1] != 3
 
 
 def with_functions(model: ModelProto) -> ModelProto:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fna.errors import InvalidArgumentError
-from fna.validate.budget.runners import Arrays
+from fna.runtime import Arrays
 from fna.validate.task.measure import OutputKinds, compare_outputs
 
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from torch import Tensor
 
-from fna.engines.run.engine import open_onnx
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import PREFIX, read_metadata
 from fna.export.preprocessing import Preprocessing
@@ -31,7 +30,7 @@ from fna.export.surgery.recognise.scan import scan
 from fna.export.surgery.recognise.stream import count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.rewrite import operand_writer
 from fna.plan import Plan
-from fna.validate.budget.runners import Arrays
+from fna.runtime import Arrays, open_session
 from fna.validate.planning.subject import BlockView, Layout
 from fna.validate.task.measure import OutputKinds
 
@@ -155,7 +154,7 @@ class OnnxSubject:
             model.graph.output.append(onnx.ValueInfoProto(name=self._fidelity_tensor))
         path = Path(self._folder.name) / f"{name}-run.onnx"
         onnx.save(model, path)
-        return open_onnx(path)
+        return open_session(path)
 
     def _observed(self, model: ModelProto, graph: Graph, points: list[Any]) -> ModelProto:
         """A copy of the model with query, key, value and hidden states of each block as outputs."""

@@ -18,7 +18,7 @@ from fna import __version__
 from fna.arithmetic import saved_part
 from fna.errors import InvalidArgumentError
 from fna.plan import BlockPlan, Correction, Method, Plan, Sampler, parse_layers, uniform_plan
-from fna.validate.budget.runners import Arrays
+from fna.runtime import Arrays
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals

@@ -16,8 +16,9 @@ from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.observing import observed
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
+from fna.runtime import Arrays
 from fna.special_tokens import detect_prefix_tokens
-from fna.validate.budget.runners import Arrays, patched, run_torch
+from fna.validate.budget.runners import patched, run_torch
 from fna.validate.task.measure import OutputKinds
 
 PROBES = 4

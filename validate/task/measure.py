@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from fna.errors import InputFileError
 from fna.export.sources.loading import LoadedModel
 from fna.plan import Plan
+from fna.runtime import Arrays
 from fna.validate.budget.chain import EXACT, Chain, Say
 from fna.validate.budget.measure import Outputs, is_tokens, prefix_of
-from fna.validate.budget.runners import Arrays, patched
+from fna.validate.budget.runners import patched
 from fna.validate.metrics import cosine
 from fna.validate.photographs import Photographs
 

@@ -16,9 +16,11 @@ import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, TypeProto
 
+from fna.errors import InputFileError
 from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
 from fna.export.surgery.graph import fold as folding
 from fna.export.surgery.graph.index import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs, words
+from fna.runtime import open_session, run_session
 
 Shape = tuple[int, ...]
 
@@ -337,8 +339,6 @@ LARGEST_MEASURED_INPUT = 1 << 26
 
 def _measure_unknown(graph: Graph, point: Point) -> None:
     """Learn the shapes that no rule gives (operators of other domains, loops) by running the file in onnxruntime."""
-    import onnxruntime as ort
-
     if sum(int(np.prod(shape, dtype=np.float64)) for shape in point.feeds.values()) > LARGEST_MEASURED_INPUT:
         return
     feeds = {
@@ -358,17 +358,11 @@ def _measure_unknown(graph: Graph, point: Point) -> None:
         model.CopyFrom(graph.model)
         known = {item.name for item in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in frontier if name not in known)
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        folder = str(graph.folder.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            results = session.run(frontier, feeds)
-        except Exception:
+            results = run_session(open_session(model, folder=graph.folder, optimise=False), feeds, frontier)
+        except InputFileError:
             return
-        for name, result in zip(frontier, results, strict=True):
+        for name, result in results.items():
             if isinstance(result, np.ndarray):
                 point.shapes[name] = result.shape
                 point.types[name] = onnx.helper.np_dtype_to_tensor_dtype(result.dtype)

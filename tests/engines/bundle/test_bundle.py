@@ -19,11 +19,11 @@ from fna.cli import main
 from fna.engines.builder.build import BatchRange
 from fna.engines.bundle.format import Bundle, is_bundle, list_files, open_bundle
 from fna.engines.bundle.write import write_archive
-from fna.engines.run.engine import open_onnx, run_onnx
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.operators.functions import fna_nodes
 from fna.files import file_sha256, load_onnx
+from fna.runtime import open_session, run_session
 
 from ..conftest import make_bundle
 
@@ -70,7 +70,7 @@ def test_the_kernels_are_those_of_the_targets_chip_and_the_ptx(bundle: Path) -> 
 def test_the_portable_model_gives_the_recorded_outputs(bundle: Path, precision: str) -> None:
     """So the recorded outputs are those of this very model, and the weights file holds its tensors."""
     opened = open_bundle(bundle)
-    outputs = run_onnx(open_onnx(opened.model("portable", precision)), opened.recorded_inputs())
+    outputs = run_session(open_session(opened.model("portable", precision)), opened.recorded_inputs())
     for name, expected in opened.recorded_outputs().items():
         error = np.linalg.norm(outputs[name] - expected) / np.linalg.norm(expected)
         assert error <= opened.manifest.check.tolerances[precision].relative_l2
@@ -285,8 +285,8 @@ def test_weights_beside_the_file_travel_too(tiny: Path, table: Path, bundle: Pat
     onnx.save(load_onnx(tiny), path, save_as_external_data=True, location="tiny.onnx.data", size_threshold=100)
     root = make_bundle(path, tmp_path / "out", table)
     inputs = open_bundle(root).recorded_inputs()
-    expected = run_onnx(open_onnx(bundle / "model.portable.onnx"), inputs)
-    outputs = run_onnx(open_onnx(root / "model.portable.onnx"), inputs)
+    expected = run_session(open_session(bundle / "model.portable.onnx"), inputs)
+    outputs = run_session(open_session(root / "model.portable.onnx"), inputs)
     assert all(np.array_equal(outputs[name], expected[name]) for name in expected)
     (tmp_path / "tiny.onnx.data").unlink()
     with pytest.raises(InputFileError, match=r"tiny.onnx.data, which is not beside"):

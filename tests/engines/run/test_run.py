@@ -15,12 +15,13 @@ from fna.cli import main
 from fna.engines.device import Gpu
 from fna.engines.manifest import Manifest, ShapeRange, manifest_path, write_manifest
 from fna.engines.run import engine as run
-from fna.engines.run.engine import OnnxModel, check_engine_can_run, open_onnx, run_onnx
+from fna.engines.run.engine import OnnxModel, check_engine_can_run
 from fna.errors import InputFileError, MissingCapabilityError
 from fna.export.passes.precision import cast_model
 from fna.export.preprocessing import Preprocessing
 from fna.files import file_sha256, load_onnx, save_model
 from fna.plan import Plan
+from fna.runtime import open_session, run_session
 
 Find = Callable[[str], Path]
 
@@ -137,9 +138,9 @@ def test_a_manifest_of_another_flavour_than_there_is_is_refused(engine: Path) ->
         check_engine_can_run(engine)
 
 
-def test_polygraphys_runner_gives_what_onnxruntime_gives(tiny_file: Find) -> None:
+def test_an_opened_file_gives_what_onnxruntime_gives(tiny_file: Find) -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 3, SIDE, SIDE), dtype=np.float32)
-    wanted = run_onnx(open_onnx(tiny_file("traced")), {"pixel_values": pixels})
+    wanted = run_session(open_session(tiny_file("traced")), {"pixel_values": pixels})
     model = OnnxModel(tiny_file("traced"))
     found = model.run({"pixel_values": pixels})
     model.close()
@@ -150,7 +151,7 @@ def test_polygraphys_runner_gives_what_onnxruntime_gives(tiny_file: Find) -> Non
 def test_inputs_are_cast_to_the_files_types(tiny_file: Find, tmp_path: Path) -> None:
     save_model(cast_model(load_onnx(tiny_file("traced")), "fp16", keep_io=False), tmp_path / "half.onnx")
     pixels = np.zeros((1, 3, SIDE, SIDE), np.float32)
-    outputs = run_onnx(open_onnx(tmp_path / "half.onnx"), {"pixel_values": pixels})
+    outputs = run_session(open_session(tmp_path / "half.onnx"), {"pixel_values": pixels})
     assert {array.dtype for array in outputs.values()} == {np.dtype(np.float16)}
 
 

@@ -14,12 +14,12 @@ from google.protobuf import text_format
 
 from fna.cli import main
 from fna.engines.builder.build import BatchRange
-from fna.engines.run.engine import open_onnx, run_onnx
 from fna.engines.serving.triton_repository import Repository, make_preprocess_model, write_triton_repository
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.preprocessing import Preprocessing, bundled_photographs
 from fna.files import file_sha256, load_onnx
+from fna.runtime import open_session, run_session
 
 BATCH = BatchRange(1, 4, 8)
 
@@ -103,11 +103,13 @@ def test_an_ensembles_tensors_are_those_of_its_steps(configs: dict[str, Any]) ->
 def test_the_portable_ensemble_run_by_hand_gives_the_files_own_outputs(tiny: Path, repository: Path) -> None:
     photographs = bundled_photographs()[:2]
     pixels = np.stack([Preprocessing().apply(image, 56, 56) for _, image in photographs])
-    expected = run_onnx(open_onnx(tiny), {"pixel_values": pixels})
-    preprocess = open_onnx(repository / "tiny_preprocess" / "1" / "model.onnx")
-    parts = [run_onnx(preprocess, {"raw_image": np.asarray(image)[None]})["pixel_values"] for _, image in photographs]
-    model = open_onnx(repository / "tiny_onnxruntime" / "1" / "model.onnx")
-    outputs = run_onnx(model, {"pixel_values": np.concatenate(parts)})
+    expected = run_session(open_session(tiny), {"pixel_values": pixels})
+    preprocess = open_session(repository / "tiny_preprocess" / "1" / "model.onnx")
+    parts = [
+        run_session(preprocess, {"raw_image": np.asarray(image)[None]})["pixel_values"] for _, image in photographs
+    ]
+    model = open_session(repository / "tiny_onnxruntime" / "1" / "model.onnx")
+    outputs = run_session(model, {"pixel_values": np.concatenate(parts)})
     for name, array in expected.items():
         assert (
             np.linalg.norm(outputs[name] - array) / np.linalg.norm(array) < 2e-3

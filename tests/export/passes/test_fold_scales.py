@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from fna.engines.run.engine import run_onnx
 from fna.export.passes.fold_scales import fold_channel_scales
+from fna.runtime import run_session
 
 RANDOM = np.random.default_rng(0)
 CONSTANTS = {
@@ -38,7 +38,7 @@ def run(model: ModelProto) -> list[NDArray[np.float32]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(run_onnx(session, {"tokens": TOKENS}).values())
+    return list(run_session(session, {"tokens": TOKENS}).values())
 
 
 @pytest.mark.parametrize(

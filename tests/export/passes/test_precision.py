@@ -13,7 +13,6 @@ from onnx import ModelProto, TensorProto
 from tiny_files import SIDE
 
 from fna.cli import main
-from fna.engines.run.engine import open_onnx, run_onnx
 from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata
@@ -24,6 +23,7 @@ from fna.export.preprocessing import bundled_photographs
 from fna.export.types import tensor_types
 from fna.export.variants import Variant, make_variant
 from fna.files import load_onnx, save_model
+from fna.runtime import open_session, run_session
 
 Find = Callable[[str], Path]
 FILES = ("traced", "norm-grid", "grafted")
@@ -39,8 +39,8 @@ def pixels() -> list[NDArray[np.float32]]:
 
 
 def outputs_of(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    session = open_onnx(path)
-    return list(run_onnx(session, {session.get_inputs()[0].name: image}).values())
+    session = open_session(path)
+    return list(run_session(session, {session.get_inputs()[0].name: image}).values())
 
 
 def relative_error(wanted: list[NDArray[np.float32]], found: list[NDArray[np.float32]]) -> float:

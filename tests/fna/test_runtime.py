@@ -1,0 +1,55 @@
+"""The one onnxruntime session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from fna.errors import InputFileError
+from fna.runtime import open_session, run_session
+
+ROOT = Path(__file__).parents[2]
+
+COUNTS_FOREVER = onnx.parser.parse_model(
+    """<ir_version: 8, opset_import: ["" : 17]>
+    counting (int64 trips, int64[1] start) => (int64[1] end) {
+        yes = Constant <value = bool {1}> ()
+        end = Loop (trips, yes, start) <body = step (int64 number, bool before, int64[1] old) => (bool after, int64[1] new) {
+            after = Identity (before)
+            new = Add (old, number)
+        }>
+    }"""
+)
+
+
+def test_nothing_else_opens_sessions() -> None:
+    folders = ("fna", "export", "plugins", "engines", "validate", "studies")
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)) for path in files if "InferenceSession" in path.read_text()} == {
+        "fna/runtime.py"
+    }
+
+
+def test_inputs_are_cast_and_those_it_does_not_take_are_left_out() -> None:
+    session = open_session(COUNTS_FOREVER)
+    feeds = {"trips": np.array(5, np.int32), "start": np.array([7.0]), "other": np.zeros(3)}
+    assert run_session(session, feeds)["end"].tolist() == [17]
+
+
+def test_a_run_ends_after_its_longest_time() -> None:
+    session = open_session(COUNTS_FOREVER, once=True)
+    feeds = {"trips": np.array(2**62), "start": np.array([0])}
+    with pytest.raises(InputFileError, match="counting does not run on onnxruntime: .*terminate"):
+        run_session(session, feeds, name="counting", longest_s=0.3)
+
+
+def test_what_cannot_be_loaded_is_said_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no model")
+    with pytest.raises(InputFileError, match=r"x\.onnx cannot be loaded by onnxruntime: "):
+        open_session(tmp_path / "x.onnx")
+    with pytest.raises(InputFileError, match="the export cannot be loaded by onnxruntime: "):
+        open_session(tmp_path / "x.onnx", name="the export")
