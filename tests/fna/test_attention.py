@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fna.attention import apply_newton_schulz, fast_nystrom_attention, nystrom_attention_reference
+from fna.attention import (
+    apply_newton_schulz,
+    chebyshev_coefficients,
+    chebyshev_core,
+    fast_nystrom_attention,
+    nystrom_attention_reference,
+)
 from fna.errors import (
     FnaError,
     InvalidArgumentError,
@@ -233,3 +239,59 @@ def test_invalid_arguments_are_named(changes: dict[str, Any], error: type[FnaErr
     assert isinstance(caught.value, FnaError)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def softmax_core(size: int, sharpness: float) -> torch.Tensor:
+    scores = torch.randn(1, 1, size, size, dtype=torch.float64) + sharpness * torch.eye(size, dtype=torch.float64)
+    return torch.softmax(scores, dim=-1)
+
+
+def residual_left(coefficients: list[tuple[float, float]], eigenvalue: torch.Tensor) -> torch.Tensor:
+    """What is left of a residual of 1 along an eigenvector, by the recurrence itself."""
+    residual, step = torch.ones_like(eigenvalue), torch.zeros_like(eigenvalue)
+    for alpha, beta in coefficients:
+        step = beta * step + alpha * residual
+        residual = residual - eigenvalue * step
+    return residual
+
+
+@pytest.mark.parametrize(("steps", "low"), [(1, 0.3), (8, 0.05), (10, 0.03), (16, 0.01)])
+def test_chebyshev_steps_solve_an_eigenvalue_of_one_and_never_grow_a_residual(steps: int, low: float) -> None:
+    coefficients = chebyshev_coefficients(steps, low)
+    assert len(coefficients) == steps
+    assert residual_left(coefficients, torch.ones((), dtype=torch.float64)).abs() < 1e-12
+    left = residual_left(coefficients, torch.linspace(0, 1, 1001, dtype=torch.float64)).abs()
+    assert left.max() <= 1 + 1e-12
+    above = left[torch.linspace(0, 1, 1001) >= low]
+    assert above[0] == pytest.approx(float(above.max()), rel=1e-2)  # equal ripples, the first at `low`
+
+
+def test_many_chebyshev_steps_reproduce_the_exact_rows() -> None:
+    core, exact, value = softmax_core(24, 6.0), torch.randn(1, 1, 24, 5).double(), torch.randn(1, 1, 24, 5).double()
+    mixed = chebyshev_core(core, exact, value, 60, 0.02)
+    # The mean of the residual is added as it is: rows of A sum to 1, so that it comes through A unchanged.
+    torch.testing.assert_close(core @ mixed, exact, rtol=0, atol=1e-4)
+    few = chebyshev_core(core, exact, value, 2, 0.02)
+    assert (core @ few - exact).norm() > 100 * (core @ mixed - exact).norm()
+
+
+@pytest.mark.parametrize("kind", ["one hub", "all equal", "repeated"])
+def test_the_chebyshev_core_is_bounded_where_the_inverse_is_not(kind: str) -> None:
+    scores = torch.randn(1, 1, 32, 32, dtype=torch.float64)
+    if kind == "one hub":
+        scores[..., 3] += 40
+    elif kind == "all equal":
+        scores[:] = 0
+    else:
+        scores[..., 16:, :], scores[..., 16:] = scores[..., :16, :].clone(), scores[..., :16].clone()
+    core = torch.softmax(scores, dim=-1)
+    exact, value = torch.randn(1, 1, 32, 8).double(), torch.randn(1, 1, 32, 8).double()
+    residual = exact - core @ value
+    mean = residual.mean(-2, keepdim=True)
+    correction = chebyshev_core(core, exact, value, 8, 0.05) - value - mean
+    assert (correction.norm(dim=-2) <= 14 * (residual - mean).norm(dim=-2)).all()
+
+
+def test_values_that_the_exact_rows_already_average_come_through_unchanged() -> None:
+    core, value = softmax_core(16, 1.0), torch.randn(1, 1, 16, 4).double()
+    torch.testing.assert_close(chebyshev_core(core, core @ value + 2.5, value, 8, 0.05), value + 2.5)
