@@ -1,57 +1,91 @@
-"""How many multiplications attention takes: the two products of exact attention against all products of FNA."""
+"""Every formula of operations and bytes: multiply-adds and memory traffic of exact attention, of FNA, and of a whole plan.
+
+A product is one multiply-add, `OPERATIONS_PER_PRODUCT` operations. Softmax and other elementwise work, a few percent, is not
+counted. Sizes: N `tokens`, S `landmarks`, H `heads` (those that the formula is about), D `head_size`, C `channels`.
+"""
 
 from __future__ import annotations
 
 from fna.plan import BlockPlan, Plan, Sampler, SharingKey
 
+OPERATIONS_PER_PRODUCT = 2
+
 
 def exact_products(tokens: int, heads: int, head_size: int) -> int:
-    """Multiply-adds of one block's exact attention: scores and their product with the values.
-
-    Args:
-        tokens: N.
-        heads: H, those of them that are exact.
-        head_size: D.
-    """
+    """Products of exact attention: scores, and their product with the values."""
     return 2 * heads * tokens * tokens * head_size
 
 
-def nystrom_products(tokens: int, landmarks: int, heads: int, head_size: int, iterations: int = 6) -> int:
-    """Multiply-adds of one block's FNA: A, Bv, Newton-Schulz as `fna.attention.apply_newton_schulz` does it, the output.
+def landmark_row_products(tokens: int, landmarks: int, heads: int, head_size: int) -> int:
+    """Products between N tokens and S landmarks: scores, and their product with values. FNA has two such, Bv and the output."""
+    return 2 * heads * tokens * landmarks * head_size
 
-    Args:
-        tokens: N.
-        landmarks: S.
-        heads: H, those of them that are FNA.
-        head_size: D.
-        iterations: Newton-Schulz iterations, the last one applied to Bv.
-    """
-    core = landmarks * landmarks * head_size
-    exact_rows = 2 * landmarks * tokens * head_size
-    newton = (4 * (iterations - 1) + 1) * landmarks**3 + 4 * landmarks * landmarks * head_size
-    output = 2 * tokens * landmarks * head_size
-    return heads * (core + exact_rows + newton + output)
+
+def newton_schulz_products(landmarks: int, heads: int, iterations: int) -> int:
+    """Products of size S x S x S: all of the iterations but the last, and W of the last, which is applied to Bv."""
+    return heads * (4 * (iterations - 1) + 1) * landmarks**3
+
+
+def last_iteration_products(landmarks: int, heads: int, head_size: int) -> int:
+    """Products of size S x S x D by which the last iteration is applied to Bv."""
+    return 4 * heads * landmarks * landmarks * head_size
+
+
+def nystrom_products(tokens: int, landmarks: int, heads: int, head_size: int, iterations: int) -> int:
+    """Products of FNA: A, Bv, Newton-Schulz as `fna.attention.newton_schulz_iterates` does it, the output."""
+    core = heads * landmarks * landmarks * head_size
+    rows = 2 * landmark_row_products(tokens, landmarks, heads, head_size)
+    inverse = newton_schulz_products(landmarks, heads, iterations) + last_iteration_products(
+        landmarks, heads, head_size
+    )
+    return core + rows + inverse
 
 
 def correction_products(tokens: int, heads: int, head_size: int, kernel: int) -> int:
-    """Multiply-adds of a correction: its kernel and its gain on every value of its heads."""
+    """Products of a correction: its kernel of `kernel` x `kernel` and its gain on every value of its heads."""
     return heads * tokens * head_size * (kernel * kernel + 1)
 
 
 def sampling_products(sampler: Sampler, tokens: int, landmarks: int, channels: int) -> int:
-    """Multiply-adds of choosing landmarks once: squared distances of every token to each (fps), squared norms (norm-grid).
+    """Products of choosing landmarks once: squared distances of every token to each (fps), squared norms (norm-grid).
 
-    Args:
-        sampler: how; those that do not look at the image take none.
-        tokens: N.
-        landmarks: S.
-        channels: C of the features.
+    Samplers that do not look at the image take none.
     """
     return {"fps": landmarks, "norm-grid": 1}.get(sampler, 0) * tokens * channels
 
 
+def token_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of one tensor `[1, H, N, D]` whose numbers take `element` bytes."""
+    return heads * tokens * head_size * element
+
+
+def fused_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes that any attention moves at the least: query, key, value and output once."""
+    return 4 * token_bytes(tokens, heads, head_size, element)
+
+
+def exact_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of exact attention that writes scores and weights out and reads them again, besides its four token tensors."""
+    return fused_bytes(tokens, heads, head_size, element) + 4 * heads * tokens * tokens * element
+
+
+def nystrom_bytes(tokens: int, landmarks: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of FNA, counted as `exact_bytes`: query and key are read twice, and it has two `[N, S]` matrices of scores."""
+    return 6 * token_bytes(tokens, heads, head_size, element) + 8 * heads * tokens * landmarks * element
+
+
+def correction_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of a correction: values in, their convolution out and in, FNA's output in and corrected out, exact rows in."""
+    return 6 * token_bytes(tokens, heads, head_size, element)
+
+
+def head_split_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of taking all H heads of query, key and value apart and of joining the results: four tensors read and written."""
+    return 8 * token_bytes(tokens, heads, head_size, element)
+
+
 def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int, head_size: int) -> int:
-    """Multiply-adds of one block's attention by a plan; None is an exact block. Choosing landmarks is counted by `saved_part`."""
+    """Products of one block's attention by a plan; None is an exact block. Choosing landmarks is counted by `plan_products`."""
     if entry is None:
         return exact_products(tokens, heads, head_size)
     count = heads if entry.heads is None else len(entry.heads)
@@ -61,8 +95,22 @@ def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int,
     return total + exact_products(tokens, heads - count, head_size)
 
 
-def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
-    """Part of the whole model's attention products that a plan saves; blocks that stay exact count in full.
+def block_bytes(entry: BlockPlan | None, tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of one block's attention by a plan, scores and weights written out; None is an exact block."""
+    if entry is None:
+        return exact_bytes(tokens, heads, head_size, element)
+    count = heads if entry.heads is None else len(entry.heads)
+    total = nystrom_bytes(tokens, entry.landmarks, count, head_size, element)
+    if entry.correction is not None:
+        total += correction_bytes(tokens, count, head_size, element)
+    if count < heads:
+        total += head_split_bytes(tokens, heads, head_size, element)
+        total += exact_bytes(tokens, heads - count, head_size, element)
+    return total
+
+
+def plan_products(plan: Plan, tokens: int, heads: int, head_size: int) -> int:
+    """Products of the whole model's attention by a plan; blocks that stay exact count in full.
 
     Choosing landmarks counts in every block that chooses anew, and once for blocks that share them.
     """
@@ -74,4 +122,15 @@ def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
         if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
             chosen.add(plan.sharing_key(entry))
             taken += sampling_products(entry.sampler, tokens, entry.landmarks, heads * head_size)
-    return 1 - taken / (plan.num_blocks * exact_products(tokens, heads, head_size))
+    return taken
+
+
+def plan_bytes(plan: Plan, tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of the whole model's attention by a plan, scores and weights written out."""
+    return sum(block_bytes(plan.find(block), tokens, heads, head_size, element) for block in range(plan.num_blocks))
+
+
+def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
+    """Part of the whole model's attention products that a plan saves."""
+    exact = plan.num_blocks * exact_products(tokens, heads, head_size)
+    return 1 - plan_products(plan, tokens, heads, head_size) / exact

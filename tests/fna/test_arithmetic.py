@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fna.arithmetic import block_products, correction_products, exact_products, nystrom_products, saved_part
+from fna.arithmetic import (
+    block_products,
+    correction_products,
+    exact_bytes,
+    exact_products,
+    head_split_bytes,
+    nystrom_bytes,
+    nystrom_products,
+    plan_bytes,
+    saved_part,
+)
 from fna.attention import nystrom_attention_reference
 from fna.landmarks import grid_landmarks
 from fna.plan import BlockPlan, Correction, Plan, Sampler
@@ -31,7 +41,7 @@ def test_heads_that_stay_exact_count_in_full() -> None:
     correction = Correction(size=3, kernels=((0.0,) * 9,), gains=(1.0,))
     entry = BlockPlan(block=0, landmarks=8, heads=(1,), correction=correction)
     plan = Plan(num_blocks=2, blocks=(entry,))
-    taken = nystrom_products(50, 8, 1, 16) + correction_products(50, 1, 16, 3) + exact_products(50, 2, 16)
+    taken = nystrom_products(50, 8, 1, 16, 6) + correction_products(50, 1, 16, 3) + exact_products(50, 2, 16)
     assert block_products(entry, plan, 50, 3, 16) == taken
     whole = exact_products(50, 3, 16)
     assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - (taken + whole) / (2 * whole))
@@ -45,5 +55,17 @@ def test_choosing_landmarks_counts_once_for_blocks_that_share_them(
     blocks = tuple(BlockPlan(block=number, landmarks=8, sampler=sampler) for number in range(2))
     plan = Plan(num_blocks=2, blocks=blocks, resample=resample)
     whole = 2 * exact_products(50, 3, 16)
-    taken = 2 * nystrom_products(50, 8, 3, 16) + times * products
+    taken = 2 * nystrom_products(50, 8, 3, 16, 6) + times * products
     assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - taken / whole, abs=1e-12)
+
+
+def test_one_head_in_one_block_saves_what_it_saves() -> None:
+    entry = BlockPlan(block=0, landmarks=64, heads=(0,), iterations=3)
+    plan = Plan(num_blocks=12, blocks=(entry,))
+    assert saved_part(plan, 1370, 6, 64) == pytest.approx(0.0124, abs=5e-4)
+
+
+def test_bytes_of_heads_that_stay_exact_count_in_full_and_so_does_parting_them() -> None:
+    plan = Plan(num_blocks=2, blocks=(BlockPlan(block=0, landmarks=8, heads=(1,)),))
+    parted = nystrom_bytes(50, 8, 1, 16, 4) + head_split_bytes(50, 3, 16, 4) + exact_bytes(50, 2, 16, 4)
+    assert plan_bytes(plan, 50, 3, 16, 4) == parted + exact_bytes(50, 3, 16, 4)

@@ -9,7 +9,20 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from fna.arithmetic import correction_products, exact_products, nystrom_products, sampling_products
+from fna.arithmetic import (
+    OPERATIONS_PER_PRODUCT,
+    correction_bytes,
+    correction_products,
+    exact_products,
+    fused_bytes,
+    head_split_bytes,
+    landmark_row_products,
+    last_iteration_products,
+    newton_schulz_products,
+    nystrom_products,
+    sampling_products,
+    token_bytes,
+)
 from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
@@ -140,35 +153,38 @@ class TimeCost:
         """See `CostModel.exact`."""
         if not heads:
             return 0.0
-        operations = 2.0 * exact_products(self.layout.tokens, heads, self.layout.head_size)
-        return self.calibration.exact * self._kernel(operations, 4 * self._values(heads), EXACT_EFFICIENCY)
+        shape = (self.layout.tokens, heads, self.layout.head_size)
+        moved = fused_bytes(*shape, self.device.element)
+        return self.calibration.exact * self._kernel(exact_products(*shape), moved, EXACT_EFFICIENCY)
 
     def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         others = self.layout.heads - heads
         seconds = self.nystrom(candidate, heads)
+        tokens, size, element = self.layout.tokens, self.layout.head_size, self.device.element
         if kernel:
-            seconds += self._copies(3, 6 * self._values(heads))
-        if others:  # taking heads apart and joining them
-            seconds += self._copies(4, 8 * self._values(self.layout.heads)) + self.exact(others)
+            seconds += self._copies(3, correction_bytes(tokens, heads, size, element))
+        if others:
+            seconds += self._copies(4, head_split_bytes(tokens, self.layout.heads, size, element)) + self.exact(others)
         return seconds
 
     def nystrom(self, candidate: Candidate, heads: int) -> float:
         """Seconds of one FNA node, the choice of its landmarks included where it chooses anew."""
         tokens, size, device = self.layout.tokens, self.layout.head_size, self.device
         count = candidate.landmarks
-        rows = 4.0 * count * tokens * size * heads
-        newton = 2.0 * (4 * (candidate.iterations - 1) + 1) * count**3
-        landmark = self._kernel(rows, 2 * self._values(heads), NYSTROM_EFFICIENCY)
+        rows = landmark_row_products(tokens, count, heads, size)
+        newton = OPERATIONS_PER_PRODUCT * newton_schulz_products(count, heads, candidate.iterations)
+        values = token_bytes(tokens, heads, size, device.element)
+        landmark = self._kernel(rows, 2 * values, NYSTROM_EFFICIENCY)
         if count <= 128:
             busy = min(heads, device.multiprocessors) / device.multiprocessors
-            alone = newton * heads / (device.matrix_rate * busy * NYSTROM_EFFICIENCY)
+            alone = newton / (device.matrix_rate * busy * NYSTROM_EFFICIENCY)
             seconds = max(landmark, alone + device.launch)
         else:
             launches = 3 * (candidate.iterations - 1) + 1
-            seconds = landmark + launches * device.launch + newton * heads / (device.matrix_rate * NYSTROM_EFFICIENCY)
-        seconds += self._kernel(8.0 * count * count * size * heads, 0.0, NYSTROM_EFFICIENCY)
-        seconds += self._kernel(rows, 3 * self._values(heads), NYSTROM_EFFICIENCY)
+            seconds = landmark + launches * device.launch + newton / (device.matrix_rate * NYSTROM_EFFICIENCY)
+        seconds += self._kernel(last_iteration_products(count, heads, size), 0, NYSTROM_EFFICIENCY)
+        seconds += self._kernel(rows, 3 * values, NYSTROM_EFFICIENCY)
         if candidate.sampler in ("fps", "norm-grid"):
             seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
@@ -178,14 +194,10 @@ class TimeCost:
         launches = candidate.landmarks if candidate.sampler == "fps" else 2
         return self._copies(launches, hidden * (candidate.landmarks if candidate.sampler == "fps" else 1))
 
-    def _values(self, heads: int) -> float:
-        """Bytes of `[1, heads, N, D]`."""
-        return float(heads * self.layout.tokens * self.layout.head_size * self.device.element)
-
-    def _kernel(self, operations: float, moved: float, efficiency: float) -> float:
+    def _kernel(self, products: int, moved: int, efficiency: float) -> float:
         device = self.device
-        busy = max(operations / (device.matrix_rate * efficiency), moved / (device.bandwidth * BANDWIDTH_EFFICIENCY))
-        return busy + device.launch
+        computing = OPERATIONS_PER_PRODUCT * products / (device.matrix_rate * efficiency)
+        return max(computing, moved / (device.bandwidth * BANDWIDTH_EFFICIENCY)) + device.launch
 
     def _copies(self, launches: int, moved: float) -> float:
         return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch

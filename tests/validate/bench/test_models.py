@@ -7,35 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from fna.attention import nystrom_attention_reference
+from fna.arithmetic import exact_products, nystrom_products, saved_part
 from fna.cli import main
 from fna.engines.device import find_gpu
 from fna.export.sources.loading import load_model
-from fna.plan import uniform_plan
-from fna.validate.bench.counts import count, exact_flop, fna_flop, total_flop
+from fna.plan import BlockPlan, Correction, Plan, uniform_plan
+from fna.validate.bench.counts import count, total_flop
 from fna.validate.bench.models import BenchRow, Timing, bench, draw, dump_csv, find_break_even, read_bench
-
-
-def counted(run) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-@pytest.mark.parametrize("iterations", [6, 2])
-def test_fna_costs_what_pytorch_counts(iterations: int) -> None:
-    query, key, value = (torch.randn(1, 3, 50, 16) for _ in range(3))
-    landmarks = torch.arange(0, 50, 5)[None]
-    run = lambda: nystrom_attention_reference(query, key, value, landmarks, None, 0.25, iterations, True)  # noqa: E731
-    assert counted(run) == fna_flop(50, 10, 3, 16, iterations)
-
-
-def test_exact_attention_costs_what_pytorch_counts() -> None:
-    query, key, value = (torch.randn(1, 3, 50, 16) for _ in range(3))
-    assert counted(lambda: torch.softmax(query @ key.mT, -1) @ value) == exact_flop(50, 3, 16)
 
 
 def test_a_models_count_is_its_linear_layers_and_its_attention(tiny) -> None:
@@ -43,10 +22,22 @@ def test_a_models_count_is_its_linear_layers_and_its_attention(tiny) -> None:
     tokens, width, blocks = 65, 32, 3
     linear = blocks * 2 * tokens * width * width * (4 + 8) + 2 * 64 * width * 3 * 14 * 14
     found = count(model, uniform_plan(3, layers="1-2", landmarks=12, prefix_tokens=1), 112, 112)
-    assert total_flop(model, 112, 112) == linear + blocks * exact_flop(tokens, 2, 16)
-    assert found.attention_share == pytest.approx(blocks * exact_flop(tokens, 2, 16) / total_flop(model, 112, 112))
-    saved = 2 * (exact_flop(tokens, 2, 16) - fna_flop(tokens, 12, 2, 16))
+    exact = 2 * exact_products(tokens, 2, 16)
+    assert total_flop(model, 112, 112) == linear + blocks * exact
+    assert found.attention_share == pytest.approx(blocks * exact / total_flop(model, 112, 112))
+    saved = 2 * (exact - 2 * nystrom_products(tokens, 12, 2, 16, 6))
     assert found.dense_gflop - found.fna_gflop == pytest.approx(saved / 1e9)
+
+
+def test_a_plans_heads_iterations_and_corrections_count_as_the_planner_counts_them(tiny) -> None:
+    model = load_model("validate_tiny:tiny")
+    correction = Correction(size=3, kernels=((0.0,) * 9,), gains=(1.0,))
+    entry = BlockPlan(block=1, landmarks=8, sampler="fps", heads=(1,), iterations=3, correction=correction)
+    plan = Plan(num_blocks=3, blocks=(entry,), prefix_tokens=1)
+    found = count(model, plan, 112, 112)
+    assert 1 - found.fna_attention_gflop / found.dense_attention_gflop == pytest.approx(saved_part(plan, 65, 2, 16))
+    whole = count(model, Plan(num_blocks=3, blocks=(BlockPlan(block=1, landmarks=8),), prefix_tokens=1), 112, 112)
+    assert found.fna_attention_mib > whole.fna_attention_mib
 
 
 def row(tokens: int, speedup: float, landmarks: int = 8) -> BenchRow:
