@@ -25,6 +25,7 @@ import fna.landmarks
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.operators.builder import HIGHEST_OPSET
 from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
@@ -34,7 +35,6 @@ from fna.export.operators.functions import (
     GUIDED_FEATURES,
     GUIDED_GRID,
     GUIDED_PICKS,
-    HIGHEST_OPSET,
     LANDMARK_ROLES,
     LARGEST_NORM_ROLES,
     MASKED_ATTENTION,

@@ -1,7 +1,7 @@
 """The ONNX bodies of this project's operators: model-local functions of domain `fna`, in standard operators only.
 
 A file that carries these functions runs on any ONNX runtime as it is; a TensorRT plugin of the operator's name can take the
-function's place (`fna.export.passes.lower`). Bodies exist for opsets 14 to 23. Softmax, sums and Newton-Schulz are fp32 whatever the
+function's place (`fna.export.passes.lower`). Bodies exist for opsets 14 to 24. Softmax, sums and Newton-Schulz are fp32 whatever the
 type of the inputs.
 """
 
@@ -16,6 +16,7 @@ import onnx.parser
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from fna.errors import InvalidArgumentError
+from fna.export.operators.builder import check_opset
 from fna.guided import include_room, most_guaranteed
 from fna.landmarks import norm_grid_count
 from fna.special_tokens import LARGEST_SHARE, MASKED_SCORE, MINIMAL_GAP
@@ -41,7 +42,6 @@ PLUGIN_OPS = (ATTENTION, FARTHEST_POINTS)
 
 PLUGIN_FIELDS: dict[str, str] = {"plugin_version": "1", "plugin_namespace": ""}
 MASKED_PLUGIN_FIELDS: dict[str, str] = {**PLUGIN_FIELDS, "plugin_version": "2"}
-LOWEST_OPSET, HIGHEST_OPSET = 14, 23
 OVERLOAD_IR_VERSION = 10
 
 _LARGEST = 3.0e38
@@ -91,7 +91,7 @@ def attach_functions(
         element_types: the same for single nodes, by node name, where they differ.
 
     Raises:
-        InvalidArgumentError: for an opset outside 14 to 23, or an operator that is not one of ours.
+        InvalidArgumentError: for an opset outside 14 to 24, or an operator that is not one of ours.
     """
     opset = model_opset(model)
     nodes = list(fna_nodes(model.graph))
@@ -124,13 +124,9 @@ def make_function(variant: FunctionVariant, opset: int, *, overload: str = "") -
     """Return the body of one operator for one opset.
 
     Raises:
-        InvalidArgumentError: for an opset outside 14 to 23; for opset 14 without an element type (it has no CastLike).
+        InvalidArgumentError: for an opset outside 14 to 24; for opset 14 without an element type (it has no CastLike).
     """
-    if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
-        raise InvalidArgumentError(
-            f"opset {opset} was asked for, but FNA function bodies exist for {LOWEST_OPSET} to {HIGHEST_OPSET}; "
-            "convert the model with onnx.version_converter first"
-        )
+    check_opset(opset)
     if (
         opset < 15
         and variant.op_type in (ATTENTION, MASKED_ATTENTION)

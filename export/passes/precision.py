@@ -44,7 +44,7 @@ def cast_model(
     """Return a copy of an fp32 FNA file whose weights and activations are `precision`.
 
     Args:
-        model: with its tensors loaded; traced or grafted, opset 14 to 23.
+        model: with its tensors loaded; traced or grafted, opset 14 to 24.
         precision: the 16-bit type.
         keep_fp32: numbers of blocks that stay fp32, attention, norms and MLP.
         keep_io: whether inputs and outputs stay fp32.

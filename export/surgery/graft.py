@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto
 import fna
 from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.metadata import FileMetadata, write_metadata
-from fna.export.operators.functions import HIGHEST_OPSET, LOWEST_OPSET
+from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.preprocessing import Preprocessing
 from fna.export.surgery.graph.index import Graph, all_tensors, attribute, external_file, load_model, one_line
 from fna.export.surgery.graph.shapes import Point, Shape, ShapeConflictError, find_points

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 from seen_landmarks import seen_landmarks
 
 from fna.errors import InvalidLandmarksError
+from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.operators.functions import (
     ATTENTION,
     DOMAIN,
@@ -22,10 +23,8 @@ from fna.export.operators.functions import (
     GUIDED_FEATURES,
     GUIDED_GRID,
     GUIDED_PICKS,
-    HIGHEST_OPSET,
     LANDMARK_ROLES,
     LARGEST_NORM_ROLES,
-    LOWEST_OPSET,
     PLUGIN_FIELDS,
     attach_functions,
     fna_nodes,

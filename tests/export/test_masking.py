@@ -13,12 +13,11 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 
 from fna.attention import fast_nystrom_attention
+from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
-    HIGHEST_OPSET,
-    LOWEST_OPSET,
     MASKED_ATTENTION,
     MASKED_PLUGIN_FIELDS,
     MASSIVE_TOKENS,

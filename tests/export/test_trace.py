@@ -124,7 +124,7 @@ def test_dynamic_height_and_width_choose_landmarks_for_the_size_that_comes(
             np.testing.assert_allclose(given, expected, rtol=2e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [20, 24])
 def test_opsets_of_the_exporter(tiny_model: LoadedModel, opset: int) -> None:
     plan = uniform_plan(4, layers="3", landmarks=6)
     model, _ = trace_model(tiny_model, plan, TraceOptions(56, 56, opset=opset))
@@ -177,7 +177,7 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused(tiny_model: LoadedMo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (TraceOptions(56, 56, opset=17), "opset 17.*18 to 23"),
+        (TraceOptions(56, 56, opset=17), "opset 17.*18 to 24"),
         (TraceOptions(56, 56, opset=18, precision="bf16"), "bf16 trace needs 22"),
     ],
 )
