@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fna.attention import fast_nystrom_attention as fast_nystrom_attention
+    from fna.focal import focal_attention as focal_attention
     from fna.landmarks import landmark_bias as landmark_bias
     from fna.landmarks import select_landmarks as select_landmarks
     from fna.patching import patch as patch
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "fast_nystrom_attention": "fna.attention",
+    "focal_attention": "fna.focal",
     "select_landmarks": "fna.landmarks",
     "landmark_bias": "fna.landmarks",
     "Plan": "fna.plan",
@@ -27,7 +29,16 @@ _EXPORTS = {
     "unpatch": "fna.patching",
 }
 
-__all__ = ["Plan", "__version__", "fast_nystrom_attention", "landmark_bias", "patch", "select_landmarks", "unpatch"]
+__all__ = [
+    "Plan",
+    "__version__",
+    "fast_nystrom_attention",
+    "focal_attention",
+    "landmark_bias",
+    "patch",
+    "select_landmarks",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
