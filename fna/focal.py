@@ -179,7 +179,8 @@ def _focal_backward(ctx, grad):  # type: ignore[no-untyped-def]
     mask = lists.pop() if ctx.has_mask else None
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
-        out = focal_attention_reference(*leaves, *lists, mask, ctx.hot, ctx.scale)
+        tensors = (*leaves, *lists, mask)
+        out = focal_attention_reference(*tensors, hot=ctx.hot, scale=ctx.scale)
         return (*torch.autograd.grad(out, leaves, grad), *[None] * 7)
 
 
