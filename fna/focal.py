@@ -175,12 +175,14 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _focal_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    query, key, value, *lists = ctx.saved_tensors
-    mask = lists.pop() if ctx.has_mask else None
+    query, key, value, tile_queries, tile_keys, tile_bias, places, *rest = ctx.saved_tensors
+    mask = rest[0] if ctx.has_mask else None
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
-        tensors = (*leaves, *lists, mask)
-        out = focal_attention_reference(*tensors, hot=ctx.hot, scale=ctx.scale)
+        query, key, value = leaves
+        out = focal_attention_reference(
+            query, key, value, tile_queries, tile_keys, tile_bias, places, mask, ctx.hot, ctx.scale
+        )
         return (*torch.autograd.grad(out, leaves, grad), *[None] * 7)
 
 
