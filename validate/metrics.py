@@ -1,9 +1,13 @@
-"""How far one array is from another."""
+"""How far one array is from another: each metric is one record, which the JSON, the page and the command line read.
+
+A further metric is a further record here, and a test of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,62 +17,174 @@ RELATIVE_FLOOR = 1e-2
 """Values smaller than this share of the reference's root mean square count as that large in `max_rel`: the relative error of a
 value that happens to lie next to zero says nothing."""
 
+Values = NDArray[np.float64]
 
-class TokenErrors(BaseModel):
-    """The distance of each token position from its reference, over all images; every list is `[N]`.
+
+@dataclass(frozen=True)
+class Distances:
+    """What metrics are computed from. Their formulas reduce the first axis.
+
+    A row is a token, or a whole image where the output is no tokens. There are two shapes: `[K]`, all K rows of all M images,
+    for the output as a whole; `[M, N]` to have each of the N token positions by itself.
 
     Attributes:
-        max_abs: largest absolute difference.
-        max_rel: largest relative difference; see `OutputError`.
-        relative_l2: norm of the difference over norm of the reference.
-        cosine_min: smallest cosine over the images.
-        cosine_mean: mean cosine over the images.
-        sqnr_db: signal to quantisation noise ratio in dB; None where nothing differs.
+        max_abs: largest absolute difference in each row.
+        max_rel: largest difference over the reference's value in each row; see `RELATIVE_FLOOR`.
+        cosine: of each row with its reference.
+        noise: squared norm of the difference, one entry per image.
+        signal: squared norm of the reference, likewise.
+        class_cosine: of the first token of each image, `[M]`; None where there is no class token.
+        patch_cosine: of the patch tokens, all in a row; None for other outputs.
     """
 
-    model_config = ConfigDict(frozen=True)
+    max_abs: Values
+    max_rel: Values
+    cosine: Values
+    noise: Sequence[Any]
+    signal: Sequence[Any]
+    class_cosine: Values | None = None
+    patch_cosine: Values | None = None
 
-    max_abs: tuple[float, ...]
-    max_rel: tuple[float, ...]
-    relative_l2: tuple[float, ...]
-    cosine_min: tuple[float, ...]
-    cosine_mean: tuple[float, ...]
-    sqnr_db: tuple[float | None, ...]
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: its key in the JSON.
+        title: heads its column on the page.
+        short: heads its column in the terminal.
+        description: what it is, for the page.
+        style: the format of its numbers.
+        better: which way is better.
+        formula: reduces the first axis of the distances; None where there is no such number.
+        by_token: whether it is also computed for each token position.
+        by_block: whether it is also computed for what leaves each block.
+        absent: what the terminal shows for None.
+    """
+
+    name: str
+    title: str
+    short: str
+    description: str
+    style: str
+    better: Literal["lower", "higher"]
+    formula: Callable[[Distances], Any]
+    by_token: bool = False
+    by_block: bool = False
+    absent: str = ""
+
+    def show(self, value: float | None) -> str:
+        """The value as the terminal shows it."""
+        return self.absent if value is None else format(value, self.style)
+
+    def is_within(self, value: float, tolerance: float) -> bool:
+        """Whether a value is as good as the tolerance; NaN never is."""
+        return value <= tolerance if self.better == "lower" else value >= tolerance
 
 
-class OutputError(BaseModel):
-    """The distance of one output from its reference, over all images.
+def _relative_l2(distances: Distances) -> Any:
+    return np.sqrt(sum(distances.noise)) / np.maximum(np.sqrt(sum(distances.signal)), np.finfo(np.float64).tiny)
+
+
+def _sqnr_db(distances: Distances) -> Any:
+    noise, signal = (np.asarray(sum(parts)) for parts in (distances.noise, distances.signal))
+    is_defined = (noise != 0) & np.isfinite(noise) & (signal != 0)
+    decibels = 10 * np.log10(np.where(is_defined, signal, 1.0) / np.where(is_defined, noise, 1.0))
+    return np.where(is_defined, np.round(decibels, 4), None)
+
+
+def _mean(values: Values | None) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+JUDGED = Metric(
+    "relative_l2", "relative L2", "rel L2", "norm of the difference over norm of the reference",
+    ".2e", "lower", _relative_l2, by_token=True, by_block=True,
+)  # fmt: skip
+"""The metric that tolerances, bars and charts are of."""
+
+_METRICS = (
+    Metric(
+        "max_abs", "max abs", "max abs", "largest absolute difference, in the output's own unit",
+        ".2e", "lower", lambda d: d.max_abs.max(axis=0), by_token=True,
+    ),
+    Metric(
+        "max_rel", "max rel", "max rel", "largest difference over the reference's value, element by element",
+        ".1e", "lower", lambda d: d.max_rel.max(axis=0), by_token=True,
+    ),
+    JUDGED,
+    Metric(
+        "sqnr_db", "SQNR, dB", "SQNR dB", "signal to quantisation noise ratio; none where nothing differs",
+        ".1f", "higher", _sqnr_db, by_token=True, absent="exact",
+    ),
+    Metric(
+        "cosine_min", "cosine min", "cos min", "smallest cosine of tokens, or of whole images for other outputs",
+        ".5f", "higher", lambda d: d.cosine.min(axis=0), by_token=True,
+    ),
+    Metric(
+        "cosine_p5", "5th perc.", "cos p5", "5th percentile of those cosines",
+        ".5f", "higher", lambda d: np.percentile(d.cosine, 5, axis=0),
+    ),
+    Metric(
+        "cosine_mean", "mean", "cos mean", "mean of those cosines",
+        ".5f", "higher", lambda d: d.cosine.mean(axis=0), by_token=True, by_block=True,
+    ),
+    Metric(
+        "cosine_first_token", "class token", "class", "mean cosine of the class token; none for other outputs",
+        ".5f", "higher", lambda d: _mean(d.class_cosine),
+    ),
+    Metric(
+        "cosine_patches", "patches", "patches", "mean cosine of the patch tokens; none for other outputs",
+        ".5f", "higher", lambda d: _mean(d.patch_cosine),
+    ),
+)  # fmt: skip
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+"""By name, in the order of the tables' columns."""
+
+
+class Measured(BaseModel):
+    """Something with a value for each metric, `METRICS` says which, as fields of their own in the JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    def value(self, name: str) -> float | None:
+        """Return a metric's value by its name."""
+        return (self.__pydantic_extra__ or {}).get(name)
+
+    @property
+    def judged(self) -> float:
+        """The value of the metric that tolerances are of."""
+        value = self.value(JUDGED.name)
+        return float("nan") if value is None else value
+
+
+class TokenErrors(BaseModel):
+    """The distance of each token position from its reference, over all images: a list `[N]` for each metric with `by_token`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, tuple[float | None, ...]]
+
+    @property
+    def judged(self) -> NDArray[np.float64]:  # [N]
+        """The metric that tolerances are of."""
+        return np.array((self.__pydantic_extra__ or {})[JUDGED.name], dtype=np.float64)
+
+
+class OutputError(Measured):
+    """The distance of one output from its reference, over all images; beside these fields, one for each metric.
 
     Attributes:
         output: its name.
-        max_abs: largest absolute difference, in the output's own unit.
-        max_rel: largest difference over the reference's value, element by element; values under `RELATIVE_FLOOR` of the
-            image's root mean square count as that large.
-        relative_l2: norm of the difference over norm of the reference.
-        sqnr_db: signal to quantisation noise ratio, `-20 log10(relative_l2)`, in dB; None where nothing differs.
-        cosine_min: smallest cosine between corresponding vectors (tokens, or whole items for other outputs).
-        cosine_p5: 5th percentile of those cosines.
-        cosine_mean: their mean.
-        cosine_first_token: mean cosine of the first token (the class token where there is one); None for other outputs.
-        cosine_patches: mean cosine of the patch tokens; None for other outputs.
         worst_item: index of the image with the smallest cosine.
         worst_token: index of the token with the smallest cosine in that image; None for other outputs.
         not_finite: how many values are NaN or infinite.
-        tokens: the same by token position; None for other outputs, or if the number of tokens changes between images.
+        tokens: the metrics by token position; None for other outputs, or if the number of tokens changes between images.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     output: str
-    max_abs: float
-    max_rel: float
-    relative_l2: float
-    sqnr_db: float | None
-    cosine_min: float
-    cosine_p5: float
-    cosine_mean: float
-    cosine_first_token: float | None = None
-    cosine_patches: float | None = None
     worst_item: int
     worst_token: int | None = None
     not_finite: int
@@ -109,12 +225,8 @@ class ErrorMeter:
 
     output: str
     prefix_tokens: int | None = None
-    _cosines: list[NDArray[np.float64]] = field(default_factory=list)  # each [N] or [1]
-    _by_token: list[_TokenSums] = field(default_factory=list)
-    _max_abs: float = 0.0
-    _max_rel: float = 0.0
-    _noise: float = 0.0
-    _signal: float = 0.0
+    _images: list[_ImageRows] = field(default_factory=list)
+    _is_tokens: bool = False
     _not_finite: int = 0
 
     def add(
@@ -131,66 +243,74 @@ class ErrorMeter:
             raise ValueError(
                 f"output {self.output} has shape {list(actual.shape)}, but its reference has {list(reference.shape)}"
             )
-        for one, other in zip(reference, actual, strict=True):
-            self._add_image(one.astype(np.float64), other.astype(np.float64))
-
-    def _add_image(self, expected: NDArray[np.float64], given: NDArray[np.float64]) -> None:
-        tokens = self.prefix_tokens is not None and expected.ndim == 2
-        rows = (expected, given) if tokens else (expected.reshape(1, -1), given.reshape(1, -1))  # [N, C] or [1, M]
-        with np.errstate(invalid="ignore", over="ignore"):
-            sums = _sum_tokens(*rows)
-            self._cosines.append(sums.cosine)
-            self._max_abs = _larger(self._max_abs, float(sums.max_abs.max()))
-            self._max_rel = _larger(self._max_rel, float(sums.max_rel.max()))
-            self._noise += float(sums.noise.sum())
-            self._signal += float(sums.signal.sum())
-        self._not_finite += int(np.count_nonzero(~np.isfinite(given)))
-        if tokens:
-            self._by_token.append(sums)
+        for expected, given in zip(reference.astype(np.float64), actual.astype(np.float64), strict=True):
+            self._is_tokens = self.prefix_tokens is not None and expected.ndim == 2
+            shape = expected.shape if self._is_tokens else (1, -1)  # [N, C] or [1, M]
+            with np.errstate(invalid="ignore", over="ignore"):
+                self._images.append(_compare_rows(expected.reshape(shape), given.reshape(shape)))
+            self._not_finite += int(np.count_nonzero(~np.isfinite(given)))
 
     def result(self) -> OutputError:
         """Return the errors over all images taken in so far; there must be at least one."""
-        lowest = np.array([cosines.min() for cosines in self._cosines])
-        worst = int(np.argmin(lowest))
-        cosines = np.concatenate(self._cosines)
-        prefix = self.prefix_tokens or 0
-        is_tokens = bool(self._by_token)
+        cosines = [image.cosine for image in self._images]
+        worst = int(np.argmin([image.min() for image in cosines]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            whole = self._whole()
+            values = {name: metric.formula(whole) for name, metric in METRICS.items()}
+            tokens = self._by_token()
         return OutputError(
             output=self.output,
-            max_abs=self._max_abs,
-            max_rel=self._max_rel,
-            relative_l2=_ratio(self._noise, self._signal),
-            sqnr_db=_decibel(self._noise, self._signal),
-            cosine_min=float(cosines.min()),
-            cosine_p5=float(np.percentile(cosines, 5)),
-            cosine_mean=float(cosines.mean()),
-            cosine_first_token=float(np.mean([item[0] for item in self._cosines])) if is_tokens and prefix else None,
-            cosine_patches=(
-                float(np.concatenate([item[prefix:] for item in self._cosines]).mean()) if is_tokens else None
-            ),
             worst_item=worst,
-            worst_token=int(np.argmin(self._cosines[worst])) if is_tokens else None,
+            worst_token=int(np.argmin(cosines[worst])) if self._is_tokens else None,
             not_finite=self._not_finite,
-            tokens=_merge_tokens(self._by_token),
+            tokens=tokens,
+            **{name: _as_float(value) for name, value in values.items()},
+        )
+
+    def _whole(self) -> Distances:
+        images, prefix = self._images, self.prefix_tokens or 0
+        is_tokens = self._is_tokens
+        return Distances(
+            max_abs=np.concatenate([image.max_abs for image in images]),
+            max_rel=np.concatenate([image.max_rel for image in images]),
+            cosine=np.concatenate([image.cosine for image in images]),
+            noise=[image.noise.sum() for image in images],
+            signal=[image.signal.sum() for image in images],
+            class_cosine=np.array([image.cosine[0] for image in images]) if is_tokens and prefix else None,
+            patch_cosine=np.concatenate([image.cosine[prefix:] for image in images]) if is_tokens else None,
+        )
+
+    def _by_token(self) -> TokenErrors | None:
+        images = self._images
+        if not self._is_tokens or len({len(image.cosine) for image in images}) > 1:
+            return None
+        names = ("max_abs", "max_rel", "cosine", "noise", "signal")
+        each = Distances(**{name: np.stack([getattr(image, name) for image in images]) for name in names})
+        return TokenErrors(
+            **{
+                name: tuple(_rounded(value) for value in metric.formula(each))
+                for name, metric in METRICS.items()
+                if metric.by_token
+            }
         )
 
 
 @dataclass(frozen=True)
-class _TokenSums:
-    """One image's sums, each `[N]`."""
+class _ImageRows:
+    """One image's distances, row by row, each `[N]`; noise and signal as in `Distances`."""
 
-    max_abs: NDArray[np.float64]
-    max_rel: NDArray[np.float64]
-    noise: NDArray[np.float64]
-    signal: NDArray[np.float64]
-    cosine: NDArray[np.float64]
+    max_abs: Values
+    max_rel: Values
+    noise: Values
+    signal: Values
+    cosine: Values
 
 
-def _sum_tokens(expected: NDArray[np.float64], given: NDArray[np.float64]) -> _TokenSums:
+def _compare_rows(expected: Values, given: Values) -> _ImageRows:
     difference = np.abs(given - expected)
     size = np.abs(expected)
     floor = max(RELATIVE_FLOOR * float(np.sqrt(np.mean(size**2))), np.finfo(np.float64).tiny)
-    return _TokenSums(
+    return _ImageRows(
         max_abs=difference.max(axis=1),
         max_rel=(difference / np.maximum(size, floor)).max(axis=1),
         noise=(difference**2).sum(axis=1),
@@ -199,40 +319,13 @@ def _sum_tokens(expected: NDArray[np.float64], given: NDArray[np.float64]) -> _T
     )
 
 
-def _merge_tokens(images: list[_TokenSums]) -> TokenErrors | None:
-    if not images or len({len(image.cosine) for image in images}) > 1:
-        return None
-    noise = np.sum([image.noise for image in images], axis=0)
-    signal = np.sum([image.signal for image in images], axis=0)
-    cosines = np.stack([image.cosine for image in images])
-    return TokenErrors(
-        max_abs=_rounded(np.max([image.max_abs for image in images], axis=0)),
-        max_rel=_rounded(np.max([image.max_rel for image in images], axis=0)),
-        relative_l2=_rounded(np.array([_ratio(*pair) for pair in zip(noise, signal, strict=True)])),
-        cosine_min=_rounded(cosines.min(axis=0)),
-        cosine_mean=_rounded(cosines.mean(axis=0)),
-        sqnr_db=tuple(_decibel(*pair) for pair in zip(noise.tolist(), signal.tolist(), strict=True)),
-    )
+def _as_float(value: Any) -> float | None:
+    return None if value is None or (isinstance(value, np.ndarray) and value.item() is None) else float(value)
 
 
-def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
+def _rounded(value: Any) -> float | None:
     """Seven significant digits, which is what fp32 arrays hold; there are thousands of these numbers in the JSON."""
-    return tuple(float(f"{value:.7g}") for value in values)
-
-
-def _ratio(noise: float, signal: float) -> float:
-    return float(np.sqrt(noise) / max(np.sqrt(signal), np.finfo(np.float64).tiny))
-
-
-def _decibel(noise: float, signal: float) -> float | None:
-    if noise == 0 or not np.isfinite(noise) or signal == 0:
-        return None
-    return round(float(10 * np.log10(signal / noise)), 4)
-
-
-def _larger(left: float, right: float) -> float:
-    """The larger of two numbers; NaN if either is."""
-    return right if np.isnan(right) or right > left else left
+    return None if value is None else float(f"{value:.7g}")
 
 
 def cosine(

@@ -147,11 +147,13 @@ def _print(document: Document, folder: Path, picture: Path | None, report: Path 
 def _budget_table(result: Any) -> Any:
     from rich.table import Table
 
+    from fna.validate.metrics import METRICS
+
     table = Table(box=None, pad_edge=False)
     for title in ("step", "output"):
         table.add_column(title, no_wrap=True)
-    for title in ("max abs", "max rel", "rel L2", "SQNR dB", "cos min", "cos p5", "cos mean", "class", "patches"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for metric in METRICS.values():
+        table.add_column(metric.short, justify="right", no_wrap=True)
     for title in ("worst", "verdict"):
         table.add_column(title, no_wrap=True)
     for step in (*result.steps, result.total):
@@ -160,20 +162,8 @@ def _budget_table(result: Any) -> Any:
             table.add_row(
                 step.step if index == 0 else "",
                 error.output,
-                f"{error.max_abs:.2e}",
-                f"{error.max_rel:.1e}",
-                f"{error.relative_l2:.2e}",
-                "exact" if error.sqnr_db is None else f"{error.sqnr_db:.1f}",
-                f"{error.cosine_min:.5f}",
-                f"{error.cosine_p5:.5f}",
-                f"{error.cosine_mean:.5f}",
-                _optional(error.cosine_first_token),
-                _optional(error.cosine_patches),
+                *(metric.show(error.value(name)) for name, metric in METRICS.items()),
                 result.images[error.worst_item],
                 verdict,
             )
     return table
-
-
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.5f}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cosine as scipy_cosine_distance
 from sklearn.metrics.pairwise import paired_cosine_distances
 
-from fna.validate.metrics import RELATIVE_FLOOR, ErrorMeter, cosine, measure
+from fna.cli import main
+from fna.validate.metrics import JUDGED, METRICS, RELATIVE_FLOOR, ErrorMeter, Metric, cosine, measure
 
 
 def tokens() -> tuple[np.ndarray, np.ndarray]:
@@ -116,3 +121,44 @@ def test_zero_vectors_agree_with_each_other_only() -> None:
 def test_shapes_that_differ_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"output x .*\[2, 3\].*\[2, 4\]"):
         measure("x", np.zeros((2, 4)), np.zeros((2, 3)))
+
+
+def test_a_further_metric_is_one_record_and_stands_in_json_page_and_terminal(
+    tiny, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = Metric(
+        "cosine_median", "median of cosines", "cos med", "the middle cosine", ".3f", "higher",
+        lambda distances: np.median(distances.cosine, axis=0), by_token=True, by_block=True,
+    )  # fmt: skip
+    monkeypatch.setitem(METRICS, toy.name, toy)
+    report = tmp_path / "report.html"
+    arguments = ["validate", "fp32.onnx", "--images", "images", "--report", str(report), "--output", str(tmp_path / "files")]
+    assert main(arguments) == 0
+    validation = json.loads(report.with_suffix(".json").read_text())["validation"]
+    error = validation["steps"][0]["errors"][0]
+    assert error["cosine_p5"] < error["cosine_median"] <= 1
+    assert len(error["tokens"]["cosine_median"]) == len(error["tokens"]["cosine_mean"]) == 65
+    assert all(0 < block["cosine_median"] <= 1 for block in validation["blocks"])
+    page = report.read_text()
+    assert '<th title="the middle cosine">median of cosines</th>' in page
+    shown = re.search(r'data-path="validation.steps.0.errors.0.cosine_median" data-format=".3f">([^<]*)<', page)
+    assert shown is not None
+    assert shown[1] == f"{error['cosine_median']:.3f}"
+    assert "cos med" in capsys.readouterr().out
+
+
+def test_a_metric_that_is_not_a_number_is_null_in_the_json_and_out_of_tolerance() -> None:
+    reference, actual = tokens()
+    actual[0, 0, 0] = np.nan
+    error = measure("tokens", reference, actual, prefix_tokens=1)
+    data = json.loads(error.model_dump_json())
+    assert data["relative_l2"] is None
+    assert data["tokens"]["cosine_mean"][0] is None
+    assert math.isnan(error.judged)
+    assert not JUDGED.is_within(error.judged, 1e9)
+
+
+def test_better_may_be_higher() -> None:
+    assert METRICS["cosine_mean"].is_within(0.99, 0.98)
+    assert not METRICS["cosine_mean"].is_within(0.97, 0.98)
+    assert METRICS["relative_l2"].is_within(1e-3, 1e-3)

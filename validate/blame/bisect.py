@@ -249,7 +249,7 @@ def _output_errors(exact: Sequence[Arrays], actual: Sequence[Arrays], outputs: S
     for reference, given in zip(exact, actual, strict=True):
         for name, meter in meters.items():
             meter.add(reference[name], given[name])
-    return {name: meter.result().relative_l2 for name, meter in meters.items()}
+    return {name: meter.result().judged for name, meter in meters.items()}
 
 
 # ---------------------------------------------------------------- inside the model
@@ -269,7 +269,7 @@ def compare_places(chain: Chain, step: str, images: Sequence[Pixels]) -> tuple[P
             if point in expected and point in given and expected[point].shape == given[point].shape:
                 meters.setdefault(point, ErrorMeter(str(point))).add(expected[point], given[point])
     return tuple(
-        PlaceError(block=point.block, part=point.part, tensor=names[point], relative_l2=meter.result().relative_l2)
+        PlaceError(block=point.block, part=point.part, tensor=names[point], relative_l2=meter.result().judged)
         for point, meter in meters.items()
     )
 
@@ -299,7 +299,7 @@ def _compare_nodes(chain: Chain, images: Sequence[Pixels]) -> tuple[PlaceError, 
             for point in wanted:
                 meters[Point(point.block, "attention")].add(wanted[point], given[point])
     return tuple(
-        PlaceError(block=point.block, part=point.part, tensor=tensors[point], relative_l2=meter.result().relative_l2)
+        PlaceError(block=point.block, part=point.part, tensor=tensors[point], relative_l2=meter.result().judged)
         for point, meter in meters.items()
     )
 
@@ -528,4 +528,4 @@ def _same_mask(node: FnaNode, call: AttentionCall, arrays: Arrays) -> bool:
 def _error(reference: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
     if reference.shape != actual.shape:
         return float("inf")
-    return measure("", reference, actual).relative_l2
+    return measure("", reference, actual).judged

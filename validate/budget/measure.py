@@ -33,7 +33,7 @@ from fna.validate.budget.fna_nodes import NodeProbe, planned_output
 from fna.validate.budget.points import Point, captured
 from fna.validate.budget.runners import patched, run_torch
 from fna.validate.budget.tolerances import find_tolerance
-from fna.validate.metrics import ErrorMeter, OutputError
+from fna.validate.metrics import JUDGED, METRICS, ErrorMeter, Measured, OutputError
 
 MOST_PICTURES = 6
 """Images whose outputs are kept for pictures; the others are measured and forgotten."""
@@ -46,7 +46,7 @@ class StepError(BaseModel):
         step: its name.
         compares: what is compared with what.
         errors: one per output.
-        tolerance: of the relative L2 error; None where the step has none.
+        tolerance: of the metric that is judged; None where the step has none.
         not_measured: the reason, where it was not.
     """
 
@@ -66,30 +66,24 @@ class StepError(BaseModel):
         """Say it for one of the outputs; None where it is within tolerance."""
         if error.not_finite:
             return f"{self.step}: output {error.output} holds {error.not_finite} NaN or infinite values"
-        if self.tolerance is not None and not error.relative_l2 <= self.tolerance:
+        if self.tolerance is not None and not JUDGED.is_within(error.judged, self.tolerance):
             return (
-                f"{self.step}: output {error.output} has relative L2 error {error.relative_l2:.2e} "
+                f"{self.step}: output {error.output} has {JUDGED.title} error {error.judged:{JUDGED.style}} "
                 f"(tolerance {self.tolerance:.0e})"
             )
         return None
 
 
-class BlockError(BaseModel):
-    """How far the hidden states that leave a block are from exact attention's.
+class BlockError(Measured):
+    """How far the hidden states that leave a block are from exact attention's: the metrics with `by_block`, over all images.
 
     Attributes:
         block: its number.
         fna: whether it is FNA.
-        relative_l2: over all images.
-        cosine_mean: over all tokens and images.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     block: int
     fna: bool
-    relative_l2: float
-    cosine_mean: float
 
 
 class ImageLandmarks(BaseModel):
@@ -340,18 +334,12 @@ class _Gauge:
     def block_errors(self) -> tuple[BlockError, ...]:
         """The approximation error as it builds up."""
         plan = self.chain.metadata.plan
-        found = []
-        for point, meter in sorted(self.blocks.items()):
-            error = meter.result()
-            found.append(
-                BlockError(
-                    block=point.block,
-                    fna=plan.find(point.block) is not None,
-                    relative_l2=error.relative_l2,
-                    cosine_mean=error.cosine_mean,
-                )
-            )
-        return tuple(found)
+        shown = [name for name, metric in METRICS.items() if metric.by_block]
+        errors = {point.block: meter.result() for point, meter in sorted(self.blocks.items())}
+        return tuple(
+            BlockError(block=block, fna=plan.find(block) is not None, **{name: error.value(name) for name in shown})
+            for block, error in errors.items()
+        )
 
     def outputs(self) -> Outputs:
         """The outputs that were kept, images stacked."""

@@ -13,6 +13,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fna.validate.metrics import JUDGED
+
 _INK, _GRID = "#010203", "#040506"
 """Stand-ins for the page's text and rule colours, put in their place afterwards."""
 
@@ -82,7 +84,7 @@ def block_chart(
     *,
     title: str,
     name: str,
-    y: str = "relative L2 error",
+    y: str = f"{JUDGED.title} error",
 ) -> Markup:
     """Errors by block on a logarithmic axis: label, block numbers and errors of each curve; errors of zero are left out."""
     figure, axes = new_chart()

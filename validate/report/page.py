@@ -15,12 +15,13 @@ from PIL import Image
 
 from fna.files import write_text
 from fna.validate.budget.measure import Outputs, Validation
+from fna.validate.metrics import JUDGED, METRICS
 from fna.validate.report.charts import block_chart, share_chart, time_chart
 from fna.validate.report.document import Document, dump_compactly
 from fna.validate.report.panels import Panel, colour_map, draw_panels, patch_grid
 
 LOWEST, HIGHEST = 1e-7, 1.0
-"""Ends of the bars' logarithmic scale of relative L2 errors."""
+"""Ends of the bars' logarithmic scale of the metric that is judged."""
 
 
 def write_report(document: Document, outputs: Outputs, images: Sequence[tuple[str, Image.Image]], path: Path) -> None:
@@ -70,8 +71,8 @@ def _bars(validation: Validation) -> dict[str, Any]:
         bars = [
             {
                 "output": error.output,
-                "value": error.relative_l2 if math.isfinite(error.relative_l2) else None,
-                "width": _width(error.relative_l2),
+                "value": error.judged if math.isfinite(error.judged) else None,
+                "width": _width(error.judged),
                 "over": step.failure_of(error) is not None,
             }
             for error in step.errors
@@ -126,6 +127,8 @@ def render(
         unmeasured=", ".join(unmeasured),
         contents=[(anchor, text) for anchor, text, shown in sections if shown],
         rows=_rows(validation),
+        metrics=list(METRICS.values()),
+        judged=JUDGED,
         charts=charts,
         panels=panels,
         token_maps=_token_maps(validation, images),
@@ -183,8 +186,8 @@ def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
     blocks = data["validation"]["blocks"]
     if blocks:
         numbers = [item["block"] for item in blocks]
-        curve = ("hidden states", numbers, [item["relative_l2"] for item in blocks])
-        title = "relative L2 error of the hidden states that leave each block, FNA against exact attention"
+        curve = ("hidden states", numbers, [item[JUDGED.name] for item in blocks])
+        title = f"{JUDGED.title} error of the hidden states that leave each block, FNA against exact attention"
         charts.append(
             (
                 block_chart([curve], title=title, name="chart-build-up"),
@@ -201,7 +204,7 @@ def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
             ("all but this block", numbers, [item["all_but"] for item in chosen]),
             ("whole plan", numbers, [item["everything"] for item in chosen]),
         ]
-        title = f"relative L2 error of {output} with one block FNA, and with all FNA blocks but one"
+        title = f"{JUDGED.title} error of {output} with one block FNA, and with all FNA blocks but one"
         charts.append(
             (block_chart(curves, title=title, name="chart-effects"), f"What each FNA block costs, on {output}.")
         )
@@ -217,7 +220,7 @@ def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
             what = "the hidden states that leave each block" if part == "output" else "what each FNA operator returns"
             charts.append(
                 (
-                    block_chart(curves, title=f"relative L2 error of {what}, by step", name="chart-places"),
+                    block_chart(curves, title=f"{JUDGED.title} error of {what}, by step", name="chart-places"),
                     f"Each step's own error of {what}.",
                 )
             )
@@ -260,14 +263,14 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
         for index, error in enumerate(step.errors):
             if error.tokens is None or grid is None:
                 continue
-            first = len(error.tokens.relative_l2) - grid[0] * grid[1]
+            first = len(error.tokens.judged) - grid[0] * grid[1]
             if first not in (0, prefix):
                 continue
-            values = np.array(error.tokens.relative_l2[first:]).reshape(grid)
+            values = error.tokens.judged[first:].reshape(grid)
             if not np.isfinite(values).all() or values.max() == 0:
                 continue
             top = int(np.argmax(values)) + first
-            title = f"{step.step}: {error.output}, relative L2 error of each patch over all images"
+            title = f"{step.step}: {error.output}, {JUDGED.title} error of each patch over all images"
             uri = colour_map(values)
-            found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.relative_l2.{top}"))
+            found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.{JUDGED.name}.{top}"))
     return found
