@@ -132,7 +132,16 @@ def test_a_further_metric_is_one_record_and_stands_in_json_page_and_terminal(
     )  # fmt: skip
     monkeypatch.setitem(METRICS, toy.name, toy)
     report = tmp_path / "report.html"
-    arguments = ["validate", "fp32.onnx", "--images", "images", "--report", str(report), "--output", str(tmp_path / "files")]
+    arguments = [
+        "validate",
+        "fp32.onnx",
+        "--images",
+        "images",
+        "--report",
+        str(report),
+        "--output",
+        str(tmp_path / "files"),
+    ]
     assert main(arguments) == 0
     validation = json.loads(report.with_suffix(".json").read_text())["validation"]
     error = validation["steps"][0]["errors"][0]

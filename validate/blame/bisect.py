@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fna.engines.look_inside.debug_tensors import how_to_build
 from fna.runtime import Arrays
+from fna.validate.budget.block_parts import AttentionCall, BlockPart, Capture, captured, find_block_parts
 from fna.validate.budget.chain import DEPLOYED, ENGINE, EXACT, FNA, PORTABLE, UNDONE, Chain, Say, inspect_engine
 from fna.validate.budget.fna_nodes import (
     FnaNode,
@@ -21,14 +22,13 @@ from fna.validate.budget.fna_nodes import (
     planned_output,
     planned_settings,
 )
-from fna.validate.budget.points import AttentionCall, Capture, Point, captured, find_tensors
 from fna.validate.budget.rounding import has_low_types, round_everywhere
 from fna.validate.budget.runners import OnnxRunner, patched, run_torch
 from fna.validate.budget.undoing import undo_nodes
 from fna.validate.metrics import ErrorMeter, measure
 
 Pixels = NDArray[np.float32]
-Places = dict[Point, NDArray[np.float32]]
+PartArrays = dict[BlockPart, NDArray[np.float32]]
 
 _BASELINE = {"fp32": 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2}
 """Errors as small as this are rounding and no sign of anything; growth is counted from here."""
@@ -63,7 +63,7 @@ class BlockEffect(BaseModel):
     everything: float
 
 
-class PlaceError(BaseModel):
+class BlockPartError(BaseModel):
     """The error of a step at one place inside the model.
 
     Attributes:
@@ -88,7 +88,7 @@ class Divergence(BaseModel):
     Attributes:
         step: of the budget.
         block: the block to blame; None when all blocks agree, so that what comes after them is.
-        part: as in `PlaceError`.
+        part: as in `BlockPartError`.
         tensor: its name in the file.
         relative_l2: the error there.
         before: the error at the same part of the block before.
@@ -111,7 +111,7 @@ class Divergence(BaseModel):
             return f"{self.step}: every block agrees, so the error arises after the last block"
         cause = f": {self.cause}" if self.cause else ""
         return (
-            f"{self.step}: first divergence in {Point(self.block, self.part or 'output')} (tensor {self.tensor}), relative L2 "
+            f"{self.step}: first divergence in {BlockPart(self.block, self.part or 'output')} (tensor {self.tensor}), relative L2 "
             f"error {self.relative_l2:.1e} after {self.before:.1e} in the block before{cause}"
         )
 
@@ -131,7 +131,7 @@ class Bisection(BaseModel):
 
     images: tuple[str, ...]
     effects: tuple[BlockEffect, ...] = ()
-    places: dict[str, tuple[PlaceError, ...]] = {}
+    places: dict[str, tuple[BlockPartError, ...]] = {}
     not_measured: dict[str, str] = {}
     divergences: tuple[Divergence, ...] = ()
 
@@ -147,21 +147,21 @@ def bisect(chain: Chain, images: Sequence[tuple[str, Pixels]], failing: Mapping[
     """
     pixels = [values for _, values in images]
     effects = block_effects(chain, pixels, on_step)
-    places: dict[str, tuple[PlaceError, ...]] = {}
+    places: dict[str, tuple[BlockPartError, ...]] = {}
     not_measured: dict[str, str] = {}
     divergences = []
-    for link in chain.links:
-        reason = link.not_measured or why_not_located(chain, link.step)
+    for comparison in chain.comparisons:
+        reason = comparison.not_measured or why_not_located(chain, comparison.step)
         if reason is None:
-            on_step(f"looking into the {link.step} step")
-            found = compare_places(chain, link.step, pixels)
-            reason = None if found else _nothing_to_see(chain, link.step)
+            on_step(f"looking into the {comparison.step} step")
+            found = compare_block_parts(chain, comparison.step, pixels)
+            reason = None if found else _nothing_to_see(chain, comparison.step)
         if reason is not None:
-            not_measured[link.step] = reason
+            not_measured[comparison.step] = reason
             continue
-        places[link.step] = found
-        if link.step in failing:
-            divergences.append(find_divergence(chain, link.step, found, failing[link.step], pixels[0]))
+        places[comparison.step] = found
+        if comparison.step in failing:
+            divergences.append(find_divergence(chain, comparison.step, found, failing[comparison.step], pixels[0]))
     return Bisection(
         images=tuple(name for name, _ in images),
         effects=effects,
@@ -175,15 +175,15 @@ def why_not_located(chain: Chain, step: str) -> str | None:
     """Say why a step that was measured cannot be looked into; None where it can be."""
     if step != "engine" or chain.engine is None or chain.engine.manifest.debug_tensors is not None:
         return None
-    file = chain.subject.engine
+    file = chain.file.engine
     assert file is not None
-    return f"{file.name} was built without debug tensors; {how_to_build(chain.subject.onnx.name, file.name)}"
+    return f"{file.name} was built without debug tensors; {how_to_build(chain.file.onnx.name, file.name)}"
 
 
 def _nothing_to_see(chain: Chain, step: str) -> str:
-    if step != "engine" or chain.subject.engine is None:
+    if step != "engine" or chain.file.engine is None:
         return "none of the file's tensors can be told to be a block boundary"
-    how = how_to_build(chain.subject.onnx.name, chain.subject.engine.name)
+    how = how_to_build(chain.file.onnx.name, chain.file.engine.name)
     return f"none of the tensors that the engine handed out has the name of a block boundary; {how}"
 
 
@@ -191,7 +191,7 @@ def locate(chain: Chain, step: str, tolerance: float, pixels: Pixels) -> Diverge
     """Name the block to blame for one step on one image; None where the step cannot be looked into."""
     if why_not_located(chain, step) is not None:
         return None
-    places = compare_places(chain, step, [pixels])
+    places = compare_block_parts(chain, step, [pixels])
     return find_divergence(chain, step, places, tolerance, pixels) if places else None
 
 
@@ -236,7 +236,7 @@ def _fna_blocks(chain: Chain) -> list[int]:
 def _run_with_fna_in(chain: Chain, blocks: Collection[int], images: Sequence[Pixels]) -> list[Arrays]:
     if chain.model is None:
         others = set(_fna_blocks(chain)) - set(blocks)
-        run = OnnxRunner(undo_nodes(chain.proto, others), chain.folder, chain.subject.onnx.name).run
+        run = OnnxRunner(undo_nodes(chain.proto, others), chain.folder, chain.file.onnx.name).run
         return [run(pixels, chain.outputs) for pixels in images]
     plan = chain.metadata.plan
     part = plan.model_copy(update={"blocks": tuple(entry for entry in plan.blocks if entry.block in blocks)})
@@ -255,66 +255,65 @@ def _output_errors(exact: Sequence[Arrays], actual: Sequence[Arrays], outputs: S
 # ---------------------------------------------------------------- inside the model
 
 
-def compare_places(chain: Chain, step: str, images: Sequence[Pixels]) -> tuple[PlaceError, ...]:
+def compare_block_parts(chain: Chain, step: str, images: Sequence[Pixels]) -> tuple[BlockPartError, ...]:
     """Measure a step's error at the output of every FNA operator and every block, in the model's order."""
     if chain.reference is not None and step == "export":
         return _compare_nodes(chain, images)
-    link = next(link for link in chain.links if link.step == step)
-    names = _engine_names(chain) if step == "engine" else _place_names(chain)
-    reference, actual = _place_runner(chain, link.reference, names), _place_runner(chain, link.actual, names)
-    meters: dict[Point, ErrorMeter] = {}
+    comparison = next(comparison for comparison in chain.comparisons if comparison.step == step)
+    names = _engine_names(chain) if step == "engine" else _part_names(chain)
+    reference, actual = _part_runner(chain, comparison.reference, names), _part_runner(chain, comparison.actual, names)
+    meters: dict[BlockPart, ErrorMeter] = {}
     for pixels in images:
         expected, given = reference(pixels), actual(pixels)
-        for point in names:
-            if point in expected and point in given and expected[point].shape == given[point].shape:
-                meters.setdefault(point, ErrorMeter(str(point))).add(expected[point], given[point])
+        for part in names:
+            if part in expected and part in given and expected[part].shape == given[part].shape:
+                meters.setdefault(part, ErrorMeter(str(part))).add(expected[part], given[part])
     return tuple(
-        PlaceError(block=point.block, part=point.part, tensor=names[point], relative_l2=meter.result().judged)
-        for point, meter in meters.items()
+        BlockPartError(block=part.block, part=part.part, tensor=names[part], relative_l2=meter.result().judged)
+        for part, meter in meters.items()
     )
 
 
-def _compare_nodes(chain: Chain, images: Sequence[Pixels]) -> tuple[PlaceError, ...]:
+def _compare_nodes(chain: Chain, images: Sequence[Pixels]) -> tuple[BlockPartError, ...]:
     """A grafted file's export step: what each node computes of its inputs, and whether those are the original's."""
-    names = _place_names(chain)
-    probe = NodeProbe(chain.proto, chain.folder, chain.subject.onnx.name)
-    tensors = {Point(node.block, "fna"): node.output for node in probe.nodes}
+    names = _part_names(chain)
+    probe = NodeProbe(chain.proto, chain.folder, chain.file.onnx.name)
+    tensors = {BlockPart(node.block, "fna"): node.output for node in probe.nodes}
     original = undone = None
     if UNDONE in chain.stages:
-        tensors |= {Point(node.block, "attention"): names[Point(node.block, "fna")] for node in probe.nodes}
+        tensors |= {BlockPart(node.block, "attention"): names[BlockPart(node.block, "fna")] for node in probe.nodes}
         assert chain.reference is not None
         original = _marked(chain.reference, chain, names)
         undone = _marked(undo_nodes(chain.proto, _fna_blocks(chain), keep_masks=False), chain, names)
     meters = {
-        point: ErrorMeter(str(point))
-        for point in sorted(tensors, key=lambda point: (point.block, point.part == "attention"))
+        part: ErrorMeter(str(part)) for part in sorted(tensors, key=lambda part: (part.block, part.part == "attention"))
     }
     for pixels in images:
         arrays = probe.run(pixels)
         for node in probe.nodes:
             expected = planned_output(node, arrays, chain.metadata)
-            meters[Point(node.block, "fna")].add(expected, arrays[node.output].astype(np.float32))
+            meters[BlockPart(node.block, "fna")].add(expected, arrays[node.output].astype(np.float32))
         if original is not None and undone is not None:
             wanted, given = original(pixels), undone(pixels)
-            for point in wanted:
-                meters[Point(point.block, "attention")].add(wanted[point], given[point])
+            for part in wanted:
+                meters[BlockPart(part.block, "attention")].add(wanted[part], given[part])
     return tuple(
-        PlaceError(block=point.block, part=point.part, tensor=tensors[point], relative_l2=meter.result().judged)
-        for point, meter in meters.items()
+        BlockPartError(block=part.block, part=part.part, tensor=tensors[part], relative_l2=meter.result().judged)
+        for part, meter in meters.items()
     )
 
 
-def _engine_names(chain: Chain) -> dict[Point, str]:
+def _engine_names(chain: Chain) -> dict[BlockPart, str]:
     assert chain.engine is not None
-    return {Point(place.block, place.part): place.tensor for place in chain.engine.manifest.places}
+    return {BlockPart(place.block, place.part): place.tensor for place in chain.engine.manifest.places}
 
 
-def _place_names(chain: Chain) -> dict[Point, str]:
+def _part_names(chain: Chain) -> dict[BlockPart, str]:
     """The places by their tensors' names, in order, in the deployed file."""
     if chain.model is not None:
-        return find_tensors(chain.proto, chain.model.module)
+        return find_block_parts(chain.proto, chain.model.module)
     assert chain.reference is not None
-    return {Point(node.block, "fna"): _first_common(chain, node) for node in list_fna_nodes(chain.proto)}
+    return {BlockPart(node.block, "fna"): _first_common(chain, node) for node in list_fna_nodes(chain.proto)}
 
 
 def _first_common(chain: Chain, node: FnaNode) -> str:
@@ -328,7 +327,7 @@ def _first_common(chain: Chain, node: FnaNode) -> str:
     return name
 
 
-def _place_runner(chain: Chain, stage: str, names: dict[Point, str]) -> Callable[[Pixels], Places]:
+def _part_runner(chain: Chain, stage: str, names: dict[BlockPart, str]) -> Callable[[Pixels], PartArrays]:
     if chain.model is not None and stage in (EXACT, FNA):
         return lambda pixels: dict(_capture(chain, stage == FNA, pixels).arrays)
     if stage == ENGINE:
@@ -340,17 +339,17 @@ def _place_runner(chain: Chain, stage: str, names: dict[Point, str]) -> Callable
         proto = round_everywhere(chain.proto) if has_low_types(chain.proto) else chain.proto
         return _marked(proto, chain, names)
     if stage == PORTABLE and chain.portable is not None and chain.model is not None:
-        return _marked(chain.portable, chain, find_tensors(chain.portable, chain.model.module))
+        return _marked(chain.portable, chain, find_block_parts(chain.portable, chain.model.module))
     return _marked(chain.proto, chain, names)
 
 
-def _inspected(chain: Chain, names: Mapping[Point, str]) -> Callable[[Pixels], Places]:
+def _inspected(chain: Chain, names: Mapping[BlockPart, str]) -> Callable[[Pixels], PartArrays]:
     engine = chain.engine
     assert engine is not None
 
-    def run(pixels: Pixels) -> Places:
+    def run(pixels: Pixels) -> PartArrays:
         arrays = inspect_engine(engine, pixels)
-        return {point: arrays[name] for point, name in names.items() if name in arrays}
+        return {part: arrays[name] for part, name in names.items() if name in arrays}
 
     return run
 
@@ -367,14 +366,14 @@ def _capture(chain: Chain, is_fna: bool, pixels: Pixels) -> Capture:
     return seen
 
 
-def _marked(model: ModelProto, chain: Chain, names: Mapping[Point, str]) -> Callable[[Pixels], Places]:
+def _marked(model: ModelProto, chain: Chain, names: Mapping[BlockPart, str]) -> Callable[[Pixels], PartArrays]:
     """Run a model with its block boundaries handed out; onnxruntime still fuses what lies between them."""
     wanted = dict(names)
-    runner = OnnxRunner(mark_outputs(model, list(wanted.values())), chain.folder, chain.subject.onnx.name)
+    runner = OnnxRunner(mark_outputs(model, list(wanted.values())), chain.folder, chain.file.onnx.name)
 
-    def run(pixels: Pixels) -> Places:
+    def run(pixels: Pixels) -> PartArrays:
         arrays = runner.run(pixels, list(dict.fromkeys(wanted.values())))
-        return {point: arrays[name] for point, name in wanted.items()}
+        return {part: arrays[name] for part, name in wanted.items()}
 
     return run
 
@@ -383,17 +382,17 @@ def _marked(model: ModelProto, chain: Chain, names: Mapping[Point, str]) -> Call
 
 
 def find_divergence(
-    chain: Chain, step: str, places: Sequence[PlaceError], tolerance: float, pixels: Pixels
+    chain: Chain, step: str, places: Sequence[BlockPartError], tolerance: float, pixels: Pixels
 ) -> Divergence:
     """Name the place where the error jumps, up to the first that is out of tolerance; and for FNA operators why.
 
     The place that is out of tolerance first may only amplify what an earlier one did, so among it and those before it
     the one with the largest growth over the same part of the block before is blamed.
     """
-    precision = "fp32" if step in ("approximation", "export") else chain.subject.precision
+    precision = "fp32" if step in ("approximation", "export") else chain.file.precision
     baseline = _BASELINE.get(precision, 1e-6)
     last: dict[str, float] = {}
-    worst: tuple[float, PlaceError, float] | None = None
+    worst: tuple[float, BlockPartError, float] | None = None
     for place in places:
         before = max(last.get(place.part, baseline), baseline)
         error = place.relative_l2 if np.isfinite(place.relative_l2) else float("inf")
@@ -417,7 +416,7 @@ def find_divergence(
     )
 
 
-def _find_cause(chain: Chain, step: str, place: PlaceError, pixels: Pixels) -> str | None:
+def _find_cause(chain: Chain, step: str, place: BlockPartError, pixels: Pixels) -> str | None:
     """Say what is wrong with the FNA node to blame."""
     proto = chain.portable if step == "export" and chain.portable is not None else chain.proto
     node = next((node for node in list_fna_nodes(proto) if node.block == place.block), None)
@@ -433,11 +432,11 @@ def _find_cause(chain: Chain, step: str, place: PlaceError, pixels: Pixels) -> s
         return "its FNA operator agrees, so its linear layers or norms differ"
     numbers = [entry.block for entry in chain.metadata.plan.blocks]
     call = _capture(chain, True, pixels).calls[numbers.index(place.block)]
-    arrays = NodeProbe(proto, chain.folder, chain.subject.onnx.name).run(pixels)
+    arrays = NodeProbe(proto, chain.folder, chain.file.onnx.name).run(pixels)
     return next(_causes(node, call, arrays), None)
 
 
-def _engine_cause(chain: Chain, node: FnaNode, place: PlaceError) -> str | None:
+def _engine_cause(chain: Chain, node: FnaNode, place: BlockPartError) -> str | None:
     """What the block's FNA became in the engine; nothing more can be seen from outside."""
     assert chain.engine is not None
     layer = next((layer for layer in chain.engine.manifest.layers if layer.name == node.name), None)
@@ -447,31 +446,31 @@ def _engine_cause(chain: Chain, node: FnaNode, place: PlaceError) -> str | None:
     return f"node {node.name} runs on {how} in {layer.precision or layer.requested}"
 
 
-def _grafted_causes(chain: Chain, step: str, node: FnaNode, place: PlaceError, pixels: Pixels) -> Iterator[str]:
+def _grafted_causes(chain: Chain, step: str, node: FnaNode, place: BlockPartError, pixels: Pixels) -> Iterator[str]:
     """Against what graft wrote down about the original, and against exact attention in the original itself."""
     if place.part == "output":
         return
     yield from _setting_causes(
         node, planned_settings(node, chain.metadata), "the file's plan and table of the original say"
     )
-    arrays = NodeProbe(chain.proto, chain.folder, chain.subject.onnx.name).run(pixels)
+    arrays = NodeProbe(chain.proto, chain.folder, chain.file.onnx.name).run(pixels)
     error = _error(expected_output(node, arrays), arrays[node.output].astype(np.float32))
     if not error <= 10 * _SAME:
         yield f"node {node.name} does not return FNA of its inputs (relative L2 error {error:.1e})"
     if step == "precision":
         return
-    point = Point(node.block, "fna")
-    names = {point: _place_names(chain)[point]}
+    part = BlockPart(node.block, "fna")
+    names = {part: _part_names(chain)[part]}
     assert chain.reference is not None
-    wanted = _marked(chain.reference, chain, names)(pixels)[point]
+    wanted = _marked(chain.reference, chain, names)(pixels)[part]
     # everything before this node is the original's, then
     undone = undo_nodes(chain.proto, _fna_blocks(chain), keep_masks=False)
-    error = _error(wanted, _marked(undone, chain, names)(pixels)[point])
+    error = _error(wanted, _marked(undone, chain, names)(pixels)[part])
     if error <= 10 * _SAME:
         return
     for order, text in _ORDERS.items():
         exchanged = _exchange_inputs(undone, node, order)
-        if _error(wanted, _marked(exchanged, chain, names)(pixels)[point]) <= 10 * _SAME:
+        if _error(wanted, _marked(exchanged, chain, names)(pixels)[part]) <= 10 * _SAME:
             yield f"node {node.name}: {text}"
     yield (
         f"exact attention on what node {node.name} is given is not the original's (relative L2 error {error:.1e}), so its query, "

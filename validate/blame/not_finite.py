@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fna.errors import InputFileError
 from fna.export.operators.functions import fna_nodes
 from fna.export.passes.lower import lower
+from fna.validate.budget.block_parts import block_of, layer_numbers
 from fna.validate.budget.chain import Chain, inspect_engine
 from fna.validate.budget.fna_nodes import mark_outputs
-from fna.validate.budget.points import block_of, layer_numbers
 from fna.validate.budget.rounding import has_low_types, round_everywhere
 from fna.validate.budget.runners import OnnxRunner, patched, run_torch
 
@@ -121,7 +121,7 @@ def first_in_onnx(
     names = [name for name in writers if not name.endswith(("/exact", "/low"))]
     for start in range(0, len(names), _TENSORS_AT_ONCE):
         some = names[start : start + _TENSORS_AT_ONCE]
-        runner = OnnxRunner(mark_outputs(plain, some), chain.folder, chain.subject.onnx.name, optimise=False)
+        runner = OnnxRunner(mark_outputs(plain, some), chain.folder, chain.file.onnx.name, optimise=False)
         arrays = runner.run(pixels, some)
         for name in some:
             array = arrays[name]
@@ -145,7 +145,7 @@ def _describe(
     inputs = [item for item in node.input if item in writers]
     largest = None
     if inputs:
-        runner = OnnxRunner(mark_outputs(model, inputs), chain.folder, chain.subject.onnx.name, optimise=False)
+        runner = OnnxRunner(mark_outputs(model, inputs), chain.folder, chain.file.onnx.name, optimise=False)
         values = runner.run(pixels, inputs).values()
         largest = max((float(np.abs(value).max()) for value in values if value.dtype.kind == "f"), default=None)
     return NotFinite(

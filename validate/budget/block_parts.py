@@ -26,7 +26,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 _BLOCK_IN_NAME = re.compile(r"^/blocks\.(\d+)/|/fna_block_(\d+)(?:/|$)")
 
 
-class Point(NamedTuple):
+class BlockPart(NamedTuple):
     """A place in a model.
 
     Attributes:
@@ -65,7 +65,7 @@ class AttentionCall:
 class Capture:
     """What was seen in a run: arrays by place, and the FNA operators' calls in order."""
 
-    arrays: dict[Point, NDArray[np.float32]] = field(default_factory=dict)
+    arrays: dict[BlockPart, NDArray[np.float32]] = field(default_factory=dict)
     calls: list[AttentionCall] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -85,7 +85,7 @@ def captured(model: nn.Module, fna_blocks: Sequence[int] = ()) -> Iterator[Captu
     capture = Capture()
     hooks = []
     for block in find_attention_blocks(model):
-        hooks.append(block.layer.register_forward_hook(_recorder(capture, Point(block.number, "output"))))
+        hooks.append(block.layer.register_forward_hook(_recorder(capture, BlockPart(block.number, "output"))))
     try:
         if fna_blocks:
             with _CallRecorder(capture, fna_blocks):
@@ -97,11 +97,11 @@ def captured(model: nn.Module, fna_blocks: Sequence[int] = ()) -> Iterator[Captu
             hook.remove()
 
 
-def _recorder(capture: Capture, point: Point) -> Any:
+def _recorder(capture: Capture, part: BlockPart) -> Any:
     def record(_module: nn.Module, _args: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(tensor, Tensor):
-            capture.arrays[point] = tensor.float().numpy()
+            capture.arrays[part] = tensor.float().numpy()
 
     return record
 
@@ -128,28 +128,28 @@ class _CallRecorder(TorchDispatchMode):
                     query, key, value, landmarks, bias, scale, iterations, exact_rows, result, key_mask=mask, sink=sink
                 )
             )
-            self.capture.arrays[Point(number, "fna")] = result.float().numpy()
+            self.capture.arrays[BlockPart(number, "fna")] = result.float().numpy()
         return result
 
 
-def find_tensors(model: ModelProto, module: nn.Module) -> dict[Point, str]:
+def find_block_parts(model: ModelProto, module: nn.Module) -> dict[BlockPart, str]:
     """Find the places in a traced file: tensor names by place, in the graph's order.
 
     A node says in its metadata which modules it comes from; a module's result is the last tensor written within it.
     Places that cannot be found, because a tool dropped the metadata, are left out.
     """
-    found: dict[Point, str] = {}
-    wanted = {path: Point(number, "output") for path, number in layer_numbers(module).items()}
+    found: dict[BlockPart, str] = {}
+    wanted = {path: BlockPart(number, "output") for path, number in layer_numbers(module).items()}
     for node in model.graph.node:
         number = attention_block(node)
         if number is not None:
-            found.pop(Point(number, "fna"), None)
-            found[Point(number, "fna")] = node.output[0]
+            found.pop(BlockPart(number, "fna"), None)
+            found[BlockPart(number, "fna")] = node.output[0]
         for scope in _scopes(node):
-            point = wanted.get(scope)
-            if point is not None:
-                found.pop(point, None)
-                found[point] = node.output[0]
+            part = wanted.get(scope)
+            if part is not None:
+                found.pop(part, None)
+                found[part] = node.output[0]
     order = {node.output[0]: index for index, node in enumerate(model.graph.node) if node.output}
     return dict(sorted(found.items(), key=lambda item: order[item[1]]))
 

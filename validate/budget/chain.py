@@ -45,11 +45,11 @@ class RunningEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ValidatedFile:
     """What `fna validate` was given.
 
     Attributes:
-        file: as the user named it.
+        path: as the user named it.
         kind: what it is.
         onnx: the ONNX file that is validated, or that the engine was built from.
         engine: the engine, if it is one.
@@ -58,7 +58,7 @@ class Subject:
         bundle: the bundle, which keeps an unpacked archive in place.
     """
 
-    file: Path
+    path: Path
     kind: str
     onnx: Path
     engine: Path | None
@@ -73,7 +73,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Link:
+class Comparison:
     """One step of the budget: what is compared with what.
 
     Attributes:
@@ -96,13 +96,13 @@ class Chain:
     """The models to be run, by stage, and the steps between them.
 
     Attributes:
-        subject: what is validated.
+        file: what is validated.
         model: the PyTorch model; None for grafted files.
         height: of the images, in pixels.
         width: of the images, in pixels.
         outputs: names of the outputs that are compared.
         stages: how each stage is run.
-        links: the steps, in order.
+        comparisons: the steps, in order.
         proto: the deployed file's model, tensors loaded.
         portable: the fp32 model of the export step, if it is not the deployed file.
         reference: a grafted file's original.
@@ -110,14 +110,14 @@ class Chain:
         notes: what the reader should know about how something was run.
     """
 
-    subject: Subject
+    file: ValidatedFile
     model: LoadedModel | None
     height: int
     width: int
     outputs: tuple[str, ...]
     proto: ModelProto
     stages: dict[str, Run] = field(default_factory=dict)
-    links: list[Link] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     portable: ModelProto | None = None
     reference: ModelProto | None = None
     engine: RunningEngine | None = None
@@ -126,30 +126,30 @@ class Chain:
     @property
     def metadata(self) -> FileMetadata:
         """The file's metadata."""
-        return self.subject.metadata
+        return self.file.metadata
 
     @property
     def folder(self) -> Path:
         """Where the ONNX file's external data lies."""
-        return self.subject.onnx.parent
+        return self.file.onnx.parent
 
 
-def open_subject(file: Path, original: Path | None = None) -> Subject:
+def open_validated_file(path: Path, original: Path | None = None) -> ValidatedFile:
     """Find out what a path is: an ONNX file, an engine with its ONNX file beside it, or a bundle.
 
     Args:
-        file: the path.
+        path: the file or folder.
         original: for grafted files, the file that was grafted; None looks beside the file for the name that it keeps.
 
     Raises:
         InputFileError: if it is none of these, is damaged, or the original is not there or is another file.
     """
-    kind, engine, onnx_path, bundle = "onnx", None, file, None
-    if is_bundle(file) or file.is_dir():
-        bundle = open_bundle(file)
+    kind, engine, onnx_path, bundle = "onnx", None, path, None
+    if is_bundle(path) or path.is_dir():
+        bundle = open_bundle(path)
         kind, onnx_path = "bundle", bundle.model("portable")
-    elif file.suffix == ".engine":
-        kind, engine, onnx_path = "engine", file, _onnx_of_engine(file)
+    elif path.suffix == ".engine":
+        kind, engine, onnx_path = "engine", path, _onnx_of_engine(path)
     metadata = read_metadata(load_onnx(onnx_path, tensors=False), str(onnx_path))
     if metadata.origin == "graft":
         original = _find_original(onnx_path, metadata, original)
@@ -158,7 +158,7 @@ def open_subject(file: Path, original: Path | None = None) -> Subject:
             f"--original {original} was given, but {onnx_path.name} was traced from {metadata.source}, which it is compared "
             "with; leave --original out"
         )
-    return Subject(file, kind, onnx_path, engine, metadata, original, bundle)
+    return ValidatedFile(path, kind, onnx_path, engine, metadata, original, bundle)
 
 
 def _onnx_of_engine(engine: Path) -> Path:
@@ -193,40 +193,38 @@ def _find_original(path: Path, metadata: FileMetadata, given: Path | None) -> Pa
     return found
 
 
-def open_chain(subject: Subject, resolution: tuple[int, int] | None, say: Say) -> Chain:
+def open_chain(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:
     """Load every model of the chain.
 
     Raises:
         InputFileError: if a file cannot be run, or has other inputs or outputs than its model.
         ModelSourceError: if the model cannot be loaded from its metadata.
     """
-    chain = (
-        _open_traced(subject, resolution, say) if subject.original is None else _open_grafted(subject, resolution, say)
-    )
-    if subject.engine is not None:
+    chain = _open_traced(file, resolution, say) if file.original is None else _open_grafted(file, resolution, say)
+    if file.engine is not None:
         say("opening the engine")
         reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
         compares = "engine against the ONNX file" if reference == DEPLOYED else "engine against the fp32 ONNX file"
         try:
-            engine = _open_engine(subject.engine)
+            engine = _open_engine(file.engine)
         except MissingCapabilityError as error:
-            chain.links.append(Link("engine", compares, reference, ENGINE, str(error)))
+            chain.comparisons.append(Comparison("engine", compares, reference, ENGINE, str(error)))
         else:
             (name,) = engine.manifest.profiles
             chain.engine = engine
             chain.stages[ENGINE] = lambda pixels: engine.run({name: pixels})
-            chain.links.append(Link("engine", compares, reference, ENGINE))
+            chain.comparisons.append(Comparison("engine", compares, reference, ENGINE))
     return chain
 
 
-def _open_traced(subject: Subject, resolution: tuple[int, int] | None, say: Say) -> Chain:
-    metadata = subject.metadata
+def _open_traced(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:
+    metadata = file.metadata
     say("loading the model")
     model = load_model(metadata.source)
     size = choose_size(metadata, resolution, (model.native_resolution,) * 2)
     check_resolution(model, *size)
-    proto, runnable = _load_with_functions(subject.onnx)
-    chain = Chain(subject, model, *size, model.output_names, proto)
+    proto, runnable = _load_with_functions(file.onnx)
+    chain = Chain(file, model, *size, model.output_names, proto)
     chain.stages[EXACT] = lambda pixels: run_torch(model, pixels)
 
     def run_patched(pixels: NDArray[np.float32]) -> Arrays:
@@ -234,45 +232,49 @@ def _open_traced(subject: Subject, resolution: tuple[int, int] | None, say: Say)
             return run_torch(model, pixels)
 
     chain.stages[FNA] = run_patched
-    chain.links.append(Link("approximation", "FNA against exact attention, PyTorch fp32", EXACT, FNA))
+    chain.comparisons.append(Comparison("approximation", "FNA against exact attention, PyTorch fp32", EXACT, FNA))
     say("opening the ONNX file on onnxruntime")
-    name = subject.onnx.name
-    if subject.precision == "fp32":
+    name = file.onnx.name
+    if file.precision == "fp32":
         chain.stages[PORTABLE] = _checked(OnnxRunner(runnable, chain.folder, name), chain, name).run
     else:
         say("exporting the model in fp32 for comparison")
         chain.portable, _ = trace_model(model, metadata.plan, TraceOptions(*size))
         chain.stages[PORTABLE] = OnnxRunner(chain.portable, chain.folder, "the fp32 export").run
-    chain.links.append(Link("export", "ONNX (fp32, onnxruntime) against FNA in PyTorch fp32", FNA, PORTABLE))
+    chain.comparisons.append(
+        Comparison("export", "ONNX (fp32, onnxruntime) against FNA in PyTorch fp32", FNA, PORTABLE)
+    )
     _add_precision(chain, PORTABLE, say)
     return chain
 
 
-def _open_grafted(subject: Subject, resolution: tuple[int, int] | None, say: Say) -> Chain:
-    assert subject.original is not None
-    metadata = subject.metadata
+def _open_grafted(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:
+    assert file.original is not None
+    metadata = file.metadata
     say("opening the original")
-    original = load_onnx(subject.original)
-    proto, runnable = _load_with_functions(subject.onnx)
+    original = load_onnx(file.original)
+    proto, runnable = _load_with_functions(file.onnx)
     names = {item.name for item in original.graph.output}
     outputs = tuple(item.name for item in proto.graph.output if item.name in names)
-    runner = OnnxRunner(subject.original, subject.original.parent, subject.original.name)
+    runner = OnnxRunner(file.original, file.original.parent, file.original.name)
     fixed = (runner.height, runner.width) if runner.height and runner.width else (metadata.height, metadata.width)
     size = choose_size(metadata.model_copy(update={"height": fixed[0], "width": fixed[1]}), resolution, None)
-    chain = Chain(subject, None, *size, outputs, proto, reference=original)
+    chain = Chain(file, None, *size, outputs, proto, reference=original)
     chain.stages[EXACT] = runner.run
     say("opening the grafted file")
-    name = subject.onnx.name
+    name = file.onnx.name
     chain.stages[FNA] = _checked(OnnxRunner(runnable, chain.folder, name), chain, name).run
-    chain.links.append(Link("approximation", f"grafted file against {subject.original.name}, onnxruntime", EXACT, FNA))
+    chain.comparisons.append(
+        Comparison("approximation", f"grafted file against {file.original.name}, onnxruntime", EXACT, FNA)
+    )
     nodes = "each FNA node against FNA in PyTorch fp32 on the node's own inputs"
-    if subject.precision == "fp32":
+    if file.precision == "fp32":
         undone = undo_nodes(proto, [node.block for node in list_fna_nodes(proto)], keep_masks=False)
         chain.stages[UNDONE] = OnnxRunner(undone, chain.folder, name).run
-        how = f"with exact attention in its nodes, the file against {subject.original.name}"
-        chain.links.append(Link("export", f"{how}; {nodes}", EXACT, UNDONE))
+        how = f"with exact attention in its nodes, the file against {file.original.name}"
+        chain.comparisons.append(Comparison("export", f"{how}; {nodes}", EXACT, UNDONE))
     else:
-        chain.links.append(Link("export", nodes, FNA, FNA))
+        chain.comparisons.append(Comparison("export", nodes, FNA, FNA))
     _add_precision(chain, FNA, say)
     return chain
 
@@ -287,12 +289,12 @@ def _load_with_functions(path: Path) -> tuple[ModelProto, ModelProto | Path]:
 
 def _add_precision(chain: Chain, reference: str, say: Say) -> None:
     """Add the file itself where it is not fp32: rounded to its types, as a GPU would, not as onnxruntime's CPU provider does."""
-    precision = chain.subject.precision
+    precision = chain.file.precision
     if precision == "fp32":
         chain.stages.setdefault(DEPLOYED, chain.stages[reference])
         return
     say(f"opening the {precision} file")
-    name = chain.subject.onnx.name
+    name = chain.file.onnx.name
     low = has_low_types(chain.proto)
     how = f"every tensor rounded to {chain.metadata.precision}" if low else "onnxruntime"
     compares = f"the {precision} file ({how}) against fp32"
@@ -300,14 +302,14 @@ def _add_precision(chain: Chain, reference: str, say: Say) -> None:
         deployed = round_everywhere(chain.proto) if low else chain.proto
         chain.stages[DEPLOYED] = _checked(OnnxRunner(deployed, chain.folder, name), chain, name).run
     except InputFileError as error:
-        chain.links.append(Link("precision", compares, reference, DEPLOYED, str(error)))
+        chain.comparisons.append(Comparison("precision", compares, reference, DEPLOYED, str(error)))
         return
     if low:
         chain.notes.append(
             f"onnxruntime's CPU provider computes {chain.metadata.precision} files in fp32 and hides overflow; here every operator "
             f"computes in fp32 and every tensor is rounded to the type that the file declares"
         )
-    chain.links.append(Link("precision", compares, reference, DEPLOYED))
+    chain.comparisons.append(Comparison("precision", compares, reference, DEPLOYED))
 
 
 def _checked(runner: OnnxRunner, chain: Chain, name: str) -> OnnxRunner:

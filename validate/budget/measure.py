@@ -16,6 +16,7 @@ from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata
 from fna.runtime import Arrays
 from fna.validate.blame.not_finite import NotFinite, find_not_finite
+from fna.validate.budget.block_parts import BlockPart, captured
 from fna.validate.budget.chain import (
     DEPLOYED,
     ENGINE,
@@ -23,14 +24,13 @@ from fna.validate.budget.chain import (
     FNA,
     PORTABLE,
     Chain,
-    Link,
+    Comparison,
     Say,
     describe_types,
     open_chain,
-    open_subject,
+    open_validated_file,
 )
 from fna.validate.budget.fna_nodes import NodeProbe, planned_output
-from fna.validate.budget.points import Point, captured
 from fna.validate.budget.runners import patched, run_torch
 from fna.validate.budget.tolerances import find_tolerance
 from fna.validate.metrics import JUDGED, METRICS, ErrorMeter, Measured, OutputError
@@ -187,7 +187,7 @@ def validate_file(
     Raises:
         InputFileError: if the file cannot be read, or its model or original cannot be found.
     """
-    chain = open_chain(open_subject(path, original), resolution, on_step)
+    chain = open_chain(open_validated_file(path, original), resolution, on_step)
     return measure_chain(chain, images, skipped=skipped, tolerances=tolerances or {}, on_step=on_step)
 
 
@@ -208,12 +208,12 @@ def measure_chain(
         pixels = chain.metadata.preprocessing.apply(image, chain.height, chain.width)[None]
         gauge.add(name, pixels)
     on_step("summing up", len(images), len(images))
-    steps = tuple(gauge.step(link, tolerances) for link in chain.links)
+    steps = tuple(gauge.step(comparison, tolerances) for comparison in chain.comparisons)
     validation = Validation(
-        file=str(chain.subject.file),
-        kind=chain.subject.kind,
+        file=str(chain.file.path),
+        kind=chain.file.kind,
         metadata=chain.metadata,
-        original=str(chain.subject.original) if chain.subject.original else None,
+        original=str(chain.file.original) if chain.file.original else None,
         height=chain.height,
         width=chain.width,
         images=tuple(name for name, _ in images),
@@ -235,14 +235,14 @@ class _Gauge:
 
     chain: Chain
     meters: dict[str, dict[str, ErrorMeter]] = field(default_factory=dict)
-    blocks: dict[Point, ErrorMeter] = field(default_factory=dict)
+    blocks: dict[BlockPart, ErrorMeter] = field(default_factory=dict)
     kept: dict[str, list[Arrays]] = field(default_factory=dict)
     landmarks: list[ImageLandmarks] = field(default_factory=list)
     probe: NodeProbe | None = None
 
     def __post_init__(self) -> None:
         if self.chain.reference is not None:
-            self.probe = NodeProbe(self.chain.proto, self.chain.folder, self.chain.subject.onnx.name)
+            self.probe = NodeProbe(self.chain.proto, self.chain.folder, self.chain.file.onnx.name)
 
     @property
     def last(self) -> str:
@@ -260,9 +260,9 @@ class _Gauge:
                 done[stage] = run(pixels)
         if DEPLOYED in chain.stages:
             done.setdefault(DEPLOYED, done[PORTABLE if PORTABLE in done else FNA])
-        for link in chain.links:
-            if link.not_measured is None and link.reference != link.actual:
-                self._compare(link.step, done[link.reference], done[link.actual])
+        for comparison in chain.comparisons:
+            if comparison.not_measured is None and comparison.reference != comparison.actual:
+                self._compare(comparison.step, done[comparison.reference], done[comparison.actual])
         self._compare("total", done[EXACT], done[self.last])
         if self.probe is not None:
             self._compare_nodes(self.probe, name, pixels)
@@ -281,10 +281,10 @@ class _Gauge:
             before = dict(seen.arrays)
         with patched(model, plan), captured(model.module, numbers) as seen:
             fna = run_torch(model, pixels)
-        for point, array in before.items():
-            if point in seen.arrays and point.part == "output" and array.ndim == 3:
-                meter = self.blocks.setdefault(point, ErrorMeter(str(point), 0))
-                meter.add(array, seen.arrays[point])
+        for part, array in before.items():
+            if part in seen.arrays and part.part == "output" and array.ndim == 3:
+                meter = self.blocks.setdefault(part, ErrorMeter(str(part), 0))
+                meter.add(array, seen.arrays[part])
         if seen.calls and len(self.landmarks) < MOST_PICTURES:
             tokens = tuple(seen.calls[0].landmarks[0].tolist())
             self.landmarks.append(ImageLandmarks(image=name, block=numbers[0], tokens=tokens))
@@ -299,7 +299,7 @@ class _Gauge:
             try:
                 meters.setdefault(output, ErrorMeter(output, prefix)).add(reference[output], actual[output])
             except ValueError as error:
-                raise InputFileError(f"{chain.subject.onnx.name} does not fit its model: {error}") from None
+                raise InputFileError(f"{chain.file.onnx.name} does not fit its model: {error}") from None
 
     def _compare_nodes(self, probe: NodeProbe, image: str, pixels: NDArray[np.float32]) -> None:
         arrays = probe.run(pixels)
@@ -311,15 +311,15 @@ class _Gauge:
             meter = meters.setdefault(node.name, ErrorMeter(node.name))
             meter.add(planned_output(node, arrays, self.chain.metadata), arrays[node.output].astype(np.float32))
 
-    def step(self, link: Link, tolerances: Mapping[str, float]) -> StepError:
+    def step(self, comparison: Comparison, tolerances: Mapping[str, float]) -> StepError:
         """The errors of one step."""
-        meters = self.meters.get(link.step, {}) if link.not_measured is None else {}
+        meters = self.meters.get(comparison.step, {}) if comparison.not_measured is None else {}
         return StepError(
-            step=link.step,
-            compares=link.compares,
+            step=comparison.step,
+            compares=comparison.compares,
             errors=tuple(meter.result() for meter in meters.values()),
-            tolerance=find_tolerance(link.step, self.chain.subject.precision, tolerances),
-            not_measured=link.not_measured,
+            tolerance=find_tolerance(comparison.step, self.chain.file.precision, tolerances),
+            not_measured=comparison.not_measured,
         )
 
     def total(self) -> StepError:
@@ -335,7 +335,7 @@ class _Gauge:
         """The approximation error as it builds up."""
         plan = self.chain.metadata.plan
         shown = [name for name, metric in METRICS.items() if metric.by_block]
-        errors = {point.block: meter.result() for point, meter in sorted(self.blocks.items())}
+        errors = {part.block: meter.result() for part, meter in sorted(self.blocks.items())}
         return tuple(
             BlockError(block=block, fna=plan.find(block) is not None, **{name: error.value(name) for name in shown})
             for block, error in errors.items()

@@ -17,7 +17,7 @@ from fna.errors import InvalidArgumentError
 from fna.machine import describe_machine
 from fna.validate.bench.models import bench_quickly, read_bench
 from fna.validate.blame.bisect import Bisection, Divergence, bisect, locate, why_not_located
-from fna.validate.budget.chain import Chain, Say, open_chain, open_subject
+from fna.validate.budget.chain import Chain, Say, open_chain, open_validated_file
 from fna.validate.budget.measure import Outputs, Validation, last_stage, measure_chain
 from fna.validate.photographs import Photographs
 from fna.validate.task.measure import TaskResult, measure_tasks
@@ -138,7 +138,7 @@ def make_document(
         InputFileError, ModelSourceError: see `fna.validate.budget.measure.validate_file`.
     """
     bench_file = None if extras.bench in (None, "quick") else read_bench(Path(str(extras.bench)))
-    chain = open_chain(open_subject(file, original), resolution, on_step)
+    chain = open_chain(open_validated_file(file, original), resolution, on_step)
     if extras.bench == "quick" and chain.model is None:
         raise InvalidArgumentError(
             "--bench quick times the PyTorch model, which a grafted file has not; give a JSON file"

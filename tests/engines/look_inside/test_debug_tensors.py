@@ -26,7 +26,7 @@ from fna.export.metadata import read_metadata
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import wrap_model
 from fna.files import load_onnx
-from fna.validate.budget.points import Point, find_tensors
+from fna.validate.budget.block_parts import BlockPart, find_block_parts
 
 Find = Callable[[str], Path]
 PARTS = [(0, "output"), (1, "output"), (2, "fna"), (2, "output"), (3, "fna"), (3, "output")]
@@ -50,8 +50,8 @@ def test_places_are_those_that_the_pytorch_modules_say(tiny_file: Find) -> None:
     from tiny_files import make_tiny_dinov2
 
     model, places = places_of(tiny_file("traced"))
-    wanted = find_tensors(model, wrap_model("tests:tiny", make_tiny_dinov2()).module)
-    assert {Point(place.block, place.part): place.tensor for place in places} == wanted
+    wanted = find_block_parts(model, wrap_model("tests:tiny", make_tiny_dinov2()).module)
+    assert {BlockPart(place.block, place.part): place.tensor for place in places} == wanted
 
 
 def test_a_lowered_file_still_tells_its_fna_operators(tiny_file: Find) -> None:

@@ -12,7 +12,7 @@ from fna.export.passes.lower import lower
 from fna.export.preprocessing import bundled_photographs
 from fna.files import load_onnx
 from fna.validate.blame.bisect import block_effects, locate
-from fna.validate.budget.chain import Chain, open_chain, open_subject
+from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.runners import patched, run_torch
 from fna.validate.metrics import measure
 from fna.validate.photographs import Photographs
@@ -24,7 +24,7 @@ def quietly(*_progress: object) -> None:
 
 
 def open_file(path: Path) -> Chain:
-    return open_chain(open_subject(path), None, quietly)
+    return open_chain(open_validated_file(path), None, quietly)
 
 
 @pytest.mark.parametrize(

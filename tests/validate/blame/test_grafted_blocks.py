@@ -16,7 +16,7 @@ from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx
 from fna.plan import BlockPlan, Correction, MaskPlan, Plan
 from fna.validate.blame.bisect import block_effects
-from fna.validate.budget.chain import Chain, open_chain, open_subject
+from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.measure import validate_file
 from fna.validate.budget.runners import OnnxRunner
 from fna.validate.budget.undoing import undo_nodes
@@ -50,7 +50,7 @@ def quietly(*_progress: object) -> None:
 
 
 def open_grafted(tiny, path: Path) -> Chain:
-    return open_chain(open_subject(path, tiny.file("dense")), None, quietly)
+    return open_chain(open_validated_file(path, tiny.file("dense")), None, quietly)
 
 
 def pixels_of(chain: Chain, tiny):

@@ -14,7 +14,7 @@ from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
 from fna.engines.targets import find_targets
 from fna.files import load_onnx
 from fna.validate.blame.bisect import bisect, why_not_located
-from fna.validate.budget.chain import Chain, open_chain, open_subject
+from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.photographs import Photographs
 from fna.validate.report.document import Document, Extras, make_document
 
@@ -138,4 +138,4 @@ def open_engine_chain(tiny, engine: Path, monkeypatch: pytest.MonkeyPatch) -> Ch
     monkeypatch.setattr(
         "fna.validate.budget.chain._open_engine", lambda path: StandInEngine(path, load_onnx(tiny.file("fp32")))
     )
-    return open_chain(open_subject(engine), None, quietly)
+    return open_chain(open_validated_file(engine), None, quietly)

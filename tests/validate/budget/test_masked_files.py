@@ -17,10 +17,10 @@ from fna.export.trace import TraceOptions, trace_model
 from fna.files import save_model
 from fna.patching import patch, unpatch
 from fna.plan import MaskPlan, uniform_plan
-from fna.validate.blame.bisect import compare_places, locate
-from fna.validate.budget.chain import Chain, open_chain, open_subject
+from fna.validate.blame.bisect import compare_block_parts, locate
+from fna.validate.budget.block_parts import BlockPart, captured
+from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.fna_nodes import NodeProbe, expected_output
-from fna.validate.budget.points import Point, captured
 from fna.validate.budget.runners import patched, run_torch
 
 
@@ -51,7 +51,7 @@ def test_nodes_with_a_mask_are_compared_under_it(tmp_path: Path) -> None:
         unpatch(model.module)
     assert len(seen.calls) == 2
     for node in probe.nodes:
-        np.testing.assert_allclose(seen.arrays[Point(node.block, "fna")], arrays[node.output], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(seen.arrays[BlockPart(node.block, "fna")], arrays[node.output], rtol=0, atol=1e-4)
 
     save_model(proto, tmp_path / "masked.onnx")
     assert [row.family for row in inspect_file(tmp_path / "masked.onnx")] == ["masked", "FNA", "FNA", "MatMul+Softmax"]
@@ -73,7 +73,7 @@ def masked_file(tiny_files, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_file(path: Path) -> Chain:
-    return open_chain(open_subject(path), None, lambda *_progress: None)
+    return open_chain(open_validated_file(path), None, lambda *_progress: None)
 
 
 def pixels_of(chain: Chain, tiny):
@@ -93,7 +93,7 @@ def test_masked_fna_operators_are_recorded_with_their_masks(tiny, masked_file: P
 
 def test_bisecting_sees_masked_fna_operators(tiny, masked_file: Path) -> None:
     chain = open_file(masked_file)
-    places = compare_places(chain, "export", [pixels_of(chain, tiny)])
+    places = compare_block_parts(chain, "export", [pixels_of(chain, tiny)])
     assert [(place.block, place.part) for place in places] == [
         (0, "output"), (1, "fna"), (1, "output"), (2, "fna"), (2, "output"),
     ]  # fmt: skip

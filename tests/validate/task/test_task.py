@@ -17,7 +17,7 @@ from fna.errors import InputFileError
 from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, export_onnx
 from fna.plan import uniform_plan
-from fna.validate.budget.chain import DEPLOYED, EXACT, open_chain, open_subject
+from fna.validate.budget.chain import DEPLOYED, EXACT, open_chain, open_validated_file
 from fna.validate.budget.measure import measure_chain, prefix_of
 from fna.validate.photographs import Photographs, load_labelled
 from fna.validate.task.measure import (
@@ -110,7 +110,7 @@ def class_folders(tmp_path: Path) -> Path:
 
 
 def measure_file(path: Path, photographs: Photographs, digits: int = 80):
-    chain = open_chain(open_subject(path), None, quietly)
+    chain = open_chain(open_validated_file(path), None, quietly)
     _, outputs = measure_chain(chain, photographs.images, tolerances={}, on_step=quietly)
     return chain, outputs, measure_tasks(chain, DEPLOYED, photographs, outputs, quietly, digits=digits)
 
@@ -138,7 +138,7 @@ def test_the_real_models_saliency_is_measured(exported: Path, saliency_model, mo
 
     monkeypatch.setattr("fna.validate.budget.chain.load_model", lambda _name: saliency_model)
     photographs = Photographs(bundled_photographs()[:1])
-    chain = open_chain(open_subject(exported), None, quietly)
+    chain = open_chain(open_validated_file(exported), None, quietly)
     _, outputs = measure_chain(chain, photographs.images, tolerances={}, on_step=quietly)
     monkeypatch.setattr("fna.validate.task.measure.FEWEST_FOR_RETRIEVAL", 1)
     result = measure_tasks(chain, EXACT, photographs, outputs, quietly, digits=60)
