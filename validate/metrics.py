@@ -91,7 +91,7 @@ def _sqnr_db(distances: Distances) -> Any:
     noise, signal = (np.asarray(sum(parts)) for parts in (distances.noise, distances.signal))
     is_defined = (noise != 0) & np.isfinite(noise) & (signal != 0)
     decibels = 10 * np.log10(np.where(is_defined, signal, 1.0) / np.where(is_defined, noise, 1.0))
-    return np.where(is_defined, np.round(decibels, 4), None)
+    return np.where(is_defined, np.round(decibels, 4), np.array(None))
 
 
 def _mean(values: Values | None) -> float | None:
@@ -256,7 +256,7 @@ class ErrorMeter:
         worst = int(np.argmin([image.min() for image in cosines]))
         with np.errstate(invalid="ignore", over="ignore"):
             whole = self._whole()
-            values = {name: metric.formula(whole) for name, metric in METRICS.items()}
+            values: dict[str, Any] = {name: _as_float(metric.formula(whole)) for name, metric in METRICS.items()}
             tokens = self._by_token()
         return OutputError(
             output=self.output,
@@ -264,7 +264,7 @@ class ErrorMeter:
             worst_token=int(np.argmin(cosines[worst])) if self._is_tokens else None,
             not_finite=self._not_finite,
             tokens=tokens,
-            **{name: _as_float(value) for name, value in values.items()},
+            **values,
         )
 
     def _whole(self) -> Distances:
@@ -285,14 +285,11 @@ class ErrorMeter:
         if not self._is_tokens or len({len(image.cosine) for image in images}) > 1:
             return None
         names = ("max_abs", "max_rel", "cosine", "noise", "signal")
-        each = Distances(**{name: np.stack([getattr(image, name) for image in images]) for name in names})
-        return TokenErrors(
-            **{
-                name: tuple(_rounded(value) for value in metric.formula(each))
-                for name, metric in METRICS.items()
-                if metric.by_token
-            }
-        )
+        rows: dict[str, Any] = {name: np.stack([getattr(image, name) for image in images]) for name in names}
+        each = Distances(**rows)
+        wanted = {name: metric for name, metric in METRICS.items() if metric.by_token}
+        lists: dict[str, Any] = {name: tuple(map(_rounded, metric.formula(each))) for name, metric in wanted.items()}
+        return TokenErrors(**lists)
 
 
 @dataclass(frozen=True)

@@ -334,11 +334,13 @@ class _Gauge:
     def block_errors(self) -> tuple[BlockError, ...]:
         """The approximation error as it builds up."""
         plan = self.chain.metadata.plan
-        shown = [name for name, metric in METRICS.items() if metric.by_block]
         errors = {part.block: meter.result() for part, meter in sorted(self.blocks.items())}
-        return tuple(
-            BlockError(block=block, fna=plan.find(block) is not None, **{name: error.value(name) for name in shown})
+        values: dict[int, dict[str, Any]] = {
+            block: {name: error.value(name) for name, metric in METRICS.items() if metric.by_block}
             for block, error in errors.items()
+        }
+        return tuple(
+            BlockError(block=block, fna=plan.find(block) is not None, **numbers) for block, numbers in values.items()
         )
 
     def outputs(self) -> Outputs:
