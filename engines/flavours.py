@@ -51,6 +51,20 @@ def import_flavour(name: Flavour) -> Any:
         raise MissingCapabilityError(f"{info.title} cannot be imported ({error}); {info.remedy}") from None
 
 
+def make_logger(trt: Any, messages: list[str]) -> Any:
+    """Return a TensorRT logger that collects errors and drops the rest."""
+
+    class CollectingLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                messages.append(message)
+
+    return CollectingLogger()
+
+
 def choose_targets(name: Flavour, targets: Sequence[Target]) -> tuple[Target, ...]:
     """Return the targets to build for: those given, or all that TensorRT-RTX takes, or the device that TensorRT runs on.
 

@@ -8,13 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import onnx
-import onnx.shape_inference
-from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from typing import TYPE_CHECKING
 
 from fna.errors import BuildError, InputFileError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 LARGEST_SINGLE_FILE = 2_000_000_000
 """Bytes; a protobuf message ends at 2 GiB, and the graph needs room beside the tensors."""
@@ -30,6 +29,9 @@ def load_onnx(path: Path, *, tensors: bool = True) -> ModelProto:
     Raises:
         InputFileError: if it is missing, empty, or not an ONNX model.
     """
+    import onnx
+    from google.protobuf.message import DecodeError
+
     if not path.is_file():
         raise InputFileError(f"{path} does not exist or is not a file; give an ONNX file")
     if path.stat().st_size == 0:
@@ -69,24 +71,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` if nothing was raised.
 
     Raises:
-        InputFileError: if the folder does not exist or is not writable.
+        InputFileError: if `path` is a folder, or its folder does not exist or is not writable.
     """
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise InputFileError(
-            f"{path} cannot be written: {error.strerror}; give a folder that exists and is writable"
-        ) from None
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _make_part(path)
     try:
         yield temporary
-        if path.is_dir():
-            raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path before the long work that would fill it; the error is that of `written_whole`."""
+    _make_part(path).unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,7 +103,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _make_part(path: Path) -> Path:
+    if path.is_dir():
+        raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise InputFileError(
+            f"{path} cannot be written: {error.strerror}; give a folder that exists and is writable"
+        ) from None
+    os.close(descriptor)
+    return Path(name)
+
+
 def _check(path: Path) -> None:
+    import onnx.shape_inference
+
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -114,6 +127,8 @@ def _check(path: Path) -> None:
 
 
 def _save_with_external_data(model: ModelProto, path: Path, data: Path) -> None:
+    import onnx
+
     data.unlink()  # onnx appends to a file that is there
     onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
     onnx.save(model, path)

@@ -25,7 +25,8 @@ from PIL import Image
 
 import fna.plugins
 from fna import __version__
-from fna.engines.builder.build import BatchRange, input_profiles
+from fna.engines.builder.options import BatchRange
+from fna.engines.builder.profiles import input_profiles
 from fna.engines.bundle.format import (
     ARCHIVE_SUFFIX,
     CHECKSUMS,

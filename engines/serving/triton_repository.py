@@ -18,7 +18,8 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fna import __version__
-from fna.engines.builder.build import BatchRange, input_profiles
+from fna.engines.builder.options import BatchRange
+from fna.engines.builder.profiles import input_profiles
 from fna.engines.bundle.write import safe_name, split_weights
 from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError, InvalidArgumentError

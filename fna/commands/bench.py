@@ -10,13 +10,13 @@ import click
 from fna.commands.options import (
     METHODS,
     SAMPLERS,
-    check_writable,
     json_option,
     make_console,
     make_plan,
     progress_bar,
     quiet_option,
 )
+from fna.files import check_writable
 
 if TYPE_CHECKING:
     from fna.plan import Plan

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fna.commands.options import (
-    check_writable,
     image_options,
     json_option,
     load_photographs,
@@ -19,6 +18,7 @@ from fna.commands.options import (
     precision_options,
     quiet_option,
 )
+from fna.files import check_writable
 
 if TYPE_CHECKING:
     from fna.engines.manifest import Manifest
@@ -83,7 +83,8 @@ def command(
     check_writable(output)
     with build_progress(quiet) as (say, on_progress):
         say("importing the builder")
-        from fna.engines.builder.build import BuildOptions, build_engine, parse_batch
+        from fna.engines.builder.build import build_engine
+        from fna.engines.builder.options import BuildOptions, parse_batch
         from fna.engines.targets import find_targets
         from fna.export.passes.precision import parse_blocks
         from fna.export.variants import Variant, make_variant

@@ -97,7 +97,7 @@ def command(
     lines = []
     with progress(quiet) as say:
         say("importing PyTorch")
-        from fna.engines.builder.build import parse_batch
+        from fna.engines.builder.options import parse_batch
         from fna.engines.serving.triton_repository import write_triton_repository
         from fna.files import write_text
 

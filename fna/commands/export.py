@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from fna.commands.options import (
-    check_writable,
     image_options,
     json_option,
     load_photographs,
@@ -21,6 +20,7 @@ from fna.commands.options import (
     progress,
     quiet_option,
 )
+from fna.files import check_writable
 
 
 @click.command("export", short_help="Trace a PyTorch model to an ONNX file with FNA.")

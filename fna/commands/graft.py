@@ -10,7 +10,6 @@ import click
 from fna.commands.options import (
     METHODS,
     SAMPLERS,
-    check_writable,
     json_option,
     make_console,
     parse_resolution,
@@ -18,6 +17,7 @@ from fna.commands.options import (
     quiet_option,
 )
 from fna.errors import CheckFailedError
+from fna.files import check_writable
 
 
 @click.command("graft", short_help="Replace the self-attention in an ONNX file by FNA.")

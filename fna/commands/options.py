@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fna.errors import InputFileError, InvalidArgumentError
+from fna.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,27 +131,6 @@ def load_photographs(folder: Path | None) -> tuple[list[tuple[str, Image]], list
     from fna.export.preprocessing import bundled_photographs, load_images
 
     return (bundled_photographs(), []) if folder is None else load_images(folder)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output path before the long work that would fill it.
-
-    Raises:
-        InputFileError: if it is a folder, or its folder does not exist or is not writable.
-    """
-    from fna.files import written_whole
-
-    if path.is_dir():
-        raise InputFileError(f"{path} cannot be written: it is a folder; give a file name")
-    try:
-        with written_whole(path.with_name(path.name + ".probe")):
-            raise _ProbeDoneError
-    except _ProbeDoneError:
-        pass
-
-
-class _ProbeDoneError(Exception):
-    """Ends the probe of `check_writable` before anything is renamed."""
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import click
 
 from fna.commands.options import (
     SAMPLERS,
-    check_writable,
     json_option,
     make_console,
     parse_resolution,
     progress,
     quiet_option,
 )
+from fna.files import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fna.commands.options import (
-    check_writable,
     image_options,
     json_option,
     load_photographs,
@@ -19,6 +19,7 @@ from fna.commands.options import (
     progress,
     quiet_option,
 )
+from fna.files import check_writable
 
 
 @click.command("run", short_help="Run an engine or an ONNX file on images.")
@@ -58,26 +59,25 @@ def command(
         say("loading")
         import numpy as np
 
-        from fna.engines.run.engine import open_model
+        from fna.engines.run.model import open_model
         from fna.files import write_text, written_whole
 
         name, shape, preprocessing = _describe(file, size)
-        model = open_model(file, provider=provider, plugin=plugin)
         photographs, skipped = load_photographs(images)
         pixels = [preprocessing.apply(photograph, *shape)[None] for _, photograph in photographs]
         rows: list[Any] = []
         latency = None
-        if runs is not None:
-            say(f"timing {runs} batches of {batch}")
-            stacked = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
-            latency = model.bench({name: stacked}, runs=runs, warm_up=max(2, runs // 10))
-        else:
-            for (title, _), image in zip(photographs, pixels, strict=True):
-                say(f"running {title}")
-                started = time.perf_counter()
-                outputs = model.run({name: image})
-                rows.append((title, (time.perf_counter() - started) * 1e3, outputs))
-        model.close()
+        with closing(open_model(file, provider=provider, plugin=plugin)) as model:
+            if runs is not None:
+                say(f"timing {runs} batches of {batch}")
+                stacked = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
+                latency = model.bench({name: stacked}, runs=runs, warm_up=max(2, runs // 10))
+            else:
+                for (title, _), image in zip(photographs, pixels, strict=True):
+                    say(f"running {title}")
+                    started = time.perf_counter()
+                    outputs = model.run({name: image})
+                    rows.append((title, (time.perf_counter() - started) * 1e3, outputs))
         if output is not None and rows:
             arrays: dict[str, Any] = {key: np.concatenate([row[2][key] for row in rows]) for key in rows[0][2]}
             with written_whole(output) as temporary, temporary.open("wb") as stream:
@@ -92,6 +92,7 @@ def command(
 
 def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int, int], Any]:
     """Return a file's input, its height and width, and how photographs become it."""
+    from fna.engines.builder.profiles import check_size
     from fna.errors import InputFileError
     from fna.export.metadata import read_metadata
     from fna.export.preprocessing import Preprocessing
@@ -108,14 +109,18 @@ def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int,
     value = next(entry for entry in model.graph.input if entry.name not in constant)
     has_metadata = any(entry.key.startswith("fna.") for entry in model.metadata_props)
     preprocessing = read_metadata(model, str(file)).preprocessing if has_metadata else Preprocessing()
-    sides = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-    asked = size or (0, 0)
-    height, width = (sides[2] or asked[0], sides[3] or asked[1]) if len(sides) == 4 else (0, 0)
-    if not height or not width:
-        raise InputFileError(
-            f"{file} has input {value.name} {sides}: give --resolution for a [batch, 3, height, width] input"
-        )
-    return value.name, (height, width), preprocessing
+    sides = [dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim]
+    if len(sides) == 4:
+        height, width = sides[2:]
+        if size is not None:
+            check_size((height, width), size)
+            height, width = size
+        if height and width:
+            return value.name, (height, width), preprocessing
+    shown = ", ".join("any" if side is None else str(side) for side in sides)
+    raise InputFileError(
+        f"{file} has input {value.name} [{shown}]: give --resolution for a [batch, 3, height, width] input"
+    )
 
 
 def _as_json(file: Path, rows: list[Any], latency: Any) -> str:

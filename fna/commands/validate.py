@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fna.commands.options import (
-    check_writable,
     image_options,
     json_option,
     make_console,
@@ -17,6 +16,7 @@ from fna.commands.options import (
     quiet_option,
 )
 from fna.errors import CheckFailedError, InputFileError
+from fna.files import check_writable
 
 if TYPE_CHECKING:
     from fna.validate.report.document import Document

@@ -54,7 +54,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_bundle(tiny: Path, output: Path, table: Path, target: str = "jetson-agx-orin", **settings: object) -> Path:
     """Write a bundle of the tiny model with one photograph."""
-    from fna.engines.builder.build import BatchRange
+    from fna.engines.builder.options import BatchRange
     from fna.engines.bundle.write import BundleOptions, write_bundle
     from fna.engines.targets import find_target
     from fna.export.preprocessing import bundled_photographs

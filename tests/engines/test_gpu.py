@@ -13,9 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.device import find_gpu
-from fna.engines.run.engine import Engine, OnnxModel
+from fna.engines.run.engine import Engine
+from fna.engines.run.model import OnnxModel
 from fna.engines.targets import TARGETS
 from fna.export.preprocessing import bundled_photographs
 from fna.export.sources.loading import LoadedModel, load_model

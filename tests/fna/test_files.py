@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from fna import files
 from fna.errors import BuildError, InputFileError
-from fna.files import load_onnx, save_model, write_text, written_whole
+from fna.files import check_writable, load_onnx, save_model, write_text, written_whole
 
 
 def make_model(rows: int = 64) -> onnx.ModelProto:
@@ -74,3 +75,17 @@ def test_a_missing_external_file_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputFileError, match=r"x\.onnx"):
         load_onnx(tmp_path / "x.onnx")
     assert load_onnx(tmp_path / "x.onnx", tensors=False).graph.node
+
+
+@pytest.mark.parametrize("refuse", [check_writable, lambda path: write_text(path, "text")], ids=["check", "write"])
+def test_a_path_that_cannot_be_written_is_named_as_it_was_given(tmp_path: Path, refuse: Callable[[Path], None]) -> None:
+    with pytest.raises(InputFileError) as caught:
+        refuse(tmp_path / "missing" / "x.engine")
+    assert str(caught.value).startswith(f"{tmp_path}/missing/x.engine cannot be written: No such file or directory")
+    with pytest.raises(InputFileError, match="it is a folder; give a file name"):
+        refuse(tmp_path)
+
+
+def test_checking_a_path_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "x.engine")
+    assert list(tmp_path.iterdir()) == []

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.device import find_gpu
 from fna.engines.doctor import diagnose
-from fna.engines.run.engine import Engine, Latency
+from fna.engines.run.engine import Engine
+from fna.engines.run.latency import Latency
 from fna.engines.targets import TARGETS, Target
 from fna.errors import FnaError, MissingCapabilityError
 

@@ -502,7 +502,8 @@ def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[_Set
     """An engine built on this machine's GPU; timed on the device, in rounds of a few launches. Untried: no GPU was there."""
 
     def opener(setting: _Setting, plan: Plan) -> _Timed:
-        from fna.engines.builder.build import BuildOptions, build_engine, parse_batch
+        from fna.engines.builder.build import build_engine
+        from fna.engines.builder.options import BuildOptions, parse_batch
         from fna.engines.flavours import import_flavour
         from fna.engines.run.engine import Engine
 

@@ -9,9 +9,10 @@ import torch
 from tiny_engines import write_model
 
 from fna.cli import main
-from fna.engines.builder.build import BatchRange, build_rtx_engine, parse_batch
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions, parse_batch
 from fna.engines.manifest import manifest_path, read_manifest
-from fna.engines.run.engine import check_engine_can_run
+from fna.engines.run.requirements import check_engine_can_run
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.operators.functions import NORM_GRID
@@ -24,7 +25,9 @@ needs_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not inst
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     engine = folder / "tiny.engine"
-    build_rtx_engine(write_model(folder / "tiny.onnx"), engine, find_targets("all"), BatchRange(1, 2, 4))
+    build_engine(
+        write_model(folder / "tiny.onnx"), engine, BuildOptions(targets=find_targets("all"), batch=BatchRange(1, 2, 4))
+    )
     return engine
 
 
@@ -43,7 +46,9 @@ def test_the_engine_and_its_manifest_are_written(built: Path) -> None:
 
 def test_norm_grid_landmarks_build_too(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.onnx", sampler=NORM_GRID)
-    manifest = build_rtx_engine(path, tmp_path / "tiny.engine", find_targets("rtx-ada"), BatchRange(1, 1, 1))
+    manifest = build_engine(
+        path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada"), batch=BatchRange(1, 1, 1))
+    )
     assert manifest.compute_capabilities == (89,)
 
 
@@ -61,7 +66,9 @@ def test_without_a_gpu_the_engine_is_refused_by_exit_code_3(built: Path, capsys:
 def test_a_node_that_the_parser_refuses_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.onnx", extra="Det")
     with pytest.raises(BuildError, match=r"node last \(Det\)"):
-        build_rtx_engine(path, tmp_path / "tiny.engine", find_targets("rtx-ada"), BatchRange(1, 1, 1))
+        build_engine(
+            path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada"), batch=BatchRange(1, 1, 1))
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.onnx"]
 
 
@@ -93,7 +100,9 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())
     with pytest.raises(InputFileError, match="no fna metadata"):
-        build_rtx_engine(path, tmp_path / "tiny.engine", find_targets("rtx-ada"), BatchRange(1, 1, 1))
+        build_engine(
+            path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada"), batch=BatchRange(1, 1, 1))
+        )
 
 
 @pytest.mark.parametrize(("text", "range_"), [("1", (1, 1, 1)), ("1:4", (1, 4, 4)), ("1:4:8", (1, 4, 8))])

@@ -13,7 +13,8 @@ import pytest
 from tiny_engines import write_model
 
 from fna.cli import main
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.look_inside.layers import (
     FnaLayer,
     RequestedLayer,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fna.engines.builder.build import BatchRange, build_rtx_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.targets import find_targets
 from fna.export.sources.loading import wrap_model
 from fna.export.trace import TraceOptions, export_onnx
@@ -29,6 +30,8 @@ def test_tensorrt_rtx_builds_a_file_with_masks_and_guided_landmarks(tmp_path: Pa
     plan = Plan(num_blocks=4, blocks=blocks, masks=masks, landmarks_include=ranges[0], landmarks_exclude=ranges[1])
     path = tmp_path / "masked.onnx"
     export_onnx(model, plan, TraceOptions(56, 56), path)
-    manifest = build_rtx_engine(path, tmp_path / "masked.engine", find_targets("rtx-ada"), BatchRange(1, 1, 1))
+    manifest = build_engine(
+        path, tmp_path / "masked.engine", BuildOptions(targets=find_targets("rtx-ada"), batch=BatchRange(1, 1, 1))
+    )
     assert (tmp_path / "masked.engine").stat().st_size > 0
     assert manifest.lowering == "portable"

@@ -15,12 +15,14 @@ from tensorrt_surface import BINDINGS, NoSurfaceError, Surface, read_rtx_surface
 from tiny_engines import write_model
 
 from fna.engines import flavours
-from fna.engines.builder import build
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder import build, network, progress
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.device import Gpu
 from fna.engines.look_inside import debug_tensors
 from fna.engines.manifest import Manifest
 from fna.engines.run import engine as run
+from fna.engines.run import replay
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
 from fna.export.passes.precision import cast_model
@@ -75,7 +77,15 @@ class Uses:
 def uses_of_tensorrt() -> Uses:
     """By the abstract syntax of the modules that call it."""
     uses = Uses()
-    modules = ((build, {"layer"}), (debug_tensors, set()), (flavours, set()), (run, {"config", "layer", "profile"}))
+    modules = (
+        (build, {"layer"}),
+        (network, {"layer"}),
+        (progress, set()),
+        (debug_tensors, set()),
+        (flavours, set()),
+        (run, {"config", "layer", "profile"}),
+        (replay, set()),
+    )
     for module, ignored in modules:
         tree = ast.parse(Path(module.__file__).read_text())
         for node in ast.walk(tree):

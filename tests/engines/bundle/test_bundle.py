@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from fna.cli import main
-from fna.engines.builder.build import BatchRange
+from fna.engines.builder.options import BatchRange
 from fna.engines.bundle.format import Bundle, is_bundle, list_files, open_bundle
 from fna.engines.bundle.write import write_archive
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError

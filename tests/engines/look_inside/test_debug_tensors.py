@@ -16,8 +16,10 @@ from tensorrt_surface import NoSurfaceError, read_surface
 from fna.cli import main
 from fna.engines import flavours
 from fna.engines.builder import build
-from fna.engines.builder.build import BuildOptions, build_engine, make_logger
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BuildOptions
 from fna.engines.device import Gpu
+from fna.engines.flavours import make_logger
 from fna.engines.look_inside.debug_tensors import find_places, make_listener, mark_debug_tensors
 from fna.engines.manifest import Manifest, manifest_path, read_manifest
 from fna.engines.run.engine import Engine

@@ -15,7 +15,8 @@ from broken_files import break_file, change_weight, set_weight_to_nan, swap_key_
 from numpy.typing import NDArray
 from stand_in_engine import pretend_built_from
 
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.device import find_gpu
 from fna.engines.run.engine import Engine
 from fna.engines.targets import TARGETS

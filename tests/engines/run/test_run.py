@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from fna.cli import main
 from fna.engines.device import Gpu
 from fna.engines.manifest import Manifest, ShapeRange, manifest_path, write_manifest
 from fna.engines.run import engine as run
-from fna.engines.run.engine import OnnxModel, check_engine_can_run
+from fna.engines.run import requirements
+from fna.engines.run.model import OnnxModel
+from fna.engines.run.requirements import check_engine_can_run
 from fna.errors import InputFileError, MissingCapabilityError
 from fna.export.passes.precision import cast_model
 from fna.export.preprocessing import Preprocessing
@@ -39,8 +44,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Bytes that are no engine, with a manifest; a machine that has what it needs."""
     path = tmp_path / "x.engine"
     path.write_bytes(b"not an engine")
-    monkeypatch.setattr(run, "find_gpu", ada)
-    monkeypatch.setattr(run, "import_flavour", lambda _name: FakeModule)
+    monkeypatch.setattr(requirements, "find_gpu", ada)
+    monkeypatch.setattr(requirements, "import_flavour", lambda _name: FakeModule)
     rewrite(path)
     return path
 
@@ -119,7 +124,7 @@ def test_compatible_engines_run_elsewhere_too(engine: Path, changes: dict[str, o
 
 def test_hardware_compatibility_begins_with_ampere(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite(engine, compute_capabilities=(80,), hardware_compatible=True)
-    monkeypatch.setattr(run, "find_gpu", lambda: ada(75))
+    monkeypatch.setattr(requirements, "find_gpu", lambda: ada(75))
     with pytest.raises(MissingCapabilityError, match="has 7.5"):
         check_engine_can_run(engine)
 
@@ -183,3 +188,55 @@ def test_a_file_of_open_size_asks_for_one(tmp_path: Path) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[axis].ClearField("dim_value")
     path.write_bytes(model.SerializeToString())
     assert main(["run", str(path)]) == 2
+
+
+def test_another_resolution_than_the_files_own_is_refused(tiny_file: Find, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tiny_file("traced")), "--resolution", f"{SIDE}x{SIDE}"]) == 0
+    assert main(["run", str(tiny_file("traced")), "--resolution", str(2 * SIDE)]) == 2
+    said = capsys.readouterr().err
+    assert f"takes {SIDE}x{SIDE} images only, but --resolution asks for {2 * SIDE}x{2 * SIDE}" in said
+
+
+@pytest.mark.parametrize("options", [["--images", "nowhere"], ["--bench", "1", "--batch", "3"]], ids=["images", "runs"])
+def test_a_file_that_was_opened_and_then_failed_leaves_no_warning(
+    tiny_file: Find, tmp_path: Path, options: list[str]
+) -> None:
+    model = load_onnx(tiny_file("traced"))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    (tmp_path / "pairs.onnx").write_bytes(model.SerializeToString())
+    command = [sys.executable, "-m", "fna.cli", "run", str(tmp_path / "pairs.onnx"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "never deactivated" not in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_engine_that_fails_after_it_was_activated_leaves_no_warning(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from polygraphy.backend.base import BaseRunner
+
+    class Runner(BaseRunner):  # type: ignore[misc]
+        def __init__(self, engine: object) -> None:
+            super().__init__("runner")
+            self.context = engine
+
+    def fail(*_arguments: object) -> None:
+        raise MissingCapabilityError("debug tensors are not to be had")
+
+    class Runtime:
+        def __init__(self, _logger: object) -> None: ...
+
+        def deserialize_cuda_engine(self, _data: bytes) -> object:
+            return object()
+
+    monkeypatch.setattr(FakeModule, "Runtime", Runtime, raising=False)
+    monkeypatch.setattr(run, "import_flavour", lambda _name: FakeModule)
+    monkeypatch.setattr(run, "make_logger", lambda _trt, _messages: None)
+    monkeypatch.setattr(run, "_polygraphy_runner", lambda _backend: Runner)
+    monkeypatch.setattr(run, "set_debug_state", fail)
+    rewrite(engine, debug_tensors="blocks")
+    with pytest.raises(MissingCapabilityError, match="not to be had"):
+        run.Engine(engine)
+    gc.collect()
+    assert "never deactivated" not in "".join(capfd.readouterr())

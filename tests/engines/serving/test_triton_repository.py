@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import text_format
 
 from fna.cli import main
-from fna.engines.builder.build import BatchRange
+from fna.engines.builder.options import BatchRange
 from fna.engines.serving.triton_repository import Repository, make_preprocess_model, write_triton_repository
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata

@@ -10,7 +10,8 @@ import pytest
 from broken_files import break_file, change_weight, set_weight_to_nan, swap_key_and_value
 from stand_in_engine import StandInEngine
 
-from fna.engines.builder.build import BatchRange, BuildOptions, build_engine
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange, BuildOptions
 from fna.engines.targets import find_targets
 from fna.files import load_onnx
 from fna.validate.blame.bisect import bisect, why_not_located

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fna.engines.builder.build import BatchRange, build_engine
-from fna.engines.builder.build import BuildOptions as EngineOptions
+from fna.engines.builder.build import build_engine
+from fna.engines.builder.options import BatchRange
+from fna.engines.builder.options import BuildOptions as EngineOptions
 from fna.engines.bundle.write import BundleOptions, write_bundle
 from fna.engines.device import find_gpu
 from fna.engines.targets import find_target
