@@ -1,35 +1,151 @@
-"""Looking into a model's attention while it runs, exactly as it is."""
+"""Looking into a model's attention while it runs: what each block computes, and the hidden states between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fna.patching import AttentionBlock, exact_attention_forward, find_attention_blocks, make_mask
+from fna.errors import InvalidPlanError
+from fna.patching import AttentionBlock, exact_attention_forward, find_attention_blocks, is_patched, make_mask
 
 OBSERVED_NAME = "fna-observed"
 _OBSERVER = "_fna_observer"
 
-Observer = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], Tensor]
-"""Block number, query, key, value `[B, H, N, D]`, scale, exact output `[B, H, N, D]`; returns the output to go on with."""
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A block's exact attention, as it runs.
+
+    Attributes:
+        block: the block's number.
+        query: `[B, H, N, D]`.
+        key: `[B, H, N, D]`.
+        value: `[B, H, N, D]`.
+        scale: factor on the scores.
+        out: exact attention's output, `[B, H, N, D]`.
+        is_plain: whether it is self-attention without a mask.
+    """
+
+    block: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    out: Tensor
+    is_plain: bool
+
+
+@dataclass(frozen=True)
+class NystromCall:
+    """An FNA operator of a patched model, as it runs; the fields are the operator's arguments, see `fna.attention`."""
+
+    block: int
+    out: Tensor  # [B, H, N, D]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    landmarks: Tensor  # [B, S] or [1, S]
+    landmark_bias: Tensor | None
+    scale: float
+    iterations: int
+    exact_rows: bool
+    key_mask: Tensor | None = None  # [B, N] or [1, N]
+    sink: bool = False
+
+
+AttentionObserver = Callable[[AttentionCall], Tensor | None]
+"""Returns what takes the place of the attention's output; None leaves it."""
+
+HiddenObserver = Callable[[int, Tensor], object]
+"""Called with a block's number and hidden states `[B, N, C]`."""
 
 
 @contextmanager
-def observed(model: nn.Module, observer: Observer) -> Iterator[list[AttentionBlock]]:
-    """Call `observer` with the inputs and the output of every attention block that runs within the block.
+def observed(
+    model: nn.Module,
+    attention: AttentionObserver | None = None,
+    *,
+    entering: HiddenObserver | None = None,
+    leaving: HiddenObserver | None = None,
+    nystrom: Callable[[NystromCall], object] | None = None,
+) -> Iterator[list[AttentionBlock]]:
+    """Call observers in every attention block that runs within the context, in the order in which they run.
 
     Args:
-        model: as for `fna.patch`; not patched.
-        observer: what it returns takes the place of the attention's output.
+        model: as for `fna.patch`; as it was afterwards.
+        attention: of exact attention; the model must not be patched then.
+        entering: of the hidden states that enter a block.
+        leaving: of those that leave it.
+        nystrom: of the FNA operators of a patched model.
+
+    Raises:
+        InvalidPlanError: if exact attention is to be observed in a patched model.
+        UnsupportedAttentionError: if the model has no attention blocks.
     """
+    blocks = find_attention_blocks(model)
+    with ExitStack() as stack:
+        if attention is not None:
+            if is_patched(model):
+                raise InvalidPlanError("the model is patched; call fna.unpatch(model) to look into the model itself")
+            stack.enter_context(_exact_attention_observed(blocks, attention))
+        running: list[int] = [-1]
+        for block in blocks:
+            hook = _before_layer(block.number, running, entering)
+            stack.callback(block.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if leaving is not None:
+                stack.callback(block.layer.register_forward_hook(_after_layer(block.number, leaving)).remove)
+        if nystrom is not None:
+            stack.enter_context(_NystromMode(nystrom, running))
+        yield blocks
+
+
+def _before_layer(number: int, running: list[int], observer: HiddenObserver | None) -> Callable[..., None]:
+    def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+        running[0] = number
+        if observer is not None:
+            observer(number, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _after_layer(number: int, observer: HiddenObserver) -> Callable[..., None]:
+    def hook(_layer: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(hidden, Tensor):
+            observer(number, hidden)
+
+    return hook
+
+
+class _NystromMode(TorchDispatchMode):
+    """Sees every operator that PyTorch runs, and hands on the calls of ours that have landmarks."""
+
+    def __init__(self, observer: Callable[[NystromCall], object], running: list[int]) -> None:
+        super().__init__()
+        self.observer, self.running = observer, running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.fna.attention.default, torch.ops.fna.attention_with_key_mask.default):
+            names = [argument.name for argument in func._schema.arguments]
+            arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            known = {name: arguments[name] for name in NystromCall.__dataclass_fields__ if name in arguments}
+            self.observer(NystromCall(block=self.running[0], out=result, **known))
+        return result
+
+
+@contextmanager
+def _exact_attention_observed(blocks: list[AttentionBlock], observer: AttentionObserver) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(OBSERVED_NAME, _observed_forward)
     AttentionMaskInterface.register(OBSERVED_NAME, make_mask)
-    blocks = find_attention_blocks(model)
     configs = list({id(block.attention.config): block.attention.config for block in blocks}.values())
     before = [config._attn_implementation for config in configs]
     try:
@@ -38,7 +154,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[list[AttentionBlo
             setattr(block.attention, _OBSERVER, (block.number, observer, exact))
         for config in configs:
             config._attn_implementation = OBSERVED_NAME
-        yield blocks
+        yield
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
@@ -64,4 +180,6 @@ def _observed_forward(
     if observer is None:
         return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return observer(number, query, key, value, scale, out.transpose(1, 2)).transpose(1, 2), None
+    is_plain = attention_mask is None and key.shape == query.shape
+    replaced = observer(AttentionCall(number, query, key, value, scale, out.transpose(1, 2), is_plain))
+    return out if replaced is None else replaced.transpose(1, 2), None

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fna.errors import InvalidPlanError
-from fna.patching import find_attention_blocks, is_patched
+from fna.observing import AttentionCall, observed
 from fna.special_tokens import MINIMAL_GAP, class_attention, detect_prefix_tokens, find_massive_tokens
-
-SURVEY_NAME = "fna_survey"
-
-Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
-"""Called with a block's number, its query, key and value `[B, H, N, D]`, and the scale."""
-
-_RECORD = "_fna_survey"
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ def survey_tokens(
     *,
     prefix_tokens: int | None = None,
     minimal_gap: float = MINIMAL_GAP,
-    observe: Observer | None = None,
+    observe: Callable[[AttentionCall], object] | None = None,
 ) -> list[BlockTokens]:
     """Run a model once, as it is, and report on the tokens of each attention block.
 
@@ -69,39 +61,24 @@ def survey_tokens(
         InvalidPlanError: if the model is patched.
         UnsupportedAttentionError: if it has no attention blocks.
     """
-    if is_patched(model):
-        raise InvalidPlanError("the model is patched; call fna.unpatch(model) to survey the tokens of the model itself")
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    blocks = find_attention_blocks(model)
-    prefix = detect_prefix_tokens(blocks[0].tower) if prefix_tokens is None else prefix_tokens
-    AttentionInterface.register(SURVEY_NAME, _record_class_attention)
-    AttentionMaskInterface.register(SURVEY_NAME, sdpa_mask)
     outputs: dict[int, Tensor] = {}
-    configs = {id(block.attention.config): block.attention.config for block in blocks}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    hooks = []
-    try:
-        for block in blocks:
-            setattr(block.attention, _RECORD, {"prefix": prefix, "block": block.number, "observe": observe})
-            hooks.append(block.layer.register_forward_hook(_keep_output(outputs, block.number)))
-        for config in configs:
-            config._attn_implementation = SURVEY_NAME
+    attended: dict[int, Tensor] = {}
+    prefix = prefix_tokens
+
+    def look(call: AttentionCall) -> None:
+        if call.is_plain and prefix:
+            attended[call.block] = class_attention(call.query, call.key, call.scale).detach()
+        if call.is_plain and observe is not None:
+            observe(call)
+
+    with observed(model, look, leaving=lambda block, hidden: outputs.update({block: hidden.detach()})) as blocks:
+        if prefix is None:
+            prefix = detect_prefix_tokens(blocks[0].tower)
         with torch.no_grad():
             run()
-        recorded = [getattr(block.attention, _RECORD).get("attention") for block in blocks]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for block in blocks:
-            if hasattr(block.attention, _RECORD):
-                delattr(block.attention, _RECORD)
     return [
-        _describe(block.number, block.name, outputs[block.number], attention, prefix, minimal_gap)
-        for block, attention in zip(blocks, recorded, strict=True)
+        _describe(block.number, block.name, outputs[block.number], attended.get(block.number), prefix, minimal_gap)
+        for block in blocks
         if block.number in outputs
     ]
 
@@ -115,34 +92,3 @@ def _describe(
         artifacts = attention > attention[:, :1]
         artifacts[:, :prefix] = False
     return BlockTokens(number, name, hidden.float().norm(dim=-1), massive, gap, attention, artifacts)
-
-
-def _keep_output(outputs: dict[int, Tensor], number: int) -> Callable[..., None]:
-    def keep(layer: nn.Module, args: Any, output: Any) -> None:
-        outputs[number] = (output[0] if isinstance(output, tuple) else output).detach()
-
-    return keep
-
-
-def _record_class_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, H, N, D]
-    key: Tensor,  # [B, H, N, D]
-    value: Tensor,  # [B, H, N, D]
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention by `sdpa`, and what the class token attends to where it is plain self-attention."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    record = getattr(module, _RECORD, None)
-    if record is not None and attention_mask is None and key.shape == query.shape:
-        factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if record["prefix"]:
-            record["attention"] = class_attention(query, key, factor).detach()
-        if record["observe"] is not None:
-            record["observe"](record["block"], query, key, value, factor)
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    result: tuple[Tensor, Tensor | None] = sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return result

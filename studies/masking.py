@@ -28,6 +28,7 @@ from fna.export.preprocessing import bundled_photographs, load_images
 from fna.export.sources.loading import DEFAULT_MODEL, LoadedModel, load_model
 from fna.files import write_text
 from fna.landmarks import landmark_bias, select_landmarks
+from fna.observing import AttentionCall
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import MaskPlan, Plan, Sampler, TokenRange, parse_layers, uniform_plan
 from fna.special_tokens import LARGEST_SHARE, detect_prefix_tokens
@@ -332,21 +333,14 @@ def measure_landmarks(
         counts: dict[str, int] = {}
         for _, image in images:
             pixels = torch.from_numpy(model.preprocessing.apply(image, side, side))[None]
-            seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
-
-            def observe(
-                block: int, query: Tensor, key: Tensor, value: Tensor, scale: float, seen: dict[int, Any] = seen
-            ) -> None:
-                if block >= model.num_blocks // 2:
-                    seen[block] = (query, key, value, scale)
-
+            calls: list[AttentionCall] = []
             with planted(model, plant):
-                found = survey_tokens(model.module, lambda p=pixels: model.module(p), observe=observe)  # type: ignore[misc]
+                found = survey_tokens(model.module, lambda p=pixels: model.module(p), observe=calls.append)  # type: ignore[misc]
             by_block = {entry.block: entry for entry in found}
-            for block, (query, key, value, scale) in seen.items():
-                exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
-                artifacts = by_block[block].artifacts
-                massive = by_block[block - 1].massive  # what enters this block
+            for call in calls[model.num_blocks // 2 :]:
+                query, key, value = call.query, call.key, call.value
+                artifacts = by_block[call.block].artifacts
+                massive = by_block[call.block - 1].massive  # what enters this block
                 choices: dict[str, dict[str, Tensor]] = {"grid": {}, "massive guaranteed": {"guarantee": massive}}
                 if artifacts is not None:
                     choices["artifacts excluded"] = {"exclude": artifacts}
@@ -364,9 +358,9 @@ def measure_landmarks(
                     own[:, :prefix] = True
                     bias = _bias(chosen, own, query.shape[2], prefix, landmarks)
                     out = fast_nystrom_attention(
-                        query, key, value, chosen, landmark_bias=bias, scale=scale, exact_rows=True
+                        query, key, value, chosen, landmark_bias=bias, scale=call.scale, exact_rows=True
                     )
-                    errors.setdefault(name, []).append(float((out - exact).norm() / exact.norm()))
+                    errors.setdefault(name, []).append(float((out - call.out).norm() / call.out.norm()))
         results += [
             LandmarkChoice(
                 landmarks=name, planted=plant, error=float(np.mean(values)), artifacts_or_massive=counts.get(name, 0)

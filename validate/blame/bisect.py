@@ -10,8 +10,9 @@ from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.engines.look_inside.debug_tensors import how_to_build
+from fna.observing import NystromCall
 from fna.runtime import Arrays
-from fna.validate.budget.block_parts import AttentionCall, BlockPart, Capture, captured, find_block_parts
+from fna.validate.budget.block_parts import BlockPart, Capture, captured, find_block_parts
 from fna.validate.budget.chain import DEPLOYED, ENGINE, EXACT, FNA, PORTABLE, UNDONE, Chain, Say, inspect_engine
 from fna.validate.budget.fna_nodes import (
     FnaNode,
@@ -361,7 +362,7 @@ def _capture(chain: Chain, is_fna: bool, pixels: Pixels) -> Capture:
         with captured(module) as seen:
             run_torch(chain.model, pixels)
         return seen
-    with patched(chain.model, plan), captured(module, [entry.block for entry in plan.blocks]) as seen:
+    with patched(chain.model, plan), captured(module) as seen:
         run_torch(chain.model, pixels)
     return seen
 
@@ -430,8 +431,7 @@ def _find_cause(chain: Chain, step: str, place: BlockPartError, pixels: Pixels) 
         return None
     if place.part != "fna":
         return "its FNA operator agrees, so its linear layers or norms differ"
-    numbers = [entry.block for entry in chain.metadata.plan.blocks]
-    call = _capture(chain, True, pixels).calls[numbers.index(place.block)]
+    call = next(call for call in _capture(chain, True, pixels).calls if call.block == place.block)
     arrays = NodeProbe(proto, chain.folder, chain.file.onnx.name).run(pixels)
     return next(_causes(node, call, arrays), None)
 
@@ -493,7 +493,7 @@ def _setting_causes(node: FnaNode, needed: Mapping[str, float], whose: str) -> I
             yield f"node {node.name} has {name} {given[name]:g}, but {whose} {value:g}"
 
 
-def _causes(node: FnaNode, call: AttentionCall, arrays: Arrays) -> Iterator[str]:
+def _causes(node: FnaNode, call: NystromCall, arrays: Arrays) -> Iterator[str]:
     needed = {"scale": call.scale, "iterations": call.iterations, "exact_rows": int(call.exact_rows)}
     yield from _setting_causes(node, needed, "the model has")
     own = expected_output(node, arrays)
@@ -516,7 +516,7 @@ def _causes(node: FnaNode, call: AttentionCall, arrays: Arrays) -> Iterator[str]
     yield f"what node {node.name} is given differs, most of all its {worst} (relative L2 error {errors[worst]:.1e})"
 
 
-def _same_mask(node: FnaNode, call: AttentionCall, arrays: Arrays) -> bool:
+def _same_mask(node: FnaNode, call: NystromCall, arrays: Arrays) -> bool:
     name = node.inputs.get("key_mask")
     if name is None or call.key_mask is None:
         return (name is None) == (call.key_mask is None)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fna.export.blocks import attention_block
-from fna.patching import find_attention_blocks
+from fna.observing import NystromCall, observed
+from fna.patching import find_attention_blocks, is_patched
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The node metadata in which PyTorch's exporter writes the modules that a node comes from."""
@@ -44,92 +43,28 @@ class BlockPart(NamedTuple):
         return f"block {self.block}, {names.get(self.part, self.part)}"
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """The arguments and the result of one FNA operator in PyTorch."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    landmarks: Tensor  # [B, S] or [1, S]
-    landmark_bias: Tensor | None
-    scale: float
-    iterations: int
-    exact_rows: bool
-    out: Tensor
-    key_mask: Tensor | None = None  # [B, N] or [1, N]
-    sink: bool = False
-
-
 @dataclass
 class Capture:
     """What was seen in a run: arrays by place, and the FNA operators' calls in order."""
 
     arrays: dict[BlockPart, NDArray[np.float32]] = field(default_factory=dict)
-    calls: list[AttentionCall] = field(default_factory=list)
-
-    def clear(self) -> None:
-        """Forget what was seen, before another run."""
-        self.arrays.clear()
-        self.calls.clear()
+    calls: list[NystromCall] = field(default_factory=list)
 
 
 @contextmanager
-def captured(model: nn.Module, fna_blocks: Sequence[int] = ()) -> Iterator[Capture]:
-    """Record every run of a PyTorch model within the block.
-
-    Args:
-        model: whose attention blocks are watched.
-        fna_blocks: the blocks that are FNA, in order; their operators are recorded as well.
-    """
+def captured(model: nn.Module) -> Iterator[Capture]:
+    """Record every run of a PyTorch model within the context; of a patched one the FNA operators as well."""
     capture = Capture()
-    hooks = []
-    for block in find_attention_blocks(model):
-        hooks.append(block.layer.register_forward_hook(_recorder(capture, BlockPart(block.number, "output"))))
-    try:
-        if fna_blocks:
-            with _CallRecorder(capture, fna_blocks):
-                yield capture
-        else:
-            yield capture
-    finally:
-        for hook in hooks:
-            hook.remove()
 
+    def leaving(block: int, hidden: Tensor) -> None:
+        capture.arrays[BlockPart(block, "output")] = hidden.float().numpy()
 
-def _recorder(capture: Capture, part: BlockPart) -> Any:
-    def record(_module: nn.Module, _args: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(tensor, Tensor):
-            capture.arrays[part] = tensor.float().numpy()
+    def nystrom(call: NystromCall) -> None:
+        capture.calls.append(call)
+        capture.arrays[BlockPart(call.block, "fna")] = call.out.float().numpy()
 
-    return record
-
-
-class _CallRecorder(TorchDispatchMode):
-    """Sees every operator that PyTorch runs, and keeps the calls of ours."""
-
-    def __init__(self, capture: Capture, blocks: Sequence[int]) -> None:
-        super().__init__()
-        self.capture = capture
-        self.blocks = blocks
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.fna.attention.default, torch.ops.fna.attention_with_key_mask.default):
-            number = self.blocks[len(self.capture.calls) % len(self.blocks)]
-            mask, sink = None, False
-            if func is torch.ops.fna.attention_with_key_mask.default:
-                mask, sink = args[5], args[9]
-                args = (*args[:5], *args[6:9])
-            query, key, value, landmarks, bias, scale, iterations, exact_rows = args
-            self.capture.calls.append(
-                AttentionCall(
-                    query, key, value, landmarks, bias, scale, iterations, exact_rows, result, key_mask=mask, sink=sink
-                )
-            )
-            self.capture.arrays[BlockPart(number, "fna")] = result.float().numpy()
-        return result
+    with observed(model, leaving=leaving, nystrom=nystrom if is_patched(model) else None):
+        yield capture
 
 
 def find_block_parts(model: ModelProto, module: nn.Module) -> dict[BlockPart, str]:

@@ -275,19 +275,20 @@ class _Gauge:
         """Exact and FNA in PyTorch, comparing what leaves each block on the way."""
         model, plan = self.chain.model, self.chain.metadata.plan
         assert model is not None
-        numbers = [entry.block for entry in plan.blocks]
         with captured(model.module) as seen:
             exact = run_torch(model, pixels)
             before = dict(seen.arrays)
-        with patched(model, plan), captured(model.module, numbers) as seen:
+        with patched(model, plan), captured(model.module) as seen:
             fna = run_torch(model, pixels)
         for part, array in before.items():
             if part in seen.arrays and part.part == "output" and array.ndim == 3:
                 meter = self.blocks.setdefault(part, ErrorMeter(str(part), 0))
                 meter.add(array, seen.arrays[part])
         if seen.calls and len(self.landmarks) < MOST_PICTURES:
-            tokens = tuple(seen.calls[0].landmarks[0].tolist())
-            self.landmarks.append(ImageLandmarks(image=name, block=numbers[0], tokens=tokens))
+            first = seen.calls[0]
+            self.landmarks.append(
+                ImageLandmarks(image=name, block=first.block, tokens=tuple(first.landmarks[0].tolist()))
+            )
         return {EXACT: exact, FNA: fna}
 
     def _compare(self, step: str, reference: Arrays, actual: Arrays) -> None:

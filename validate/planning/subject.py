@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources.loading import LoadedModel, check_resolution
-from fna.observing import observed
+from fna.observing import AttentionCall, observed
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
 from fna.runtime import Arrays
@@ -123,11 +123,7 @@ class TorchSubject:
         prefix = detect_prefix_tokens(blocks[0].tower)
         shapes: list[torch.Size] = []
 
-        def note(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> Tensor:
-            shapes.append(query.shape)
-            return out
-
-        with torch.inference_mode(), observed(model.module, note):
+        with torch.inference_mode(), observed(model.module, lambda call: shapes.append(call.query.shape)):
             model.module(torch.zeros(1, 3, height, width))
         _, heads, tokens, size = shapes[0]
         patches = (height // model.patch_size, width // model.patch_size)
@@ -164,48 +160,40 @@ class TorchSubject:
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """See `Subject.look`."""
-        calls: dict[int, tuple[Tensor, Tensor, Tensor, float, Tensor]] = {}
+        calls: dict[int, AttentionCall] = {}
         errors: dict[int, Tensor] = {}
         hidden: dict[int, Tensor] = {}
         refused = self.layout.refused
 
-        def keep(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> Tensor:
-            if number in refused:
-                return out
-            calls[number] = (*(tensor.detach() for tensor in (query, key, value)), scale, out.detach())
-            errors[number] = torch.zeros_like(out, requires_grad=True)
-            return out + errors[number]
+        def keep(call: AttentionCall) -> Tensor | None:
+            if call.block in refused:
+                return None
+            calls[call.block] = call
+            errors[call.block] = torch.zeros_like(call.out, requires_grad=True)
+            return call.out + errors[call.block]
 
-        hooks = []
+        def entering(block: int, states: Tensor) -> None:
+            hidden[block] = states.detach()
+
         parameters = [parameter for parameter in self.model.module.parameters() if parameter.requires_grad]
         for parameter in parameters:
             parameter.requires_grad_(False)
         try:
-            with torch.enable_grad(), observed(self.model.module, keep) as blocks:
-                for block in blocks:
-                    hooks.append(
-                        block.layer.register_forward_pre_hook(_keep_hidden(hidden, block.number), with_kwargs=True)
-                    )
+            with torch.enable_grad(), observed(self.model.module, keep, entering=entering):
                 tokens = self._tokens(torch.from_numpy(pixels[None]))
                 patches = tokens[self.layout.prefix_among(len(tokens)) :]
                 directions = torch.nn.functional.normalize(patches, dim=-1)
                 gradients = _gradients(directions, errors, seed=0)
         finally:
-            for hook in hooks:
-                hook.remove()
             for parameter in parameters:
                 parameter.requires_grad_(True)
         with torch.inference_mode():
             for number in sorted(calls):
-                query, key, value, scale, out = calls[number]
-                gradient = gradients[number]
+                call, gradient = calls[number], gradients[number]
                 view = BlockView(
                     number,
-                    query,
-                    key,
-                    value,
-                    out,
-                    scale,
+                    *(tensor.detach() for tensor in (call.query, call.key, call.value, call.out)),
+                    call.scale,
                     hidden.get(number),
                     _root(gradient),
                     _coherence(gradient),
@@ -219,13 +207,6 @@ class TorchSubject:
 
     def _fidelity_output(self) -> str:
         return (*self.model.token_outputs, *self.model.output_names)[0]
-
-
-def _keep_hidden(hidden: dict[int, Tensor], number: int):  # type: ignore[no-untyped-def]
-    def hook(_layer, args, kwargs) -> None:  # type: ignore[no-untyped-def]
-        hidden[number] = (args[0] if args else kwargs["hidden_states"]).detach()
-
-    return hook
 
 
 def _gradients(directions: Tensor, errors: dict[int, Tensor], seed: int) -> dict[int, Tensor]:  # each [K, H, N, D]

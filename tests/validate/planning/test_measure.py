@@ -14,7 +14,7 @@ from fna.attention import apply_newton_schulz, fast_nystrom_attention
 from fna.composition import correct
 from fna.export.sources.loading import LoadedModel
 from fna.landmarks import landmark_bias, select_landmarks
-from fna.observing import observed
+from fna.observing import AttentionCall, observed
 from fna.plan import Correction
 from fna.validate.planning import subject as subjects
 from fna.validate.planning.measure import (
@@ -100,8 +100,8 @@ def test_a_small_error_costs_what_the_gradients_say(
         tokens = 1 if kind == "shared" else error.shape[2]
         error[:, 2] = torch.randn(1, tokens, error.shape[3]) * 0.02 * view.exact.std()
 
-        def inject(number: int, *_: Any, block: int = view.number, error: Tensor = error) -> Tensor:
-            return _[-1] + error if number == block else _[-1]
+        def inject(call: AttentionCall, block: int = view.number, error: Tensor = error) -> Tensor | None:
+            return call.out + error if call.block == block else None
 
         with observed(subject.model.module, inject):
             given = subject.tokens(subject.run(pictures[1], None))
