@@ -173,7 +173,7 @@ def _observed_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    number, observer, name = getattr(module, _OBSERVER, (None, None, "sdpa"))
+    number, observer, name = getattr(module, _OBSERVER, (-1, None, "sdpa"))
     out, _ = exact_attention_forward(
         name, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )

@@ -192,7 +192,10 @@ class TorchSubject:
                 call, gradient = calls[number], gradients[number]
                 view = BlockView(
                     number,
-                    *(tensor.detach() for tensor in (call.query, call.key, call.value, call.out)),
+                    call.query.detach(),
+                    call.key.detach(),
+                    call.value.detach(),
+                    call.out.detach(),
                     call.scale,
                     hidden.get(number),
                     _root(gradient),
