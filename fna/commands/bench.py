@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from fna.commands.options import (
-    METHODS,
-    SAMPLERS,
-    json_option,
-    make_console,
-    make_plan,
-    progress_bar,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
 
 if TYPE_CHECKING:
@@ -28,27 +21,24 @@ BACKENDS = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensor
 @click.command("bench", short_help="Time dense against FNA on this machine.")
 @click.argument("model", default="dinov2-small-saliency")
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
-@click.option("--layers", help="Blocks that become FNA: 6-11, or 0-2,6-11, all or none.  [default: the later half]")
-@click.option(
-    "--landmarks", "counts", type=click.IntRange(min=1), multiple=True, help="S; may be repeated.  [default: 64]"
-)
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="grid", show_default=True)
-@click.option("--method", type=click.Choice(METHODS), default="weighted", show_default=True)
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of the options above.")
-@click.option(
-    "--resolution", "resolutions", type=int, multiple=True, help="Side of the images; may be repeated.  [default: 518]"
+@options.plan_options(landmarks={"multiple": True, "default": (64,), "help": "S; may be repeated."})
+@options.resolution(
+    "resolutions",
+    type=int,
+    multiple=True,
+    help="Side of the images; may be repeated.  [default: the plan's, or the model's own]",
 )
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each model.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", show_default=True)
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write every number as CSV.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw time against tokens: .svg, .png or .pdf.")
-@json_option
-@quiet_option
+@options.batch_size()
+@options.precision(default="fp32", show_default=True)
+@click.option("--csv", "csv_file", type=options.PATH, help="Write every number as CSV.")
+@options.plot(help="Draw time against tokens: .svg, .png or .pdf.")
+@options.json_file()
+@options.quiet()
 def command(
     model: str,
     backend: str,
-    counts: tuple[int, ...],
+    plan: options.PlanChoice,
     resolutions: tuple[int, ...],
     runs: int,
     batch: int,
@@ -57,7 +47,6 @@ def command(
     plot: Path | None,
     json_file: Path | None,
     quiet: bool,
-    **plan_settings: Any,
 ) -> None:
     """Time MODEL dense against FNA, taking turns in one process; count operations and bytes beside.
 
@@ -66,7 +55,7 @@ def command(
     for path in (json_file, csv_file, plot):
         if path is not None:
             check_writable(path)
-    with progress_bar(quiet) as say:
+    with progress(quiet, bar=True) as say:
         say("importing PyTorch")
         from fna.export.sources.loading import load_model
         from fna.files import write_text
@@ -76,13 +65,11 @@ def command(
         if plot is not None:
             plot_kind(plot)
         loaded = load_model(model)
-        plans = [
-            make_plan(loaded.num_blocks, {**plan_settings, "landmarks": count})
-            for count in dict.fromkeys(counts or (64,))
-        ]
+        counts = dict.fromkeys(plan.settings["landmarks"])
+        plans = [plan.make(loaded.num_blocks, landmarks=count) for count in counts]
         result = bench(
             loaded,
-            plans if plan_settings["plan_file"] is None else plans[:1],
+            plans if plan.file is None else plans[:1],
             resolutions or _sides(plans[0]) or (loaded.native_resolution,),
             backend=backend,  # type: ignore[arg-type]
             runs=runs,
@@ -90,8 +77,7 @@ def command(
             precision=precision,  # type: ignore[arg-type]
             on_step=say,
         )
-        if json_file is not None:
-            write_text(json_file, result.model_dump_json(indent=2) + "\n")
+        write_json(json_file, result)
         if csv_file is not None:
             write_text(csv_file, dump_csv(result))
         if plot is not None:

@@ -7,41 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fna.commands.options import (
-    image_options,
-    json_option,
-    load_photographs,
-    make_console,
-    parse_resolution,
-    progress,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from fna.engines.bundle.format import BundleManifest
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-
 
 @click.command("bundle", short_help="Pack what a device needs to build, check and time its own engine.")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write, or an archive: NAME.tar.zst.")
-@click.option("--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
-@click.option(
-    "--batch",
-    default="1",
-    show_default=True,
-    help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual).",
-)
+@click.argument("file", type=options.PATH)
+@options.output(help="Folder to write, or an archive: NAME.tar.zst.")
+@options.target()
+@options.batch_range(default="1", show_default=True)
 @click.option(
     "--precision",
     "precisions",
     metavar="P[,P...]",
     help="Models to hold: fp32, fp16, bf16, the default first; build_engine.sh --precision chooses.  [default: the file's]",
 )
-@click.option("--keep-fp32", help="Blocks that stay fp32 in models that are cast, as in 0,11.")
-@click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@options.keep_fp32()
+@options.resolution()
 @click.option(
     "--record",
     type=click.IntRange(min=1),
@@ -49,22 +35,20 @@ PRECISIONS = ("fp32", "fp16", "bf16")
     show_default=True,
     help="Photographs to record inputs and outputs of.",
 )
-@click.option(
-    "--plugin",
+@options.plugin(
     "table",
-    type=click.Path(path_type=Path),
     help="Folder of make plugin's kernels and libraries.  [default: build/plugin]",
 )
 @click.option(
     "--triton-repository",
     "repository",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Write a Triton Inference Server model repository to this folder.",
 )
 @click.option("--verify", is_flag=True, help="Check FILE, a bundle, instead: every file and its SHA-256.")
-@image_options
-@json_option
-@quiet_option
+@options.images()
+@options.json_file()
+@options.quiet()
 def command(
     file: Path,
     output: Path | None,
@@ -72,7 +56,7 @@ def command(
     batch: str,
     precisions: str | None,
     keep_fp32: str | None,
-    resolution: str | None,
+    resolution: tuple[int, int] | None,
     record: int,
     table: Path | None,
     repository: Path | None,
@@ -93,13 +77,11 @@ def command(
         raise InvalidArgumentError("--output is needed to make a bundle, or --triton-repository to make only that")
     if output is not None and target is None:
         raise InvalidArgumentError("--target is needed to make a bundle, as in --target jetson-agx-orin")
-    size = parse_resolution(resolution)
     lines = []
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.engines.builder.options import parse_batch
         from fna.engines.serving.triton_repository import write_triton_repository
-        from fna.files import write_text
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
@@ -108,25 +90,24 @@ def command(
             from fna.export.passes.precision import parse_blocks
 
             device = find_target(target)
-            photographs, skipped = load_photographs(images)
-            options = BundleOptions(
+            photographs, skipped = options.load_photographs(images)
+            bundle_options = BundleOptions(
                 device,
                 photographs[:record],
                 range_,
                 _parse_precisions(precisions),
                 parse_blocks(keep_fp32),
-                size,
+                resolution,
                 table or DEFAULT_TABLE,
             )
-            manifest, notes = write_bundle(file, output, options, say)
+            manifest, notes = write_bundle(file, output, bundle_options, say)
             lines += [_describe(manifest, output), *notes]
             if skipped:
                 lines.append(f"skipped {len(skipped)} unreadable: {'; '.join(skipped)}")
-            if json_file is not None:
-                write_text(json_file, manifest.model_dump_json(indent=2) + "\n")
+            write_json(json_file, manifest)
         if repository is not None:
             say("writing the model repository")
-            written = write_triton_repository(file, repository, batch=range_, resolution=size)
+            written = write_triton_repository(file, repository, batch=range_, resolution=resolution)
             lines.append(f"{repository}: Triton models {', '.join(written.models)}")
             lines += [f"left out {reason}" for reason in written.left_out]
     for line in lines:
@@ -136,9 +117,9 @@ def command(
 def _parse_precisions(text: str | None) -> tuple[Any, ...]:
     chosen = tuple(part.strip() for part in text.split(",")) if text is not None else ()
     for precision in chosen:
-        if precision not in PRECISIONS:
+        if precision not in options.PRECISIONS:
             raise InvalidArgumentError(
-                f"--precision {precision!r} cannot be bundled; choose from {', '.join(PRECISIONS)}, as in fp16,fp32"
+                f"--precision {precision!r} cannot be bundled; choose from {', '.join(options.PRECISIONS)}, as in fp16,fp32"
             )
     return chosen
 
@@ -147,11 +128,9 @@ def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
     with progress(quiet) as say:
         say(f"checking {file.name}")
         from fna.engines.bundle.format import open_bundle
-        from fna.files import write_text
 
         with open_bundle(file) as bundle:
-            if json_file is not None:
-                write_text(json_file, bundle.manifest.model_dump_json(indent=2) + "\n")
+            write_json(json_file, bundle.manifest)
     make_console(quiet).print(_describe(bundle.manifest, file) + f"\nwhole; digest {bundle.digest}")
 
 

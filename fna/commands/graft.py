@@ -3,62 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from fna.commands.options import (
-    METHODS,
-    SAMPLERS,
-    json_option,
-    make_console,
-    parse_resolution,
-    progress,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.errors import CheckFailedError
 from fna.files import check_writable
 
 
 @click.command("graft", short_help="Replace the self-attention in an ONNX file by FNA.")
-@click.argument("onnx_file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The ONNX file to write.")
-@click.option(
-    "--layers",
-    help="Blocks of the table that become FNA: 6-11, or 0-2,6-11, all, or auto (see fna plan).  [default: all that can]",
+@click.argument("onnx_file", type=options.PATH)
+@options.output(help="The ONNX file to write.")
+@options.plan_options(
+    without=("resample",),
+    layers={
+        "help": "Blocks of the table that become FNA: 6-11, or 0-2,6-11, all, or auto (see fna plan).  [default: all that can]"
+    },
 )
-@click.option("--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks S per block.")
-@click.option(
-    "--sampler", type=click.Choice(SAMPLERS), default="grid", show_default=True, help="How landmarks are chosen."
-)
-@click.option("--method", type=click.Choice(METHODS), default="weighted", show_default=True)
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of the options above.")
-@click.option("--prefix-tokens", type=click.IntRange(min=0), help="Class and register tokens.  [default: detected]")
-@click.option("--seed", type=int, default=0, show_default=True, help="For the random sampler.")
-@click.option("--resolution", help="Change the input size: 518, or HEIGHTxWIDTH, where the file's graph allows it.")
-@click.option(
-    "--input-shape",
-    "input_shapes",
-    multiple=True,
-    help="NAME=1x3x224x224: a size that an open input takes (repeatable).",
-)
+@options.resolution(help="Change the input size: 518, or HEIGHTxWIDTH, where the file's graph allows it.")
+@options.input_shapes()
 @click.option("--check/--no-check", default=True, show_default=True, help="Prove every block in onnxruntime.")
 @click.option("--strict", is_flag=True, help="Fail, and write nothing, if any attention is refused.")
 @click.option("--dry-run", is_flag=True, help="Print the table and write nothing.")
-@json_option
-@quiet_option
+@options.json_file()
+@options.quiet()
 def command(
     onnx_file: Path,
     output: Path | None,
-    layers: str | None,
-    plan_file: Path | None,
-    resolution: str | None,
-    input_shapes: tuple[str, ...],
+    plan: options.PlanChoice,
+    resolution: tuple[int, int] | None,
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    check: bool,
     dry_run: bool,
     strict: bool,
     json_file: Path | None,
     quiet: bool,
-    **settings: Any,
 ) -> None:
     """Find every attention block in ONNX_FILE, replace what is plain self-attention by FNA, and refuse the rest by name.
 
@@ -66,44 +46,34 @@ def command(
     """
     if output is None and not dry_run:
         raise click.UsageError("give -o OUT.onnx, or --dry-run to see the table only")
-    size = parse_resolution(resolution)
     if output is not None and not dry_run:
         check_writable(output)
     with progress(quiet) as say:
         say("starting")
-        from fna.commands.inspect import parse_input_shapes, print_table
+        from fna.commands.inspect import print_table
         from fna.export.surgery.graft import GraftOptions, graft
-        from fna.files import write_text
-        from fna.plan import load_plan
 
-        plan = None if plan_file is None else load_plan(plan_file)
-        if plan is None and layers == "auto":
+        whole_plan = plan.load()
+        if plan.is_automatic:
             from fna.commands.plan import plan_automatically
 
-            plan = plan_automatically(str(onnx_file), size, say)
-        if plan is not None and size is None:
-            size = plan.resolution
-        options = GraftOptions(
-            layers=layers or "all",
-            plan=plan,
-            resolution=size,
+            whole_plan = plan_automatically(str(onnx_file), resolution, say)
+        if whole_plan is not None and resolution is None:
+            resolution = whole_plan.resolution
+        graft_options = GraftOptions(
+            **{**plan.settings, "layers": plan.settings["layers"] or "all"},
+            plan=whole_plan,
+            resolution=resolution,
             strict=strict and not dry_run,
-            input_shapes=parse_input_shapes(input_shapes),
-            **settings,
+            check=check,
+            input_shapes=dict(input_shapes),
         )
-        result = graft(onnx_file, None if dry_run else output, options, say)
+        result = graft(onnx_file, None if dry_run else output, graft_options, say)
     console = make_console(quiet)
     print_table(console, onnx_file.name, result.rows)
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
-    if json_file is not None:
-        import json
-
-        text = json.dumps(result.as_dict(), indent=2) + "\n"
-        if str(json_file) == "-":
-            click.echo(text, nl=False)
-        else:
-            write_text(json_file, text)
+    write_json(json_file, result.as_dict())
     if dry_run:
         if strict and result.refused:
             raise CheckFailedError(f"{result.refused} attention blocks would be refused (--strict)")

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fna.commands.options import (
-    image_options,
-    json_option,
-    load_photographs,
-    make_console,
-    parse_resolution,
-    progress,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.errors import InputFileError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fna.engines.manifest import Manifest
     from fna.export.surgery.recognise.rows import Row
     from fna.validate.token_report import FoundToken, TokenReport
 
@@ -33,37 +26,28 @@ MOST_PLACES = 3
 
 @click.command("inspect", short_help="Show what attention is in an ONNX file, or what an engine is.")
 @click.argument("file", metavar="FILE|MODEL")
-@click.option(
-    "--input-shape",
-    "input_shapes",
-    multiple=True,
-    help="NAME=1x3x224x224: a size that an open input takes (repeatable).",
-)
+@options.input_shapes()
 @click.option("--tokens", is_flag=True, help="Find massive and artifact tokens of a PyTorch MODEL on photographs.")
-@image_options
-@click.option("--resolution", help="With --tokens, image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
-@click.option(
-    "--output", "folder", type=click.Path(path_type=Path), help="With --tokens, folder for a picture of each."
-)
-@json_option
-@quiet_option
+@options.images()
+@options.resolution(help="With --tokens, image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
+@options.output("folder", help="With --tokens, folder for a picture of each.")
+@options.json_file()
+@options.quiet()
 def command(
     file: str,
-    input_shapes: tuple[str, ...],
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
     tokens: bool,
     images: Path | None,
-    resolution: str | None,
+    resolution: tuple[int, int] | None,
     folder: Path | None,
     json_file: Path | None,
     quiet: bool,
 ) -> None:
-    """Print the attention blocks of an ONNX FILE, with what graft would say of each, or the manifest of an engine.
+    """Print the attention blocks of an ONNX FILE, with what graft would say of each, or what an engine is: its manifest, in words.
 
     With --tokens: which tokens of a PyTorch MODEL (as for fna export) are massive or artifacts, block by block, and the lines of a
     plan (masks, landmarks_include, landmarks_exclude) that fit them.
     """
-    from fna.files import write_text
-
     console = make_console(quiet)
     path = Path(file)
     if tokens:
@@ -73,20 +57,18 @@ def command(
     elif images is not None or resolution is not None or folder is not None:
         raise InvalidArgumentError("--images, --resolution and --output belong to --tokens; add it, or leave them out")
     elif path.suffix == ".engine":
-        answer = _engine_manifest(path)
-        console.print_json(data=answer)
+        from fna.engines.manifest import read_manifest
+
+        manifest = read_manifest(path)
+        print_engine(console, path, manifest)
+        answer = manifest.model_dump(mode="json")
     else:
         from fna.export.surgery.graft import inspect_file
 
-        rows = inspect_file(path, parse_input_shapes(input_shapes))
+        rows = inspect_file(path, dict(input_shapes))
         print_table(console, path.name, rows)
         answer = {"file": path.name, "blocks": [row.as_dict() for row in rows]}
-    if json_file is not None:
-        text = json.dumps(answer, indent=2) + "\n"
-        if str(json_file) == "-":
-            click.echo(text, nl=False)
-        else:
-            write_text(json_file, text)
+    write_json(json_file, answer)
 
 
 def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
@@ -109,6 +91,57 @@ def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
         cells = [str(row.block), row.node, row.family, _text(row.heads), _text(row.head_size), tokens, scale]
         table.add_row(*(Text(cell) for cell in [*cells, row.decision.value, row.reason]))
     console.print(table)
+
+
+def print_engine(console: Console, file: Path, manifest: Manifest) -> None:
+    """Print what an engine is: versions, devices, types, shapes, and what became of its FNA nodes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fna.engines.flavours import FLAVOURS
+
+    title = f"{FLAVOURS[manifest.backend].title} {manifest.backend_version}"
+    kept = [
+        title if not manifest.version_compatible else f"{title} and later of the same major version",
+        "every chip from Ampere on" if manifest.hardware_compatible else "the chips named",
+    ]
+    capabilities = ", ".join(f"{capability / 10:.1f}" for capability in manifest.compute_capabilities)
+    plan = manifest.plan
+    numbers = ", ".join(str(block.block) for block in plan.blocks) or "none"
+    settings = sorted({f"S={block.landmarks} {block.sampler}" for block in plan.blocks})
+    facts = {
+        "file": f"{file}, {manifest.engine_bytes / 1e6:.1f} MB",
+        "built by": f"{title} in {manifest.seconds:.1f} s" + (f" on {manifest.device}" if manifest.device else ""),
+        "built from": f"{manifest.onnx_name}, {manifest.lowering} lowering",
+        "targets": f"{', '.join(manifest.targets)} (compute capability {capabilities})",
+        "runs on": ", ".join(kept),
+        "precision": f"{manifest.precision}, TF32 {'on' if manifest.tf32 else 'off'}",
+        "FNA blocks": ", ".join([f"{numbers} of {plan.num_blocks}", *settings, plan.method]),
+        "plugin": f"{manifest.plugin_name}, SHA-256 {manifest.plugin_sha256}"
+        if manifest.plugin_name
+        else "none needed",
+        "debug tensors": manifest.debug_tensors or "none",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact))
+    for number, shapes in enumerate((manifest.profiles, *manifest.more_profiles)):
+        for name, range_ in shapes.items():
+            smallest, usual, largest = (
+                "x".join(map(str, shape)) for shape in (range_.smallest, range_.usual, range_.largest)
+            )
+            table.add_row(f"profile {number}", Text(f"{name} {smallest} to {largest}, tuned for {usual}"))
+    console.print(table)
+    if not manifest.layers:
+        console.print("no FNA layers")
+        return
+    layers = Table(title=f"FNA layers ({manifest.inspection})", title_justify="left")
+    for name in ("node", "operator", "computed by", "asked for", "runs in"):
+        layers.add_column(name, overflow="fold")
+    for layer in manifest.layers:
+        by = f"plugin version {layer.plugin_version}" if layer.implementation == "plugin" else "standard operators"
+        layers.add_row(*map(Text, (layer.name, layer.op_type, by, layer.requested, layer.precision or "not known")))
+    console.print(layers)
 
 
 def print_tokens(console: Console, report: TokenReport) -> None:
@@ -166,18 +199,19 @@ def _place(token: FoundToken) -> str:
     return f"{token.token} {at} ({token.value:.3g})"
 
 
-def _survey(name: str, images: Path | None, resolution: str | None, folder: Path | None, quiet: bool) -> TokenReport:
+def _survey(
+    name: str, images: Path | None, size: tuple[int, int] | None, folder: Path | None, quiet: bool
+) -> TokenReport:
     if Path(name).suffix in (".onnx", ".engine"):
         raise InvalidArgumentError(
             f"--tokens looks into a PyTorch model as it runs, but {name} is a file; name the model that it was made from"
         )
-    size = parse_resolution(resolution)
     if folder is not None:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise InputFileError(f"output folder {folder} cannot be made: {error.strerror}") from None
-    photographs, skipped = load_photographs(images)
+    photographs, skipped = options.load_photographs(images)
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.export.sources.loading import load_model
@@ -195,33 +229,5 @@ def _survey(name: str, images: Path | None, resolution: str | None, folder: Path
         )
 
 
-def parse_input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Parse `NAME=1x3x224x224`.
-
-    Raises:
-        InvalidArgumentError: for other text.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        match = re.fullmatch(r"(.+)=(\d{1,6}(?:x\d{1,6})*)", text.strip())
-        if match is None or "0" in match[2].split("x"):
-            raise InvalidArgumentError(f"input shape {text!r} cannot be read; write NAME=1x3x224x224")
-        shapes[match[1]] = tuple(int(size) for size in match[2].split("x"))
-    return shapes
-
-
 def _text(value: int | None) -> str:
     return "" if value is None else str(value)
-
-
-def _engine_manifest(file: Path) -> dict[str, Any]:
-    manifest = file.with_name(file.name + ".json")
-    if not file.is_file():
-        raise InputFileError(f"{file} does not exist; give an ONNX file or an engine")
-    try:
-        answer: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputFileError(
-            f"the engine's manifest {manifest} cannot be read: {error}; keep it beside the engine"
-        ) from None
-    return answer

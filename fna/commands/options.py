@@ -1,12 +1,18 @@
-"""Options that several commands share, and how their text becomes values."""
+"""Options that commands share, each declared once with its flag, type, default and help, and how their text becomes values.
+
+An option is a function that makes click's decorator. A command names the options that it takes, and says only what is different there:
+`@options.resolution()`, or `@options.resolution(multiple=True)`.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,116 +20,235 @@ from fna.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console
 
+    from fna.export.variants import Variant
     from fna.plan import Plan
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 SAMPLERS = ("grid", "lattice", "norm-grid", "fps", "random")
 METHODS = ("weighted", "published")
+PRECISIONS = ("fp32", "fp16", "bf16")
+PATH: Any = click.Path(path_type=Path)
+
+Option = Callable[..., Callable[[Any], Any]]
 
 
-def plan_options(function: Function) -> Function:
-    """Add the options that say which blocks become FNA, and how."""
-    for decorate in reversed(
-        (
-            click.option(
-                "--layers",
-                help="Blocks that become FNA: 6-11, or 0-2,6-11, all, none, or auto (see fna plan).  [default: the later half]",
-            ),
-            click.option(
-                "--landmarks", type=click.IntRange(min=1), default=64, show_default=True, help="Landmarks S per block."
-            ),
-            click.option(
-                "--sampler",
-                type=click.Choice(SAMPLERS),
-                default="grid",
-                show_default=True,
-                help="How landmarks are chosen.",
-            ),
-            click.option(
-                "--method",
-                type=click.Choice(METHODS),
-                default="weighted",
-                show_default=True,
-                help="weighted: landmark weights and exact rows; published: the paper's.",
-            ),
-            click.option(
-                "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of the options above."
-            ),
-        )
-    ):
-        function = decorate(function)
-    return function
+class Resolution(click.ParamType):
+    """`518` or `HEIGHTxWIDTH`, as (height, width) in pixels."""
+
+    name = "size"
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Any:
+        """Parse the text.
+
+        Raises:
+            InvalidArgumentError: for other text.
+        """
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value).strip())
+        if match is None:
+            raise InvalidArgumentError(f"resolution {value!r} cannot be read; write 518 or 518x784 (height x width)")
+        return int(match[1]), int(match[2] or match[1])
 
 
-def precision_options(function: Function) -> Function:
-    """Add the options that cast a file: precision, int8, and blocks that stay fp32."""
-    for decorate in reversed(
-        (
-            click.option(
-                "--precision",
-                type=click.Choice(("fp32", "fp16", "bf16")),
-                help="Cast weights and activations; inputs, outputs, norms and softmax stay fp32.  [default: the file's]",
-            ),
-            click.option("--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."),
-            click.option("--keep-fp32", help="Blocks that stay fp32, as in 0,11."),
-        )
-    ):
-        function = decorate(function)
-    return function
+class InputShape(click.ParamType):
+    """`NAME=1x3x224x224`, as (name, shape)."""
+
+    name = "shape"
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Any:
+        """Parse the text.
+
+        Raises:
+            InvalidArgumentError: for other text.
+        """
+        match = re.fullmatch(r"(.+)=(\d{1,6}(?:x\d{1,6})*)", str(value).strip())
+        if match is None or "0" in match[2].split("x"):
+            raise InvalidArgumentError(f"input shape {value!r} cannot be read; write NAME=1x3x224x224")
+        return match[1], tuple(int(size) for size in match[2].split("x"))
 
 
-def image_options(function: Function) -> Function:
-    """Add the option that says which photographs are used."""
-    return click.option(
-        "--images",
-        type=click.Path(path_type=Path),
-        help="Folder of photographs.  [default: five that scikit-image and scikit-learn carry]",
-    )(function)
+resolution: Option = partial(
+    click.option,
+    "--resolution",
+    type=Resolution(),
+    help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.",
+)
+input_shapes: Option = partial(
+    click.option,
+    "--input-shape",
+    "input_shapes",
+    type=InputShape(),
+    multiple=True,
+    help="NAME=1x3x224x224: a size that an open input takes (repeatable).",
+)
+output: Option = partial(click.option, "-o", "--output", type=PATH)
+images: Option = partial(
+    click.option,
+    "--images",
+    type=PATH,
+    help="Folder of photographs.  [default: five that scikit-image and scikit-learn carry]",
+)
+batch_range: Option = partial(
+    click.option, "--batch", help="Batch sizes: 1, 1:4 (smallest:largest), 1:4:8 (with the usual)."
+)
+batch_size: Option = partial(click.option, "--batch", type=click.IntRange(min=1), default=1, show_default=True)
+precision: Option = partial(click.option, "--precision", type=click.Choice(PRECISIONS))
+keep_fp32: Option = partial(
+    click.option, "--keep-fp32", help="Blocks that stay fp32 in models that are cast, as in 0,11."
+)
+target: Option = partial(click.option, "--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
+plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")
+plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of make plugin]")
+json_file: Option = partial(
+    click.option, "--json", "json_file", type=PATH, help="Write every number as JSON to this file; - prints it."
+)
+quiet: Option = partial(click.option, "--quiet", is_flag=True, help="Print nothing but errors.")
+
+# By the name of what they set: an argument of `uniform_plan`, or a field of `Plan`.
+PLAN: Mapping[str, Option] = {
+    "layers": partial(
+        click.option,
+        "--layers",
+        help="Blocks that become FNA: 6-11, or 0-2,6-11, all, none, or auto (see fna plan).  [default: the later half]",
+    ),
+    "landmarks": partial(
+        click.option,
+        "--landmarks",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Landmarks S per block.",
+    ),
+    "sampler": partial(
+        click.option,
+        "--sampler",
+        type=click.Choice(SAMPLERS),
+        default="grid",
+        show_default=True,
+        help="How landmarks are chosen.",
+    ),
+    "method": partial(
+        click.option,
+        "--method",
+        type=click.Choice(METHODS),
+        default="weighted",
+        show_default=True,
+        help="weighted: landmark weights and exact rows; published: the paper's.",
+    ),
+    "resample": partial(click.option, "--resample", is_flag=True, help="Choose landmarks anew in every block."),
+    "prefix_tokens": partial(
+        click.option,
+        "--prefix-tokens",
+        type=click.IntRange(min=0),
+        help="Class and register tokens.  [default: detected]",
+    ),
+    "seed": partial(click.option, "--seed", type=int, default=0, show_default=True, help="For the random sampler."),
+}
+_PLAN_FILE: Option = partial(
+    click.option, "--plan", "file", type=PATH, help="A plan file instead of the options above."
+)
 
 
-json_option = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every number as JSON.")
-quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@dataclass(frozen=True)
+class PlanChoice:
+    """What the plan options say: a file, or one setting for all chosen blocks."""
+
+    settings: Mapping[str, Any]
+    file: Path | None
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether blocks and landmarks are to be searched for (`--layers auto`)."""
+        return self.file is None and self.settings["layers"] == "auto"
+
+    def load(self) -> Plan | None:
+        """Return the plan of the file; None without one.
+
+        Raises:
+            InputFileError, InvalidPlanError: naming what is wrong with it.
+        """
+        from fna.plan import load_plan
+
+        return None if self.file is None else load_plan(self.file)
+
+    def make(self, num_blocks: int, **changes: Any) -> Plan:
+        """Return the plan of the file, or the uniform plan of the other options.
+
+        Raises:
+            InputFileError, InvalidPlanError: naming what was wrong.
+            InvalidArgumentError: for `--layers auto`.
+        """
+        from fna.plan import uniform_plan
+
+        if self.is_automatic:
+            raise InvalidArgumentError(
+                "--layers auto plans for one resolution, which this command does not: make a plan with fna plan and give it as --plan"
+            )
+        return self.load() or uniform_plan(num_blocks, **{**self.settings, **changes})
 
 
-def make_plan(num_blocks: int, options: dict[str, Any], **settings: Any) -> Plan:
-    """Return the plan of `--plan`, or the uniform plan of the other options.
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """What the precision options say."""
 
-    Raises:
-        InputFileError, InvalidPlanError: naming what was wrong.
+    precision: str | None
+    int8: bool
+    keep_fp32: str | None
+
+    def variant(self) -> Variant:
+        """Return what to make of an fp32 file.
+
+        Raises:
+            InvalidArgumentError: if the blocks cannot be read.
+        """
+        from fna.export.passes.precision import parse_blocks
+        from fna.export.variants import Variant
+
+        return Variant(self.precision or "fp32", self.int8, parse_blocks(self.keep_fp32))  # type: ignore[arg-type]
+
+
+def plan_options(*, without: Sequence[str] = (), **changes: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Add the options that say which blocks become FNA, and how; the command gets them as `plan`, a `PlanChoice`.
+
+    Args:
+        without: names in `PLAN` that the command does not take.
+        changes: what the command says differently of an option, by its name in `PLAN`.
     """
-    from fna.plan import load_plan, uniform_plan
+    members = {name: make(**changes.get(name, {})) for name, make in PLAN.items() if name not in without}
 
-    if options["plan_file"] is not None:
-        return load_plan(options["plan_file"])
-    if options["layers"] == "auto":
-        raise InvalidArgumentError(
-            "--layers auto plans for one resolution, which this command does not: make a plan with fna plan and give it as --plan"
-        )
-    return uniform_plan(
-        num_blocks,
-        layers=options["layers"],
-        landmarks=options["landmarks"],
-        sampler=options["sampler"],
-        method=options["method"],
-        **settings,
-    )
+    def gather(values: dict[str, Any]) -> PlanChoice:
+        return PlanChoice({name: values[name] for name in members}, values["file"])
+
+    return _gathered("plan", {**members, "file": _PLAN_FILE()}, gather)
 
 
-def parse_resolution(text: str | None) -> tuple[int, int] | None:
-    """Parse `518` or `HEIGHTxWIDTH` to pixels; None stays None.
+def precision_options(function: Any) -> Any:
+    """Add the options that cast a file; the command gets them as `precision`, a `PrecisionChoice`."""
+    members = {
+        "precision": precision(
+            help="Cast weights and activations; inputs, outputs, norms and softmax stay fp32.  [default: the file's]"
+        ),
+        "int8": click.option("--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."),
+        "keep_fp32": keep_fp32(),
+    }
+    return _gathered("precision", members, lambda values: PrecisionChoice(**values))(function)
 
-    Raises:
-        InvalidArgumentError: for other text.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip())
-    if match is None:
-        raise InvalidArgumentError(f"resolution {text!r} cannot be read; write 518 or 518x784 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
+
+def _gathered(
+    name: str, members: dict[str, Callable[[Any], Any]], gather: Callable[[dict[str, Any]], Any]
+) -> Callable[[Any], Any]:
+    """Add options to a command, which gets them as one argument."""
+
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def command(**values: Any) -> Any:
+            own = {member: values.pop(member) for member in members}
+            return function(**values, **{name: gather(own)})
+
+        for add in reversed(members.values()):
+            command = add(command)
+        return command
+
+    return decorate
 
 
 def load_photographs(folder: Path | None) -> tuple[list[tuple[str, Image]], list[str]]:
@@ -131,49 +256,3 @@ def load_photographs(folder: Path | None) -> tuple[list[tuple[str, Image]], list
     from fna.export.preprocessing import bundled_photographs, load_images
 
     return (bundled_photographs(), []) if folder is None else load_images(folder)
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, and for how long, on stderr while the block runs; yields the function that says what."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
-        task = bars.add_task("starting", total=None)
-
-        def say(text: str) -> None:
-            bars.update(task, description=text)
-
-        yield say
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[..., None]]:
-    """As `progress`, with a bar: the function that it yields takes what is being done, how much of it is done, and of how much."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
-        task = bars.add_task("starting", total=None)
-
-        def say(text: str, done: int = 0, total: int | None = None) -> None:
-            bars.update(task, description=text, completed=done, total=total)
-
-        yield say
-
-
-def make_console(quiet: bool) -> Console:
-    """Return the console for results, on stdout."""
-    from rich.console import Console
-
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(quiet=quiet, highlight=False, soft_wrap=True, width=160)
-    return console

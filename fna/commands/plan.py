@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fna.commands.options import (
-    SAMPLERS,
-    json_option,
-    make_console,
-    parse_resolution,
-    progress,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
 
 if TYPE_CHECKING:
@@ -34,15 +28,13 @@ USUAL_COSINE = 0.99
 
 @click.command("plan", short_help="Choose blocks, heads and landmarks for a fidelity and a device.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The plan file to write.")
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
+@options.output(required=True, help="The plan file to write.")
+@options.images(
     help="Folder of photographs; a quarter is held out to verify on.  [default: eight that scikit-image and matplotlib carry]",
 )
 @click.option(
     "--verify-images",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Folder of other photographs to verify on.  [default: a quarter of --images, or five other bundled ones]",
 )
 @click.option(
@@ -58,18 +50,14 @@ USUAL_COSINE = 0.99
     metavar="TASK:MEASURE=MINIMUM",
     help="A number of fna validate --task to keep, such as saliency:IoU=0.97 or segmentation:mIoU=0.9; repeat for several.",
 )
-@click.option("--target", help="Device whose predicted time is made small.  [default: products are made few]")
-@click.option(
-    "--precision", type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target."
-)
-@click.option(
-    "--measured", type=click.Path(path_type=Path), help="JSON of fna bench that the prediction is calibrated by."
-)
-@click.option("--resolution", help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
+@options.target(help="Device whose predicted time is made small.  [default: products are made few]")
+@options.precision(type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target.")
+@click.option("--measured", type=options.PATH, help="JSON of fna bench that the prediction is calibrated by.")
+@options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
-    default=",".join(SAMPLERS),
-    help=f"Which to try.  [default: all: {', '.join(SAMPLERS)}]",
+    default=",".join(options.SAMPLERS),
+    help=f"Which to try.  [default: all: {', '.join(options.SAMPLERS)}]",
 )
 @click.option("--own-landmarks", is_flag=True, help="Leave out landmarks that blocks share: each chooses its own.")
 @click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
@@ -77,14 +65,10 @@ USUAL_COSINE = 0.99
 @click.option(
     "--compare", is_flag=True, help="Run settings alike in all blocks on the images held out, to compare with."
 )
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Folder of finished steps.  [default: the user's cache folder]"
-)
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="The picture of the front.  [default: beside the plan, .png]"
-)
-@json_option
-@quiet_option
+@click.option("--cache", type=options.PATH, help="Folder of finished steps.  [default: the user's cache folder]")
+@options.plot(help="The picture of the front.  [default: beside the plan, .png]")
+@options.json_file()
+@options.quiet()
 def command(
     model: str,
     output: Path,
@@ -93,7 +77,7 @@ def command(
     target: str | None,
     precision: str,
     measured: Path | None,
-    resolution: str | None,
+    resolution: tuple[int, int] | None,
     compare: bool,
     cache: Path | None,
     plot: Path | None,
@@ -109,7 +93,6 @@ def command(
     picture = plot or output.with_suffix(".png")
     for path in (output, picture):
         check_writable(path)
-    size = parse_resolution(resolution)
     wish = make_wish(**wishes)
     with progress(quiet) as say:
         say("importing PyTorch")
@@ -121,7 +104,7 @@ def command(
         from fna.validate.planning.planner import make_best_plan, run_uniform_settings
         from fna.validate.planning.report import as_json, draw_front
 
-        subject = open_subject(model, size, say)
+        subject = open_subject(model, resolution, say)
         cost = _cost_model(subject, target, precision, measured)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
         names["notes"] += _describe_calibration(cost)
@@ -136,8 +119,7 @@ def command(
         layout = subject.layout
         title = f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks"
         draw_front(planned, cost.unit, picture, title=title, wish=wish)
-        if json_file is not None:
-            write_text(json_file, json.dumps(as_json(planned, cost.unit), indent=1) + "\n")
+        write_json(json_file, as_json(planned, cost.unit))
     _print(planned, cost, subject, names, output, picture, wish, quiet)
     point = planned.point.measured
     if not planned.reached and point is not None:
@@ -155,7 +137,7 @@ def plan_automatically(
     from fna.validate.planning.planner import make_best_plan
 
     subject = subject or open_subject(model, size, say)
-    wish = make_wish(None, None, (), ",".join(SAMPLERS), False, False, False)
+    wish = make_wish(None, None, (), ",".join(options.SAMPLERS), False, False, False)
     _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
     plan: Plan = make_best_plan(planner).plan
     return plan
@@ -174,9 +156,9 @@ def make_wish(
     from fna.errors import InvalidArgumentError
 
     names = tuple(name.strip() for name in samplers.split(","))
-    unknown = [name for name in names if name not in SAMPLERS]
+    unknown = [name for name in names if name not in options.SAMPLERS]
     if unknown:
-        raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(SAMPLERS)}")
+        raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(options.SAMPLERS)}")
     from fna.validate.planning.goals import parse_goal
     from fna.validate.planning.measure import Range
     from fna.validate.planning.planner import Wish

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from pathlib import Path
@@ -10,36 +9,29 @@ from typing import Any
 
 import click
 
-from fna.commands.options import (
-    image_options,
-    json_option,
-    load_photographs,
-    make_console,
-    parse_resolution,
-    progress,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
 
 
 @click.command("run", short_help="Run an engine or an ONNX file on images.")
-@click.argument("file", type=click.Path(path_type=Path))
-@image_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write all outputs to this .npz file.")
-@click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@click.argument("file", type=options.PATH)
+@options.images()
+@options.output(help="Write all outputs to this .npz file.")
+@options.resolution()
 @click.option(
     "--provider", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="For .onnx files."
 )
-@click.option("--plugin", type=click.Path(path_type=Path), help="libfna_plugin.so.  [default: that of make plugin]")
+@options.plugin()
 @click.option("--bench", "runs", type=click.IntRange(min=1), is_flag=False, flag_value=100, help="Time RUNS batches.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in a timed batch.")
-@json_option
-@quiet_option
+@options.batch_size(help="Images in a timed batch.")
+@options.json_file()
+@options.quiet()
 def command(
     file: Path,
     images: Path | None,
     output: Path | None,
-    resolution: str | None,
+    resolution: tuple[int, int] | None,
     provider: Any,
     plugin: Path | None,
     runs: int | None,
@@ -51,7 +43,6 @@ def command(
 
     An engine needs a GPU it was built for; without one the exit code is 3, and the ONNX file it came from runs anywhere.
     """
-    size = parse_resolution(resolution)
     for path in (output, json_file):
         if path is not None:
             check_writable(path)
@@ -60,10 +51,10 @@ def command(
         import numpy as np
 
         from fna.engines.run.model import open_model
-        from fna.files import write_text, written_whole
+        from fna.files import written_whole
 
-        name, shape, preprocessing = _describe(file, size)
-        photographs, skipped = load_photographs(images)
+        name, shape, preprocessing = _describe(file, resolution)
+        photographs, skipped = options.load_photographs(images)
         pixels = [preprocessing.apply(photograph, *shape)[None] for _, photograph in photographs]
         rows: list[Any] = []
         latency = None
@@ -82,8 +73,7 @@ def command(
             arrays: dict[str, Any] = {key: np.concatenate([row[2][key] for row in rows]) for key in rows[0][2]}
             with written_whole(output) as temporary, temporary.open("wb") as stream:
                 np.savez_compressed(stream, images=np.array([row[0] for row in rows]), **arrays)
-        if json_file is not None:
-            write_text(json_file, _as_json(file, rows, latency) + "\n")
+        write_json(json_file, _as_dict(file, rows, latency))
     if latency is not None:
         _print_latency(file, latency, quiet)
         return
@@ -123,7 +113,7 @@ def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int,
     )
 
 
-def _as_json(file: Path, rows: list[Any], latency: Any) -> str:
+def _as_dict(file: Path, rows: list[Any], latency: Any) -> dict[str, Any]:
     document: dict[str, Any] = {"file": str(file)}
     if latency is not None:
         document["latency"] = latency.model_dump()
@@ -131,7 +121,7 @@ def _as_json(file: Path, rows: list[Any], latency: Any) -> str:
         {"image": title, "ms": round(ms, 3), "outputs": {key: list(array.shape) for key, array in outputs.items()}}
         for title, ms, outputs in rows
     ]
-    return json.dumps(document, indent=2)
+    return document
 
 
 def _print_latency(file: Path, latency: Any, quiet: bool) -> None:

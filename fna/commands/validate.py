@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fna.commands.options import (
-    image_options,
-    json_option,
-    make_console,
-    parse_resolution,
-    progress_bar,
-    quiet_option,
-)
+from fna.commands import options
+from fna.commands.console import make_console, progress, write_json
 from fna.errors import CheckFailedError, InputFileError
 from fna.files import check_writable
 
@@ -23,14 +17,10 @@ if TYPE_CHECKING:
 
 
 @click.command("validate", short_help="Measure how far a file is from PyTorch, step by step.")
-@click.argument("file", type=click.Path(path_type=Path))
-@image_options
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder for the JSON and the picture.  [default: FILE-validation]"
-)
-@click.option(
-    "--original", type=click.Path(path_type=Path), help="What a grafted FILE was made from, where it is not beside it."
-)
+@click.argument("file", type=options.PATH)
+@options.images()
+@options.output(help="Folder for the JSON and the picture.  [default: FILE-validation]")
+@click.option("--original", type=options.PATH, help="What a grafted FILE was made from, where it is not beside it.")
 @click.option(
     "--tolerance",
     "tolerances",
@@ -38,7 +28,7 @@ if TYPE_CHECKING:
     metavar="STEP=NUMBER",
     help="Largest relative L2 error of a step: approximation, export, precision or engine (repeatable).",
 )
-@click.option("--resolution", help="Image size for files that leave it open: 518, or HEIGHTxWIDTH.")
+@options.resolution()
 @click.option("--bisect", "with_bisect", is_flag=True, help="Measure every block, and name the one to blame.")
 @click.option("--task", "with_task", is_flag=True, help="Measure retrieval, classification, segmentation and saliency.")
 @click.option(
@@ -46,16 +36,16 @@ if TYPE_CHECKING:
     metavar="FILE|quick",
     help="Show times: of a JSON file of fna bench, or measured now in PyTorch, a few runs each.",
 )
-@click.option("--report", type=click.Path(path_type=Path), help="Write one HTML page, and a JSON file beside it.")
-@json_option
-@quiet_option
+@click.option("--report", type=options.PATH, help="Write one HTML page, and a JSON file beside it.")
+@options.json_file()
+@options.quiet()
 def command(
     file: Path,
     images: Path | None,
     output: Path | None,
     original: Path | None,
     tolerances: tuple[str, ...],
-    resolution: str | None,
+    resolution: tuple[int, int] | None,
     with_bisect: bool,
     with_task: bool,
     bench: str | None,
@@ -70,14 +60,13 @@ def command(
     grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance; the block to blame is
     named, in engines that were built with --debug-tensors.
     """
-    size = parse_resolution(resolution)
     folder = output or file.with_name(f"{file.stem}-validation")
     for path in (json_file, report):
         if path is not None and path.parent != folder:  # which is made when there is something to put into it
             check_writable(path)
     if report is not None and report.suffix.lower() not in (".html", ".htm"):
         raise InputFileError(f"--report {report} is an HTML page, with JSON beside it; give a name ending in .html")
-    with progress_bar(quiet) as say:
+    with progress(quiet, bar=True) as say:
         say("importing PyTorch")
         from fna.files import write_text
         from fna.validate.budget.tolerances import parse_tolerances
@@ -88,7 +77,7 @@ def command(
         limits = parse_tolerances(tolerances)
         photographs = load_labelled(images)
         extras = Extras(bisect=with_bisect, task=with_task, bench=bench, command=_command_line())
-        document, outputs = make_document(file, photographs, limits, size, original, extras, say)
+        document, outputs = make_document(file, photographs, limits, resolution, original, extras, say)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -98,8 +87,7 @@ def command(
         drawn = draw_overlay(photographs.images, outputs, document.validation.metadata, picture)
         text = document.dump_json()
         write_text(folder / "errors.json", text)
-        if json_file is not None:
-            write_text(json_file, text)
+        write_json(json_file, text)
         if report is not None:
             from fna.validate.report.page import write_report
 

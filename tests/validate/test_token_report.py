@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from fna.cli import main
+from fna.commands.console import make_console
 from fna.commands.inspect import print_tokens
-from fna.commands.options import make_console
 from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.plan import TokenRange, parse_plan, uniform_plan
 from fna.validate.token_report import BlockReport, FoundToken, ImageReport, TokenReport, propose, survey_photographs
