@@ -7,7 +7,8 @@ goes into it (kernel source, constants, options, Triton's version), and checked:
 `MAX_SPILL_BYTES` per thread or wants more shared memory than its chip has fails the build by name.
 
 Output: `kernels.bin` (raw deflate streams, one after the other), `kernels.json` (what PyTorch reads) and `kernel_table.inc` (what
-is compiled into the library; fields as in `plugins/src/kernel_table.hpp`).
+is compiled into the library; fields as in `plugins/src/kernel_table.hpp`). Beside them, for `fna.plugins.ptx` and not shipped:
+`ptx/`, the PTX that the assembler turned into each chip's image, and `ptx.json`, which gives the image's SHA-256 with each.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ to be as 10.0). The fallback has to fit the smallest."""
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel and what is needed to launch it. `shared` is dynamic, in bytes; `sm` 0 is PTX."""
+    """One compiled kernel and what is needed to launch it. `shared` is dynamic, in bytes; `sm` 0 is PTX.
+
+    `image` and `ptx` are files: what a driver loads, and the PTX that it was assembled from.
+    """
 
     variant: str
     sm: int
@@ -63,6 +67,7 @@ class Compiled:
     stack: int
     layout: str
     image: str
+    ptx: str = ""
 
     @property
     def chip(self) -> str:
@@ -136,6 +141,28 @@ def write_table(compiled: Sequence[Compiled], output: Path) -> None:
     _write_whole(output / "kernels.bin", bytes(blob))
     _write_whole(output / "kernel_table.inc", "".join(rows).encode())
     _write_whole(output / "kernels.json", json.dumps({"kernels": entries}, indent=1).encode())
+    _write_ptx(compiled, output)
+
+
+def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
+    """Write the PTX of every chip's image, compressed, and what a launch of it needs."""
+    folder = output / "ptx"
+    folder.mkdir(exist_ok=True)
+    rows: list[dict[str, str | int]] = []
+    for entry in sorted((e for e in compiled if e.ptx), key=lambda e: (e.variant, e.sm)):
+        name = f"{entry.variant}-sm{entry.sm}.ptx.z"
+        _write_whole(folder / name, zlib.compress(Path(entry.ptx).read_bytes().rstrip(b"\0")))
+        image = hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()
+        launch: dict[str, str | int] = {
+            "symbol": entry.symbol,
+            "shared": entry.shared,
+            "warps": entry.warps,
+            "layout": entry.layout,
+        }
+        rows.append({"variant": entry.variant, "sm": entry.sm, "file": f"ptx/{name}", "image_sha256": image, **launch})
+    for stale in set(folder.glob("*.ptx.z")) - {output / str(row["file"]) for row in rows}:
+        stale.unlink()
+    _write_whole(output / "ptx.json", json.dumps({"kernels": rows}, indent=1).encode())
 
 
 def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Compiled]:
@@ -164,13 +191,14 @@ def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Com
         [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__, 2]
     )
     stem = cache / f"{variant.name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    images = {target: stem.with_suffix(".cubin")}
-    if target == FALLBACK_TARGET:
-        images[FALLBACK] = stem.with_suffix(".ptx")
+    text = stem.with_suffix(".ptx")
+    images = {target: stem.with_suffix(".cubin"), **({FALLBACK: text} if target == FALLBACK_TARGET else {})}
     record = stem.with_suffix(".json")
-    if record.exists() and all(image.exists() for image in images.values()):
+    if record.exists() and all(path.exists() for path in (*images.values(), text)):
         known = json.loads(record.read_text())
-        return {sm: Compiled(**{**known, "sm": sm, "image": str(image)}) for sm, image in images.items()}
+        return {
+            sm: Compiled(**{**known, "sm": sm, "image": str(image), "ptx": str(text)}) for sm, image in images.items()
+        }
 
     names = list(signature)
     built = triton.compile(
@@ -189,12 +217,12 @@ def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Com
             f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give"
         )
     usage = _resource_usage(built.asm["cubin"])
-    for sm, image in images.items():
-        _write_whole(image, built.asm["ptx"].encode() + b"\0" if sm == FALLBACK else built.asm["cubin"])
+    _write_whole(images[target], built.asm["cubin"])
+    _write_whole(text, built.asm["ptx"].encode() + b"\0")
     entry = Compiled(
         variant=variant.name, sm=target, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
         warps=meta.num_warps, registers=usage["REG"], stack=usage["STACK"],
-        layout=registry.parameter_layout(variant), image=str(images[target]),
+        layout=registry.parameter_layout(variant), image=str(images[target]), ptx=str(text),
     )  # fmt: skip
     _write_whole(record, json.dumps(asdict(entry)).encode())
     return {sm: replace(entry, sm=sm, image=str(image)) for sm, image in images.items()}

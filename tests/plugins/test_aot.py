@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
 from fna.plugins import aot
 from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
 from fna.plugins.launch_plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.ptx.images import load_images
 from fna.plugins.table import find_table, load_table
 
 from .conftest import TEST_CHIPS, TEST_VARIANTS, needs_triton
@@ -42,6 +44,20 @@ def test_images_are_cubins_and_the_fallback_is_ptx_for_old_drivers(table: Path) 
             assert image.endswith(b"\0")
         else:
             assert image.startswith(b"\x7fELF")
+
+
+def test_the_ptx_of_every_image_is_kept_beside_the_table(table: Path) -> None:
+    loaded, images = load_table(table), load_images(table)
+    assert set(images.by_name) == set(loaded.kernels)
+    for key, kernel in loaded.kernels.items():
+        image = images.by_name[key]
+        assert image.image_sha256 == hashlib.sha256(loaded.image(kernel)).hexdigest()
+        assert (image.symbol, image.shared, image.warps, image.layout) == (
+            kernel.symbol, kernel.shared, kernel.warps, kernel.layout,
+        )  # fmt: skip
+        assert f".target sm_{kernel.sm or 80}" in image.text()
+        assert f".entry {kernel.symbol}(" in image.text()
+        assert images.of_image(image.image_sha256).path == image.path
 
 
 def test_a_second_build_takes_everything_from_the_cache(table: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,297 @@
+"""CTAs that run in step: their registers, their shared memory, and what an instruction does to them.
+
+Registers are flat arrays of all lanes [CTAs * threads] of unsigned bits, or None before anything is written. The functions that
+`translate.py` generates from a kernel's basic blocks call the methods here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fna.errors import CheckFailedError
+from fna.plugins.ptx.accesses import LAST_EPOCH, Access, first, make_stamps
+from fna.plugins.ptx.memory import GlobalMemory, SharedMemory
+from fna.plugins.ptx.number_types import Array, s64, u16, u32
+from fna.plugins.ptx.numerics import lanes_to_matrix_rows, matrix_rows_to_lanes
+from fna.plugins.ptx.reports import Fault
+
+if TYPE_CHECKING:
+    from fna.plugins.ptx.kernel import Kernel
+    from fna.plugins.ptx.profile import Profile
+
+Split = tuple[Array, int, int]
+"""Which CTAs take a branch, where it leads, and where the others go."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """An asynchronous copy in flight: where it lands, and the bytes [n, size] that it brings."""
+
+    access: Access
+    brought: Array
+
+
+class Group:
+    """Some CTAs of a launch that took the same branches so far."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        memory: GlobalMemory,
+        ctas: Array,  # [C] linear indices in the grid
+        grid: tuple[int, int, int],
+        arguments: Sequence[int | float],
+        profile: Profile,
+    ) -> None:
+        self.kernel, self.memory, self.profile = kernel, memory, profile
+        self.ctas, self.grid, self.arguments = ctas, grid, arguments
+        self.shared = SharedMemory(len(ctas), kernel.shared_stride, kernel.shared_granule, memory.reports)
+        self.epoch = 0
+        self.copies: list[Copy] = []
+        self.copy_groups: list[list[Copy]] = []
+        self._index_lanes()
+        # A register that is read but never written is LLVM's undef; all ones is as good as any and shows.
+        undefined = {i: np.full(self.lanes, -1, s64).astype(kernel.widths[i]) for i in kernel.undefined}
+        self.registers: list[Array | None] = [undefined.get(i) for i in range(len(kernel.widths))]
+
+    def _index_lanes(self) -> None:
+        self.threads = self.kernel.program.threads
+        self.lanes = len(self.ctas) * self.threads
+        self.every_lane = np.arange(self.lanes)
+        self.thread = np.tile(np.arange(self.threads), len(self.ctas))
+        self.lane_cta = np.repeat(self.ctas, self.threads)
+        self.slot = np.repeat(np.arange(len(self.ctas)), self.threads)
+        self._cache: dict[Any, Array] = {}
+
+    def part(self, kept: Array) -> Group:
+        """Some of the CTAs, with all that they hold; `kept` [C] bool."""
+        made = object.__new__(Group)
+        made.kernel, made.memory, made.profile = self.kernel, self.memory, self.profile
+        made.ctas, made.grid, made.arguments = self.ctas[kept], self.grid, self.arguments
+        made.shared, made.epoch = self.shared.part(kept), self.epoch
+        made.registers = [None if r is None else r.reshape(len(kept), -1)[kept].reshape(-1) for r in self.registers]
+        new_slot = np.cumsum(kept) - 1
+        made.copies = [self._moved(copy, kept, new_slot) for copy in self.copies]
+        made.copy_groups = [[self._moved(copy, kept, new_slot) for copy in group] for group in self.copy_groups]
+        made._index_lanes()
+        return made
+
+    def _moved(self, copy: Copy, kept: Array, new_slot: Array) -> Copy:
+        slot = copy.access.lanes // self.threads
+        here = kept[slot]
+        shift = (new_slot[slot] - slot)[here]
+        old = copy.access.part(here)
+        lanes, offsets = old.lanes + shift * self.threads, old.offsets + shift * self.shared.stride
+        return Copy(Access(old.listing, old.instruction, old.size, lanes, offsets, old.stamps), copy.brought[here])
+
+    # Operands
+
+    def constant(self, bits: int, width: np.dtype[Any]) -> Array:
+        """One value for all lanes."""
+        return self._cached((bits, width), lambda: np.full(self.lanes, bits, width))
+
+    def special(self, name: str) -> Array:
+        """A special register such as %tid.x, as uint32; CTAs have one dimension."""
+        return self._cached(name, lambda: self._special(name))
+
+    def _special(self, name: str) -> Array:
+        what, _, axis = name[1:].partition(".")
+        position = "xyz".index(axis or "x")
+        if what == "ctaid":
+            x, y, _ = self.grid
+            index = (self.ctas % x, self.ctas // x % y, self.ctas // (x * y))[position]
+            return np.repeat(index, self.threads).astype(u32)
+        simple: dict[str, Array | int] = {
+            "tid": self.thread if position == 0 else 0,
+            "nctaid": self.grid[position],
+            "ntid": self.threads if position == 0 else 1,
+            "laneid": self.thread & 31,
+        }
+        return np.broadcast_to(np.asarray(simple[what]).astype(u32), self.lanes).copy()
+
+    def parameter(self, index: int, width: np.dtype[Any]) -> Array:
+        """A launch argument for all lanes."""
+        given = self.arguments[index]
+        bits = struct.unpack("<I", struct.pack("<f", given))[0] if isinstance(given, float) else given
+        return self.constant(bits & ((1 << 8 * width.itemsize) - 1), width)
+
+    def _cached(self, key: Any, make: Callable[[], Array]) -> Array:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    # Control
+
+    def branch(self, predicate: Array, negated: bool, target: int, other: int) -> int | Split:
+        """Where the group goes; a split where its CTAs part."""
+        taken = predicate.reshape(len(self.ctas), self.threads) ^ negated
+        some, every = np.asarray(taken.any(1)), np.asarray(taken.all(1))
+        if (some != every).any():
+            (parted,) = first(some != every)
+            raise CheckFailedError(
+                f"a branch divides CTA {self.ctas[parted]}: {taken[parted].sum()} of its {self.threads} threads take it, "
+                "but the machine runs a CTA's threads in step"
+            )
+        if some.all():
+            return target
+        return (some, target, other) if some.any() else other
+
+    def barrier(self) -> None:
+        """bar.sync 0 of all threads."""
+        self.epoch += 1
+        if self.epoch > LAST_EPOCH:
+            raise CheckFailedError(
+                f"{self.kernel.name} passes more than {LAST_EPOCH} barriers, which the machine cannot count"
+            )
+
+    # Shared memory
+
+    def _shared_access(self, instruction: int, address: Array, mask: Array | None, size: int, lanes: Array) -> Access:
+        if mask is not None:
+            lanes, address = lanes[mask], address[mask]
+        offsets = address.astype(s64)
+        bad = (offsets < 0) | (offsets + size > self.kernel.shared_bytes) | (offsets % size != 0)
+        access = self._access(instruction, size, lanes, offsets + self.slot[lanes] * self.shared.stride)
+        if not bad.any():
+            return access
+        (place,) = first(bad)
+        example = f"byte {offsets[place]} of {self.kernel.shared_bytes}, {size} bytes, {access.who(place)}"
+        self.shared.report(Fault.SHARED_BOUNDS, access, int(bad.sum()), example)
+        return access.part(~bad)
+
+    def _access(self, instruction: int, size: int, lanes: Array, offsets: Array) -> Access:
+        stamps = make_stamps(self.lane_cta[lanes], self.epoch, instruction, self.thread[lanes])
+        return Access(self.kernel.listing, instruction, size, lanes, offsets, stamps)
+
+    def load_shared(
+        self, instruction: int, address: Array, mask: Array | None, width: np.dtype[Any], into: list[int]
+    ) -> None:
+        """ld.shared of as many elements as there are registers."""
+        size = width.itemsize * len(into)
+        self.profile.shared_request(instruction, address, mask, size)
+        access = self._shared_access(instruction, address, mask, size, self.every_lane)
+        if access.lanes.size:
+            self._write_registers(into, self.shared.load(access).view(width), access.lanes)
+
+    def store_shared(
+        self, instruction: int, address: Array, mask: Array | None, width: np.dtype[Any], stored: list[Array]
+    ) -> None:
+        """st.shared of as many elements as there are arrays."""
+        size = width.itemsize * len(stored)
+        self.profile.shared_request(instruction, address, mask, size)
+        access = self._shared_access(instruction, address, mask, size, self.every_lane)
+        if access.lanes.size:
+            self.shared.store(access, self._stacked(stored, width, access.lanes), self.memory.order(access.lanes.size))
+
+    def _stacked(self, stored: list[Array], width: np.dtype[Any], lanes: Array) -> Array:
+        columns = [np.broadcast_to(column, self.lanes)[lanes].astype(width, copy=False) for column in stored]
+        return np.stack(columns, 1).view("u1")
+
+    def _write_registers(self, into: list[int], loaded: Array, lanes: Array) -> None:
+        """Columns of `loaded` [n, registers] to the lanes; other lanes keep what they have."""
+        for register, column in zip(into, loaded.T, strict=True):
+            width = self.kernel.widths[register]
+            column = np.ascontiguousarray(column).astype(width, copy=False)
+            if lanes.size < self.lanes:
+                before = self.registers[register]
+                merged = np.zeros(self.lanes, width) if before is None else before.copy()
+                merged[lanes] = column
+                column = merged
+            self.registers[register] = column
+
+    def _matrix_access(self, instruction: int, address: Array, count: int) -> Access:
+        """The first 8 * count lanes of a warp give the addresses of the matrices' rows."""
+        lanes = self.every_lane.reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        rows = np.ascontiguousarray(address.reshape(-1, 32)[:, : 8 * count]).reshape(-1)
+        self.profile.matrix_request(instruction, rows, count)
+        access = self._shared_access(instruction, rows, None, 16, lanes)
+        if access.lanes.size != lanes.size:
+            raise CheckFailedError(f"{self.kernel.name}: matrix rows out of bounds: {self._text(instruction)}")
+        return access
+
+    def load_matrix(self, instruction: int, address: Array, count: int, transposed: bool, into: list[int]) -> None:
+        """The instruction ldmatrix, of `count` 8 x 8 matrices of 16 bits."""
+        access = self._matrix_access(instruction, address, count)
+        rows = self.shared.load(access).view(u16).reshape(-1, count, 8, 8)
+        for matrix, register in enumerate(into):
+            self.registers[register] = matrix_rows_to_lanes(rows[:, matrix], transposed)
+
+    def store_matrix(self, instruction: int, address: Array, count: int, transposed: bool, stored: list[Array]) -> None:
+        """The instruction stmatrix, of `count` 8 x 8 matrices of 16 bits."""
+        access = self._matrix_access(instruction, address, count)
+        rows = np.stack([lanes_to_matrix_rows(register, transposed) for register in stored], 1)
+        self.shared.store(access, rows.reshape(-1, 8).view("u1"))
+
+    # Asynchronous copies
+
+    def copy_async(
+        self, instruction: int, target: Array, source: Array, size: int, taken: Array | None, mask: Array | None
+    ) -> None:
+        """cp.async of `size` bytes, of which `taken` come from the source and the rest are zeros."""
+        taken = np.full(self.lanes, size, s64) if taken is None else taken.astype(s64)
+        reading = taken > 0 if mask is None else mask & (taken > 0)
+        self.profile.shared_request(instruction, target, mask, size)
+        self.profile.global_request(instruction, source, reading, size)
+        access = self._shared_access(instruction, target, mask, size, self.every_lane)
+        if not access.lanes.size:
+            return
+        self.shared.start_copy(access)
+        self.copies.append(Copy(access, self._read_source(instruction, source, size, taken, access.lanes)))
+
+    def _read_source(self, instruction: int, source: Array, size: int, taken: Array, lanes: Array) -> Array:
+        brought = np.zeros((self.lanes, size), "u1")
+        reading = lanes[taken[lanes] > 0]
+        access = self.memory.resolve(self._access(instruction, size, reading, reading), source[reading])
+        if access.lanes.size:
+            kept = np.arange(size) < taken[access.lanes][:, None]
+            brought[access.lanes] = np.where(kept, self.memory.load(access), 0)
+        return brought[lanes]
+
+    def commit_copies(self) -> None:
+        """cp.async.commit_group."""
+        self.copy_groups.append(self.copies)
+        self.copies = []
+
+    def wait_copies(self, left: int) -> None:
+        """cp.async.wait_group: all but the last `left` groups land. Other warps see them behind the next barrier only."""
+        while len(self.copy_groups) > left:
+            for copy in self.copy_groups.pop(0):
+                # They land now, not when they were started: a warp that has not passed a barrier since races with them.
+                access = copy.access
+                landed = self._access(access.instruction, access.size, access.lanes, access.offsets)
+                self.shared.land_copy(landed, copy.brought)
+
+    # Global memory
+
+    def _global_access(self, instruction: int, address: Array, mask: Array | None, size: int) -> Access:
+        lanes = self.every_lane if mask is None else np.nonzero(mask)[0]
+        return self.memory.resolve(self._access(instruction, size, lanes, lanes), address[lanes])
+
+    def load_global(
+        self, instruction: int, address: Array, mask: Array | None, width: np.dtype[Any], into: list[int]
+    ) -> None:
+        """ld.global of as many elements as there are registers."""
+        size = width.itemsize * len(into)
+        self.profile.global_request(instruction, address, mask, size)
+        access = self._global_access(instruction, address, mask, size)
+        if access.lanes.size:
+            self._write_registers(into, self.memory.load(access).view(width), access.lanes)
+
+    def store_global(
+        self, instruction: int, address: Array, mask: Array | None, width: np.dtype[Any], stored: list[Array]
+    ) -> None:
+        """st.global of as many elements as there are arrays."""
+        size = width.itemsize * len(stored)
+        self.profile.global_request(instruction, address, mask, size)
+        access = self._global_access(instruction, address, mask, size)
+        if access.lanes.size:
+            stacked = self._stacked(stored, width, access.lanes)
+            self.memory.store(access, stacked, self.memory.order(access.lanes.size))
+
+    def _text(self, instruction: int) -> str:
+        return self.kernel.program.instructions[instruction].text
