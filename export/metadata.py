@@ -81,7 +81,9 @@ def read_metadata(model: ModelProto, name: str) -> FileMetadata:
     texts = {"source", "origin", "precision", "quantized", "original_sha256"}
     try:
         values = {key: text if key in texts else json.loads(text) for key, text in raw.items()}
-        return FileMetadata.model_validate(values)
+        return FileMetadata.model_validate_json(
+            json.dumps(values)
+        )  # as a file: what a plan leaves out has a meaning there
     except (json.JSONDecodeError, ValidationError) as error:
         reason = describe_validation_error("metadata", error) if isinstance(error, ValidationError) else str(error)
         raise InputFileError(f"{name} has damaged fna metadata ({reason}); export it again") from None

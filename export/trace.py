@@ -20,8 +20,6 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18, values
 
-import fna.guided
-import fna.landmarks
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.metadata import FileMetadata, write_metadata
@@ -49,9 +47,10 @@ from fna.export.operators.schemas import operator_schema
 from fna.export.passes.fold_scales import fold_channel_scales
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.files import save_model
-from fna.guided import check_rooms
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
+from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, all_samplers, find_sampler
+from fna.samplers.common.roles import check_rooms
 from fna.special_tokens import detect_prefix_tokens
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -121,15 +120,16 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     plan = plan.model_copy(update={"prefix_tokens": prefix})
     if plan.needs_positions and options.dynamic_size:
         raise InvalidArgumentError(
-            "the plan depends on where on the image a token is (lattice landmarks or corrections), so height and width cannot "
-            "be left open; use grid landmarks without corrections"
+            "the plan depends on where on the image a token is (its landmarks or corrections), so height and width cannot "
+            f"be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
         )
     if plan.needs_positions and plan.patches is None:
         patches = (options.height // model.patch_size, options.width // model.patch_size)
         plan = plan.model_copy(update={"patches": patches})
-    if options.dynamic_size and any(entry.sampler == "random" for entry in plan.blocks):
+    fixed = next((block.sampler for block in plan.blocks if not find_sampler(block.sampler).takes_open_size), None)
+    if options.dynamic_size and fixed is not None:
         raise InvalidArgumentError(
-            "the random sampler draws its tokens at export time, so height and width cannot be left open; use grid"
+            f"the {fixed} sampler chooses its tokens at export time, so height and width cannot be left open; use {DEFAULT_SAMPLER}"
         )
     _check_landmark_counts(
         plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix, prefix
@@ -283,8 +283,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return norm_grid(features, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
 
     operators = torch.ops.fna
-    assert fna.landmarks is not None  # importing them registers the samplers' operators
-    assert fna.guided is not None
+    all_samplers()  # registers their operators
     return {
         torch.ops.aten.gelu.default: write_gelu,
         operators.attention.default: write_attention,
@@ -376,11 +375,12 @@ def _check_landmark_counts(plan: Plan, num_tokens: int, prefix_tokens: int) -> N
                 f"{num_tokens} tokens; ask for at most that many, or a higher resolution"
             )
         check_rooms(
-            entry.landmarks, num_tokens, entry.sampler, prefix_tokens,
+            LandmarkRequest(num_tokens, entry.landmarks, prefix_tokens),
+            entry.sampler,
             includes=plan.find_landmark_range("include", entry.block) is not None,
             excludes=plan.find_landmark_range("exclude", entry.block) is not None,
             name=f"block {entry.block}",
-        )  # fmt: skip
+        )
 
 
 @contextmanager

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fna.attention import fast_nystrom_attention as fast_nystrom_attention
     from fna.focal import focal_attention as focal_attention
-    from fna.landmarks import landmark_bias as landmark_bias
-    from fna.landmarks import select_landmarks as select_landmarks
     from fna.patching import patch as patch
     from fna.patching import unpatch as unpatch
     from fna.plan import Plan as Plan
+    from fna.samplers import landmark_bias as landmark_bias
+    from fna.samplers import select_landmarks as select_landmarks
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "fast_nystrom_attention": "fna.attention",
     "focal_attention": "fna.focal",
-    "select_landmarks": "fna.landmarks",
-    "landmark_bias": "fna.landmarks",
+    "select_landmarks": "fna.samplers",
+    "landmark_bias": "fna.samplers",
     "Plan": "fna.plan",
     "patch": "fna.patching",
     "unpatch": "fna.patching",

@@ -6,7 +6,8 @@ counted. Sizes: N `tokens`, S `landmarks`, H `heads` (those that the formula is 
 
 from __future__ import annotations
 
-from fna.plan import BlockPlan, Plan, Sampler, SharingKey
+from fna.plan import BlockPlan, Plan, SharingKey
+from fna.samplers import find_sampler
 
 OPERATIONS_PER_PRODUCT = 2
 
@@ -46,12 +47,9 @@ def correction_products(tokens: int, heads: int, head_size: int, kernel: int) ->
     return heads * tokens * head_size * (kernel * kernel + 1)
 
 
-def sampling_products(sampler: Sampler, tokens: int, landmarks: int, channels: int) -> int:
-    """Products of choosing landmarks once: squared distances of every token to each (fps), squared norms (norm-grid).
-
-    Samplers that do not look at the image take none.
-    """
-    return {"fps": landmarks, "norm-grid": 1}.get(sampler, 0) * tokens * channels
+def sampling_products(sampler: str, tokens: int, landmarks: int, channels: int) -> int:
+    """Products of choosing landmarks once: one for each number that the sampler reads; none where it does not look at the image."""
+    return find_sampler(sampler).passes(landmarks) * tokens * channels
 
 
 def token_bytes(tokens: int, heads: int, head_size: int, element: int) -> int:

@@ -53,10 +53,10 @@ def fast_nystrom_attention(
         key: keys, of the query's type and shape.
         value: values, of the query's type and shape.
         landmarks: indices of the landmark tokens, shared by all heads; distinct within a row.
-        landmark_bias: added to the scores of each landmark column, `log(weight)`; see `fna.landmarks.landmark_bias`.
+        landmark_bias: added to the scores of each landmark column, `log(weight)`; see `fna.landmark_bias`.
             None is the published method.
         scale: factor on the scores; `D ** -0.5` if None.
-        iterations: Newton-Schulz iterations. Six are the definition of the method.
+        iterations: Newton-Schulz iterations. Those by default are the definition of the method.
         exact_rows: write the exactly known output of the landmark tokens over their approximation.
         key_mask: tokens (non-zero) that nobody attends to, in all three softmaxes; see `fna.special_tokens`.
             One of zeros changes no bit.
@@ -78,7 +78,7 @@ def fast_nystrom_attention(
     _check_inputs(query, key, value, landmarks, landmark_bias)
     if iterations < 1:
         raise InvalidArgumentError(
-            f"iterations is {iterations}, but at least 1 is needed (the method is defined with 6)"
+            f"iterations is {iterations}, but at least 1 is needed (the method is defined with {NEWTON_SCHULZ_ITERATIONS})"
         )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     index, steps, rows = landmarks.to(torch.int32), int(iterations), bool(exact_rows)

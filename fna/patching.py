@@ -21,16 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from fna.attention import fast_nystrom_attention
 from fna.composition import compose_heads, correct
 from fna.errors import InvalidPlanError, UnsupportedAttentionError
-from fna.guided import guided_landmarks
-from fna.landmarks import (
-    grid_landmarks,
-    landmark_bias,
-    lattice_landmarks,
-    patch_grid,
-    random_landmarks,
-    select_landmarks,
-)
 from fna.plan import BlockPlan, MaskPlan, Plan, SharingKey, TokenRange
+from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
+from fna.samplers.common.roles import guided_landmarks
+from fna.samplers.common.spacing import patch_grid
 from fna.special_tokens import detect_prefix_tokens, listed_tokens_mask
 
 ATTENTION_NAME = "fna"
@@ -330,7 +324,7 @@ def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> No
         state.include = tokens_of("landmarks_include", plan.find_landmark_range("include", entry.block))
         state.exclude = tokens_of("landmarks_exclude", plan.find_landmark_range("exclude", entry.block))
         _set(record, block.attention, _STATE, state)
-        if chooses and entry.feature == "input" and entry.sampler in ("fps", "norm-grid"):
+        if chooses and entry.feature == "input" and find_sampler(entry.sampler).looks_at_features:
             _set(record, block.layer, _CHOICE, state)
             record.hooks.append(block.layer.register_forward_pre_hook(_choose_landmarks, with_kwargs=True))
     for block in blocks:
@@ -406,7 +400,7 @@ def _choose_landmarks(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if _is_guided(state):  # by tokens that may only be found in the attention that follows
         state.hidden["input"] = hidden
     else:
-        state.chosen[state.key] = _select(state, hidden)
+        state.chosen[state.key] = (_select(state, hidden.shape[1], hidden), None)
 
 
 def _is_guided(state: _BlockState) -> bool:
@@ -415,45 +409,38 @@ def _is_guided(state: _BlockState) -> bool:
 
 def _landmarks_for(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     entry, plan = state.entry, state.plan
-    num_tokens = query.shape[2]
-    if not _is_guided(state) and entry.sampler == "grid":
-        landmarks = grid_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, device=query.device)
-    elif entry.sampler == "lattice":
-        landmarks = lattice_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.patches).to(query.device)
-    elif entry.sampler == "random":
-        drawn = random_landmarks(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed)
-        landmarks = drawn.to(query.device)
+    looks = find_sampler(entry.sampler).looks_at_features
+    features = None
+    if state.chooses and looks and entry.feature != "input":
+        features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
+    if not _is_guided(state) and not looks:
+        landmarks = _select(state, query.shape[2], None, query.device)
     else:
         if state.chooses and _is_guided(state):
-            state.chosen[state.key] = _guide(state, query, key, value)
-        elif state.chooses and entry.feature != "input":
-            features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
-            state.chosen[state.key] = _select(state, features)
+            hidden = state.hidden.pop("input", None)
+            state.chosen[state.key] = _guide(state, hidden if features is None else features, query)
+        elif features is not None:
+            state.chosen[state.key] = (_select(state, features.shape[1], features), None)
         landmarks, guided_bias = state.chosen[state.key]
         if guided_bias is not None:
             return landmarks, guided_bias
     if plan.method == "published":
         return landmarks, None
     bias = landmark_bias(
-        num_tokens, entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, device=query.device
+        query.shape[2], entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, device=query.device
     )
     return landmarks, bias
 
 
-def _guide(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    entry, num_tokens = state.entry, query.shape[2]
-    features = None
-    if entry.sampler != "grid" and entry.feature == "input":
-        features = state.hidden.pop("input")
-    elif entry.sampler != "grid":
-        features = {"query": query, "key": key, "value": value}[entry.feature].mean(dim=1)
+def _guide(state: _BlockState, features: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor | None]:
     include, exclude = (
-        None if tokens is None else tokens.mask(num_tokens, query.device) for tokens in (state.include, state.exclude)
+        None if tokens is None else tokens.mask(query.shape[2], query.device)
+        for tokens in (state.include, state.exclude)
     )
     landmarks, bias = guided_landmarks(
         features,
-        entry.landmarks,
-        method=entry.sampler,
+        state.entry.landmarks,
+        method=state.entry.sampler,
         include=include,
         exclude=exclude,
         prefix_tokens=state.prefix_tokens,
@@ -462,12 +449,13 @@ def _guide(state: _BlockState, query: Tensor, key: Tensor, value: Tensor) -> tup
     return landmarks, None if state.plan.method == "published" else bias
 
 
-def _select(state: _BlockState, features: Tensor) -> tuple[Tensor, None]:
-    entry = state.entry
-    landmarks = select_landmarks(
-        features, entry.landmarks, method=entry.sampler, prefix_tokens=state.prefix_tokens, seed=state.plan.seed
-    )
-    return landmarks, None
+def _select(
+    state: _BlockState, num_tokens: int, features: Tensor | None, device: torch.device | None = None
+) -> Tensor:  # [B or 1, S]
+    entry, plan = state.entry, state.plan
+    where = features.device if features is not None else device
+    request = LandmarkRequest(num_tokens, entry.landmarks, state.prefix_tokens, plan.seed, plan.patches, where)
+    return find_sampler(entry.sampler).select(request, features)
 
 
 def _refuse_call(

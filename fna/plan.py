@@ -7,17 +7,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from fna.errors import InputFileError, InvalidPlanError
+from fna.samplers import DEFAULT_SAMPLER, all_samplers, check_sampler_name, find_sampler
 
-Sampler = Literal["fps", "grid", "lattice", "norm-grid", "random"]
+SamplerName = Annotated[str, AfterValidator(check_sampler_name)]
 Method = Literal["weighted", "published"]
 Feature = Literal["input", "query", "key", "value"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 METHODS: tuple[str, ...] = get_args(Method)
-GUIDED_SAMPLERS: tuple[str, ...] = ("fps", "grid", "norm-grid")
-"""Samplers whose landmarks can include and exclude tokens."""
+
+ITERATIONS_OF_VERSION_1 = 6
+"""What a plan file of version 1 means that does not say its iterations. It never changes, whatever the method's default becomes."""
 
 SharingKey = tuple[int, str, str, int | None, int | None]
 
@@ -64,7 +74,7 @@ class BlockPlan(BaseModel):
         block: its number.
         landmarks: S.
         sampler: how landmarks are chosen.
-        feature: what `fps` and `norm-grid` look at.
+        feature: what samplers that look at features look at.
         heads: the heads that become FNA, ascending; the others stay exact. None is all of them.
         iterations: Newton-Schulz iterations here; None is the plan's.
         resample: choose landmarks anew in this block; None is the plan's.
@@ -75,7 +85,7 @@ class BlockPlan(BaseModel):
 
     block: int = Field(ge=0)
     landmarks: int = Field(ge=1)
-    sampler: Sampler = "grid"
+    sampler: SamplerName = DEFAULT_SAMPLER
     feature: Feature = "input"
     heads: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     iterations: int | None = Field(default=None, ge=1, le=20)
@@ -117,6 +127,12 @@ class MaskPlan(TokenRange):
     sink: bool = False
 
 
+def _iterations_of_the_method() -> int:
+    from fna.attention import NEWTON_SCHULZ_ITERATIONS  # not above: it needs PyTorch
+
+    return NEWTON_SCHULZ_ITERATIONS
+
+
 class Plan(BaseModel):
     """How a model's attention is to be replaced; see DESIGN for the method and the samplers.
 
@@ -125,17 +141,18 @@ class Plan(BaseModel):
         num_blocks: attention blocks of the model the plan is for.
         blocks: the blocks that become FNA, ascending.
         method: `weighted` (landmark weights and exact rows) or `published` (neither).
-        iterations: Newton-Schulz iterations; six are the method's definition.
+        iterations: Newton-Schulz iterations; the method's own number for a new plan, `ITERATIONS_OF_VERSION_1` for a file without.
         prefix_tokens: class and register tokens at the front; None means: detect them.
         resample: choose landmarks anew in every block instead of once for all blocks that share them.
         seed: for the `random` sampler.
         masks: tokens masked as keys, per block range; no block in two of them.
-        landmarks_include: tokens that are landmarks whatever the sampler, per range of FNA blocks; see `fna.guided`. Found at the
+        landmarks_include: tokens that are landmarks whatever the sampler, per range of FNA blocks; see
+            `fna.samplers.common.roles`. Found at the
             first FNA block of the range.
         landmarks_exclude: tokens that are not, likewise; a token that is also included is a landmark.
         model: the model that it was made for; None fits any of as many blocks.
         resolution: height and width in pixels that it was made for; None fits any.
-        patches: rows and columns of patches, for what depends on where a token is (`lattice`, corrections); None infers a square.
+        patches: rows and columns of patches, for what depends on where a token is (samplers, corrections); None infers a square.
         made_from: free-form record of what the plan was made from.
     """
 
@@ -145,7 +162,7 @@ class Plan(BaseModel):
     num_blocks: int = Field(ge=1)
     blocks: tuple[BlockPlan, ...] = ()
     method: Method = "weighted"
-    iterations: int = Field(default=6, ge=1, le=20)
+    iterations: int = Field(default_factory=_iterations_of_the_method, ge=1, le=20)
     prefix_tokens: int | None = Field(default=None, ge=0)
     resample: bool = False
     seed: int = 0
@@ -156,6 +173,13 @@ class Plan(BaseModel):
     resolution: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     patches: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     made_from: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_what_a_file_leaves_out(cls, values: Any, info: ValidationInfo) -> Any:
+        if info.mode == "json" and isinstance(values, dict):
+            return {"iterations": ITERATIONS_OF_VERSION_1, **values}
+        return values
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Plan:
@@ -185,11 +209,12 @@ class Plan(BaseModel):
     def _check_landmark_range(self, key: str, numbers: list[int]) -> None:
         if not numbers:
             raise ValueError(f"{key}: none of these blocks is FNA, so they have no landmarks; name FNA blocks")
-        for entry in (self.find(number) for number in numbers):
-            if entry is not None and entry.sampler not in GUIDED_SAMPLERS:
+        for block in (self.find(number) for number in numbers):
+            if block is not None and find_sampler(block.sampler).guided is None:
+                guided = ", ".join(sampler.name for sampler in all_samplers() if sampler.guided is not None)
                 raise ValueError(
-                    f"{key}: the landmarks of block {entry.block} are fixed by its sampler {entry.sampler}; choose one of "
-                    f"{', '.join(GUIDED_SAMPLERS)} there"
+                    f"{key}: the landmarks of block {block.block} are fixed by its sampler {block.sampler}; choose one of "
+                    f"{guided} there"
                 )
 
     @property
@@ -214,7 +239,7 @@ class Plan(BaseModel):
     @property
     def needs_positions(self) -> bool:
         """Whether something in the plan depends on where on the image a token is, and so on the image's shape."""
-        return any(entry.sampler == "lattice" or entry.correction is not None for entry in self.blocks)
+        return any(block.correction is not None or find_sampler(block.sampler).needs_positions for block in self.blocks)
 
     def check_fits(self, model: str, resolution: tuple[int, int] | None) -> None:
         """Refuse a model or a resolution that the plan was not made for.
@@ -282,7 +307,7 @@ def uniform_plan(
     *,
     layers: str | None = None,
     landmarks: int = 64,
-    sampler: Sampler = "grid",
+    sampler: str = DEFAULT_SAMPLER,
     method: Method = "weighted",
     **settings: Any,
 ) -> Plan:

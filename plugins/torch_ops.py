@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
-from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
 from fna.plugins.launch_plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
@@ -33,6 +32,9 @@ from fna.plugins.launch_plan import (
     sampling_plan,
 )
 from fna.plugins.table import Table, find_table
+from fna.samplers.common.roles import norm_grid_count
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.norm_grid import norm_grid_reference
 
 OLDEST_CAPABILITY = (8, 0)
 POINTER_ALIGNMENT = 16

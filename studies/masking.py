@@ -27,10 +27,10 @@ from fna.errors import FnaError
 from fna.export.preprocessing import bundled_photographs, load_images
 from fna.export.sources.loading import DEFAULT_MODEL, LoadedModel, load_model
 from fna.files import write_text
-from fna.landmarks import landmark_bias, select_landmarks
 from fna.observing import AttentionCall
 from fna.patching import find_attention_blocks, patch, unpatch
-from fna.plan import MaskPlan, Plan, Sampler, TokenRange, parse_layers, uniform_plan
+from fna.plan import MaskPlan, Plan, TokenRange, parse_layers, uniform_plan
+from fna.samplers import landmark_bias, select_landmarks
 from fna.special_tokens import LARGEST_SHARE, detect_prefix_tokens
 from fna.token_survey import survey_tokens
 from fna.validate.metrics import cosine
@@ -376,7 +376,7 @@ def measure_guided(
     side: int,
     landmarks: int,
     *,
-    samplers: Sequence[Sampler] = ("grid", "norm-grid", "fps"),
+    samplers: Sequence[str] = ("grid", "norm-grid", "fps"),
     say: Callable[[str], None] = lambda _text: None,
 ) -> list[GuidedPlan]:
     """The final tokens of the whole model, the later half of the blocks FNA, under every condition of `guided_plans`."""

@@ -42,6 +42,7 @@ class Builder:
         *,
         types: Mapping[str, int] | None = None,
         prefix: str = "",
+        taken: set[str] | None = None,
         parent: Builder | None = None,
     ) -> None:
         """Start without nodes.
@@ -50,6 +51,7 @@ class Builder:
             opset: version of the standard operators.
             types: ONNX element types of the inputs, by name, where they are known.
             prefix: of all names, for nodes that go into a graph that has others.
+            taken: names that the graph has already; new ones are added to it.
             parent: the builder whose values a loop's body may use.
 
         Raises:
@@ -61,7 +63,7 @@ class Builder:
         self._types = dict(types or {})
         self._prefix = prefix
         self._parent = parent
-        self._taken: set[str] = parent._taken if parent else set(self._types)
+        self._taken: set[str] = parent._taken if parent else set(self._types) if taken is None else taken
         self._constants: dict[Any, str] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:

@@ -17,8 +17,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from fna.errors import InvalidArgumentError
 from fna.export.operators.builder import check_opset
-from fna.guided import include_room, most_guaranteed
-from fna.landmarks import norm_grid_count
+from fna.samplers.common.roles import include_room, most_guaranteed, norm_grid_count
 from fna.special_tokens import LARGEST_SHARE, MASKED_SCORE, MINIMAL_GAP
 
 DOMAIN = "fna"
@@ -652,7 +651,10 @@ def _artifact_tokens_text(variant: FunctionVariant, opset: int) -> str:
 
 
 def _landmark_roles_text(variant: FunctionVariant, opset: int) -> str:
-    """Write `fna.guided.landmark_roles`; a token's value is N less its position, so the first of some have the largest values."""
+    """Write `fna.samplers.common.roles.landmark_roles`.
+
+    A token's value is N less its position, so the first of some have the largest values.
+    """
     prefix = min(variant.prefix_tokens, variant.num_landmarks)
     room = max(1, include_room(variant.num_landmarks, prefix))
     last = {name: _reduce("ReduceMin", f"{name}_top", 1, "token_axis", opset) for name in ("include", "exclude")}
@@ -688,7 +690,7 @@ def _landmark_roles_text(variant: FunctionVariant, opset: int) -> str:
 
 
 def _largest_norm_roles_text(variant: FunctionVariant, opset: int) -> str:
-    """Write `fna.guided.largest_norm_roles`."""
+    """Write `fna.samplers.common.roles.largest_norm_roles`."""
     count = norm_grid_count(variant.num_landmarks, min(variant.prefix_tokens, variant.num_landmarks))
     square_sum = _reduce("ReduceSumSquare", "values", 2, "channel_axis", opset, keepdims=0)
     lines = [
@@ -716,7 +718,7 @@ def _largest_norm_roles_text(variant: FunctionVariant, opset: int) -> str:
 
 
 def _guided_grid_text(variant: FunctionVariant, opset: int) -> str:
-    """Write `fna.guided.guided_grid`: the p-th token outside a sorted set t is `p + #{j : t_j - j <= p}`."""
+    """Write `fna.samplers.common.roles.guided_grid`: the p-th token outside a sorted set t is `p + #{j : t_j - j <= p}`."""
     count = variant.num_landmarks
     most = most_guaranteed(count, variant.prefix_tokens, by_norm=variant.middles)
     spread = (
@@ -788,7 +790,7 @@ def _guided_grid_text(variant: FunctionVariant, opset: int) -> str:
 
 
 def _guided_features_text(variant: FunctionVariant, opset: int) -> str:
-    """Write `fna.guided.guided_features`."""
+    """Write `fna.samplers.common.roles.guided_features`."""
     return f"""{GUIDED_FEATURES} (features, role) => (guided) {{
         {_lines(_away_lines())}
         free_flag = Not (away_flag)
@@ -810,7 +812,7 @@ def _guided_features_text(variant: FunctionVariant, opset: int) -> str:
 
 
 def _guided_picks_text(variant: FunctionVariant, opset: int) -> str:
-    """Write `fna.guided.guided_picks`."""
+    """Write `fna.samplers.common.roles.guided_picks`."""
     count = variant.num_landmarks
     return f"""{GUIDED_PICKS} (role, picks) => (landmarks) {{
         {_position_lines("role")}

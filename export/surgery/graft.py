@@ -25,7 +25,8 @@ from fna.export.surgery.recognise.rows import Decision, Row
 from fna.export.surgery.recognise.scan import MALFORMED, scan
 from fna.export.surgery.rewrite.rewrite import Rewritten, rewrite
 from fna.files import file_sha256, written_whole
-from fna.plan import Plan, Sampler, uniform_plan
+from fna.plan import Plan, uniform_plan
+from fna.samplers import DEFAULT_SAMPLER
 
 Progress = Callable[[str], None]
 
@@ -50,7 +51,7 @@ class GraftOptions:
 
     layers: str = "all"
     landmarks: int = 64
-    sampler: Sampler = "grid"
+    sampler: str = DEFAULT_SAMPLER
     method: str = "weighted"
     plan: Plan | None = None
     prefix_tokens: int | None = None

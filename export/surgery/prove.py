@@ -112,7 +112,7 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
 
     from fna.attention import nystrom_attention_reference
     from fna.composition import compose_heads, correct
-    from fna.landmarks import patch_grid
+    from fna.samplers.common.spacing import patch_grid
     from fna.special_tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are

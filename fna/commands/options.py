@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fna.errors import InvalidArgumentError
+from fna.samplers import DEFAULT_SAMPLER, sampler_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fna.export.variants import Variant
     from fna.plan import Plan
 
-SAMPLERS = ("grid", "lattice", "norm-grid", "fps", "random")
+SAMPLERS = sampler_names()
 METHODS = ("weighted", "published")
 PRECISIONS = ("fp32", "fp16", "bf16")
 PATH: Any = click.Path(path_type=Path)
@@ -122,7 +123,7 @@ PLAN: Mapping[str, Option] = {
         click.option,
         "--sampler",
         type=click.Choice(SAMPLERS),
-        default="grid",
+        default=DEFAULT_SAMPLER,
         show_default=True,
         help="How landmarks are chosen.",
     ),

@@ -166,7 +166,7 @@ def make_wish(
     goals = tuple(parse_goal(text) for text in min_tasks)
     if min_cosine is None and not goals:
         min_cosine = USUAL_COSINE
-    tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)  # type: ignore[arg-type]
+    tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of norm-grid landmarks: the tokens of largest norm, and the rest evenly spaced among the others.
 
-Two launches instead of the fifteen or so standard operators of `fna.landmarks.norm_grid_reference`, their twin. Among equal norms the
+Two launches instead of the fifteen or so standard operators of `fna.samplers.norm_grid`, their twin. Among equal norms the
 lowest index is taken. Features are [B, N, C], contiguous.
 """
 

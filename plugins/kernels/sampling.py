@@ -1,7 +1,7 @@
 """Triton kernels that choose landmarks: farthest point sampling in one launch or in one launch per step.
 
 Squared Euclidean distances in fp32. Every token's distance is summed in the same order, so equal tokens tie exactly, and a
-tie goes to the lowest index, as in `fna.landmarks.farthest_points_reference`. Features are [B, N, C], contiguous.
+tie goes to the lowest index, as in `fna.samplers.fps.farthest_points_reference`. Features are [B, N, C], contiguous.
 """
 
 import triton

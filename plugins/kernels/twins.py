@@ -1,7 +1,7 @@
 """The same steps as the attention kernels in plain PyTorch, one function a launch, for tests to compare each kernel with.
 
 The whole of them is `fna.attention.nystrom_attention_reference`; the twins of the sampling kernels are
-`fna.landmarks.farthest_points_reference` and `norm_grid_reference`. Everything is computed in the type of the inputs: pass fp64
+`fna.samplers.fps.farthest_points_reference` and `norm_grid_reference`. Everything is computed in the type of the inputs: pass fp64
 for a reference.
 """
 

@@ -33,9 +33,9 @@ from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.trace import TraceOptions, trace_model
-from fna.guided import guided_landmarks
 from fna.patching import patch, unpatch
 from fna.plan import BlockPlan, MaskPlan, Plan, TokenRange, uniform_plan
+from fna.samplers.common.roles import guided_landmarks
 
 TOKENS = 48
 

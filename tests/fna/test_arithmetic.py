@@ -18,8 +18,8 @@ from fna.arithmetic import (
     saved_part,
 )
 from fna.attention import nystrom_attention_reference
-from fna.landmarks import grid_landmarks
-from fna.plan import BlockPlan, Correction, Plan, Sampler
+from fna.plan import BlockPlan, Correction, Plan
+from fna.samplers.grid import grid_landmarks
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 6])
@@ -50,7 +50,7 @@ def test_heads_that_stay_exact_count_in_full() -> None:
 @pytest.mark.parametrize(("sampler", "products"), [("fps", 8 * 50 * 48), ("norm-grid", 50 * 48), ("grid", 0)])
 @pytest.mark.parametrize(("resample", "times"), [(True, 2), (False, 1)], ids=["own", "shared"])
 def test_choosing_landmarks_counts_once_for_blocks_that_share_them(
-    sampler: Sampler, products: int, resample: bool, times: int
+    sampler: str, products: int, resample: bool, times: int
 ) -> None:
     blocks = tuple(BlockPlan(block=number, landmarks=8, sampler=sampler) for number in range(2))
     plan = Plan(num_blocks=2, blocks=blocks, resample=resample)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fna.composition import compose_heads, correct
 from fna.errors import InvalidArgumentError
-from fna.landmarks import lattice_landmarks, patch_grid
 from fna.plan import Correction
+from fna.samplers.common.spacing import patch_grid
+from fna.samplers.lattice import lattice_landmarks
 
 
 @pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 3), (0, 2, 3), (0, 1, 2, 3), None])

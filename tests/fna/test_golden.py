@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fna.attention import fast_nystrom_attention
-from fna.landmarks import select_landmarks
+from fna.samplers import select_landmarks
 
 HERE = Path(__file__).parent.parent / "golden"
 FOLDERS = [HERE, Path(os.environ.get("FNA_GOLDEN", HERE.parents[2] / "shared" / "golden"))]

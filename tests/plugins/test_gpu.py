@@ -14,9 +14,10 @@ from torch import Tensor
 import fna
 from fna.attention import nystrom_attention_reference
 from fna.errors import MissingCapabilityError
-from fna.landmarks import farthest_points_reference, norm_grid_reference
 from fna.plugins import torch_ops
 from fna.plugins.host import PluginLibrary
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.norm_grid import norm_grid_reference
 
 pytestmark = [
     pytest.mark.gpu,

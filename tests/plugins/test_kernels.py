@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
-from fna.landmarks import farthest_points_reference
 from fna.plugins.emulate import run_attention, run_sampling
 from fna.plugins.kernels.twins import finish_twin, landmark_twin, output_twin
 from fna.plugins.launch_plan import padded_head_size, padded_landmarks, sampling_plan
+from fna.samplers.fps import farthest_points_reference
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

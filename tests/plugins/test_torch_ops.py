@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.cuda_kernels import ENTRY_POINT_GROUP
-from fna.landmarks import farthest_points_reference, norm_grid_reference
 from fna.plugins import emulate, torch_ops
 from fna.plugins.launch_plan import Plan
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.norm_grid import norm_grid_reference
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from torch.nn import functional
 import fna
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, apply_newton_schulz
 from fna.errors import FnaError, MissingCapabilityError
-from fna.landmarks import grid_landmarks
 from fna.plugins.host import PluginLibrary
+from fna.samplers.grid import grid_landmarks
 
 BATCHES = (1, 8)
 HEADS = (6, 12)

@@ -23,9 +23,11 @@ from fna.arithmetic import (
     sampling_products,
     token_bytes,
 )
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
+from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.measure import Candidate
 from fna.validate.planning.subject import Layout
 
@@ -185,14 +187,14 @@ class TimeCost:
             seconds = landmark + launches * device.launch + newton / (device.matrix_rate * NYSTROM_EFFICIENCY)
         seconds += self._kernel(last_iteration_products(count, heads, size), 0, NYSTROM_EFFICIENCY)
         seconds += self._kernel(rows, 3 * values, NYSTROM_EFFICIENCY)
-        if candidate.sampler in ("fps", "norm-grid"):
+        if find_sampler(candidate.sampler).looks_at_features:
             seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
 
     def _sampler(self, candidate: Candidate) -> float:
+        sampler, count = find_sampler(candidate.sampler), candidate.landmarks
         hidden = self.layout.tokens * self.layout.channels * self.device.element
-        launches = candidate.landmarks if candidate.sampler == "fps" else 2
-        return self._copies(launches, hidden * (candidate.landmarks if candidate.sampler == "fps" else 1))
+        return self._copies(sampler.launches(count), hidden * sampler.passes(count))
 
     def _kernel(self, products: int, moved: int, efficiency: float) -> float:
         device = self.device
@@ -210,7 +212,7 @@ def _share_of_choice(candidate: Candidate, layout: Layout) -> float:
 
 def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibration: Calibration | None = None) -> int:
     """Return about how many tokens a block needs for FNA with so many grid landmarks to be predicted faster than exact attention."""
-    candidate = Candidate(landmarks, "grid", False, 6)
+    candidate = Candidate(landmarks, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
 
     def pays(tokens: int) -> bool:
         cost = TimeCost(replace(layout, tokens=tokens), device, calibration)
@@ -264,7 +266,7 @@ def read_calibration(path: Path, layout: Layout, device: Device) -> Calibration:
     for row in bench.rows:
         cost = TimeCost(replace(layout, tokens=row.tokens), device)
         exact = cost.exact(layout.heads)
-        nystrom = cost.nystrom(Candidate(row.landmarks, "grid", False, 6), layout.heads)
+        nystrom = cost.nystrom(Candidate(row.landmarks, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS), layout.heads)
         kept = layout.num_blocks - row.blocks
         system += [[row.tokens, layout.num_blocks * exact, 0.0], [row.tokens, kept * exact, row.blocks * nystrom]]
         seconds += [row.dense.median / 1e3, row.fna.median / 1e3]

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from fna.arithmetic import exact_products, nystrom_products
-from fna.landmarks import (
-    farthest_points_reference,
-    grid_landmarks,
-    landmark_bias,
-    lattice_landmarks,
-    norm_grid_reference,
-    random_landmarks,
-)
-from fna.plan import SAMPLERS, Sampler
+from fna.samplers import LandmarkRequest, find_sampler, landmark_bias, sampler_names
 from fna.validate.planning.subject import BlockView, Layout
 
 KERNEL = 5
@@ -45,7 +37,7 @@ class Candidate:
     """One way to make a block FNA, apart from which of its heads."""
 
     landmarks: int
-    sampler: Sampler
+    sampler: str
     resample: bool
     iterations: int
     corrected: bool = True
@@ -64,7 +56,7 @@ class Range:
         kernel: side of its kernel.
     """
 
-    samplers: tuple[Sampler, ...] = SAMPLERS
+    samplers: tuple[str, ...] = field(default_factory=sampler_names)
     landmarks: tuple[int, ...] = LANDMARK_COUNTS
     iterations: tuple[int, ...] = ITERATIONS
     shared: bool = True
@@ -75,17 +67,18 @@ class Range:
         """Every combination that fits the model and is worth its products."""
         found = []
         exact = exact_products(layout.tokens, 1, layout.head_size)
-        for sampler in self.samplers:
-            if sampler == "lattice" and layout.patches is None:
+        for name in self.samplers:
+            sampler = find_sampler(name)
+            if sampler.needs_positions and layout.patches is None:
                 continue
-            looks = sampler in ("fps", "norm-grid")
+            looks = sampler.looks_at_features
             for count in self.landmarks:
                 if count >= layout.tokens or count <= layout.prefix_tokens:
                     continue
                 for resample in (False, True) if looks and self.shared else (looks,):
                     for steps in self.iterations:
                         if nystrom_products(layout.tokens, count, 1, layout.head_size, steps) <= DEAREST * exact:
-                            found.append(Candidate(count, sampler, resample, steps))
+                            found.append(Candidate(count, name, resample, steps))
         return found
 
 
@@ -191,7 +184,7 @@ class SharedFeatures:
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
-        self.order: Tensor | None = None
+        self.orders: dict[str, Tensor] = {}
 
 
 def measure_block(
@@ -222,12 +215,12 @@ def measure_block(
         effect_values = taps.correlate(back)  # [H, P, K]
         effect_exact = _along(back, view.exact[0, :, prefix:])  # [H, P]
     found: dict[Candidate, Moments] = {}
-    groups: dict[tuple[Sampler, bool], dict[int, list[Candidate]]] = {}
+    groups: dict[tuple[str, bool], dict[int, list[Candidate]]] = {}
     for candidate in candidates:
         by_count = groups.setdefault((candidate.sampler, candidate.resample), {})
         by_count.setdefault(candidate.landmarks, []).append(candidate)
     for (sampler, resample), by_count in groups.items():
-        order = _order(sampler, resample, max(by_count), view, shared)
+        order = _order(sampler, resample, max(by_count), view, shared, layout.prefix_tokens)
         for count, group in by_count.items():
             landmarks = _choose(sampler, view.hidden if resample else shared.hidden, view, layout, count, order)
             bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
@@ -321,15 +314,21 @@ def _sample(count: int) -> Tensor:  # [min(count, SAMPLED_ROWS)]
     return torch.randperm(count, generator=generator)[:SAMPLED_ROWS].sort().values
 
 
-def _order(sampler: Sampler, resample: bool, most: int, view: BlockView, shared: SharedFeatures) -> Tensor | None:
-    """The farthest points of a block's features, or of the first block's; fewer landmarks are a beginning of more."""
-    if sampler != "fps":
+def _order(
+    name: str, resample: bool, most: int, view: BlockView, shared: SharedFeatures, prefix_tokens: int
+) -> Tensor | None:
+    """The most landmarks of a block's features, or of the first block's, where fewer landmarks are a beginning of more."""
+    sampler = find_sampler(name)
+    if not sampler.nested:
         return None
+    features = _features(view.hidden if resample else shared.hidden, view)
+    request = LandmarkRequest(features.shape[1], most, prefix_tokens)
     if resample:
-        return farthest_points_reference(_features(view.hidden, view), most)
-    if shared.order is None or shared.order.shape[1] < most:
-        shared.order = farthest_points_reference(_features(shared.hidden, view), most)
-    return shared.order
+        return sampler.select(request, features)
+    known = shared.orders.get(name)
+    if known is None or known.shape[1] < most:
+        shared.orders[name] = sampler.select(request, features)
+    return shared.orders[name]
 
 
 def _effects(
@@ -362,18 +361,13 @@ def _features(hidden: Tensor | None, view: BlockView) -> Tensor:
 
 
 def _choose(
-    sampler: Sampler, hidden: Tensor | None, view: BlockView, layout: Layout, count: int, order: Tensor | None
+    name: str, hidden: Tensor | None, view: BlockView, layout: Layout, count: int, order: Tensor | None
 ) -> Tensor:  # [1, S]
-    if sampler == "fps":
-        assert order is not None
+    if order is not None:
         return order[:, :count]
-    if sampler == "norm-grid":
-        return norm_grid_reference(_features(hidden, view), count, layout.prefix_tokens)
-    if sampler == "lattice":
-        return lattice_landmarks(layout.tokens, count, layout.prefix_tokens, layout.patches)
-    if sampler == "random":
-        return random_landmarks(layout.tokens, count, layout.prefix_tokens, 0)
-    return grid_landmarks(layout.tokens, count, layout.prefix_tokens)
+    sampler = find_sampler(name)
+    request = LandmarkRequest(layout.tokens, count, layout.prefix_tokens, patches=layout.patches)
+    return sampler.select(request, _features(hidden, view) if sampler.looks_at_features else None)
 
 
 def _outputs(view: BlockView, landmarks: Tensor, bias: Tensor, iterations: Sequence[int]) -> list[Tensor]:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from fna import __version__
 from fna.arithmetic import saved_part
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction, Method, Plan, Sampler, parse_layers, uniform_plan
+from fna.plan import BlockPlan, Correction, Method, Plan, parse_layers, uniform_plan
 from fna.runtime import Arrays
+from fna.samplers import DEFAULT_SAMPLER, all_samplers, find_sampler
 from fna.validate.planning.cost import MOST_TOKENS, CostModel, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import TaskGoal, measure_agreement, resolve_goals
@@ -135,7 +137,7 @@ class UniformPoint:
 
     layers: str
     landmarks: int
-    sampler: Sampler
+    sampler: str
     method: Method
     cost: float
     saved: float
@@ -288,11 +290,12 @@ class Planner:
         """
         found = {}
         some = self.images[:2]
+        preferred = DEFAULT_SAMPLER if DEFAULT_SAMPLER in self.wish.tried.samplers else self.wish.tried.samplers[0]
         for number in self.blocks:
             self.say(f"running block {number} alone")
             candidate = min(
                 (c for b, c in fits if b == number),
-                key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != self.wish.tried.samplers[0], -c.iterations),
+                key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != preferred, -c.iterations),
             )
             fit = fits[number, candidate]
             plan = self.make_plan([Picked(candidate, tuple(range(self.layout.heads))) if n == number else Picked()
@@ -326,7 +329,7 @@ class Planner:
             if pick.candidate is None:
                 continue
             candidate, fit = pick.candidate, fits[number, pick.candidate]
-            looks = candidate.sampler in ("fps", "norm-grid")
+            looks = find_sampler(candidate.sampler).looks_at_features
             correction = None
             if self.kernel:
                 correction = Correction(
@@ -340,7 +343,7 @@ class Planner:
                     landmarks=candidate.landmarks,
                     sampler=candidate.sampler,
                     heads=None if len(pick.heads) == self.layout.heads else pick.heads,
-                    iterations=None if candidate.iterations == 6 else candidate.iterations,
+                    iterations=candidate.iterations,
                     resample=True if looks and candidate.resample else None,
                     correction=correction,
                 )
@@ -399,11 +402,12 @@ class Planner:
 
 
 UNIFORM_LANDMARKS = (64, 96, 128, 256)
-UNIFORM_SETTINGS: tuple[tuple[Sampler, Method], ...] = (
-    ("grid", "weighted"),
-    ("norm-grid", "weighted"),
-    ("grid", "published"),
-)
+
+
+def uniform_settings() -> list[tuple[str, Method]]:
+    """Samplers and methods of users without a plan."""
+    weighted: list[tuple[str, Method]] = [(sampler.name, "weighted") for sampler in all_samplers() if sampler.compared]
+    return [*weighted, (DEFAULT_SAMPLER, "published")]
 
 
 def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
@@ -418,9 +422,9 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformPoint, ...]:
         names.append(f"0-{count // 4 - 1},{count // 2}-{count - 1}")
     sizes = [size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens]
     found = []
-    for name, landmarks, (sampler, method) in product(names, sizes, UNIFORM_SETTINGS):
+    for name, landmarks, (sampler, method) in product(names, sizes, uniform_settings()):
         blocks = [number for number in parse_layers(name, count) if number in planner.blocks]
-        block = cost.block(Candidate(landmarks, sampler, False, 6), layout.heads, 0)
+        block = cost.block(Candidate(landmarks, sampler, False, NEWTON_SCHULZ_ITERATIONS), layout.heads, 0)
         total = len(blocks) * block + (count - len(blocks)) * exact
         if not blocks or total >= count * exact:
             continue

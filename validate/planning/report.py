@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fna.files import written_whole
+from fna.samplers import DEFAULT_SAMPLER
 from fna.validate.planning.planner import FrontPoint, Planned, UniformPoint, Wish
 
 
@@ -85,7 +86,7 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
         label = f"blocks {layers} alike, {method}"
         axis.plot(*zip(*map(place, points), strict=True), "x+1"[number // 2 % 3], color=colour, label=label)
         for point in points:
-            text = f"{point.landmarks}{'n' if point.sampler == 'norm-grid' else ''}"
+            text = f"{point.landmarks}{'' if point.sampler == DEFAULT_SAMPLER else point.sampler[0]}"
             axis.annotate(text, place(point), fontsize=6, xytext=(3, 3), textcoords="offset points")
     if planned.point.measured is not None and planned.point.plan.blocks:
         axis.plot(*place(planned.point), "*", color="C3", markersize=15, label="the plan")

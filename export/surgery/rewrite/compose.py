@@ -13,8 +13,8 @@ from onnx import NodeProto, helper
 from fna.errors import InvalidPlanError
 from fna.export.surgery.graph.fold import numpy_type
 from fna.export.surgery.recognise.rows import Attention
-from fna.landmarks import patch_grid
 from fna.plan import BlockPlan, Correction, Plan
+from fna.samplers.common.spacing import patch_grid
 
 FAR_END = 2**62
 

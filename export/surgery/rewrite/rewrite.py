@@ -11,21 +11,16 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InvalidPlanError
+from fna.export.operators.builder import Builder
 from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
     ATTENTION,
     DOMAIN,
-    FARTHEST_POINTS,
-    GUIDED_FEATURES,
-    GUIDED_GRID,
-    GUIDED_PICKS,
-    LANDMARK_ROLES,
-    LARGEST_NORM_ROLES,
     MASKED_ATTENTION,
     MASKED_PLUGIN_FIELDS,
     MASSIVE_TOKENS,
-    NORM_GRID,
     PLUGIN_FIELDS,
+    PLUGIN_OPS,
     attach_functions,
 )
 from fna.export.surgery.graph.index import Graph, all_inputs, order_nodes
@@ -33,12 +28,13 @@ from fna.export.surgery.graph.shapes import Point
 from fna.export.surgery.recognise.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.recognise.stream import Stream, count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.compose import Site, compose
-from fna.guided import check_rooms, own_prefix
 from fna.plan import BlockPlan, Plan, TokenRange
+from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
+from fna.samplers.common.roles import check_rooms, guided_landmarks_nodes
+from fna.samplers.common.weights import landmark_bias_nodes
 from fna.special_tokens import listed_tokens_mask
 
 FUNCTIONS_IR_VERSION = 8
-GRID_STEPS = ("length", "stretched", "rounded", "place", "index", "all", "landmarks")
 
 
 @dataclass
@@ -344,7 +340,8 @@ def _landmarks(
     static = len(set(found.tokens)) == 1
     ranges = {key: writer.plan.find_landmark_range(key, block.block) for key in ("include", "exclude")}
     guided = any(planned is not None for planned in ranges.values())
-    by_features = block.sampler in ("fps", "norm-grid")
+    sampler = find_sampler(block.sampler)
+    by_features = sampler.looks_at_features
     origin = _origin(writer, stream, found) if by_features or guided or not static else None
     key = (
         writer.plan.sharing_key(block),
@@ -355,37 +352,65 @@ def _landmarks(
     )
     if key in writer.shared:
         return writer.shared[key]
-    if block.sampler in ("random", "lattice") and not static:
+    if not static and not sampler.takes_open_size:
         raise InvalidPlanError(
             f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
         )
     features = _features(writer, row, block, stream, operands, nodes) if by_features else ""
     if by_features:
         writer.features[row.block] = features
-    landmarks = writer.unique(f"{row.node}/fna_landmarks_{row.block}")
+    tokens = min(found.tokens)
+    request = LandmarkRequest(tokens, block.landmarks, prefix, writer.plan.seed, writer.plan.patches)
+    op = Builder(writer.graph.opset, prefix=f"{row.node}/fna_landmarks_{row.block}/", taken=writer.taken)
+    flat = writer.plan.method == "published"
     if guided:
-        check_rooms(
-            block.landmarks, min(found.tokens), block.sampler, prefix,
-            includes=ranges["include"] is not None, excludes=ranges["exclude"] is not None, name=f"block {row.block}",
-        )  # fmt: skip
+        includes, excludes = (planned is not None for planned in ranges.values())
+        check_rooms(request, block.sampler, includes=includes, excludes=excludes, name=f"block {row.block}")
         include, exclude = (
-            "" if planned is None else _tokens_mask(writer, use, planned, row, found, *operands[:2], nodes)
+            None if planned is None else _tokens_mask(writer, use, planned, row, found, *operands[:2], nodes)
             for use, planned in ranges.items()
         )
-        bias = _guided_nodes(writer, row, block, prefix, features, (include, exclude), landmarks, nodes)
-        if not bias:
+        landmarks, bias = guided_landmarks_nodes(op, request, block.sampler, features or None, include, exclude)
+        if flat or bias is None:
             bias = writer.constant(f"fna/landmark_bias_0_{block.landmarks}", np.zeros((1, block.landmarks), np.float32))
+        _add_sampler_nodes(op, nodes)
         writer.shared[key] = (landmarks, bias)
         return landmarks, bias
     if by_features:
-        nodes.append(_sampler_node(block, prefix, features, landmarks))
+        assert sampler.nodes is not None, f"{sampler.name} looks at features, so it has nodes"
+        landmarks = sampler.nodes(op, features, request)
     elif static:
-        landmarks = _static_landmarks(writer, block, found.tokens[0], prefix)
+        name = f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}"
+        landmarks = writer.constant(name, sampler.select(request, None).numpy().astype(np.int32))
     else:
-        landmarks = _grid_in_graph(writer, block, prefix, operands[1], f"{row.node}/fna_grid_{row.block}", nodes)
-    bias = _bias(writer, row, block, found, prefix, operands[1], nodes)
+        assert sampler.open_size_nodes is not None
+        landmarks = sampler.open_size_nodes(op, _token_count(op, operands[1]), request)
+    own = sampler.stand_alone(block.landmarks, prefix)
+    name = f"fna/landmark_bias_{block.sampler}_{block.landmarks}"
+    if flat or own == block.landmarks:
+        bias = writer.constant(name, np.zeros((1, block.landmarks), np.float32))
+    elif static:
+        weights = landmark_bias(tokens, block.landmarks, method=block.sampler, prefix_tokens=prefix)
+        bias = writer.constant(f"{name}_of_{tokens}", weights.numpy().astype(np.float32))
+    else:
+        bias = landmark_bias_nodes(op, _token_count(op, operands[1]), block.landmarks, own)
+    _add_sampler_nodes(op, nodes)
     writer.shared[key] = (landmarks, bias)
     return landmarks, bias
+
+
+def _token_count(op: Builder, tensor: str) -> str:
+    """N of `[B, H, N, D]`, as int64 `[1]`."""
+    return str(op.Gather(op.Shape(tensor), [2], axis=0))
+
+
+def _add_sampler_nodes(op: Builder, nodes: list[NodeProto]) -> None:
+    """Name the nodes after what they write, and give those that a plugin implements the fields that it reads."""
+    for node in op.nodes:
+        node.name = node.output[0]
+        if node.domain == DOMAIN and node.op_type in PLUGIN_OPS:
+            node.attribute.extend(helper.make_attribute(name, value) for name, value in PLUGIN_FIELDS.items())
+    nodes.extend(op.nodes)
 
 
 def _origin(writer: _Writer, stream: Stream | None, found: Attention) -> str:
@@ -434,159 +459,6 @@ def _features(
     else:
         nodes.append(helper.make_node("ReduceMean", [operands[choice]], [mean], name=mean, axes=[1], keepdims=0))
     return mean
-
-
-def _sampler_node(block: BlockPlan, prefix: int, features: str, landmarks: str) -> NodeProto:
-    if block.sampler == "fps":
-        return helper.make_node(
-            FARTHEST_POINTS, [features], [landmarks], name=landmarks, domain=DOMAIN,
-            num_landmarks=block.landmarks, **PLUGIN_FIELDS,
-        )  # fmt: skip
-    return helper.make_node(
-        NORM_GRID, [features], [landmarks], name=landmarks, domain=DOMAIN,
-        num_landmarks=block.landmarks, prefix_tokens=prefix,
-    )  # fmt: skip
-
-
-def _guided_nodes(
-    writer: _Writer,
-    row: Row,
-    block: BlockPlan,
-    prefix: int,
-    features: str,
-    masks: tuple[str, str],
-    landmarks: str,
-    nodes: list[NodeProto],
-) -> str:
-    """Write what `fna.guided.guided_landmarks` does; return the name of the bias, empty where it is all zeros."""
-    stem = f"{row.node}/fna_guided_{row.block}"
-
-    def add(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **settings: int) -> None:
-        nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=DOMAIN, **settings))
-
-    include, exclude = masks
-    if not (include and exclude):
-        nothing = writer.unique(f"{stem}_nothing")
-        nodes.append(helper.make_node("Sub", [include or exclude] * 2, [nothing], name=nothing))
-        include, exclude = include or nothing, exclude or nothing
-    sizes = {"num_landmarks": block.landmarks, "prefix_tokens": own_prefix(block.sampler, prefix)}
-    role = writer.unique(f"{stem}_role")
-    add(LANDMARK_ROLES, [include, exclude], [role], **sizes)
-    if block.sampler == "fps":
-        guided, picks = writer.unique(f"{stem}_features"), writer.unique(f"{stem}_picks")
-        add(GUIDED_FEATURES, [features, role], [guided])
-        nodes.append(_sampler_node(block, prefix, guided, picks))
-        add(GUIDED_PICKS, [role, picks], [landmarks], num_landmarks=block.landmarks)
-        return ""
-    if block.sampler == "norm-grid":
-        plain, role = role, writer.unique(f"{stem}_norm_role")
-        add(LARGEST_NORM_ROLES, [features, plain], [role], **sizes)
-    bias = writer.unique(f"{stem}_bias")
-    add(GUIDED_GRID, [role], [landmarks, bias], **sizes, middles=int(block.sampler == "norm-grid"))
-    return "" if writer.plan.method == "published" else bias
-
-
-def _static_landmarks(writer: _Writer, block: BlockPlan, tokens: int, prefix: int) -> str:
-    from fna.landmarks import grid_landmarks, lattice_landmarks, random_landmarks
-
-    if block.sampler == "lattice":
-        index = lattice_landmarks(tokens, block.landmarks, prefix, writer.plan.patches)
-    elif block.sampler == "random":
-        index = random_landmarks(tokens, block.landmarks, prefix, writer.plan.seed)
-    else:
-        index = grid_landmarks(tokens, block.landmarks, prefix)
-    return writer.constant(
-        f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}", index.numpy().astype(np.int32)
-    )
-
-
-def _bias(
-    writer: _Writer,
-    row: Row,
-    block: BlockPlan,
-    found: Attention,
-    prefix: int,
-    key: str,
-    nodes: list[NodeProto],
-) -> str:
-    from fna.landmarks import landmark_bias, norm_grid_count
-
-    name = f"fna/landmark_bias_{block.sampler}_{block.landmarks}"
-    own = min(prefix, block.landmarks)
-    if block.sampler == "norm-grid":
-        own = min(own + norm_grid_count(block.landmarks, prefix), block.landmarks)
-    flat = writer.plan.method == "published" or block.sampler in ("fps", "random") or own == block.landmarks
-    if flat:
-        return writer.constant(name, np.zeros((1, block.landmarks), np.float32))
-    if len(set(found.tokens)) == 1:
-        bias = landmark_bias(found.tokens[0], block.landmarks, method=block.sampler, prefix_tokens=prefix)
-        return writer.constant(f"{name}_of_{found.tokens[0]}", bias.numpy().astype(np.float32))
-    stem = f"{row.node}/fna_bias_{row.block}"
-    count = _token_count(writer, key, stem, nodes)
-    names = {step: writer.unique(f"{stem}_{step}") for step in ("count", "rest", "weight", "log", "bias")}
-    marks = np.asarray([[0.0] * own + [1.0] * (block.landmarks - own)], np.float32)
-    ours = writer.constant(f"fna/own_{own}", np.asarray([[own]], np.float32))
-    spaced = writer.constant(f"fna/spaced_{block.landmarks - own}", np.asarray([[block.landmarks - own]], np.float32))
-    nodes += [
-        helper.make_node("Cast", [count], [names["count"]], name=names["count"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", [names["count"], ours], [names["rest"]], name=names["rest"]),
-        helper.make_node("Div", [names["rest"], spaced], [names["weight"]], name=names["weight"]),
-        helper.make_node("Log", [names["weight"]], [names["log"]], name=names["log"]),
-        helper.make_node(
-            "Mul", [names["log"], writer.constant("fna/spaced_marks", marks)], [names["bias"]], name=names["bias"]
-        ),
-    ]
-    return names["bias"]
-
-
-def _token_count(writer: _Writer, tensor: str, stem: str, nodes: list[NodeProto]) -> str:
-    """N of `[B, H, N, D]`, as int64 `[1]`."""
-    dims, count = writer.unique(f"{stem}_dims"), writer.unique(f"{stem}_tokens")
-    nodes.append(helper.make_node("Shape", [tensor], [dims], name=dims))
-    nodes.append(
-        helper.make_node(
-            "Gather", [dims, writer.constant("fna/axis_2", np.asarray([2], np.int64))], [count], name=count, axis=0
-        )
-    )
-    return count
-
-
-def _grid_in_graph(writer: _Writer, block: BlockPlan, prefix: int, key: str, stem: str, nodes: list[NodeProto]) -> str:
-    """`fna.landmarks.grid_landmarks` in integers, for a number of tokens that is known only at run time."""
-    own = min(prefix, block.landmarks)
-    spaced = block.landmarks - own
-    front = np.arange(own, dtype=np.int64)[None]
-    if spaced == 0:
-        return writer.constant(f"fna/landmarks_first_{own}", front.astype(np.int32))
-    count = _token_count(writer, key, stem, nodes)
-    names = {step: writer.unique(f"{stem}_{step}") for step in GRID_STEPS}
-    # the i-th of K points from 0 to L - 1, rounded: (2 i (L - 1) + K - 1) / (2 (K - 1)); a single one is L / 2
-    alone = spaced == 1
-    gaps = spaced - 1
-    slots = np.asarray([[1]]) if alone else 2 * np.arange(spaced)[None]
-    before_last = writer.constant(f"fna/before_last_{own + 1 - alone}", np.asarray([own + 1 - alone], np.int64))
-    twice_slot = writer.constant(f"fna/twice_slot_{spaced}", slots.astype(np.int64))
-    half_gap = writer.constant(f"fna/half_gap_{gaps}", np.asarray([gaps], np.int64))
-    divisor = writer.constant(f"fna/gaps_{spaced}", np.asarray([2 if alone else 2 * gaps], np.int64))
-    first = writer.constant(f"fna/prefix_{own}", np.asarray([own], np.int64))
-    chain = [
-        ("Sub", count, before_last, "length"),
-        ("Mul", twice_slot, names["length"], "stretched"),
-        ("Add", names["stretched"], half_gap, "rounded"),
-        ("Div", names["rounded"], divisor, "place"),
-        ("Add", names["place"], first, "index"),
-    ]
-    for op_type, left, right, step in chain:
-        nodes.append(helper.make_node(op_type, [left, right], [names[step]], name=names[step]))
-    joined = names["index"]
-    if own:
-        joined = names["all"]
-        parts = [writer.constant(f"fna/front_{own}", front), names["index"]]
-        nodes.append(helper.make_node("Concat", parts, [joined], name=joined, axis=1))
-    nodes.append(
-        helper.make_node("Cast", [joined], [names["landmarks"]], name=names["landmarks"], to=TensorProto.INT32)
-    )
-    return names["landmarks"]
 
 
 # ---------------------------------------------------------------- the whole model

@@ -26,7 +26,8 @@ from fna.export.operators.functions import (
     make_function,
 )
 from fna.export.passes.lower import lower
-from fna.landmarks import farthest_points_reference, norm_grid_reference
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.norm_grid import norm_grid_reference
 
 OPSETS = range(LOWEST_OPSET, HIGHEST_OPSET + 1)
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}

@@ -25,8 +25,8 @@ from fna.export.surgery import graft as grafting
 from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.recognise.rows import Decision
 from fna.files import file_sha256
-from fna.landmarks import landmark_bias, select_landmarks
 from fna.plan import BlockPlan, Plan
+from fna.samplers import landmark_bias, select_landmarks
 
 Changed = Callable[[Path], onnx.ModelProto]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fna.attention import apply_newton_schulz, fast_nystrom_attention
 from fna.composition import correct
 from fna.export.sources.loading import LoadedModel
-from fna.landmarks import landmark_bias, select_landmarks
 from fna.observing import AttentionCall, observed
 from fna.plan import Correction
+from fna.samplers import landmark_bias, select_landmarks
 from fna.validate.planning import subject as subjects
 from fna.validate.planning.measure import (
     Candidate,

@@ -13,10 +13,10 @@ from tiny_vit import make_vit
 from torch import Tensor, nn
 
 from fna.errors import InvalidLandmarksError, InvalidPlanError
-from fna.guided import exclude_room, guided_landmarks, include_room
-from fna.landmarks import landmark_bias, select_landmarks
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.plan import BlockPlan, MaskPlan, Plan, TokenRange, uniform_plan
+from fna.samplers import landmark_bias, select_landmarks
+from fna.samplers.common.roles import exclude_room, guided_landmarks, include_room
 
 SAMPLERS = ["fps", "grid", "norm-grid"]
 TOKENS = 48

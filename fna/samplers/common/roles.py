@@ -9,7 +9,7 @@ every mask say what happens. A token's role is `GUARANTEED`, `FREE` or `EXCLUDED
 - a token that is both is guaranteed; prefix tokens are guaranteed unless excluded.
 
 Guaranteed tokens come first, ascending, and stand for themselves alone; the sampler's own follow. With no token included and none
-excluded, landmarks and weights are the sampler's own. `fna.export.operators.functions` says the same in ONNX.
+excluded, landmarks and weights are the sampler's own. Each operator here has an ONNX function in `fna.export.operators`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fna.errors import InvalidLandmarksError
-from fna.landmarks import after_guaranteed, evenly_spaced, middles_of_stretches, norm_grid_count
-from fna.plan import Sampler
+from fna.samplers import find_sampler
+from fna.samplers.common.record import ONNX_DOMAIN, Expressions, GuidedSelection, LandmarkRequest
+from fna.samplers.common.spacing import after_guaranteed, evenly_spaced, middles_of_stretches
 from fna.special_tokens import LARGEST_SHARE
 
 GUARANTEED, FREE, EXCLUDED = 1, 0, -1
@@ -35,9 +36,14 @@ def exclude_room(num_tokens: int) -> int:
     return max(1, num_tokens // LARGEST_SHARE)
 
 
-def own_prefix(method: Sampler, prefix_tokens: int) -> int:
-    """The prefix tokens that a sampler guarantees."""
-    return 0 if method == "fps" else prefix_tokens
+def norm_grid_count(num_landmarks: int, prefix_tokens: int) -> int:
+    """How many patch tokens `norm-grid` takes for their norm: a tenth of S less the prefix tokens, at least one.
+
+    A tenth in all, prefix tokens included, is what was measured best on DINOv2-S (a quarter, and a tenth beside the class token,
+    lose).
+    """
+    prefix = min(prefix_tokens, num_landmarks)
+    return min(max(1, num_landmarks // 10 - prefix), num_landmarks - prefix)
 
 
 def most_guaranteed(num_landmarks: int, prefix_tokens: int, *, by_norm: bool) -> int:
@@ -48,10 +54,8 @@ def most_guaranteed(num_landmarks: int, prefix_tokens: int, *, by_norm: bool) ->
 
 
 def check_rooms(
-    num_landmarks: int,
-    num_tokens: int,
-    method: Sampler,
-    prefix_tokens: int,
+    request: LandmarkRequest,
+    method: str,
     *,
     includes: bool,
     excludes: bool,
@@ -62,17 +66,20 @@ def check_rooms(
     Raises:
         InvalidLandmarksError: saying how many landmarks are needed; `name` says whose.
     """
+    if not includes and not excludes:
+        return
     where = f"{name}: " if name else ""
-    prefix = own_prefix(method, prefix_tokens)
-    if includes and include_room(num_landmarks, prefix) < 1:
+    prefix = _guaranteed_prefix(request, _guided(method))
+    if includes and include_room(request.num_landmarks, prefix) < 1:
         raise InvalidLandmarksError(
             f"{where}landmarks_include needs {prefix + 2} landmarks or more ({prefix} prefix tokens, a token included, another), "
-            f"but there are {num_landmarks}"
+            f"but there are {request.num_landmarks}"
         )
     # an open size is checked when it is known
-    if excludes and isinstance(num_tokens, int) and num_landmarks > num_tokens - exclude_room(num_tokens):
+    tokens = request.num_tokens
+    if excludes and isinstance(tokens, int) and request.num_landmarks > tokens - exclude_room(tokens):
         raise InvalidLandmarksError(
-            f"{where}landmarks_exclude leaves {num_tokens - exclude_room(num_tokens)} of {num_tokens} tokens, but {num_landmarks} "
+            f"{where}landmarks_exclude leaves {tokens - exclude_room(tokens)} of {tokens} tokens, but {request.num_landmarks} "
             "landmarks were asked for; ask for fewer"
         )
 
@@ -81,7 +88,7 @@ def guided_landmarks(
     features: Tensor | None,  # [B, N, C]
     num_landmarks: int,
     *,
-    method: Sampler,
+    method: str,
     include: Tensor | None = None,  # [B, N] or [1, N], int32
     exclude: Tensor | None = None,  # [B, N] or [1, N], int32
     prefix_tokens: int = 1,
@@ -90,9 +97,9 @@ def guided_landmarks(
     """Choose landmarks under roles, and their bias.
 
     Args:
-        features: what `fps` and `norm-grid` look at; `grid` needs none.
+        features: for samplers that look at them.
         num_landmarks: S.
-        method: `fps`, `grid` or `norm-grid`.
+        method: a sampler that has a `guided` record.
         include: not 0 for tokens to include. At least one of the two masks is needed.
         exclude: not 0 for tokens to exclude.
         prefix_tokens: class and register tokens at the front.
@@ -107,20 +114,55 @@ def guided_landmarks(
     """
     mask = include if include is not None else exclude
     assert mask is not None
-    check_rooms(
-        num_landmarks, mask.shape[1], method, prefix_tokens,
-        includes=include is not None, excludes=exclude is not None, name=name,
-    )  # fmt: skip
-    operators = torch.ops.fna
-    role = operators.landmark_roles(include, exclude, num_landmarks, own_prefix(method, prefix_tokens))
-    if method == "fps":
-        picks = operators.farthest_point_sampling(operators.guided_features(features, role), num_landmarks)
-        bias = torch.zeros(1, num_landmarks, device=picks.device)
-        return operators.guided_picks(role, picks), bias
-    if method == "norm-grid":
-        role = operators.largest_norm_roles(features, role, num_landmarks, prefix_tokens)
-    landmarks, bias = operators.guided_grid(role, num_landmarks, prefix_tokens, method == "norm-grid")
+    request = LandmarkRequest(mask.shape[1], num_landmarks, prefix_tokens)
+    check_rooms(request, method, includes=include is not None, excludes=exclude is not None, name=name)
+    guided = _guided(method)
+    role = torch.ops.fna.landmark_roles(include, exclude, num_landmarks, _guaranteed_prefix(request, guided))
+    return guided.select(request, features, role)
+
+
+def guided_landmarks_nodes(
+    op: Expressions,
+    request: LandmarkRequest,
+    method: str,
+    features: str | None,
+    include: str | None,
+    exclude: str | None,
+) -> tuple[str, str | None]:
+    """Write `guided_landmarks` in ONNX: values of the landmarks, and of the bias or None where it is 0.
+
+    Args:
+        op: builder of nodes.
+        request: its number of tokens may be None.
+        method: a sampler that has a `guided` record.
+        features: value `[B, N, C]`, for samplers that look at features.
+        include: value of an int32 mask `[B or 1, N]`, or None.
+        exclude: likewise; one of the two is needed.
+    """
+    guided = _guided(method)
+    if include is None or exclude is None:
+        nothing = op.Sub(include or exclude, include or exclude)
+        include, exclude = include or nothing, exclude or nothing
+    sizes = {"num_landmarks": request.num_landmarks, "prefix_tokens": _guaranteed_prefix(request, guided)}
+    role = op.LandmarkRoles(include, exclude, domain=ONNX_DOMAIN, **sizes)
+    return guided.nodes(op, request, features, role)
+
+
+def guided_grid_nodes(op: Expressions, request: LandmarkRequest, role: str, *, middles: bool) -> tuple[str, str]:
+    """Write `guided_grid`: the landmarks and their bias."""
+    sizes = {"num_landmarks": request.num_landmarks, "prefix_tokens": request.prefix_tokens}
+    landmarks, bias = op.GuidedGrid(role, domain=ONNX_DOMAIN, outputs=2, **sizes, middles=int(middles))
     return landmarks, bias
+
+
+def _guided(method: str) -> GuidedSelection:
+    guided = find_sampler(method).guided
+    assert guided is not None, f"the plan lets {method} be guided"
+    return guided
+
+
+def _guaranteed_prefix(request: LandmarkRequest, guided: GuidedSelection) -> int:
+    return request.prefix_tokens if guided.guarantees_prefix else 0
 
 
 # ---------------------------------------------------------------- operators, one ONNX function each

@@ -10,23 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fna.errors import FnaError, InvalidArgumentError, InvalidDtypeError, InvalidLandmarksError, InvalidShapeError
-from fna.landmarks import (
-    SAMPLERS,
-    farthest_points_reference,
-    grid_landmarks,
-    landmark_bias,
-    lattice_landmarks,
-    middles_of_stretches,
-    norm_grid_count,
-    random_landmarks,
-    select_landmarks,
-)
+from fna.samplers import landmark_bias, sampler_names, select_landmarks
+from fna.samplers.common.roles import norm_grid_count
+from fna.samplers.common.spacing import middles_of_stretches
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.grid import grid_landmarks
+from fna.samplers.lattice import lattice_landmarks
+from fna.samplers.random import random_landmarks
 
 few = settings(max_examples=40, deadline=None)
 sizes = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", sampler_names())
 @few
 @given(size=sizes, seed=st.integers(0, 1000))
 def test_landmarks_are_distinct_token_indices(method: Any, size: tuple[int, int, int], seed: int) -> None:
@@ -44,7 +40,7 @@ def test_landmarks_are_distinct_token_indices(method: Any, size: tuple[int, int,
             assert row[: min(prefix, count)] == list(range(min(prefix, count)))
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", sampler_names())
 @few
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_guaranteed_tokens_come_first_and_excluded_ones_never(method: Any, data: st.DataObject, seed: int) -> None:

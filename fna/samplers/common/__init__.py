@@ -1,0 +1,1 @@
+"""What samplers share: their record, spacing, masks and roles, weights."""
