@@ -9,7 +9,8 @@ import numpy as np
 
 from fna.errors import InvalidArgumentError
 from fna.runtime import Arrays
-from fna.validate.task.measure import OutputKinds, compare_outputs
+from fna.validate.task.inputs import OutputKinds
+from fna.validate.task.measure import compare_outputs
 
 
 @dataclass(frozen=True)

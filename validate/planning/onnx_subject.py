@@ -32,7 +32,7 @@ from fna.export.surgery.rewrite.rewrite import operand_writer
 from fna.plan import Plan
 from fna.runtime import Arrays, open_session
 from fna.validate.planning.subject import BlockView, Layout
-from fna.validate.task.measure import OutputKinds
+from fna.validate.task.inputs import OutputKinds
 
 TYPICAL_COHERENCE = 30.0
 """Where gradients cannot say: by how much more an error that all tokens share weighs. Between 5 and 100 in DINOv2-S's blocks."""

@@ -19,7 +19,7 @@ from fna.plan import Plan
 from fna.runtime import Arrays
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.budget.runners import patched, run_torch
-from fna.validate.task.measure import OutputKinds
+from fna.validate.task.inputs import OutputKinds
 
 PROBES = 4
 """Random directions of the output whose gradients say how much an error in a block matters; each token adds to the average."""

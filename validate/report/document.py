@@ -20,7 +20,8 @@ from fna.validate.blame.bisect import Bisection, Divergence, bisect, locate, why
 from fna.validate.budget.chain import Chain, Say, open_chain, open_validated_file
 from fna.validate.budget.measure import Outputs, Validation, last_stage, measure_chain
 from fna.validate.photographs import Photographs
-from fna.validate.task.measure import TaskResult, measure_tasks
+from fna.validate.task.measure import measure_tasks
+from fna.validate.task.results import TaskResult
 
 BISECT_IMAGES = 1
 """Photographs that `--bisect` looks at: each costs two runs per FNA block."""

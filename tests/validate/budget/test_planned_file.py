@@ -13,7 +13,7 @@ from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, export_onnx
 from fna.plan import BlockPlan, Correction, Plan
 from fna.validate.bench.models import bench
-from fna.validate.task.measure import shrink_plan
+from fna.validate.task.digits_probe import shrink_plan
 
 from ..conftest import TINY_SIDE, Tiny
 

@@ -7,7 +7,8 @@ import pytest
 
 from fna.errors import InvalidArgumentError
 from fna.validate.planning.goals import TaskGoal, measure_agreement, parse_goal, resolve_goals
-from fna.validate.task.measure import OutputKinds, intersection_over_union
+from fna.validate.task.inputs import OutputKinds
+from fna.validate.task.saliency import intersection_over_union
 
 RANDOM = np.random.default_rng(0)
 KINDS = OutputKinds(maps=("saliency",), tokens=("tokens",), prefix_tokens=1)

@@ -20,20 +20,15 @@ from fna.plan import uniform_plan
 from fna.validate.budget.chain import DEPLOYED, EXACT, open_chain, open_validated_file
 from fna.validate.budget.measure import measure_chain, prefix_of
 from fna.validate.photographs import Photographs, load_labelled
-from fna.validate.task.measure import (
-    Collected,
-    Results,
-    hold_out,
-    intersection_over_union,
-    match_labels,
-    mean_iou,
-    measure_classification,
-    measure_tasks,
-    neighbour_recall,
-    probe,
-    shrink_plan,
-    top_agreement,
-)
+from fna.validate.task.classification import match_labels, measure_classification, top_agreement
+from fna.validate.task.digits_probe import shrink_plan
+from fna.validate.task.inputs import ImageVectors, OutputKinds, TaskInputs
+from fna.validate.task.linear_probe import hold_out, probe
+from fna.validate.task.measure import TASKS, compare_outputs, measure_tasks
+from fna.validate.task.results import Results
+from fna.validate.task.retrieval import neighbour_recall
+from fna.validate.task.saliency import intersection_over_union
+from fna.validate.task.segmentation import mean_iou
 
 RANDOM = np.random.default_rng(0)
 
@@ -140,7 +135,7 @@ def test_the_real_models_saliency_is_measured(exported: Path, saliency_model, mo
     photographs = Photographs(bundled_photographs()[:1])
     chain = open_chain(open_validated_file(exported), None, quietly)
     _, outputs = measure_chain(chain, photographs.images, tolerances={}, on_step=quietly)
-    monkeypatch.setattr("fna.validate.task.measure.FEWEST_FOR_RETRIEVAL", 1)
+    monkeypatch.setattr("fna.validate.task.inputs.FEWEST_FOR_RETRIEVAL", 1)
     result = measure_tasks(chain, EXACT, photographs, outputs, quietly, digits=60)
     exact, fna = outputs.exact["saliency"].ravel(), outputs.exported["saliency"].ravel()
     assert result.find("saliency", "correlation") == pytest.approx(pearsonr(exact, fna).statistic, abs=1e-6)
@@ -153,14 +148,14 @@ def test_a_classifiers_classes_are_compared_and_scored(tiny) -> None:
     exact, fna = RANDOM.standard_normal((2, 20, 7))
     labels = [f"Kind {number % 7}" for number in range(20)]
     chain = SimpleNamespace(model=load_model("validate_tiny:classifier"))
-    found = Collected(None, None, exact, fna, 20, "")
+    vectors = ImageVectors(None, None, exact, fna, 20, "")
     results = Results()
-    measure_classification(results, chain, found, Photographs([], labels=labels))
+    measure_classification(results, TaskInputs(OutputKinds(), {}, {}, vectors, chain, labels))
     values = {item.measure: item.value for item in results.measures}
     assert values["top-5 agreement"] == top_k_accuracy_score(exact.argmax(axis=1), fna, k=5, labels=range(7))
     assert values["accuracy, FNA"] == accuracy_score([number % 7 for number in range(20)], fna.argmax(axis=1))
     with pytest.raises(InputFileError, match="class folder 'nothing' is no class of the model, which has 7"):
-        measure_classification(results, chain, found, Photographs([], labels=["nothing"] * 20))
+        measure_classification(results, TaskInputs(OutputKinds(), {}, {}, vectors, chain, ["nothing"] * 20))
 
 
 HEADS = '''
@@ -263,3 +258,14 @@ def test_images_beside_class_folders_are_refused(class_folders: Path) -> None:
     (class_folders / "0" / "0.png").rename(class_folders / "stray.png")
     with pytest.raises(InputFileError, match="labels need every image in a class folder"):
         load_labelled(class_folders)
+
+
+def test_a_further_task_is_one_function_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_sizes(results: Results, inputs: TaskInputs) -> None:
+        results.add("sizes", "values kept", float(inputs.approximated["x"].size == inputs.exact["x"].size), "toy")
+
+    monkeypatch.setitem(TASKS, "sizes", measure_sizes)
+    arrays = {"x": RANDOM.standard_normal((2, 4))}
+    assert compare_outputs(OutputKinds(), arrays, arrays, ["sizes"]).find("sizes", "values kept") == 1
+    assert compare_outputs(OutputKinds(), arrays, arrays).find("sizes", "values kept") == 1
+    assert compare_outputs(OutputKinds(), arrays, arrays, ["retrieval"]).find("sizes", "values kept") is None
