@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+import fna
 from fna.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +47,8 @@ def test_no_module_imports_upwards(folder: str) -> None:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    front = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return [*front, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 
 
 def shell_commands(path: Path) -> list[str]:
@@ -55,6 +59,22 @@ def shell_commands(path: Path) -> list[str]:
 ALL_COMMANDS = [
     pytest.param(command, id=f"{path.name}: {command}") for path in documents() for command in shell_commands(path)
 ]
+
+
+def test_every_command_of_the_documents_is_of_a_kind_that_a_test_runs() -> None:
+    """Goals of make and fna's commands run below, examples in tests/examples; `sh device` blocks in tests/engines/bundle."""
+    for path in documents():
+        for kind in re.findall(r"^```(.*)\n(?:.*\n)*?```$", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            assert kind in ("", "sh", "sh device", "bash", "python", "json"), f"{path.name} has a block of {kind!r}"
+            assert kind != "sh device" or path.name in ("deploy.md", "serving.md"), path.name
+            assert kind != "bash" or path.name == "validate.md", path.name  # tests/validate runs Polygraphy's
+        for command in shell_commands(path):
+            assert command.startswith(
+                ("make ", ".venv/bin/fna ", ".venv/bin/python examples/", ".venv/bin/python -m pytest")
+            ), command
+            words = shlex.split(command)
+            assert words[0] != ".venv/bin/python" or words[1] == "-m" or (ROOT / words[1]).is_file(), command
+            assert words[:3] != [".venv/bin/python", "-m", "pytest"] or (ROOT / words[-1]).exists(), command
 
 
 @pytest.mark.parametrize("command", [item for item in ALL_COMMANDS if item.values[0].startswith("make")])
@@ -86,11 +106,91 @@ def test_links_of_the_documents_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def headings(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_links_into_a_page_lead_to_a_heading() -> None:
+    for path in documents():
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text(encoding="utf-8")):
+            page = path.parent / target if target else path
+            assert anchor in headings(page), f"{path.name} links to {target}#{anchor}"
+
+
+FOLDERS = ("fna", "export", "plugins", "engines", "validate", "studies", "tests", "examples", "docs")
+
+
+def test_files_that_the_documents_name_are_there() -> None:
+    for path in documents():
+        for name in re.findall(r"`([\w./-]+/[\w./-]*)`", path.read_text(encoding="utf-8")):
+            if name.split("/")[0] in FOLDERS:
+                assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
+
+
+def test_the_documents_prose_fits_a_screen() -> None:
+    for path in documents():
+        fenced = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            fenced ^= line.startswith("```")
+            free = fenced or line.startswith(("|", "![", "    ", "```"))
+            assert free or len(line) < 120, f"{path.relative_to(ROOT)}:{number} has {len(line)} characters"
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("not a git repository: an unpacked archive has nothing to list")
+    return [ROOT / name for name in done.stdout.splitlines()]
+
+
+def test_no_file_refers_to_a_document_that_readers_do_not_have() -> None:
+    missing = re.compile("DESIGN" + r"\b|FIELD" + r"\.md|\.\./shared")
+    for path in tracked_files():
+        if (
+            path.suffix in (".py", ".md", ".cpp", ".hpp", ".mk", ".sh", ".toml", ".json", ".ipynb")
+            or path.name == "Makefile"
+        ):
+            match = missing.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+            assert match is None, f"{path.relative_to(ROOT)} refers to {match[0]}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_pages_python_runs(page: str) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_hidden_layers=12, num_attention_heads=2, image_size=126)
+    ).eval()
+    names = {"model": model, "pixel_values": torch.zeros(1, 3, 126, 126)}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    assert names["outputs"].last_hidden_state.shape == (1, 82, 32)
+
+
 def test_ci_runs_exactly_the_readmes_test_command() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
     assert commands == ["make test"]
     assert "make test" in shell_commands(ROOT / "README.md")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if "run" in step] == ["make test"]
+    python = [step["with"]["python-version"] for step in steps if "python-version" in step.get("with", {})]
+    assert python == ["3.11"]
+
+
+def test_the_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == fna.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert citation["preferred-citation"]["url"] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(citation["preferred-citation"][key] for key in ("title", "authors", "year"))
+    assert f"## {fna.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_bare_make_prints_the_goals() -> None:

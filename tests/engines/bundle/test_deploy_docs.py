@@ -1,4 +1,4 @@
-"""docs/deploy.md: every command in it is run by a test, or marked as needing the device."""
+"""docs/deploy.md and docs/serving.md: every command is run by a test, or marked as needing the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ..conftest import ROOT
 from .test_scripts import make_device
 
-TEXT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+TEXT = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("deploy.md", "serving.md"))
 BLOCKS = re.findall(r"```([a-z ]+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = {
     *re.findall(r"`(\./(?:check|build_engine)\.sh[^`]*)`", TEXT),
