@@ -1,44 +1,59 @@
-"""One attention block as a plan has it: some heads FNA, the others exact, with a correction of what FNA leaves out."""
+"""One attention block as its steps have it, in PyTorch: heads taken apart and joined, and the correction of what FNA leaves out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fna.errors import InvalidArgumentError
 from fna.plan import Correction
+from fna.samplers.common.spacing import patch_grid
 
 HeadAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of some heads: query, key, value `[B, H', N, D]` to `[B, H', N, D]`."""
 
 
-def compose_heads(
-    query: Tensor,  # [B, H, N, D]
-    key: Tensor,  # [B, H, N, D]
-    value: Tensor,  # [B, H, N, D]
-    heads: Sequence[int] | None,
-    nystrom: HeadAttention,
-    exact: HeadAttention,
-) -> Tensor:  # [B, H, N, D]
-    """Run `nystrom` on the heads listed and `exact` on the others; None is all of them.
+@dataclass
+class TorchWiring:
+    """How `fna.block_steps.wire_block` computes a block in PyTorch.
 
-    Raises:
-        InvalidArgumentError: for heads that the block does not have.
+    Attributes:
+        nystrom: FNA of some heads.
+        exact: exact attention of some heads.
+        landmarks: of the block, `[B or 1, S]`.
+        prefix_tokens: tokens before the patches.
+        patches: rows and columns of patches; None infers a square.
+        exact_rows: whether the landmarks' rows are exact.
     """
-    count = query.shape[1]
-    if heads is not None and heads[-1] >= count:
-        raise InvalidArgumentError(f"the plan lists head {heads[-1]}, but the block has heads 0 to {count - 1}")
-    if heads is None or len(heads) == count:
-        return nystrom(query, key, value)
-    others = [head for head in range(count) if head not in heads]
-    parts = [
-        attend(*(take_heads(tensor, chosen) for tensor in (query, key, value)))
-        for attend, chosen in ((nystrom, heads), (exact, others))
-    ]
-    order = [*heads, *others]
-    return take_heads(torch.cat(parts, dim=1), [order.index(head) for head in range(count)])
+
+    nystrom: HeadAttention
+    exact: HeadAttention
+    landmarks: Tensor
+    prefix_tokens: int
+    patches: tuple[int, int] | None
+    exact_rows: bool
+
+    def take_heads(self, tensor: Tensor, heads: Sequence[int], purpose: str) -> Tensor:
+        """See `fna.block_steps.BlockWiring`."""
+        return take_heads(tensor, heads)
+
+    def join_heads(self, parts: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+        """See `fna.block_steps.BlockWiring`."""
+        return take_heads(torch.cat(list(parts), dim=1), order)
+
+    def correct(self, out: Tensor, value: Tensor, correction: Correction) -> Tensor:
+        """See `fna.block_steps.BlockWiring`."""
+        return correct(
+            out,
+            value,
+            self.landmarks,
+            correction,
+            prefix_tokens=self.prefix_tokens,
+            patches=patch_grid(out.shape[2], self.prefix_tokens, self.patches),
+            exact_rows=self.exact_rows,
+        )
 
 
 def take_heads(

@@ -111,8 +111,8 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     import torch
 
     from fna.attention import nystrom_attention_reference
-    from fna.composition import compose_heads, correct
-    from fna.samplers.common.spacing import patch_grid
+    from fna.block_steps import steps_of, wire_block
+    from fna.composition import TorchWiring
     from fna.special_tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
@@ -127,19 +127,10 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     key_mask = others[-1] if item.fna.op_type == MASKED_ATTENTION or others[2:] else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        assert site is not None
         landmarks, bias = others[:2]
-        result = nystrom_attention_reference(
+        return nystrom_attention_reference(
             query, key, value, landmarks, bias, scale,
             int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")), key_mask, sink,
-        )  # fmt: skip
-        if site.block.correction is None:
-            return result
-        return correct(
-            result, value, landmarks, site.block.correction,
-            prefix_tokens=site.prefix_tokens,
-            patches=patch_grid(value.shape[2], site.prefix_tokens, site.plan.patches),
-            exact_rows=site.plan.exact_rows,
         )  # fmt: skip
 
     def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -152,7 +143,9 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         if site is None:
             expected = exact(query, key, value)
         else:
-            expected = compose_heads(query, key, value, site.block.heads, nystrom, exact)
+            plan, block_steps = site.plan, steps_of(site.plan, site.block.block)
+            wiring = TorchWiring(nystrom, exact, others[0], site.prefix_tokens, plan.patches, plan.exact_rows)
+            expected = wire_block(block_steps, query.shape[1], query, key, value, wiring)
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[found.element_type]
     proof.fna_errors[block] = error

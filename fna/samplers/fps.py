@@ -80,6 +80,10 @@ def _guided_nodes(op: Expressions, request: LandmarkRequest, features: str | Non
     return op.GuidedPicks(role, picks, domain=ONNX_DOMAIN, num_landmarks=request.num_landmarks), None
 
 
+def _once_per_landmark(num_landmarks: int) -> int:
+    return num_landmarks
+
+
 SAMPLER = Sampler(
     name="fps",
     summary="farthest point sampling of the features",
@@ -90,6 +94,6 @@ SAMPLER = Sampler(
     select_masked=_select_masked,
     guided=GuidedSelection(_select_guided, _guided_nodes, guarantees_prefix=False),
     nested=True,
-    passes=lambda num_landmarks: num_landmarks,
-    launches=lambda num_landmarks: num_landmarks,
+    passes=_once_per_landmark,
+    launches=_once_per_landmark,
 )

@@ -86,6 +86,14 @@ def _stand_alone(num_landmarks: int, prefix_tokens: int) -> int:
     return prefix + norm_grid_count(num_landmarks, prefix)
 
 
+def _one_for_the_norms(num_landmarks: int) -> int:
+    return 1
+
+
+def _norms_and_choice(num_landmarks: int) -> int:
+    return 2
+
+
 SAMPLER = Sampler(
     name="norm-grid",
     summary="prefix tokens, the tenth of largest norm, then patch tokens evenly spaced among the others",
@@ -96,6 +104,6 @@ SAMPLER = Sampler(
     select_masked=_select_masked,
     guided=GuidedSelection(_select_guided, _guided_nodes),
     compared=True,
-    passes=lambda num_landmarks: 1,
-    launches=lambda num_landmarks: 2,
+    passes=_one_for_the_norms,
+    launches=_norms_and_choice,
 )

@@ -1,4 +1,4 @@
-"""Some heads FNA, some exact, and what a correction does."""
+"""What a correction does."""
 
 from __future__ import annotations
 
@@ -6,31 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fna.composition import compose_heads, correct
+from fna.composition import correct
 from fna.errors import InvalidArgumentError
 from fna.plan import Correction
 from fna.samplers.common.spacing import patch_grid
 from fna.samplers.lattice import lattice_landmarks
-
-
-@pytest.mark.parametrize("heads", [(0,), (1, 2), (0, 3), (0, 2, 3), (0, 1, 2, 3), None])
-def test_each_head_goes_where_the_plan_sends_it(heads: tuple[int, ...] | None) -> None:
-    query = torch.randn(2, 4, 5, 3)
-    out = compose_heads(query, query, query, heads, lambda q, k, v: q * 0 + 1, lambda q, k, v: q * 0 - 1)
-    expected = [1.0 if heads is None or head in heads else -1.0 for head in range(4)]
-    assert out[:, :, 0, 0].tolist() == [expected, expected]
-
-
-def test_exact_heads_keep_their_own_operands() -> None:
-    query = torch.randn(1, 4, 5, 3)
-    out = compose_heads(query, query, query, (1, 3), lambda q, k, v: q, lambda q, k, v: q)
-    assert torch.equal(out, query)
-
-
-def test_a_head_that_is_not_there_is_refused() -> None:
-    query = torch.randn(1, 4, 5, 3)
-    with pytest.raises(InvalidArgumentError, match="head 4, but the block has heads 0 to 3"):
-        compose_heads(query, query, query, (4,), lambda q, k, v: q, lambda q, k, v: q)
 
 
 def reference(

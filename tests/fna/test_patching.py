@@ -25,7 +25,7 @@ from model_families import (
 from torch import Tensor, nn
 
 import fna
-import fna.patching
+import fna.patching.attention
 from fna.attention import fast_nystrom_attention
 from fna.errors import InvalidLandmarksError, InvalidPlanError, UnsupportedAttentionError
 from fna.patching import find_attention_blocks
@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         recorded.append(Call(query, key, value, landmarks, settings, out))
         return out
 
-    monkeypatch.setattr(fna.patching, "fast_nystrom_attention", spy)
+    monkeypatch.setattr(fna.patching.attention, "fast_nystrom_attention", spy)
     return recorded
 
 
@@ -480,9 +480,9 @@ def test_a_call_that_is_not_plain_self_attention_is_refused(arguments: dict[str,
     attention = fna.patch(model, make_plan(model, landmarks=4, sampler="grid"))[1].attention
     tokens = torch.randn(1, 2, 9, 4)
     call = {"query": tokens, "key": tokens, "value": tokens, "attention_mask": None, "scaling": 0.5}
-    fna.patching.fna_attention_forward(attention, **call)
+    fna.patching.attention.fna_attention_forward(attention, **call)
     with pytest.raises(UnsupportedAttentionError, match=rf"block 1 \(layers\.1\.attention\).*{reason}"):
-        fna.patching.fna_attention_forward(attention, **{**call, **arguments})
+        fna.patching.attention.fna_attention_forward(attention, **{**call, **arguments})
 
 
 def test_attention_dropout_in_training_is_refused() -> None:

@@ -1,0 +1,147 @@
+"""Finding the self-attention blocks of a vision model, and saying why one cannot be FNA."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fna.errors import UnsupportedAttentionError
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block of a vision model, as found by `find_attention_blocks`.
+
+    Attributes:
+        number: its place among the blocks, from 0.
+        name: its module path in the model.
+        attention: the attention module.
+        layer: the transformer layer that holds it; the hidden states `[B, N, C]` that enter it are the residual stream.
+        tower: the vision model that it belongs to.
+        refusal: why it cannot be FNA, or None.
+    """
+
+    number: int
+    name: str
+    attention: nn.Module
+    layer: nn.Module
+    tower: nn.Module
+    refusal: str | None
+
+
+def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
+    """List the self-attention blocks of a model's vision tower, those included that cannot be FNA.
+
+    Raises:
+        UnsupportedAttentionError: if there are none, if none of several stages can be FNA, or if the model has more than one
+            vision tower.
+    """
+    towers: dict[str, list[AttentionBlock]] = {}
+    for name, attention in model.named_modules():
+        if not _uses_attention_interface(attention):
+            continue
+        tower = _find_tower(model, name)
+        if tower is None:
+            continue
+        path, layer = _enclosing_layer(model, name)
+        blocks = towers.setdefault(path, [])
+        refusal = _find_refusal(attention, layer, tower)
+        blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal))
+    if not towers:
+        raise UnsupportedAttentionError(_say_why_none(model))
+    if len(towers) > 1:
+        raise UnsupportedAttentionError(_say_why_several(model, towers))
+    return next(iter(towers.values()))
+
+
+def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | None = None) -> str | None:
+    names = {name.rsplit(".", 1)[-1] for name, _ in (*layer.named_modules(), *layer.named_parameters())}
+    if getattr(attention, "is_causal", False):
+        return "it is causal"
+    if getattr(attention, "num_key_value_groups", 1) > 1:
+        return "its key and value heads are grouped"
+    if getattr(attention, "is_cross_attention", False) or any("cross" in part for part in _name_parts(attention)):
+        return "it is cross-attention"
+    for holder in (attention, layer):
+        if getattr(holder, "window_size", 0) or getattr(holder, "sliding_window", 0):
+            return "it attends within windows"
+    if any("relative_position" in name or name.startswith("rel_pos") for name in names):
+        return "it adds a relative position bias to the scores"
+    if tower is not None and any("relative_position" in name for name, _ in tower.named_parameters()):
+        return "its model adds a shared relative position bias to the scores"
+    return None
+
+
+def _name_parts(module: nn.Module) -> list[str]:
+    return re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", type(module).__name__).lower())
+
+
+def _uses_attention_interface(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+def _parents(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that contain `name`, the nearest first, the model itself last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name, model.get_submodule(name)
+
+
+def _find_tower(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the outermost model around a module that still takes images only, or None for modules of text models."""
+    from transformers import PreTrainedModel
+
+    tower = None
+    for _, parent in _parents(model, name):
+        if isinstance(parent, PreTrainedModel):
+            if parent.main_input_name != "pixel_values":
+                break
+            tower = parent
+    return tower
+
+
+def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Return the path of the module list that holds the block, and the block's layer in it."""
+    layer = model.get_submodule(name)
+    for path, parent in _parents(model, name):
+        if isinstance(parent, nn.ModuleList):
+            return path, layer
+        layer = parent
+    return name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0])
+
+
+def _say_why_none(model: nn.Module) -> str:
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name and any(part in ("attention", "attn") for part in _name_parts(module)):
+            refusal = _find_refusal(module, _enclosing_layer(model, name)[1])
+            reasons[name] = refusal or "it does not use transformers' attention interface on images"
+    if not reasons:
+        seen = "it has no attention modules"
+    else:
+        telling = (name for name, reason in reasons.items() if "interface" not in reason)
+        name = next(telling, next(iter(reasons)))
+        seen = f"the first, block 0 ({name}): {reasons[name]}; {len(reasons)} attention modules in all"
+    return (
+        f"{type(model).__name__} has no self-attention block that can be FNA ({seen}); "
+        "choose a plain Vision Transformer, or export the model to ONNX and use fna graft"
+    )
+
+
+def _say_why_several(model: nn.Module, towers: dict[str, list[AttentionBlock]]) -> str:
+    blocks = [block for tower in towers.values() for block in tower]
+    if all(block.refusal for block in blocks):
+        return (
+            f"{type(model).__name__} has no self-attention block that can be FNA: block 0 ({blocks[0].name}): "
+            f"{blocks[0].refusal}, and so for all {len(blocks)}; choose a plain Vision Transformer"
+        )
+    return (
+        f"{type(model).__name__} has attention in {len(towers)} stacks ({', '.join(sorted(towers))}), but one is needed; "
+        "patch the stack's own module if it is a vision model by itself"
+    )
