@@ -157,16 +157,16 @@ def _describe(
 def _first_in_torch(model: Any, pixels: NDArray[np.float32]) -> NotFinite | None:
     """The first module, in order of their end, that returns something that is not finite."""
     layers = layer_numbers(model.module)
-    found: list[NotFinite] = []
+    first: list[NotFinite] = []
 
     def watch(name: str) -> Any:
         def look(module: nn.Module, _args: Any, output: Any) -> None:
             for tensor in output if isinstance(output, (tuple, list)) else [output]:
-                if isinstance(tensor, Tensor) and not found and not bool(torch.isfinite(tensor).all()):
+                if isinstance(tensor, Tensor) and not first and not bool(torch.isfinite(tensor).all()):
                     block = next((number for path, number in layers.items() if f"{name}.".startswith(f"{path}.")), None)
                     count = int((~torch.isfinite(tensor)).sum())
                     kind = type(module).__name__
-                    found.append(
+                    first.append(
                         NotFinite(step="", image="", tensor=name, node=name, op_type=kind, block=block, count=count)
                     )
 
@@ -178,4 +178,4 @@ def _first_in_torch(model: Any, pixels: NDArray[np.float32]) -> NotFinite | None
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return first[0] if first else None

@@ -15,7 +15,7 @@ from fna.export.operators.functions import attach_functions
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx
 from fna.plan import BlockPlan, Correction, MaskPlan, Plan
-from fna.validate.blame.bisect import block_effects
+from fna.validate.blame.effects import block_effects
 from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.measure import validate_file
 from fna.validate.budget.runners import OnnxRunner

@@ -17,7 +17,8 @@ from fna.export.trace import TraceOptions, trace_model
 from fna.files import save_model
 from fna.patching import patch, unpatch
 from fna.plan import MaskPlan, uniform_plan
-from fna.validate.blame.bisect import compare_block_parts, locate
+from fna.validate.blame.bisect import locate
+from fna.validate.blame.inside import compare_block_parts
 from fna.validate.budget.block_parts import BlockPart, captured
 from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.fna_nodes import NodeProbe, expected_output
