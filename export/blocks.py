@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from onnx import GraphProto, ModelProto, NodeProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import is_attention
 
 _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
 _PASSED = ("Cast", "Dropout", "Identity", "Where", "Reshape", "QuantizeLinear", "DequantizeLinear")
 
 # As fna.export.trace, fna.export.surgery and fna.export.passes.lower name nodes.
-_FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{ATTENTION}(?:/|$)|/fna_block_(\d+)$")
+_FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{FAST_NYSTROM_ATTENTION.name}(?:/|$)|/fna_block_(\d+)$")
 
 Consumers = dict[str, list[int]]
 """Indices of the nodes that use a tensor's values, by its name."""
@@ -89,7 +91,7 @@ def _borders(
 
 def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], consumers: Consumers) -> int | None:
     """The node in which attention that starts at `node` ends: itself, or where the softmax meets the values."""
-    ours = node.domain == DOMAIN and node.op_type in (ATTENTION, MASKED_ATTENTION)
+    ours = is_attention(node)
     if ours or (node.domain != DOMAIN and node.op_type == "Attention"):
         return index
     if node.op_type != "Softmax":

@@ -18,38 +18,19 @@ import onnxscript
 import onnxscript.optimizer
 import torch
 from onnx import ModelProto, NodeProto, TensorProto
-from onnxscript import opset18, values
+from onnxscript import opset18
 
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.operators.builder import HIGHEST_OPSET
-from fna.export.operators.functions import (
-    ARTIFACT_TOKENS,
-    ATTENTION,
-    DOMAIN,
-    DOMAIN_VERSION,
-    FARTHEST_POINTS,
-    GUIDED_FEATURES,
-    GUIDED_GRID,
-    GUIDED_PICKS,
-    LANDMARK_ROLES,
-    LARGEST_NORM_ROLES,
-    MASKED_ATTENTION,
-    MASKED_PLUGIN_FIELDS,
-    MASSIVE_TOKENS,
-    NORM_GRID,
-    PLUGIN_FIELDS,
-    attach_functions,
-    fna_nodes,
-)
-from fna.export.operators.schemas import operator_schema
+from fna.export.operators.registry import attach_functions, fna_nodes, is_attention, translation_table
 from fna.export.passes.fold_scales import fold_channel_scales
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.files import save_model
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
-from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, all_samplers, find_sampler
+from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, find_sampler
 from fna.samplers.common.roles import check_rooms
 from fna.special_tokens import detect_prefix_tokens
 
@@ -211,7 +192,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
                 output_names=list(model.output_names),
                 dynamic_shapes=(dynamic or None,),
                 opset_version=opset,
-                custom_translation_table=translation_table(),
+                custom_translation_table=_translations(),
                 # The exporter's own optimiser folds batch norms into bf16 convolutions as fp32 weights, which no checker passes.
                 optimize=options.precision != "bf16",
                 verbose=False,
@@ -229,109 +210,19 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     return program.model_proto
 
 
-def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how the exporter writes this project's torch operators: one `fna` node each."""
-    opset = values.Opset(DOMAIN, DOMAIN_VERSION)
-    attention, farthest, norm_grid = (
-        values.Op(opset, name, operator_schema(name)) for name in (ATTENTION, FARTHEST_POINTS, NORM_GRID)
-    )
-
-    def write_attention(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows):  # type: ignore[no-untyped-def]
-        bias = landmark_bias if landmark_bias is not None else _zero_bias(landmarks)
-        return attention(
-            query, key, value, landmarks, bias,
-            scale=scale, iterations=iterations, exact_rows=int(exact_rows), **PLUGIN_FIELDS,
-        )  # fmt: skip
-
-    masked_attention, massive, artifact = (
-        values.Op(opset, name, operator_schema(name)) for name in (MASKED_ATTENTION, MASSIVE_TOKENS, ARTIFACT_TOKENS)
-    )
-    attention_with_mask = values.Op(opset, ATTENTION, operator_schema(ATTENTION, key_mask=True))
-
-    def write_attention_with_mask(  # type: ignore[no-untyped-def]
-        query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink
-    ):
-        bias = landmark_bias if landmark_bias is not None else _zero_bias(landmarks)
-        return attention_with_mask(
-            query, key, value, landmarks, bias, key_mask,
-            scale=scale, iterations=iterations, exact_rows=int(exact_rows), sink=int(sink), **MASKED_PLUGIN_FIELDS,
-        )  # fmt: skip
-
-    def write_masked_attention(query, key, value, key_mask, scale, sink):  # type: ignore[no-untyped-def]
-        return masked_attention(query, key, value, key_mask, scale=scale, sink=int(sink))
-
-    def write_massive(hidden, prefix_tokens):  # type: ignore[no-untyped-def]
-        return massive(hidden, prefix_tokens=prefix_tokens)
-
-    def write_artifact(query, key, scale, prefix_tokens):  # type: ignore[no-untyped-def]
-        return artifact(query, key, scale=scale, prefix_tokens=prefix_tokens)
-
-    def write_gelu(self, approximate="none"):  # type: ignore[no-untyped-def]
-        """In the order of operations that ONNX Runtime and TensorRT fuse; the exporter's own order they leave in pieces."""
-        op = opset18
-        if approximate == "tanh":
-            cubic = op.Mul(self, op.Mul(self, op.Mul(self, op.CastLike(0.044715, self))))
-            inner = op.Tanh(op.Mul(op.Add(self, cubic), op.CastLike(math.sqrt(2 / math.pi), self)))
-        else:
-            inner = op.Erf(op.Div(self, op.CastLike(math.sqrt(2), self)))
-        return op.Mul(op.Mul(self, op.Add(inner, op.CastLike(1.0, self))), op.CastLike(0.5, self))
-
-    def write_farthest(features, num_landmarks):  # type: ignore[no-untyped-def]
-        return farthest(features, num_landmarks=num_landmarks, **PLUGIN_FIELDS)
-
-    def write_norm_grid(features, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
-        return norm_grid(features, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
-
-    operators = torch.ops.fna
-    all_samplers()  # registers their operators
-    return {
-        torch.ops.aten.gelu.default: write_gelu,
-        operators.attention.default: write_attention,
-        operators.attention_with_key_mask.default: write_attention_with_mask,
-        operators.masked_attention.default: write_masked_attention,
-        operators.massive_tokens.default: write_massive,
-        operators.artifact_tokens.default: write_artifact,
-        operators.farthest_point_sampling.default: write_farthest,
-        operators.norm_grid_landmarks.default: write_norm_grid,
-        **_guided_translations(opset),
-    }
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    return {torch.ops.aten.gelu.default: _write_gelu, **translation_table()}
 
 
-def _guided_translations(opset: values.Opset) -> dict[Callable[..., Any], Callable[..., Any]]:
-    roles, norm_roles, grid, guided, picked = (
-        values.Op(opset, name, operator_schema(name))
-        for name in (LANDMARK_ROLES, LARGEST_NORM_ROLES, GUIDED_GRID, GUIDED_FEATURES, GUIDED_PICKS)
-    )
-
-    def write_roles(include, exclude, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
-        include = opset18.Sub(exclude, exclude) if include is None else include
-        exclude = opset18.Sub(include, include) if exclude is None else exclude
-        return roles(include, exclude, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
-
-    def write_norm_roles(features, role, num_landmarks, prefix_tokens):  # type: ignore[no-untyped-def]
-        return norm_roles(features, role, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens)
-
-    def write_grid(role, num_landmarks, prefix_tokens, middles):  # type: ignore[no-untyped-def]
-        return grid(role, num_landmarks=num_landmarks, prefix_tokens=prefix_tokens, middles=int(middles))
-
-    def write_features(features, role):  # type: ignore[no-untyped-def]
-        return guided(features, role)
-
-    def write_picks(role, picks):  # type: ignore[no-untyped-def]
-        return picked(role, picks, num_landmarks=int(picks.shape[1]))
-
-    operators = torch.ops.fna
-    return {
-        operators.landmark_roles.default: write_roles,
-        operators.largest_norm_roles.default: write_norm_roles,
-        operators.guided_grid.default: write_grid,
-        operators.guided_features.default: write_features,
-        operators.guided_picks.default: write_picks,
-    }
-
-
-def _zero_bias(landmarks: Any) -> Any:
-    return opset18.Constant(value=onnx.numpy_helper.from_array(torch.zeros(1, int(landmarks.shape[1])).numpy()))
+def _write_gelu(self, approximate="none"):  # type: ignore[no-untyped-def]
+    """In the order of operations that ONNX Runtime and TensorRT fuse; the exporter's own order they leave in pieces."""
+    op = opset18
+    if approximate == "tanh":
+        cubic = op.Mul(self, op.Mul(self, op.Mul(self, op.CastLike(0.044715, self))))
+        inner = op.Tanh(op.Mul(op.Add(self, cubic), op.CastLike(math.sqrt(2 / math.pi), self)))
+    else:
+        inner = op.Erf(op.Div(self, op.CastLike(math.sqrt(2), self)))
+    return op.Mul(op.Mul(self, op.Add(inner, op.CastLike(1.0, self))), op.CastLike(0.5, self))
 
 
 def _name_nodes(model: ModelProto, blocks: Sequence[AttentionBlock]) -> None:
@@ -343,7 +234,7 @@ def _name_nodes(model: ModelProto, blocks: Sequence[AttentionBlock]) -> None:
     nodes = list(fna_nodes(model.graph))
     current = 0
     for node in reversed(nodes):
-        if node.op_type in (ATTENTION, MASKED_ATTENTION):
+        if is_attention(node):
             current = _number_of(node, numbers)
         node.name = f"/blocks.{current}/{node.op_type}"
 

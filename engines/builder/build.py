@@ -33,7 +33,7 @@ from fna.engines.manifest import Manifest, write_manifest
 from fna.engines.targets import Lowering
 from fna.errors import BuildError
 from fna.export.metadata import read_metadata
-from fna.export.operators.functions import fna_nodes, node_attributes
+from fna.export.operators.registry import fna_nodes, node_attributes
 from fna.export.passes.lower import lower
 from fna.files import file_sha256, load_onnx, written_whole
 

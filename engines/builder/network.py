@@ -19,7 +19,7 @@ from fna.engines.look_inside.layers import RequestedLayer
 from fna.engines.manifest import ShapeRange
 from fna.engines.targets import Target
 from fna.errors import BuildError
-from fna.export.operators.functions import PLUGIN_OPS
+from fna.export.operators.registry import plugin_operators
 from fna.files import LARGEST_SINGLE_FILE, save_model, written_whole
 
 
@@ -102,7 +102,7 @@ class Builder:
 
     def _check_network(self, network: Any, plugin_layers: Sequence[RequestedLayer]) -> None:
         """Refuse, before the minutes of a build, a network in which the parser put something else in a plugin's place."""
-        wanted = {layer.name for layer in plugin_layers if layer.op_type in PLUGIN_OPS}
+        wanted = {layer.name for layer in plugin_layers if layer.op_type in plugin_operators()}
         if not wanted:
             return
         layers = [network.get_layer(index) for index in range(network.num_layers)]

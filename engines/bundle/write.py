@@ -46,7 +46,7 @@ from fna.engines.manifest import ShapeRange
 from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError, ModelSourceError
 from fna.export.metadata import FileMetadata, read_metadata
-from fna.export.operators.functions import PLUGIN_OPS, fna_nodes
+from fna.export.operators.registry import fna_nodes, has_plugin, plugin_operators
 from fna.export.passes.lower import Lowering, lower
 from fna.export.sources.loading import load_model
 from fna.export.variants import Precision, Variant, make_variant
@@ -127,7 +127,7 @@ def write_bundle(
     model = load_onnx(path, tensors=False)
     metadata = read_metadata(model, str(path))
     precisions = _check_precisions(metadata, options)
-    has_layers = any(node.op_type in PLUGIN_OPS for node in fna_nodes(model.graph))
+    has_layers = any(has_plugin(node) for node in fna_nodes(model.graph))
     kernels = _choose_kernels(options, has_layers)
     name = f"{safe_name(path.name.removesuffix('.onnx'))}-{options.target.name}"
     profiles = input_profiles(model, options.batch, metadata, options.resolution)
@@ -189,7 +189,7 @@ def plugin_layers(model: ModelProto, precision: str) -> tuple[PluginLayer, ...]:
     return tuple(
         PluginLayer(name=layer.name, op_type=layer.op_type, precision={precision: layer.precision})
         for layer in requested_layers(model)
-        if layer.op_type in PLUGIN_OPS
+        if layer.op_type in plugin_operators()
     )
 
 
@@ -206,7 +206,7 @@ def write_models(model: ModelProto, source: Path, root: Path, precision: str, st
     weights = f"{stem}.weights"
     wrote = split_weights(model, source, root / weights)
     lowerings: tuple[Lowering, ...] = ("plugin", "portable")
-    if not any(node.op_type in PLUGIN_OPS for node in fna_nodes(model.graph)):
+    if not any(has_plugin(node) for node in fna_nodes(model.graph)):
         lowerings = ("portable",)
     models = []
     for lowering in lowerings:

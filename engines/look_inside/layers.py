@@ -15,7 +15,8 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
-from fna.export.operators.functions import ATTENTION, PLUGIN_OPS, fna_nodes, node_attributes
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import fna_nodes, node_attributes, plugin_operators
 from fna.export.types import tensor_types
 
 _ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -116,13 +117,15 @@ def check_layers(layers: Sequence[FnaLayer]) -> None:
 
 
 def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str, Any]]) -> FnaLayer:
-    by_plugin = lowering == "plugin" and layer.op_type in PLUGIN_OPS
+    by_plugin = lowering == "plugin" and layer.op_type in plugin_operators()
     precision = None
     if by_plugin:
         named = [entry for entry in inspected if _names(entry, layer.name)]
         found = [entry for entry in named if str(entry.get("LayerType", "")).startswith("Plugin")]
         if found:
-            side = "Outputs" if layer.op_type == ATTENTION else "Inputs"  # landmarks are integers whatever comes in
+            side = (
+                "Outputs" if layer.op_type == FAST_NYSTROM_ATTENTION.name else "Inputs"
+            )  # landmarks are integers whatever comes in
             precision = read_type((found[0].get(side) or [{}])[0])
     else:
         inside = [entry for entry in inspected if _names_inside(entry, layer.name)]

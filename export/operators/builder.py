@@ -29,7 +29,8 @@ class Builder:
 
     Inputs are values, `None` for an optional one that is absent, or constants: numbers, lists of numbers and arrays; whole numbers
     are int64, the others fp32. `axes` is an attribute here whatever the opset. `to` may be a type's name, such as `"INT32"`.
-    `name` names the result, which is the layer's name in an engine; `outputs` is the number of results, 1 unless given.
+    `name` names the result, which is the layer's name in an engine; `outputs` is the number of results, 1 unless given. Equal
+    expressions become one node.
 
     Attributes:
         opset: version of the standard operators.
@@ -49,9 +50,9 @@ class Builder:
 
         Args:
             opset: version of the standard operators.
-            types: ONNX element types of the inputs, by name, where they are known.
+            types: ONNX element types of the inputs, by name, undefined where they are not known.
             prefix: of all names, for nodes that go into a graph that has others.
-            taken: names that the graph has already; new ones are added to it.
+            taken: names that there are already; new ones are added to it.
             parent: the builder whose values a loop's body may use.
 
         Raises:
@@ -63,8 +64,9 @@ class Builder:
         self._types = dict(types or {})
         self._prefix = prefix
         self._parent = parent
-        self._taken: set[str] = parent._taken if parent else set(self._types) if taken is None else taken
-        self._constants: dict[Any, str] = {}
+        self._taken: set[str] = parent._taken if parent else set() if taken is None else taken
+        self._taken.update(self._types)
+        self._written: dict[bytes, NodeProto] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         """Return what writes a node of the operator `op_type`."""
@@ -74,14 +76,13 @@ class Builder:
 
     def attribute(self, name: str, kind: str = "FLOAT") -> str:
         """Return the value of an attribute of the function whose body this is; `kind`: FLOAT, INT, FLOATS or INTS."""
-        node = helper.make_node("Constant", [], [self._name(name)])
+        node = helper.make_node("Constant", [], [""])
         node.attribute.append(
             AttributeProto(
                 name=f"value_{kind.lower()}", type=AttributeProto.AttributeType.Value(kind), ref_attr_name=name
             )
         )
-        self.nodes.append(node)
-        return str(node.output[0])
+        return str(self._add(node, name).output[0])
 
     def as_float(self, value: str) -> str:
         """Return an input as fp32: itself where it is known to be that."""
@@ -148,29 +149,30 @@ class Builder:
         values = [
             "" if value is None else value if isinstance(value, str) else self._constant(value) for value in inputs
         ]
-        stem = name or op_type
-        results = [self._name(stem if outputs == 1 else f"{stem}_{number}") for number in range(outputs)]
-        self.nodes.append(helper.make_node(op_type, values, results, **attributes))
-        return results[0] if outputs == 1 else tuple(results)
+        node = self._add(helper.make_node(op_type, values, [""] * outputs, **attributes), name or op_type)
+        return str(node.output[0]) if outputs == 1 else tuple(node.output)
 
     def _axes_opset(self, op_type: str) -> int:
         return _AXES_BECAME_AN_INPUT.get(op_type, _OTHER_REDUCTIONS)
 
     def _constant(self, value: Any) -> str:
-        array = _as_array(value)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        known = self._find_constant(key)
+        tensor = numpy_helper.from_array(_as_array(value))
+        return str(self._add(helper.make_node("Constant", [], [""], value=tensor), "constant").output[0])
+
+    def _add(self, node: NodeProto, stem: str) -> NodeProto:
+        """Add a node whose results have no names yet, or return the equal one that is there."""
+        key = node.SerializeToString(deterministic=True)
+        known = self._find(key)
         if known is not None:
             return known
-        result = self._name("constant")
-        self.nodes.append(helper.make_node("Constant", [], [result], value=numpy_helper.from_array(array)))
-        self._constants[key] = result
-        return result
+        several = len(node.output) > 1
+        node.output[:] = [self._name(f"{stem}_{number}" if several else stem) for number in range(len(node.output))]
+        self.nodes.append(node)
+        self._written[key] = node
+        return node
 
-    def _find_constant(self, key: Any) -> str | None:
-        if key in self._constants:
-            return self._constants[key]
-        return self._parent._find_constant(key) if self._parent else None
+    def _find(self, key: bytes) -> NodeProto | None:
+        return self._written.get(key) or (self._parent._find(key) if self._parent else None)
 
     def _name(self, stem: str) -> str:
         name, number = f"{self._prefix}{stem}", 1

@@ -12,7 +12,8 @@ import onnx.inliner
 from onnx import FunctionProto, ModelProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.operators.functions import DOMAIN, PLUGIN_OPS, fna_nodes
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import fna_nodes, plugin_operators
 
 Lowering = Literal["portable", "plugin"]
 
@@ -30,7 +31,7 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
     """
     if lowering not in ("portable", "plugin"):
         raise InvalidArgumentError(f"lowering {lowering!r} is not known; choose portable or plugin")
-    kept = PLUGIN_OPS if lowering == "plugin" else ()
+    kept = plugin_operators() if lowering == "plugin" else ()
     known = {(function.domain, function.name) for function in model.functions}
     for node in fna_nodes(model.graph):
         if node.op_type not in kept and (node.domain, node.op_type) not in known:

@@ -20,7 +20,9 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata, write_metadata
-from fna.export.operators.functions import ATTENTION, DOMAIN, attach_functions, fna_nodes, model_opset
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import attach_functions, fna_nodes, model_opset
 from fna.export.types import infer_types
 
 HalfPrecision = Literal["fp16", "bf16"]
@@ -187,7 +189,11 @@ def _detach_biases(model: ModelProto) -> dict[str, str]:
     """Take the landmark bias, which the operator wants in fp32 always, out of the converter's sight; by node name."""
     taken = {}
     for node in fna_nodes(model.graph):
-        if node.op_type == ATTENTION and len(node.input) > _LANDMARK_BIAS and node.input[_LANDMARK_BIAS]:
+        if (
+            FAST_NYSTROM_ATTENTION.is_called_by(node)
+            and len(node.input) > _LANDMARK_BIAS
+            and node.input[_LANDMARK_BIAS]
+        ):
             taken[node.name] = node.input[_LANDMARK_BIAS]
             node.input[_LANDMARK_BIAS] = ""
     return taken

@@ -15,20 +15,15 @@ from seen_landmarks import seen_landmarks
 
 from fna.errors import InvalidLandmarksError
 from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
-from fna.export.operators.functions import (
-    ATTENTION,
-    DOMAIN,
-    DOMAIN_VERSION,
-    FARTHEST_POINTS,
-    GUIDED_FEATURES,
-    GUIDED_GRID,
-    GUIDED_PICKS,
-    LANDMARK_ROLES,
-    LARGEST_NORM_ROLES,
-    PLUGIN_FIELDS,
-    attach_functions,
-    fna_nodes,
-)
+from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.guided_features import GUIDED_FEATURES
+from fna.export.operators.guided_grid import GUIDED_GRID
+from fna.export.operators.guided_picks import GUIDED_PICKS
+from fna.export.operators.landmark_roles import LANDMARK_ROLES
+from fna.export.operators.largest_norm_roles import LARGEST_NORM_ROLES
+from fna.export.operators.record import DOMAIN, DOMAIN_VERSION, Operator
+from fna.export.operators.registry import attach_functions, fna_nodes
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
@@ -49,8 +44,8 @@ def run(model: ModelProto, inputs: dict[str, Any]) -> Any:
 def guided_file(method: str, opset: int, landmarks: int, prefix: int) -> ModelProto:
     """A file that chooses landmarks by our operators; every tensor's sizes are open."""
 
-    def node(op_type: str, inputs: list[str], outputs: list[str], **settings: Any) -> onnx.NodeProto:
-        return helper.make_node(op_type, inputs, outputs, name=outputs[0], domain=DOMAIN, **settings)
+    def node(operator: Operator, inputs: list[str], outputs: list[str], **settings: Any) -> onnx.NodeProto:
+        return operator.make_node(inputs, outputs, outputs[0], **settings)
 
     sizes = {"num_landmarks": landmarks, "prefix_tokens": 0 if method == "fps" else prefix}
     nodes = [node(LANDMARK_ROLES, ["include", "exclude"], ["role"], **sizes)]
@@ -58,7 +53,7 @@ def guided_file(method: str, opset: int, landmarks: int, prefix: int) -> ModelPr
     if method == "fps":
         nodes += [
             node(GUIDED_FEATURES, ["features", "role"], ["guided"]),
-            node(FARTHEST_POINTS, ["guided"], ["picks"], num_landmarks=landmarks, **PLUGIN_FIELDS),
+            node(FARTHEST_POINT_SAMPLING, ["guided"], ["picks"], num_landmarks=landmarks),
             node(GUIDED_PICKS, ["role", "picks"], ["landmarks"], num_landmarks=landmarks),
         ]
     else:
@@ -159,7 +154,7 @@ def run_torch(model: LoadedModel, plan: Plan, pixels: np.ndarray) -> tuple[list[
 
 
 def run_with_landmarks(model: ModelProto, pixels: np.ndarray) -> tuple[list[Any], list[Any]]:
-    names = [node.input[3] for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    names = [node.input[3] for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)]
     shown = ModelProto()
     shown.CopyFrom(model)
     count = len(shown.graph.output)
@@ -204,7 +199,7 @@ def test_traced_and_grafted_files_compute_what_patched_pytorch_computes(
             np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(inlined, wanted, rtol=1e-3, atol=1e-4)
         stripped = {node.op_type for node in fna_nodes(lower(model, "plugin").graph)}
-        assert stripped == ({ATTENTION, FARTHEST_POINTS} if "fps" in name else {ATTENTION})
+        assert stripped == {FAST_NYSTROM_ATTENTION.name, *([FARTHEST_POINT_SAMPLING.name] if "fps" in name else [])}
         if not plan.masks:
             assert [entry.version for entry in model.opset_import if entry.domain == DOMAIN] == [DOMAIN_VERSION]
 

@@ -13,18 +13,13 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 
 from fna.attention import fast_nystrom_attention
+from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
 from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
-from fna.export.operators.functions import (
-    ARTIFACT_TOKENS,
-    ATTENTION,
-    DOMAIN,
-    MASKED_ATTENTION,
-    MASKED_PLUGIN_FIELDS,
-    MASSIVE_TOKENS,
-    attach_functions,
-    fna_nodes,
-    node_attributes,
-)
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.masked_attention import MASKED_ATTENTION
+from fna.export.operators.massive_tokens import MASSIVE_TOKENS
+from fna.export.operators.record import DOMAIN, MASKED_DOMAIN_VERSION, Operator
+from fna.export.operators.registry import attach_functions, fna_nodes, is_attention, node_attributes
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.surgery.graft import GraftOptions, graft
@@ -38,7 +33,7 @@ NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorP
 
 
 def node_model(
-    op_type: str,
+    operator: Operator,
     inputs: dict[str, int],
     outputs: dict[str, int],
     opset: int,
@@ -51,7 +46,7 @@ def node_model(
     def info(name: str, kind: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, [f"{name}{axis}" for axis in range(ranks.get(name, 2))])
 
-    node = helper.make_node(op_type, list(inputs), list(outputs), name="/blocks.3/fna", domain=DOMAIN, **settings)
+    node = operator.make_node(list(inputs), list(outputs), "/blocks.3/fna", **settings)
     graph = helper.make_graph([node], "g", [info(*i) for i in inputs.items()], [info(*o) for o in outputs.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     attach_functions(model, element)
@@ -63,8 +58,8 @@ def attention_model(opset: int, element: int = TensorProto.FLOAT, *, sink: bool 
     inputs = dict.fromkeys(("query", "key", "value"), element)
     inputs |= {"landmarks": TensorProto.INT32, "landmark_bias": TensorProto.FLOAT, "key_mask": TensorProto.INT32}
     return node_model(
-        ATTENTION, inputs, {"out": element}, opset, element,
-        scale=0.25, iterations=6, exact_rows=1, sink=int(sink), **MASKED_PLUGIN_FIELDS,
+        FAST_NYSTROM_ATTENTION, inputs, {"out": element}, opset, element,
+        scale=0.25, iterations=6, exact_rows=1, sink=int(sink),
     )  # fmt: skip
 
 
@@ -108,14 +103,13 @@ def test_the_masked_body_takes_half_precision() -> None:
 
 
 def test_a_mask_of_zeros_gives_the_bits_of_version_1() -> None:
-    from fna.export.operators.functions import PLUGIN_FIELDS
 
     inputs = make_inputs(1, 1)
     inputs["key_mask"][:] = 0
     kinds = dict.fromkeys(("query", "key", "value"), TensorProto.FLOAT)
     kinds |= {"landmarks": TensorProto.INT32, "landmark_bias": TensorProto.FLOAT}
     plain = node_model(
-        ATTENTION, kinds, {"out": TensorProto.FLOAT}, 18, scale=0.25, iterations=6, exact_rows=1, **PLUGIN_FIELDS
+        FAST_NYSTROM_ATTENTION, kinds, {"out": TensorProto.FLOAT}, 18, scale=0.25, iterations=6, exact_rows=1
     )
     expected = run(plain, {name: array for name, array in inputs.items() if name != "key_mask"})[0]
     for sink in (False, True):
@@ -128,10 +122,8 @@ def test_only_files_with_a_mask_import_version_2() -> None:
     assert node_attributes(node)["plugin_version"] == "2"
     versions = {entry.domain: entry.version for entry in attention_model(18).opset_import}
     assert versions[DOMAIN] == 2
-    from fna.export.operators.schemas import operator_schema
-
-    assert operator_schema(ATTENTION, key_mask=True).since_version == 2
-    assert operator_schema(ATTENTION).since_version == 1
+    assert FAST_NYSTROM_ATTENTION.schema(MASKED_DOMAIN_VERSION).since_version == 2
+    assert FAST_NYSTROM_ATTENTION.schema().since_version == 1
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -218,13 +210,13 @@ def test_a_traced_file_computes_what_patched_pytorch_computes_in_all_heads_or_so
     for block in range(4):
         entry, masked = plan.find(block), block in plan.masked_blocks
         divided = entry is not None and entry.heads is not None and len(entry.heads) < 2
-        names += [f"/blocks.{block}/{ATTENTION}"] * (entry is not None)
-        names += [f"/blocks.{block}/{MASKED_ATTENTION}"] * (masked and (divided or entry is None))
-    assert [node.name for node in fna_nodes(model.graph) if node.op_type in (ATTENTION, MASKED_ATTENTION)] == names
+        names += [f"/blocks.{block}/{FAST_NYSTROM_ATTENTION.name}"] * (entry is not None)
+        names += [f"/blocks.{block}/{MASKED_ATTENTION.name}"] * (masked and (divided or entry is None))
+    assert [node.name for node in fna_nodes(model.graph) if is_attention(node)] == names
     kept = {node.op_type for node in fna_nodes(lower(model, "plugin").graph)}
-    assert kept == {ATTENTION}
+    assert kept == {FAST_NYSTROM_ATTENTION.name}
     for node in fna_nodes(model.graph):
-        if node.op_type == ATTENTION:
+        if FAST_NYSTROM_ATTENTION.is_called_by(node):
             masked = plan.find_mask(int(node.name.split("/")[1].split(".")[1])) is not None
             assert (len(node.input), node_attributes(node)["plugin_version"]) == ((6, "2") if masked else (5, "1"))
 
@@ -280,6 +272,7 @@ def test_a_model_without_massive_tokens_comes_through_bit_by_bit(tiny_model: Loa
         trace_model(tiny_model, uniform_plan(4, layers="1-2", landmarks=6, masks=masks), TraceOptions(56, 56))[0]
         for masks in ((), (MaskPlan(blocks="1-3", tokens="massive"),))
     )
-    assert {node.op_type for node in fna_nodes(masked.graph)} == {MASSIVE_TOKENS, ATTENTION, MASKED_ATTENTION}
+    used = {operator.name for operator in (MASSIVE_TOKENS, FAST_NYSTROM_ATTENTION, MASKED_ATTENTION)}
+    assert {node.op_type for node in fna_nodes(masked.graph)} == used
     for given, wanted in zip(run(masked, {"pixel_values": pixels}), run(plain, {"pixel_values": pixels}), strict=True):
         np.testing.assert_array_equal(given, wanted)

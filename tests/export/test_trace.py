@@ -13,7 +13,8 @@ import torch
 
 from fna.errors import InputFileError, InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.metadata import read_metadata
-from fna.export.operators.functions import ATTENTION, fna_nodes
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.trace import TraceOptions, export_onnx, trace_model
@@ -81,7 +82,7 @@ def test_node_names_hold_the_block_number_in_both_lowerings(tiny_model: LoadedMo
 def test_static_landmarks_and_weights_are_constants_in_the_file(tiny_model: LoadedModel) -> None:
     model, _ = trace_model(tiny_model, uniform_plan(4, layers="all", landmarks=6), TraceOptions(56, 56))
     constants = {tensor.name for tensor in model.graph.initializer}
-    attention = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    attention = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)]
     assert len(attention) == 4
     assert all(set(node.input[3:5]) <= constants for node in attention)
 

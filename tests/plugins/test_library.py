@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fna.export.operators.functions import attach_functions
+from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
 from fna.plugins.aot import Compiled, write_table
 from fna.plugins.launch_plan import (

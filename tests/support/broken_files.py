@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from fna.export.operators.functions import attach_functions
+from fna.export.operators.registry import attach_functions
 from fna.files import load_onnx
 
 

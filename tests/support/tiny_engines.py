@@ -9,12 +9,20 @@ import torch
 from onnx import TensorProto, helper
 
 from fna.export.metadata import FileMetadata, write_metadata
-from fna.export.operators.functions import ATTENTION, DOMAIN, FARTHEST_POINTS, PLUGIN_FIELDS, attach_functions
+from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.norm_grid_landmarks import NORM_GRID_LANDMARKS
+from fna.export.operators.record import Operator
+from fna.export.operators.registry import attach_functions
 from fna.plan import BlockPlan, Plan
 
 
 def write_model(
-    path: Path, *, sampler: str = FARTHEST_POINTS, extra: str | None = None, element_type: int = TensorProto.FLOAT
+    path: Path,
+    *,
+    sampler: Operator = FARTHEST_POINT_SAMPLING,
+    extra: str | None = None,
+    element_type: int = TensorProto.FLOAT,
 ) -> Path:
     """A file with one FNA block over the patches of 32-pixel images, as small as an engine can be."""
     torch.manual_seed(0)
@@ -26,16 +34,16 @@ def write_model(
         "bias": torch.zeros(1, 8).numpy(),
         "hidden_shape": torch.tensor([0, 64, 32]).numpy(),
     }
-    settings = {"num_landmarks": 8} | (PLUGIN_FIELDS if sampler == FARTHEST_POINTS else {"prefix_tokens": 1})
+    settings = {"num_landmarks": 8, **({"prefix_tokens": 1} if sampler is NORM_GRID_LANDMARKS else {})}
     nodes = [
         helper.make_node("Conv", ["pixel_values", "kernel"], ["patches"], strides=[4, 4], name="patches"),
         helper.make_node("Reshape", ["patches", "shape"], ["flat"], name="flatten"),
         helper.make_node("Transpose", ["flat"], ["heads"], perm=[0, 1, 3, 2], name="heads"),
         helper.make_node("Reshape", ["heads", "hidden_shape"], ["hidden"], name="hidden"),
-        helper.make_node(sampler, ["hidden"], ["landmarks"], name="/blocks.0/sampler", domain=DOMAIN, **settings),
-        helper.make_node(
-            ATTENTION, ["heads", "heads", "heads", "landmarks", "bias"], ["mixed"], name="/blocks.0/fna", domain=DOMAIN,
-            scale=0.25, iterations=6, exact_rows=1, **PLUGIN_FIELDS,
+        sampler.make_node(["hidden"], ["landmarks"], "/blocks.0/sampler", **settings),
+        FAST_NYSTROM_ATTENTION.make_node(
+            ["heads", "heads", "heads", "landmarks", "bias"], ["mixed"], "/blocks.0/fna",
+            scale=0.25, iterations=6, exact_rows=1,
         ),
         helper.make_node(extra or "Relu", ["mixed"], ["tokens"], name="last"),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fna.errors import InputFileError
-from fna.export.operators.functions import fna_nodes
+from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
 from fna.validate.budget.block_parts import block_of, layer_numbers
 from fna.validate.budget.chain import Chain, inspect_engine

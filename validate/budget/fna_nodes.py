@@ -13,7 +13,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from fna.attention import nystrom_attention_reference
 from fna.export.blocks import attention_block
 from fna.export.metadata import FileMetadata
-from fna.export.operators.functions import ATTENTION, fna_nodes, node_attributes
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import fna_nodes, node_attributes
 from fna.runtime import Arrays
 from fna.validate.budget.runners import OnnxRunner
 
@@ -47,7 +48,7 @@ class FnaNode:
 
 def list_fna_nodes(model: ModelProto) -> list[FnaNode]:
     """Return the FNA attention nodes, in the graph's order; none in a portable file, where they are inlined."""
-    nodes = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION]
+    nodes = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)]
     return [_describe(node, index) for index, node in enumerate(nodes)]
 
 

@@ -14,7 +14,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
-from fna.export.operators.functions import fna_nodes
+from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
 
 LOW_TYPES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}

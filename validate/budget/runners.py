@@ -14,7 +14,8 @@ from onnx import ModelProto
 
 from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata
-from fna.export.operators.functions import ATTENTION, attach_functions, fna_nodes
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import attach_functions, fna_nodes
 from fna.export.sources.loading import LoadedModel
 from fna.patching import patch, unpatch
 from fna.plan import Plan
@@ -119,6 +120,8 @@ def with_functions(model: ModelProto) -> ModelProto:
     if all((node.domain, node.op_type) in known for node in fna_nodes(model.graph)):
         return model
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    kinds = {types.get(node.input[0], 0) for node in fna_nodes(model.graph) if node.op_type == ATTENTION}
+    kinds = {
+        types.get(node.input[0], 0) for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)
+    }
     attach_functions(model, kinds.pop() if len(kinds) == 1 else 0)
     return model

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from fna.export.blocks import attention_block
-from fna.export.operators.functions import (
-    ATTENTION,
-    DOMAIN,
-    MASKED_ATTENTION,
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.masked_attention import MASKED_ATTENTION
+from fna.export.operators.registry import (
     OVERLOAD_IR_VERSION,
-    FunctionVariant,
     fna_nodes,
     has_key_mask,
-    make_function,
     model_opset,
     node_attributes,
+    variant_of,
 )
 from fna.export.types import tensor_types
 
@@ -43,12 +41,14 @@ def undo_nodes(model: ModelProto, blocks: Collection[int], *, keep_masks: bool =
     for node in nodes:
         mask = _mask_of(node) if keep_masks else None
         sink = mask is not None and bool(node_attributes(node).get("sink", 0))
-        variant = FunctionVariant(MASKED_ATTENTION, types.get(node.input[0], 0), masked=True, sink=sink)
-        variants[variant.overload] = variant
-        _make_exact(node, variant, mask or _NO_MASK)
+        exact = _exact_node(node, mask or _NO_MASK, sink)
+        variant = variant_of(exact, types.get(node.input[0], TensorProto.UNDEFINED))
+        exact.overload = f"undone_{variant.overload}"
+        variants[exact.overload] = variant
+        node.CopyFrom(exact)
         _cancel_correction(undone, node.name)
     for overload, variant in variants.items():
-        undone.functions.append(make_function(variant, model_opset(undone), overload=f"undone_{overload}"))
+        undone.functions.append(variant.make_function(model_opset(undone), overload))
     if nodes:
         undone.ir_version = max(undone.ir_version, OVERLOAD_IR_VERSION)
         undone.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1), np.int32), _NO_MASK))
@@ -56,21 +56,20 @@ def undo_nodes(model: ModelProto, blocks: Collection[int], *, keep_masks: bool =
 
 
 def _is_undone(node: NodeProto, blocks: Collection[int], keep_masks: bool) -> bool:
-    if node.op_type == MASKED_ATTENTION:
+    if MASKED_ATTENTION.is_called_by(node):
         return not keep_masks
-    return node.op_type == ATTENTION and attention_block(node) in blocks
+    return FAST_NYSTROM_ATTENTION.is_called_by(node) and attention_block(node) in blocks
 
 
 def _mask_of(node: NodeProto) -> str | None:
     return node.input[5] if has_key_mask(node) else None
 
 
-def _make_exact(node: NodeProto, variant: FunctionVariant, mask: str) -> None:
-    exact = helper.make_node(
-        MASKED_ATTENTION, [*node.input[:3], mask], list(node.output), name=node.name, domain=DOMAIN,
-        scale=float(node_attributes(node)["scale"]), sink=int(variant.sink), overload=f"undone_{variant.overload}",
-    )  # fmt: skip
-    node.CopyFrom(exact)
+def _exact_node(node: NodeProto, mask: str, sink: bool) -> NodeProto:
+    scale = float(node_attributes(node)["scale"])
+    return MASKED_ATTENTION.make_node(
+        [*node.input[:3], mask], list(node.output), node.name, scale=scale, sink=int(sink)
+    )
 
 
 def _cancel_correction(model: ModelProto, name: str) -> None:

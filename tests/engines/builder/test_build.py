@@ -15,7 +15,7 @@ from fna.engines.manifest import manifest_path, read_manifest
 from fna.engines.run.requirements import check_engine_can_run
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InputFileError, InvalidArgumentError, MissingCapabilityError
-from fna.export.operators.functions import NORM_GRID
+from fna.export.operators.norm_grid_landmarks import NORM_GRID_LANDMARKS
 from fna.files import file_sha256, load_onnx
 
 needs_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
@@ -45,7 +45,7 @@ def test_the_engine_and_its_manifest_are_written(built: Path) -> None:
 
 
 def test_norm_grid_landmarks_build_too(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "tiny.onnx", sampler=NORM_GRID)
+    path = write_model(tmp_path / "tiny.onnx", sampler=NORM_GRID_LANDMARKS)
     manifest = build_engine(
         path, tmp_path / "tiny.engine", BuildOptions(targets=find_targets("rtx-ada"), batch=BatchRange(1, 1, 1))
     )

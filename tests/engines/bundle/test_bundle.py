@@ -21,7 +21,7 @@ from fna.engines.bundle.format import Bundle, is_bundle, list_files, open_bundle
 from fna.engines.bundle.write import write_archive
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.metadata import read_metadata, write_metadata
-from fna.export.operators.functions import fna_nodes
+from fna.export.operators.registry import fna_nodes
 from fna.files import file_sha256, load_onnx
 from fna.runtime import open_session, run_session
 

@@ -41,6 +41,12 @@ def test_axes_of_a_reduction_are_written_alike_at_every_opset(opset: int, op_typ
     np.testing.assert_allclose(run(op, result, values, 2), function(values, 1)[None])
 
 
+def test_equal_expressions_are_one_node() -> None:
+    op = Builder(18)
+    assert op.Add(op.Exp("values"), 1.0) == op.Add(op.Exp("values"), 1.0) != op.Add(op.Exp("values"), 2.0)
+    assert [node.op_type for node in op.nodes] == ["Exp", "Constant", "Add", "Constant", "Add"]
+
+
 def test_equal_constants_are_one_and_numbers_have_the_type_of_their_kind() -> None:
     op = Builder(18)
     scaled = op.Mul(op.Add("values", 2.0), 2.0)
@@ -72,7 +78,7 @@ def test_a_loop_uses_values_from_outside_it(opset: int) -> None:
 
 def test_names_are_told_apart_and_kept() -> None:
     op = Builder(18, prefix="/blocks.3/")
-    first, second = op.Softmax("values", name="core"), op.Softmax("values", name="core")
+    first, second = op.Softmax("values", name="core"), op.Exp("values", name="core")
     top, places = op.TopK(first, [1], outputs=2)
     assert (first, second) == ("/blocks.3/core", "/blocks.3/core_2")
     assert (top, places) == ("/blocks.3/TopK_0", "/blocks.3/TopK_1")

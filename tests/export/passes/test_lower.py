@@ -7,14 +7,11 @@ import pytest
 from onnx import TensorProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.operators.functions import (
-    ATTENTION,
-    DOMAIN,
-    FARTHEST_POINTS,
-    NORM_GRID,
-    PLUGIN_FIELDS,
-    attach_functions,
-)
+from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.norm_grid_landmarks import NORM_GRID_LANDMARKS
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
 
 
@@ -25,16 +22,14 @@ def model() -> onnx.ModelProto:
     floats = [info(name, TensorProto.FLOAT, ["B", "H", "N", "D"]) for name in ("query", "key", "value")]
     hidden = info("hidden", TensorProto.FLOAT, ["B", "N", "C"])
     bias = info("bias", TensorProto.FLOAT, [1, 8])
-    make = onnx.helper.make_node
-    settings = {"scale": 0.5, "iterations": 6, "exact_rows": 1, "domain": DOMAIN} | PLUGIN_FIELDS
+    settings = {"scale": 0.5, "iterations": 6, "exact_rows": 1}
+    attend = FAST_NYSTROM_ATTENTION.make_node
     nodes = [
-        make(
-            FARTHEST_POINTS, ["hidden"], ["far"], name="/blocks.0/fps", domain=DOMAIN, num_landmarks=8, **PLUGIN_FIELDS
-        ),
-        make(ATTENTION, ["query", "key", "value", "far", "bias"], ["middle"], name="/blocks.0/fna", **settings),
-        make(NORM_GRID, ["hidden"], ["near"], name="/blocks.1/norm", domain=DOMAIN, num_landmarks=8, prefix_tokens=1),
-        make("Relu", ["middle"], ["positive"], name="relu"),
-        make(ATTENTION, ["positive", "key", "value", "near", "bias"], ["out"], name="/blocks.1/fna", **settings),
+        FARTHEST_POINT_SAMPLING.make_node(["hidden"], ["far"], "/blocks.0/fps", num_landmarks=8),
+        attend(["query", "key", "value", "far", "bias"], ["middle"], "/blocks.0/fna", **settings),
+        NORM_GRID_LANDMARKS.make_node(["hidden"], ["near"], "/blocks.1/norm", num_landmarks=8, prefix_tokens=1),
+        onnx.helper.make_node("Relu", ["middle"], ["positive"], name="relu"),
+        attend(["positive", "key", "value", "near", "bias"], ["out"], "/blocks.1/fna", **settings),
     ]
     graph = onnx.helper.make_graph(
         nodes, "g", [*floats, hidden, bias], [info("out", TensorProto.FLOAT, ["B", "H", "N", "D"])]
@@ -57,7 +52,11 @@ def test_plugin_keeps_the_plugins_nodes_and_no_function(model: onnx.ModelProto) 
     lowered = lower(model, "plugin")
     assert not lowered.functions
     custom = [node for node in lowered.graph.node if node.domain == DOMAIN]
-    assert [node.op_type for node in custom] == [FARTHEST_POINTS, ATTENTION, ATTENTION]
+    assert [node.op_type for node in custom] == [
+        "FarthestPointSampling",
+        "FastNystromAttention",
+        "FastNystromAttention",
+    ]
     assert all(not node.overload for node in custom)
     fields = {item.name for item in custom[1].attribute}
     assert fields == {"scale", "iterations", "exact_rows", "plugin_version", "plugin_namespace"}

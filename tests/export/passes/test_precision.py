@@ -16,7 +16,8 @@ from fna.cli import main
 from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata
-from fna.export.operators.functions import ATTENTION, fna_nodes
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import fna_nodes
 from fna.export.passes.precision import cast_model, norm_nodes, parse_blocks
 from fna.export.passes.quantize import TensorRange, find_overflows, measure_ranges, quantize_model
 from fna.export.preprocessing import bundled_photographs
@@ -85,7 +86,7 @@ def test_weights_and_activations_change_type_and_sensitive_parts_do_not(
         assert types_by_operator(model, norm) <= {TensorProto.FLOAT}
     for node in fna_nodes(model.graph):
         assert types[node.input[0]] == HALF[precision]
-        if node.op_type == ATTENTION:
+        if FAST_NYSTROM_ATTENTION.is_called_by(node):
             assert [types[value] for value in node.input[3:]] == [TensorProto.INT32, TensorProto.FLOAT]
     weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) >= 32]
     assert {tensor.data_type for tensor in weights} == {HALF[precision]}
@@ -113,7 +114,7 @@ def test_kept_blocks_stay_fp32_attention_included(tiny_file: Find, name: str, pr
             products.setdefault(blocks.get(node.output[0]), set()).add(types[node.output[0]])
     assert products[0] == products[3] == {TensorProto.FLOAT}
     assert products[1] == products[2] == {HALF[precision]}
-    last = [node for node in fna_nodes(model.graph) if node.op_type == ATTENTION][-1]
+    last = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)][-1]
     assert types[last.input[0]] == TensorProto.FLOAT
     onnx.checker.check_model(model, full_check=True)
 
@@ -204,7 +205,7 @@ def test_int8_and_fp16_together_keep_quantised_products_whole(
     for node in products:
         kinds = {producers[value].op_type for value in node.input if value in producers}
         assert "DequantizeLinear" not in kinds or kinds == {"DequantizeLinear"}
-    assert types_by_operator(model, ATTENTION) == {TensorProto.FLOAT16}
+    assert types_by_operator(model, FAST_NYSTROM_ATTENTION.name) == {TensorProto.FLOAT16}
     save_model(model, tmp_path / "both.onnx")
     error = relative_error(outputs_of(tiny_file("grafted"), pixels[0]), outputs_of(tmp_path / "both.onnx", pixels[0]))
     assert error < 3e-2

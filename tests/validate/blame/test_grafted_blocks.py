@@ -11,7 +11,7 @@ import onnx
 import pytest
 from broken_files import break_file
 
-from fna.export.operators.functions import attach_functions
+from fna.export.operators.registry import attach_functions
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx
 from fna.plan import BlockPlan, Correction, MaskPlan, Plan
