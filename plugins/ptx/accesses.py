@@ -6,6 +6,7 @@ A stamp is one int64: CTA, epoch (barriers passed), instruction and thread, from
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fna.plugins.ptx.parsing import Instruction
 THREAD_BITS, INSTRUCTION_BITS, EPOCH_BITS = 10, 18, 16
 _MOMENT = THREAD_BITS + INSTRUCTION_BITS
 _CTA = _MOMENT + EPOCH_BITS
+_WARP = ((1 << THREAD_BITS) - 1) & ~31
 LAST_EPOCH = (1 << EPOCH_BITS) - 1
 NOBODY = -1
 
@@ -38,10 +40,10 @@ class Access:
     offsets: Array  # [n] int64
     stamps: Array  # [n] int64
 
-    @property
+    @cached_property
     def rows(self) -> Array:
-        """Offsets in units of `size`."""
-        return self.offsets // self.size
+        """Offsets in units of `size`, a power of two."""
+        return self.offsets >> (self.size.bit_length() - 1)
 
     def part(self, kept: Array | slice) -> Access:
         """The same for some of the lanes: a mask or an order of them."""
@@ -53,34 +55,44 @@ class Access:
         return describe(self.stamps[position])
 
 
-def make_stamps(cta: Array, epoch: int, instruction: int, thread: Array) -> Array:
+def make_identities(cta: Array, thread: Array) -> Array:
+    """The part of a stamp that a lane keeps."""
+    return (cta.astype(s64) << _CTA) | thread
+
+
+def make_stamps(identities: Array, epoch: int, instruction: int) -> Array:
     """The stamps of lanes at one instruction."""
-    return (cta << _CTA) | (s64.type(epoch) << _MOMENT) | (s64.type(instruction) << THREAD_BITS) | thread
+    return identities | ((epoch << _MOMENT) | (instruction << THREAD_BITS))
 
 
-def moment_of(stamps: Array) -> Array:
-    """CTA and epoch together: equal where no barrier lies between two accesses of one CTA."""
-    return stamps >> _MOMENT
+def same_moment(difference: Array) -> Array:
+    """Of the exclusive or of two stamps: whether one CTA made both with no barrier between."""
+    return difference >> _MOMENT == 0
 
 
-def cta_of(stamps: Array) -> Array:
-    """The linear index of the CTA."""
-    return stamps >> _CTA
+def other_cta(difference: Array) -> Array:
+    """Of the exclusive or of two stamps: whether two CTAs made them."""
+    return difference >> _CTA != 0
+
+
+def other_warp(difference: Array) -> Array:
+    """Of the exclusive or of two stamps of one CTA: whether two warps made them."""
+    return difference & _WARP != 0
+
+
+def other_lane(difference: Array) -> Array:
+    """Of the exclusive or of two stamps of one warp: whether two lanes made them."""
+    return difference & 31 != 0
 
 
 def epoch_of(stamps: Array) -> Array:
     """Barriers that the CTA had passed."""
-    return moment_of(stamps) & LAST_EPOCH
+    return (stamps >> _MOMENT) & LAST_EPOCH
 
 
 def instruction_of(stamps: Array) -> Array:
     """Position of the instruction in its kernel."""
     return (stamps >> THREAD_BITS) & ((1 << INSTRUCTION_BITS) - 1)
-
-
-def warp_of(stamps: Array) -> Array:
-    """The warp in its CTA."""
-    return (stamps & ((1 << THREAD_BITS) - 1)) >> 5
 
 
 def describe(stamp: int) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fna.errors import CheckFailedError
-from fna.plugins.ptx.accesses import LAST_EPOCH, Access, first, make_stamps
+from fna.plugins.ptx.accesses import LAST_EPOCH, Access, first, make_identities, make_stamps
 from fna.plugins.ptx.memory import GlobalMemory, SharedMemory
 from fna.plugins.ptx.number_types import Array, s64, u16, u32
 from fna.plugins.ptx.numerics import lanes_to_matrix_rows, matrix_rows_to_lanes
@@ -64,8 +64,8 @@ class Group:
         self.lanes = len(self.ctas) * self.threads
         self.every_lane = np.arange(self.lanes)
         self.thread = np.tile(np.arange(self.threads), len(self.ctas))
-        self.lane_cta = np.repeat(self.ctas, self.threads)
-        self.slot = np.repeat(np.arange(len(self.ctas)), self.threads)
+        self.identities = make_identities(np.repeat(self.ctas, self.threads), self.thread)
+        self.shared_start = np.repeat(np.arange(len(self.ctas)) * self.kernel.shared_stride, self.threads)
         self._cache: dict[Any, Array] = {}
 
     def part(self, kept: Array) -> Group:
@@ -155,17 +155,20 @@ class Group:
         if mask is not None:
             lanes, address = lanes[mask], address[mask]
         offsets = address.astype(s64)
-        bad = (offsets < 0) | (offsets + size > self.kernel.shared_bytes) | (offsets % size != 0)
-        access = self._access(instruction, size, lanes, offsets + self.slot[lanes] * self.shared.stride)
-        if not bad.any():
+        start = self.shared_start if lanes is self.every_lane else self.shared_start[lanes]
+        access = self._access(instruction, size, lanes, offsets + start)
+        limit = self.kernel.shared_bytes - size
+        if not lanes.size or (offsets.max() <= limit and not np.bitwise_or.reduce(offsets) & (size - 1)):
             return access
+        bad = (offsets > limit) | (offsets % size != 0)
         (place,) = first(bad)
         example = f"byte {offsets[place]} of {self.kernel.shared_bytes}, {size} bytes, {access.who(place)}"
         self.shared.report(Fault.SHARED_BOUNDS, access, int(bad.sum()), example)
         return access.part(~bad)
 
     def _access(self, instruction: int, size: int, lanes: Array, offsets: Array) -> Access:
-        stamps = make_stamps(self.lane_cta[lanes], self.epoch, instruction, self.thread[lanes])
+        identities = self.identities if lanes is self.every_lane else self.identities[lanes]
+        stamps = make_stamps(identities, self.epoch, instruction)
         return Access(self.kernel.listing, instruction, size, lanes, offsets, stamps)
 
     def load_shared(

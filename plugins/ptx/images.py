@@ -57,6 +57,10 @@ class PtxImages:
             self._kernels[key] = Kernel(image.text(), image.shared, image.variant, profile=profile)
         return self._kernels[key]
 
+    def with_kernel(self, image: PtxImage, kernel: Kernel) -> PtxImages:
+        """The same with another kernel in an image's place."""
+        return PtxImages(self.by_name, {**self._kernels, (image.variant, image.sm, False): kernel})
+
     def of_image(self, sha256: str) -> PtxImage:
         """The PTX of the image with this hash."""
         for image in self.by_name.values():

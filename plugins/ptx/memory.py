@@ -10,13 +10,14 @@ from fna.errors import InvalidArgumentError
 from fna.plugins.ptx.accesses import (
     NOBODY,
     Access,
-    cta_of,
     describe,
     epoch_of,
     first,
     instruction_of,
-    moment_of,
-    warp_of,
+    other_cta,
+    other_lane,
+    other_warp,
+    same_moment,
 )
 from fna.plugins.ptx.number_types import Array, s8, s32, s64, u8
 from fna.plugins.ptx.reports import Fault, Note, Report, Reports
@@ -55,6 +56,7 @@ class ShadowedMemory:
 
     def __init__(self, data: Array, granule: int, faults: SpaceFaults, reports: Reports) -> None:
         """`granule`: bytes, a divisor of every access's size or a multiple of it."""
+        self.between_ctas = faults is _GLOBAL_FAULTS
         self.data, self.granule, self.faults, self.reports = data, granule, faults, reports
         count = len(data) // granule
         self.wrote, self.read = np.full(count, NOBODY, s64), np.full(count, NOBODY, s64)
@@ -62,13 +64,17 @@ class ShadowedMemory:
 
     def granules(self, shadow: Array, access: Access) -> Array:
         """The entries [n, granules of the access] of a shadow array."""
-        width = max(1, access.size // self.granule)
-        return shadow.reshape(-1, width)[access.offsets // (width * self.granule)]
+        return shadow.reshape(-1, self._width(access))[self._granule_rows(access)]
 
     def set_granules(self, shadow: Array, access: Access, entries: Array | int | bool) -> None:
         """Write them; `entries` is one for all, or [n, 1]."""
-        width = max(1, access.size // self.granule)
-        shadow.reshape(-1, width)[access.offsets // (width * self.granule)] = entries
+        shadow.reshape(-1, self._width(access))[self._granule_rows(access)] = entries
+
+    def _width(self, access: Access) -> int:
+        return max(1, access.size // self.granule)
+
+    def _granule_rows(self, access: Access) -> Array:
+        return access.rows if access.size >= self.granule else access.offsets // self.granule
 
     def where(self, offset: int) -> str:
         """A place in words, for messages."""
@@ -94,29 +100,30 @@ class ShadowedMemory:
     def note_read(self, access: Access) -> None:
         """Check a read against earlier writes, and remember it."""
         writers = self.granules(self.wrote, access)
-        if (writers >= 0).any():
+        if writers.size and writers.max() >= 0:
             self._check_writers(access, writers)
         self._remember_read(access)
 
     def _check_writers(self, access: Access, writers: Array) -> None:
-        me = access.stamps[:, None]
-        far = (writers >= 0) & (cta_of(writers) != cta_of(me))
-        now = moment_of(writers) == moment_of(me)
-        if not now.any() and not far.any():
-            return
-        near = now & (warp_of(writers) != warp_of(me))
-        self.report_race(Fault.CTAS_READ_AFTER_WRITE, access, far, writers)
-        self.report_race(self.faults.read_after_write, access, near, writers)
-        self.report_race(Note.WITHIN_WARP, access, now & ~near & ((writers ^ me) & 31 != 0), writers)
+        difference = writers ^ access.stamps[:, None]
+        if self.between_ctas:
+            self.report_race(Fault.CTAS_READ_AFTER_WRITE, access, (writers >= 0) & other_cta(difference), writers)
+        now = same_moment(difference)
+        if now.any():
+            near = now & other_warp(difference)
+            self.report_race(self.faults.read_after_write, access, near, writers)
+            self.report_race(Note.WITHIN_WARP, access, now & ~near & other_lane(difference), writers)
 
     def _remember_read(self, access: Access) -> None:
         me = access.stamps[:, None]
         before = self.granules(self.read, access)
         self.set_granules(self.read, access, me)
-        after = self.granules(self.read, access)
-        far = ((before >= 0) & (cta_of(before) != cta_of(me))) | (cta_of(after) != cta_of(me))
-        near = (moment_of(before) == moment_of(me)) & (warp_of(before) != warp_of(me))
-        near |= ~far & (warp_of(after) != warp_of(me))
+        # Of several lanes that read one granule now, one is remembered; the others differ from it.
+        earlier, beside = before ^ me, self.granules(self.read, access) ^ me
+        near = (same_moment(earlier) & other_warp(earlier)) | other_warp(beside)
+        far = np.zeros_like(near)
+        if self.between_ctas:
+            far = ((before >= 0) & other_cta(earlier)) | other_cta(beside)
         if near.any() or far.any():
             readers = self.granules(self.readers, access)
             readers = np.where(near & (readers != _MANY_CTAS), epoch_of(me), readers)
@@ -124,9 +131,12 @@ class ShadowedMemory:
 
     def _merge_readers(self, access: Access, readers: Array, changed: Array) -> None:
         """Lanes that touch one granule may disagree, so only the changed entries are written, many CTAs last."""
-        width = max(1, access.size // self.granule)
-        rows = access.offsets // (width * self.granule)
-        shadow = self.readers.reshape(-1, width)
+        rows = self._granule_rows(access)
+        shadow = self.readers.reshape(-1, self._width(access))
+        if not self.between_ctas:
+            lane, column = np.nonzero(changed)
+            shadow[rows[lane], column] = readers[lane, column]
+            return
         for kept in (changed & (readers != _MANY_CTAS), changed & (readers == _MANY_CTAS)):
             lane, column = np.nonzero(kept)
             shadow[rows[lane], column] = readers[lane, column]
@@ -135,8 +145,9 @@ class ShadowedMemory:
         """Check a write against earlier accesses; `same` [n, granules] says where it changes nothing."""
         me = access.stamps[:, None]
         writers = self.granules(self.wrote, access)
-        far = (writers >= 0) & (cta_of(writers) != cta_of(me))
-        near = (moment_of(writers) == moment_of(me)) & (warp_of(writers) != warp_of(me))
+        difference = writers ^ me
+        near = same_moment(difference) & other_warp(difference)
+        far = (writers >= 0) & other_cta(difference) if self.between_ctas else np.zeros_like(near)
         differs = True if same is None else ~same
         self.report_race(Fault.CTAS_WRITE_AFTER_WRITE, access, far & differs, writers)
         self.report_race(self.faults.write_after_write, access, near & differs, writers)
@@ -149,16 +160,19 @@ class ShadowedMemory:
         if not (readers >= 0).any():
             return
         several = self.granules(self.readers, access)
-        far = (readers >= 0) & ((cta_of(readers) != cta_of(me)) | (several == _MANY_CTAS))
-        now = ~far & (moment_of(readers) == moment_of(me))
-        near = now & ((warp_of(readers) != warp_of(me)) | (several == epoch_of(me)))
-        self.report_race(Fault.CTAS_WRITE_AFTER_READ, access, far, readers)
+        difference = readers ^ me
+        near = same_moment(difference) & (other_warp(difference) | (several == epoch_of(me)))
+        if self.between_ctas:
+            far = (readers >= 0) & (other_cta(difference) | (several == _MANY_CTAS))
+            self.report_race(Fault.CTAS_WRITE_AFTER_READ, access, far, readers)
+            near &= ~far
         self.report_race(self.faults.write_after_read, access, near, readers)
 
     def load(self, access: Access) -> Array:
         """The bytes of a checked access, [n, size]."""
         self.note_read(access)
-        return self.data.reshape(-1, access.size)[access.rows]
+        # One item an access is gathered faster than a row of bytes.
+        return self.data.view(f"V{access.size}")[access.rows].view(u8).reshape(-1, access.size)
 
     def store(self, access: Access, stored: Array, order: Array | slice = slice(None)) -> None:
         """Check and do a write of `stored` [n, size] bytes; `order` of lanes, of which the last one wins."""
@@ -191,6 +205,7 @@ class SharedMemory(ShadowedMemory):
         """`stride`: bytes from one CTA's memory to the next."""
         super().__init__(np.full(ctas * stride, 0xFF, u8), granule, _SHARED_FAULTS, reports)
         self.stride = stride
+        self.flying = 0  # copies, of any of the CTAs
         self.pending = np.zeros(len(self.data) // granule, bool)
 
     def where(self, offset: int) -> str:
@@ -200,7 +215,7 @@ class SharedMemory(ShadowedMemory):
     def part(self, kept: Array) -> SharedMemory:
         """The memory of some of the CTAs, copied."""
         made = object.__new__(SharedMemory)
-        made.granule, made.faults, made.reports, made.stride = self.granule, self.faults, self.reports, self.stride
+        made.__dict__.update(vars(self))
         for name in ("data", "wrote", "read", "readers", "pending"):
             whole = getattr(self, name)
             setattr(made, name, np.ascontiguousarray(whole.reshape(len(kept), -1)[kept]).reshape(-1))
@@ -208,8 +223,9 @@ class SharedMemory(ShadowedMemory):
 
     def note_read(self, access: Access) -> None:
         """Also reads of what nobody wrote, or what is in flight."""
-        unwritten = self.granules(self.wrote, access) < 0
-        if unwritten.any():
+        writers = self.granules(self.wrote, access)
+        if writers.size and writers.min() < 0:
+            unwritten = writers < 0
             place = first(unwritten)[0]
             example = f"{access.who(place)}, {self.where(int(access.offsets[place]))}"
             self.report(self.faults.uninitialised, access, int(unwritten.sum()), example)
@@ -222,6 +238,8 @@ class SharedMemory(ShadowedMemory):
         super().check_write(access, same)
 
     def _check_in_flight(self, access: Access, kind: Fault) -> None:
+        if not self.flying:
+            return
         flying = np.asarray(self.granules(self.pending, access).any(1))
         if flying.any():
             (place,) = first(flying)
@@ -232,10 +250,12 @@ class SharedMemory(ShadowedMemory):
     def start_copy(self, access: Access) -> None:
         """Begin an asynchronous copy: its place is neither to be read nor written."""
         self.check_write(access, None)
+        self.flying += 1
         self.set_granules(self.pending, access, True)
 
     def land_copy(self, access: Access, copied: Array) -> None:
         """Finish it: `copied` [n, size] bytes are there for the threads that copied, and for others behind a barrier."""
+        self.flying -= 1
         self.data.reshape(-1, access.size)[access.rows] = copied
         self.set_granules(self.pending, access, False)
         self.set_granules(self.wrote, access, access.stamps[:, None])

@@ -1,0 +1,211 @@
+"""Calls that bring every compiled kernel to run in the machine, and what each has to give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fna.attention import nystrom_attention_reference
+from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
+from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
+from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
+from fna.plugins.torch_ops import DTYPE_NAMES
+
+TOLERANCES: dict[Dtype, float] = {"fp16": 8e-4, "bf16": 4e-3, "fp32": 2e-6}
+"""Largest relative 2-norm of a whole call's error against the definition in fp64."""
+
+PLAIN = Surroundings()
+UNUSUAL = Surroundings(poison=0x7F, shuffle_seed=1, packed=True)
+SHUFFLED = Surroundings(shuffle_seed=2)
+ZEROS = Surroundings(poison=0)
+
+TORCH_TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case showed: its error (landmarks: how many differ), what is allowed, and faults in words."""
+
+    error: float
+    tolerance: float
+    faults: list[str]
+    complete: bool
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Right, whole and without a fault."""
+        return self.error <= self.tolerance and self.complete and not self.faults
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call of FastNystromAttention."""
+
+    dtype: Dtype
+    landmarks: int
+    head_size: int
+    tokens: int = 131
+    batch: int = 1
+    heads: int = 1
+    mask: Literal["none", "keys", "sinks"] = "none"
+    exact_rows: bool = True
+    iterations: int = 6
+    hostile_landmarks: bool = False
+    """Indices that are no token's, in the places where padding would be read; they are clamped, so what they give is known."""
+    surroundings: Surroundings = PLAIN
+
+    @property
+    def name(self) -> str:
+        """Readable."""
+        size = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_size}"
+        marks = ["packed"] * self.surroundings.packed + ["hostile"] * self.hostile_landmarks
+        return " ".join([f"attention {self.dtype} {size} S={self.landmarks} mask={self.mask}", *marks])
+
+    @property
+    def variants(self) -> list[str]:
+        """The kernels that it runs."""
+        s_pad, block_d = padded_landmarks(self.landmarks), padded_head_size(self.head_size)
+        sizes = f"{self.dtype}-s{s_pad}"
+        return [f"landmark-{sizes}-d{block_d}", f"finish-{sizes}", f"output-{sizes}-d{block_d}"]
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key, value, landmarks, bias and mask, the same at every call."""
+        generator = torch.Generator().manual_seed(self.landmarks * 1000 + self.tokens)
+        shape = self.batch, self.heads, self.tokens, self.head_size
+        query, key, value = (torch.randn(shape, generator=generator).to(TORCH_TYPES[self.dtype]) for _ in range(3))
+        rows = [torch.randperm(self.tokens, generator=generator)[: self.landmarks] for _ in range(self.batch)]
+        landmarks = torch.stack(rows).int()
+        if self.hostile_landmarks:
+            landmarks[:, -3:] = torch.tensor([-1, self.tokens, 2**31 - 1], dtype=torch.int32)
+        bias = torch.rand(self.batch, self.landmarks, generator=generator)
+        mask = (torch.rand(1, self.tokens, generator=generator) < 0.2).int()
+        return query, key, value, landmarks, bias, None if self.mask == "none" else mask
+
+    def run(self, chip: Chip) -> Call:
+        """Run it in the machine."""
+        query, key, value, landmarks, bias, mask = self.inputs()
+        return run_attention(
+            chip, query, key, value, landmarks, bias, key_mask=mask, sink=self.mask == "sinks", iterations=self.iterations,
+            exact_rows=self.exact_rows, surroundings=self.surroundings,
+        )  # fmt: skip
+
+    def error(self, call: Call) -> float:
+        """Relative 2-norm against the definition in fp64."""
+        query, key, value, landmarks, bias, mask = self.inputs()
+        full = (tensor.double() for tensor in (query, key, value))
+        wanted = nystrom_attention_reference(
+            *full, landmarks.clamp(0, self.tokens - 1), bias.double(), self.head_size**-0.5, self.iterations,
+            self.exact_rows, mask, self.mask == "sinks",
+        )  # fmt: skip
+        found = call.out.double()
+        return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that passes."""
+        return TOLERANCES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """One call of a landmark operator on features in which tokens occur twice, so that ties have to be broken."""
+
+    sampler: Literal["fps", "norm-grid"]
+    dtype: Dtype
+    tokens: int
+    channels: int
+    landmarks: int = 12
+    surroundings: Surroundings = PLAIN
+    tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Readable."""
+        return f"{self.sampler} {self.dtype} {self.tokens}x{self.channels} S={self.landmarks}"
+
+    @property
+    def variants(self) -> list[str]:
+        """The kernels that it runs."""
+        aligned = "-d16" if self.channels % 16 == 0 else ""
+        if self.sampler == "norm-grid":
+            return [f"norms-{self.dtype}{aligned}", "norm_grid-fp32"]
+        return [f"{'fps' if self.tokens <= 1024 else 'fps_step'}-{self.dtype}{aligned}"]
+
+    def features(self) -> Tensor:
+        """[2, N, C], the same at every call."""
+        generator = torch.Generator().manual_seed(self.tokens + self.channels)
+        features = torch.randn(2, self.tokens, self.channels, generator=generator)
+        half = self.tokens // 2
+        features[:, half : 2 * half] = features[:, :half]
+        return features.to(TORCH_TYPES[self.dtype])
+
+    def run(self, chip: Chip) -> Call:
+        """Run it in the machine."""
+        if self.sampler == "fps":
+            return run_sampling(chip, self.features(), self.landmarks, surroundings=self.surroundings)
+        by_norm = norm_grid_count(self.landmarks, 1)
+        return run_norm_grid(
+            chip, self.features(), self.landmarks, prefix=1, by_norm=by_norm, surroundings=self.surroundings
+        )
+
+    def error(self, call: Call) -> float:
+        """How many landmarks differ from the definition's."""
+        if self.sampler == "fps":
+            wanted = farthest_points_reference(self.features(), self.landmarks)
+        else:
+            wanted = norm_grid_reference(self.features(), self.landmarks, 1)
+        return float((call.out != wanted).sum())
+
+
+Case = AttentionCase | SamplingCase
+
+
+def judge(case: Case, chip: Chip) -> Outcome:
+    """Run a case and compare."""
+    start = time.monotonic()
+    call = case.run(chip)
+    seconds = time.monotonic() - start
+    faults = [str(report) for report in call.memory.reports.faults]
+    return Outcome(case.error(call), case.tolerance, faults, call.complete, seconds)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every kernel at least twice: once plain, once with all that is unusual; each number of padded landmarks with its edges."""
+    for dtype in DTYPES:
+        for head_size, wide in ((64, 128), (48, 80)):
+            for small, large in ((33, 64), (65, 128), (129, 256)):
+                # The iterations are a loop or as many launches: two show as much as six where six take minutes.
+                iterations = 6 if large == 64 or dtype == "fp16" else 2
+                tokens = 131 if large < 256 else 271
+                yield AttentionCase(dtype, large, head_size, tokens, batch=2, iterations=iterations, surroundings=ZEROS)
+                yield AttentionCase(
+                    dtype, small, wide, tokens, heads=2, mask="sinks", iterations=iterations, surroundings=UNUSUAL
+                )
+                yield AttentionCase(
+                    dtype, small, head_size, tokens + 64, mask="keys", exact_rows=False, iterations=3, hostile_landmarks=True,
+                    surroundings=UNUSUAL,
+                )  # fmt: skip
+        yield AttentionCase(dtype, 1, 16, 1, iterations=1)
+        for channels in (37, 48):
+            yield SamplingCase("fps", dtype, 261, channels, surroundings=SHUFFLED)
+            yield SamplingCase("fps", dtype, 1100, channels, surroundings=SHUFFLED)
+            yield SamplingCase("norm-grid", dtype, 261, channels, surroundings=SHUFFLED)
+
+
+def quick_cases() -> Iterator[Case]:
+    """A part of them for every day: each kernel, type and number of padded landmarks."""
+    yield AttentionCase("fp16", 64, 64, 261, heads=2, surroundings=ZEROS)
+    yield AttentionCase("fp16", 33, 48, 131, mask="sinks", hostile_landmarks=True, surroundings=UNUSUAL)
+    yield AttentionCase("bf16", 128, 64, 131, iterations=2, mask="keys", surroundings=UNUSUAL)
+    yield AttentionCase("fp32", 33, 64, 131, mask="keys", hostile_landmarks=True, surroundings=UNUSUAL)
+    yield AttentionCase("fp16", 200, 64, 203, iterations=1, exact_rows=False)
+    for channels in (37, 48):
+        yield SamplingCase("fps", "fp32", 261, channels, surroundings=SHUFFLED)
+        yield SamplingCase("fps", "fp16", 1100, channels, landmarks=4, surroundings=SHUFFLED)
+        yield SamplingCase("norm-grid", "bf16", 261, channels, surroundings=SHUFFLED)

@@ -1,0 +1,67 @@
+"""The compiled kernels in the machine: right, without a fault, and a missing barrier is noticed."""
+
+from __future__ import annotations
+
+import pytest
+from shared_build import BUILD, locked
+
+from fna.plugins.aot import build_table
+from fna.plugins.launch_plan import all_variants
+from fna.plugins.ptx.calls import Chip
+from fna.plugins.ptx.cases import AttentionCase, Case, SamplingCase, judge, quick_cases
+from fna.plugins.ptx.check import body_digest, unmodelled_kernels
+from fna.plugins.ptx.images import PtxImages, load_images
+from fna.plugins.ptx.mutations import mutate
+from fna.plugins.ptx.reports import Fault
+
+CASES = list(quick_cases())
+
+
+@pytest.fixture(scope="session")
+def images() -> PtxImages:
+    """The PTX of the quick cases' kernels, compiled once for sm_80 and kept under build/."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    needed = {name for case in CASES for name in case.variants}
+    folder = BUILD / "test-ptx"
+    with locked("ptx-table"):
+        build_table(folder, chips=(80, 0), variants=[v for v in all_variants() if v.name in needed], jobs=2)
+    return load_images(folder)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_call_is_right_and_without_a_fault(images: PtxImages, case: Case) -> None:
+    outcome = judge(case, Chip(images))
+    assert not outcome.faults
+    assert outcome.complete
+    assert outcome.error <= outcome.tolerance
+
+
+def test_the_quick_cases_run_every_kernel_and_type() -> None:
+    every = {(v.kernel, v.dtype) for v in all_variants() if v.kernel in ("landmark", "finish", "output")}
+    named = [name.split("-") for case in CASES for name in case.variants]
+    assert every <= {(kernel, dtype) for kernel, dtype, *_ in named}
+    assert {kernel for kernel, *_ in named} == {variant.kernel for variant in all_variants()}
+    assert {part for name in named for part in name} >= {"s64", "s128", "s256"}
+
+
+def test_every_compiled_kernel_of_the_quick_cases_is_modelled(images: PtxImages) -> None:
+    assert not unmodelled_kernels(images, [80, 0])
+
+
+def test_a_missing_barrier_or_wait_is_noticed(images: PtxImages) -> None:
+    """A sample; all of them: python -m fna.plugins.ptx barriers."""
+    found = list(mutate([AttentionCase("fp16", 64, 64, 131)], Chip(images), step=11, first=4))
+    assert len(found) >= 6
+    assert [str(mutation) for mutation in found if not mutation.noticed] == []
+
+
+def test_a_missing_barrier_of_a_sampler_is_a_race(images: PtxImages) -> None:
+    found = list(mutate([SamplingCase("fps", "fp32", 261, 48, 4)], Chip(images)))
+    assert Fault.SHARED_READ_AFTER_WRITE in {mutation.fault for mutation in found}
+    assert all(mutation.noticed for mutation in found)
+
+
+def test_ptx_that_differs_in_its_header_only_is_one() -> None:
+    first, second = (f".version 8.{v}\n.target sm_8{v}\n.entry k()" for v in (0, 6))
+    assert body_digest(first) == body_digest(second)
+    assert body_digest(first) != body_digest(first + "x")
