@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
-from fna.landmarks import farthest_points_reference, norm_grid_count, norm_grid_reference
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
 from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES
+from fna.samplers.common.roles import norm_grid_count
+from fna.samplers.fps import farthest_points_reference
+from fna.samplers.norm_grid import norm_grid_reference
 
 TOLERANCES: dict[Dtype, float] = {"fp16": 8e-4, "bf16": 4e-3, "fp32": 2e-6}
 """Largest relative 2-norm of a whole call's error against the definition in fp64."""
@@ -98,10 +100,9 @@ class AttentionCase:
     def error(self, call: Call) -> float:
         """Relative 2-norm against the definition in fp64."""
         query, key, value, landmarks, bias, mask = self.inputs()
-        full = (tensor.double() for tensor in (query, key, value))
         wanted = nystrom_attention_reference(
-            *full, landmarks.clamp(0, self.tokens - 1), bias.double(), self.head_size**-0.5, self.iterations,
-            self.exact_rows, mask, self.mask == "sinks",
+            query.double(), key.double(), value.double(), landmarks.clamp(0, self.tokens - 1), bias.double(),
+            self.head_size**-0.5, self.iterations, self.exact_rows, mask, self.mask == "sinks",
         )  # fmt: skip
         found = call.out.double()
         return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
