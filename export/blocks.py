@@ -7,6 +7,7 @@ tensor that everything passes through, and that also flows past the next attenti
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 
@@ -21,17 +22,47 @@ _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
 _PASSED = ("Cast", "Dropout", "Identity", "Where", "Reshape", "QuantizeLinear", "DequantizeLinear")
 
-# As fna.export.trace, fna.export.surgery and fna.export.passes.lower name nodes.
-_FNA_IN_NAME = re.compile(rf"^/blocks\.(\d+)/{FAST_NYSTROM_ATTENTION.name}(?:/|$)|/fna_block_(\d+)$")
+_BLOCK_IN_NAME = re.compile(r"^/blocks\.(\d+)/|/fna_block_(\d+)(?:/|$)")
+"""As `traced_node_name` and `grafted_node_name` write it; `fna.export.passes.lower` puts the names of inlined nodes behind it."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""The node metadata in which PyTorch's exporter writes the modules that a node comes from, the outermost first."""
 
 Consumers = dict[str, list[int]]
 """Indices of the nodes that use a tensor's values, by its name."""
 
 
-def attention_block(node: NodeProto) -> int | None:
-    """Return the block number of an FNA attention node, or of a node inlined from one; the name holds it. None for others."""
-    match = _FNA_IN_NAME.search(node.name)
+def traced_node_name(block: int, op_type: str) -> str:
+    """Return the name of an `fna` node of a traced file."""
+    return f"/blocks.{block}/{op_type}"
+
+
+def grafted_node_name(attention: str, block: int) -> str:
+    """Return the name of the `fna` node that takes the place of the node named `attention`."""
+    return f"{attention}/fna_block_{block}"
+
+
+def block_of_name(name: str) -> int | None:
+    """Return the block number that a node's name holds, as the functions above write it; None where it holds none."""
+    match = _BLOCK_IN_NAME.search(name)
     return int(match[1] or match[2]) if match else None
+
+
+def attention_block(node: NodeProto) -> int | None:
+    """Return the block number of an FNA attention node, or of a node inlined from one of a traced file. None for others."""
+    match = _BLOCK_IN_NAME.search(node.name)
+    if match is None:
+        return None
+    step = node.name[match.end() :].partition("/")[0]
+    return block_of_name(node.name) if step == (FAST_NYSTROM_ATTENTION.name if match[1] else "") else None
+
+
+def module_scopes(node: NodeProto) -> list[str]:
+    """Return the paths of the modules that a node of a trace comes from, the outermost first; none where a tool dropped them."""
+    written = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+    try:
+        return [str(scope) for scope in ast.literal_eval(written)]
+    except (ValueError, SyntaxError):
+        return []
 
 
 def block_ends(model: ModelProto, num_blocks: int) -> dict[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import math
 import platform
@@ -22,6 +21,7 @@ from onnxscript import opset18
 
 from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
+from fna.export.blocks import module_scopes, traced_node_name
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.operators.builder import HIGHEST_OPSET
 from fna.export.operators.registry import attach_functions, fna_nodes, is_attention, translation_table
@@ -38,9 +38,6 @@ Precision = Literal["fp32", "fp16", "bf16"]
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 INPUT_NAME = "pixel_values"
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where the exporter notes the modules that a node was traced in, the outermost first."""
 
 
 @dataclass(frozen=True)
@@ -236,18 +233,18 @@ def _name_nodes(model: ModelProto, blocks: Sequence[AttentionBlock]) -> None:
     for node in reversed(nodes):
         if is_attention(node):
             current = _number_of(node, numbers)
-        node.name = f"/blocks.{current}/{node.op_type}"
+        node.name = traced_node_name(current, node.op_type)
 
 
 def _number_of(node: NodeProto, numbers: dict[str, int]) -> int:
-    noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-    found = [numbers[scope] for scope in ast.literal_eval(noted) if scope in numbers]
-    if len(found) != 1:
+    scopes = module_scopes(node)
+    blocks = [numbers[scope] for scope in scopes if scope in numbers]
+    if len(blocks) != 1:
         raise ModelSourceError(
-            f"node {node.name!r} of the trace is in {len(found)} attention modules ({noted}), but one is needed to number it; "
+            f"node {node.name!r} of the trace is in {len(blocks)} attention modules ({scopes}), but one is needed to number it; "
             "report the model that this happens with"
         )
-    return found[0]
+    return blocks[0]
 
 
 def _drop_stack_traces(model: ModelProto) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,15 +12,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
-from fna.export.blocks import attention_block
+from fna.export.blocks import attention_block, block_of_name, module_scopes
 from fna.observing import NystromCall, observed
 from fna.patching import find_attention_blocks, is_patched
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""The node metadata in which PyTorch's exporter writes the modules that a node comes from."""
-
-# As fna.export.trace, fna.export.surgery and fna.export.passes.lower name nodes.
-_BLOCK_IN_NAME = re.compile(r"^/blocks\.(\d+)/|/fna_block_(\d+)(?:/|$)")
 
 
 class BlockPart(NamedTuple):
@@ -80,7 +72,7 @@ def find_block_parts(model: ModelProto, module: nn.Module) -> dict[BlockPart, st
         if number is not None:
             found.pop(BlockPart(number, "fna"), None)
             found[BlockPart(number, "fna")] = node.output[0]
-        for scope in _scopes(node):
+        for scope in module_scopes(node):
             part = wanted.get(scope)
             if part is not None:
                 found.pop(part, None)
@@ -95,20 +87,9 @@ def layer_numbers(module: nn.Module) -> dict[str, int]:
     return {names[id(block.layer)]: block.number for block in find_attention_blocks(module)}
 
 
-def _scopes(node: NodeProto) -> list[str]:
-    for entry in node.metadata_props:
-        if entry.key == SCOPES:
-            try:
-                scopes = ast.literal_eval(entry.value)
-            except (ValueError, SyntaxError):
-                return []
-            return [str(scope) for scope in scopes]
-    return []
-
-
 def block_of(node: NodeProto, layers: dict[str, int]) -> int | None:
     """Return the number of the block that a node belongs to, by its name or its scopes; None outside of blocks."""
-    match = _BLOCK_IN_NAME.search(node.name)
-    if match is not None:
-        return int(match[1] or match[2])
-    return next((layers[scope] for scope in _scopes(node) if scope in layers), None)
+    number = block_of_name(node.name)
+    if number is not None:
+        return number
+    return next((layers[scope] for scope in module_scopes(node) if scope in layers), None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 
 from onnx import GraphProto, NodeProto
 
+from fna.export.blocks import module_scopes
 from fna.export.operators.functions import ATTENTION, MASKED_ATTENTION
 from fna.export.surgery.graph.index import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, one_line, subgraphs
 from fna.export.surgery.graph.shapes import Point
@@ -161,15 +161,9 @@ def _rows_in_body(body: GraphProto, owner: NodeProto, anchor: int, block: int) -
 
 def block_name(node: NodeProto) -> str:
     """The module path that an exporter left in a node's name or metadata; else the node's name."""
-    for item in node.metadata_props:
-        if item.key == "pkg.torch.onnx.name_scopes":
-            try:
-                scopes = [str(part) for part in ast.literal_eval(item.value)]
-            except (ValueError, SyntaxError):
-                continue
-            modules = [scope for scope in scopes[:-1] if scope]
-            if modules:
-                return modules[-1]
+    modules = [scope for scope in module_scopes(node)[:-1] if scope]
+    if modules:
+        return modules[-1]
     name = node.name or (node.output[0] if node.output else node.op_type)
     head, _, _ = name.rpartition("/")
     return head.strip("/") if re.search(r"\w", head) else name

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InvalidPlanError
+from fna.export.blocks import grafted_node_name
 from fna.export.operators.builder import Builder
 from fna.export.operators.functions import (
     ARTIFACT_TOKENS,
@@ -149,7 +150,7 @@ def operand_writer(
 def _replace(writer: _Writer, row: Row) -> Replacement:
     found, block = row.attention, writer.plan.find(row.block)
     assert found is not None
-    prefix = writer.unique(f"{row.node}/fna_block_{row.block}")
+    prefix = writer.unique(grafted_node_name(row.node, row.block))
     before = list(found.prelude)
     for tensor in found.initializers:
         writer.initializers[tensor.name] = tensor
