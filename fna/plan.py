@@ -134,7 +134,7 @@ def _iterations_of_the_method() -> int:
 
 
 class Plan(BaseModel):
-    """How a model's attention is to be replaced; see DESIGN for the method and the samplers.
+    """How a model's attention is to be replaced; docs/design.md says what the method and the samplers are.
 
     Attributes:
         version: of this format.

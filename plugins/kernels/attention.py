@@ -1,6 +1,6 @@
 """Triton kernels of `FastNystromAttention`. Launches: `landmark` (once, or once a step at S > 128), `finish`, `output`.
 
-Names follow DESIGN.md: A (`core`) is the softmax among landmarks, Z the Newton-Schulz iterate, W = A Z, and Bv the exact
+Names follow docs/design.md: A (`core`) is the softmax among landmarks, Z the Newton-Schulz iterate, W = A Z, and Bv the exact
 attention output of the landmark tokens. All scratch is fp32 except `mixed`, the values of the last product, which has
 the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256), D to BLOCK_D (64 or 128); padded
 rows and columns of A are zero, which keeps those of Z, W and every product zero.
