@@ -45,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Range:
+class SearchRange:
     """What is tried.
 
     Attributes:
