@@ -446,8 +446,8 @@ def _write_scripts(root: Path, manifest: BundleManifest, target: Target) -> None
         shutil.copyfile(_HERE / "scripts" / name, root / name)
         (root / name).chmod(0o755)
     (root / "runner").mkdir()
-    for name in ("fna_runner.cpp", "CMakeLists.txt"):
-        shutil.copyfile(_HERE / "runner" / name, root / "runner" / name)
+    for source in sorted((_HERE / "runner").iterdir()):
+        shutil.copyfile(source, root / "runner" / source.name)
     (root / "settings.sh").write_text(_settings(root, manifest), encoding="utf-8")
     (root / "README.md").write_text(_readme(root, manifest, target), encoding="utf-8")
 
