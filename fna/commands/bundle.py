@@ -81,7 +81,7 @@ def command(
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.engines.builder.options import parse_batch
-        from fna.engines.serving.triton_repository import write_triton_repository
+        from fna.engines.serving.model_repository import write_model_repository
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
@@ -107,7 +107,7 @@ def command(
             write_json(json_file, manifest)
         if repository is not None:
             say("writing the model repository")
-            written = write_triton_repository(file, repository, batch=range_, resolution=resolution)
+            written = write_model_repository(file, repository, batch=range_, resolution=resolution)
             lines.append(f"{repository}: Triton models {', '.join(written.models)}")
             lines += [f"left out {reason}" for reason in written.left_out]
     for line in lines:
