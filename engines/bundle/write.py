@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-import torch
 from PIL import Image
 
-from fna import __version__
 from fna.engines.builder.options import BatchRange
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.bundle.device_files import write_device_files
@@ -41,6 +38,7 @@ from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.operators.registry import fna_nodes, has_plugin
 from fna.export.variants import Precision, Variant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
+from fna.machine import tool_versions
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ def write_bundle(
     model = load_onnx(path, tensors=False)
     metadata = read_metadata(model, str(path))
     precisions = _check_precisions(metadata, options)
-from fna.export.operators.registry import fna_nodes, has_plugin
+    has_layers = any(has_plugin(node) for node in fna_nodes(model.graph))
+    kernels = choose_kernels(options.target, options.table, has_layers)
     name = f"{safe_name(path.name.removesuffix('.onnx'))}-{options.target.name}"
     profiles = input_profiles(model, options.batch, metadata, options.resolution)
     with part_folder(output) as temporary:
@@ -121,7 +120,7 @@ from fna.export.operators.registry import fna_nodes, has_plugin
         on_step("recording photographs and their outputs")
         manifest = BundleManifest(
             name=name,
-            tools=_tools(),
+            tools=tool_versions("onnx", "torch"),
             target=options.target.name,
             capabilities=options.target.capabilities,
             flavours={str(flavour): version for flavour, version in options.target.flavours.items()},
@@ -148,7 +147,6 @@ from fna.export.operators.registry import fna_nodes, has_plugin
     return manifest, tuple(notes)
 
 
-from fna.export.operators.registry import fna_nodes, has_plugin
 def write_archive(root: Path, output: Path) -> None:
     """Pack a bundle's folder: sorted names, no times, no owners, two file modes, so that equal bundles are equal bytes."""
     import zstandard
@@ -218,15 +216,6 @@ def _seal(root: Path, manifest: BundleManifest) -> BundleManifest:
         if not name.endswith(".sh"):
             (root / name).chmod(0o644)
     return sealed
-
-
-def _tools() -> dict[str, str]:
-    return {
-        "fna": __version__,
-        "onnx": onnx.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _check_output(output: Path, archive: bool) -> None:

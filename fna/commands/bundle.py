@@ -85,7 +85,8 @@ def command(
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
-            from fna.engines.bundle.write import DEFAULT_TABLE, BundleOptions, write_bundle
+            from fna.engines.bundle.plugin_files import DEFAULT_TABLE
+            from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
             from fna.export.passes.precision import parse_blocks
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from torch.nn import functional
 import fna
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, apply_newton_schulz
 from fna.errors import FnaError, MissingCapabilityError
+from fna.machine import command_output, power_mode, tool_versions
 from fna.plugins.host import PluginLibrary
 from fna.samplers.grid import grid_landmarks
 
@@ -199,26 +198,17 @@ def bench_model(name: str, resolution: int, landmarks: int) -> ModelRow:
 
 def describe_device() -> dict[str, str]:
     """What the numbers were measured on; on a Jetson the power mode too, which they depend on."""
-    found = {
+    device = {
         "device": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-    }
-    for name, command in (
-        (
-            "driver",
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"],
+        **tool_versions("torch"),
+        "driver": command_output(
+            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"
         ),
-        ("power mode", ["nvpmodel", "-q"]),
-    ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        found[name] = " ".join(done.stdout.split())
-    return found
+        "power mode": power_mode(),
+    }
+    return {name: text for name, text in device.items() if text}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

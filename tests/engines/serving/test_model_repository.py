@@ -14,7 +14,7 @@ from google.protobuf import text_format
 
 from fna.cli import main
 from fna.engines.builder.options import BatchRange
-from fna.engines.serving.model_repository import Repository, make_preprocess_model, write_model_repository
+from fna.engines.serving.model_repository import ModelRepository, make_preprocess_model, write_model_repository
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.preprocessing import Preprocessing, bundled_photographs
@@ -43,7 +43,7 @@ def model_config() -> Any:
 def repository(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("triton") / "models"
     written = write_model_repository(tiny, output, batch=BATCH)
-    assert written == Repository(("tiny", "tiny_onnxruntime", "tiny_portable", "tiny_preprocess", "tiny_tensorrt"))
+    assert written == ModelRepository(("tiny", "tiny_onnxruntime", "tiny_portable", "tiny_preprocess", "tiny_tensorrt"))
     return output
 
 
