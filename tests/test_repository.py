@@ -156,6 +156,31 @@ def test_no_file_refers_to_a_document_that_readers_do_not_have() -> None:
             assert match is None, f"{path.relative_to(ROOT)} refers to {match[0]}"
 
 
+def table_rows(page: str, columns: int) -> list[list[str]]:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return [row for row in rows if len(row) == columns]
+
+
+def test_the_designs_operators_are_those_of_the_registry() -> None:
+    from fna.export.operators.registry import OPERATORS
+
+    rows = {row[0].strip("`"): row[1:] for row in table_rows("docs/design.md", 4) if "/" not in row[0]}
+    assert rows.keys() == OPERATORS.keys(), "docs/design.md: its table of operators needs a row for each"
+    for name, operator in OPERATORS.items():
+        for cell, parts in zip(rows[name], (operator.inputs, operator.outputs, operator.attributes), strict=True):
+            assert {part.name for part in parts} <= set(re.findall(r"\w+", cell)), f"docs/design.md, {name}: {cell}"
+
+
+def test_the_designs_samplers_are_those_of_the_registry() -> None:
+    from fna.samplers import all_samplers
+
+    rows = {re.sub(r"[`( ].*", "", row[0].strip("`")): row[2] for row in table_rows("docs/design.md", 3)}
+    assert rows == {sampler.name: rows.get(sampler.name) for sampler in all_samplers()}
+    for sampler in all_samplers():
+        assert rows[sampler.name].startswith("yes" if sampler.looks_at_features else "no"), sampler.name
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_pages_python_runs(page: str) -> None:
     from transformers import Dinov2Config, Dinov2Model
