@@ -235,3 +235,22 @@ def test_the_readmes_models_are_rows_of_the_measured_table() -> None:
     ]
     assert len(claimed) == 11
     assert set(claimed) <= measured
+
+
+def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
+    """Fidelity stands in notes/planning.md, both numbers in one row; speed in benchmarks.md; cycles in notes/plugin.md."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in lines
+        if re.match(r"\|.*\| 0\.\d{4} \|", line)
+    ]
+    assert len(rows) == 8
+    fidelities = (ROOT / "docs" / "notes" / "planning.md").read_text(encoding="utf-8").splitlines()
+    speeds = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8")
+    for setting, tokens, patches, class_token, speed, counted in rows:
+        assert any(f"| {patches} |" in line and f"| {class_token} |" in line for line in fidelities), setting
+        assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
+        for number in re.findall(r"\d\.\d+", counted):
+            assert re.search(rf"\| {tokens} \| .*{re.escape(number)}", cycles), setting
