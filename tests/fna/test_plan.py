@@ -7,11 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from fna.arithmetic import saved_part
 from fna.errors import InputFileError, InvalidPlanError
-from fna.plan import BlockPlan, Plan, TokenRange, format_layers, load_plan, parse_layers, parse_plan, uniform_plan
+from fna.export.metadata import read_metadata
+from fna.plan import (
+    ITERATIONS_OF_VERSION_1,
+    BlockPlan,
+    Plan,
+    TokenRange,
+    format_layers,
+    load_plan,
+    parse_layers,
+    parse_plan,
+    uniform_plan,
+)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +190,18 @@ def test_a_block_is_in_one_range_of_a_kind_at_most() -> None:
     with pytest.raises(InvalidPlanError, match="block 2 is in more than one of the landmarks_include"):
         uniform_plan(4, layers="all", landmarks_include=ranges)
     uniform_plan(4, layers="all", landmarks_include=ranges[:1], landmarks_exclude=ranges[1:])
+
+
+def test_what_a_file_without_iterations_means_outlives_the_methods_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fna.attention.NEWTON_SCHULZ_ITERATIONS", 4)
+    text = '{"version": 1, "num_blocks": 2, "blocks": [{"block": 1, "landmarks": 8}]}'
+    assert parse_plan(text).iterations == ITERATIONS_OF_VERSION_1 == 6
+    new = Plan(num_blocks=2)
+    assert new.iterations == 4
+    assert parse_plan(new.dump_json()).iterations == 4
+    model = onnx.ModelProto()
+    model.metadata_props.add(key="fna.plan", value=text)
+    for key, value in {"source": "tests", "origin": "trace", "precision": "fp32"}.items():
+        model.metadata_props.add(key=f"fna.{key}", value=value)
+    model.metadata_props.add(key="fna.preprocessing", value="{}")
+    assert read_metadata(model, "old.onnx").plan.iterations == ITERATIONS_OF_VERSION_1

@@ -61,6 +61,7 @@ def test_the_plan_saves_products_and_keeps_what_was_asked_for(
     again = planner_for(subject, pictures).run(planned.plan, pictures[3:])
     assert again.mean == pytest.approx(planned.point.measured.mean, abs=1e-6)
     assert planned.reached == (again.mean >= 0.98)
+    assert all(block.iterations is not None for block in planned.plan.blocks)
     assert layout.patches == (8, 8)
 
 
