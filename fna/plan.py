@@ -27,7 +27,8 @@ Feature = Literal["input", "query", "key", "value"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 ITERATIONS_OF_VERSION_1 = 6
-"""What a plan file of version 1 means that does not say its iterations. It never changes, whatever the method's default becomes."""
+"""What a plan file of version 1, or an FNA node of an ONNX file, means that does not say its iterations. It never changes, whatever
+the method's default becomes."""
 
 SharingKey = tuple[int, str, str, int | None, int | None]
 
