@@ -14,7 +14,7 @@ from fna import __version__
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return processor, thread count, memory and system; the GPU and, on a Jetson, the power mode where there is one."""
+    """Return processor, threads, memory and system; of a GPU what its speed depends on; on a Jetson the power mode."""
     import torch
 
     machine: dict[str, Any] = {
@@ -25,11 +25,16 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    power = power_mode()
-    if power:
-        machine["power_mode"] = power
-    return machine
+        clocks = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
+        machine |= {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "torch": torch.__version__,
+            "cuda": str(torch.version.cuda),
+            "driver": command_output("nvidia-smi", clocks, "--format=csv,noheader"),
+        }
+    machine["power_mode"] = power_mode()
+    return {name: fact for name, fact in machine.items() if fact != ""}
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
