@@ -103,8 +103,8 @@ class Plugin:
         self._check(self._host.fna_host_prepare(self._address, _describe(inputs), len(inputs), _describe([output])))
 
     def enqueue(self, inputs: list[Tensor], output: Tensor, workspace: Tensor) -> None:
-        """Launch on PyTorch's current stream."""
-        stream = torch.cuda.current_stream().cuda_stream
+        """Launch on PyTorch's current stream; tensors of the CPU are for a driver that has no streams (`fna.plugins.ptx`)."""
+        stream = torch.cuda.current_stream().cuda_stream if output.is_cuda else 0
         described = _describe(inputs), len(inputs), _describe([output])
         self._check(self._host.fna_host_enqueue(self._address, *described, workspace.data_ptr(), stream))
 

@@ -92,9 +92,8 @@ def fps_step_kernel(
             x = tl.load(features + row + channel[None, :], mask=mask, other=0.0)
             difference = x.to(tl.float32) - point.to(tl.float32)[None, :]
             sums += tl.sum(difference * difference, 1)
-        # At step 0 the stored distances are whatever the memory held.
-        known = tl.load(distance + token, mask=token < tokens, other=float("inf"))
-        known = tl.where(step > 0, known, float("inf"))
+        # At step 0 there are no stored distances yet.
+        known = tl.load(distance + token, mask=(token < tokens) & (step > 0), other=float("inf"))
         nearest = tl.where(token == index, float("-inf"), tl.minimum(known, sums))
         nearest = tl.where(token < tokens, nearest, float("-inf"))
         tl.store(distance + token, nearest, mask=token < tokens)

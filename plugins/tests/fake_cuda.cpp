@@ -1,5 +1,5 @@
-// A stand-in for the CUDA driver that executes nothing and writes down everything, one JSON object a line, into the file that
-// FNA_FAKE_CUDA_LOG names. FNA_FAKE_CUDA_SM and FNA_FAKE_CUDA_MULTIPROCESSORS say which device it plays; with
+// A stand-in for the CUDA driver that writes down everything, one JSON object a line, into the file that FNA_FAKE_CUDA_LOG
+// names. It executes nothing, unless fna_fake_cuda_execute gave it functions that do. FNA_FAKE_CUDA_SM and FNA_FAKE_CUDA_MULTIPROCESSORS say which device it plays; with
 // FNA_FAKE_CUDA_REFUSE_CUBIN it takes PTX only. FNA_FAKE_CUDA_LAYOUTS ("symbol=ppif;...") tells it each kernel's arguments.
 #include <cstdint>
 #include <cstdio>
@@ -10,9 +10,16 @@
 namespace
 {
 
+using Load = uint64_t (*)(void const* image); // 0: refused
+using Launch = int32_t (*)(uint64_t image, char const* symbol, unsigned const* grid, unsigned threads, unsigned shared, void** arguments);
+
+Load loadImage = nullptr;
+Launch launchImage = nullptr;
+
 struct Function
 {
     std::string symbol;
+    uint64_t image{0};
     int32_t shared{0};
 };
 
@@ -45,6 +52,12 @@ std::string layoutOf(std::string const& symbol)
 
 extern "C"
 {
+
+    void fna_fake_cuda_execute(Load load, Launch launch)
+    {
+        loadImage = load;
+        launchImage = launch;
+    }
 
     int32_t cuCtxGetCurrent(void** context)
     {
@@ -81,14 +94,20 @@ extern "C"
         {
             return 218; // CUDA_ERROR_INVALID_PTX
         }
+        if (loadImage != nullptr)
+        {
+            uint64_t const handle = loadImage(image);
+            *module = reinterpret_cast<void*>(handle);
+            return handle == 0 ? 209 : 0;
+        }
         std::fprintf(logFile(), "{\"call\": \"load\", \"kind\": \"%s\"}\n", elf ? "cubin" : "ptx");
         *module = reinterpret_cast<void*>(2);
         return 0;
     }
 
-    int32_t cuModuleGetFunction(void** function, void*, char const* symbol)
+    int32_t cuModuleGetFunction(void** function, void* module, char const* symbol)
     {
-        *function = new Function{symbol};
+        *function = new Function{symbol, reinterpret_cast<uint64_t>(module)};
         return 0;
     }
 
@@ -109,6 +128,11 @@ extern "C"
         if (shared > 48 * 1024 && static_cast<int32_t>(shared) > kernel->shared)
         {
             return 1; // CUDA_ERROR_INVALID_VALUE: the limit was not raised
+        }
+        if (launchImage != nullptr)
+        {
+            unsigned const grid[] = {x, y, z};
+            return launchImage(kernel->image, kernel->symbol.c_str(), grid, threads, shared, arguments);
         }
         std::string const layout = layoutOf(kernel->symbol);
         std::fprintf(logFile(), "{\"call\": \"launch\", \"symbol\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"shared\": %u, ",

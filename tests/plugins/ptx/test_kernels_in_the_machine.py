@@ -16,12 +16,12 @@ CASES = list(quick_cases())
 
 
 WRONG_TODAY = pytest.mark.xfail(
-    strict=True, reason="farthest point sampling: ties, and distances read before they are known"
+    strict=True, reason="fps: equal tokens do not tie exactly where channels are no multiple of 16"
 )
 
 
 def marked(case: Case):
-    wrong = isinstance(case, SamplingCase) and case.sampler == "fps" and (case.channels == 37 or case.tokens > 1024)
+    wrong = isinstance(case, SamplingCase) and case.sampler == "fps" and case.channels % 16 > 0
     return pytest.param(case, id=case.name, marks=[WRONG_TODAY] if wrong else [])
 
 
