@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.ptx.images import PtxImage, PtxImages
@@ -20,7 +21,7 @@ from fna.plugins.ptx.memory import GlobalMemory
 _ELF = b"\x7fELF"
 _ELF_HEADER_BYTES = 64
 _ILLEGAL_ADDRESS = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
-_LAYOUT_TYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "f": ctypes.c_float}
+_LAYOUT_TYPES: dict[str, Any] = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "f": ctypes.c_float}
 _TRITON_SCRATCH = "pp"
 """After a kernel's own arguments come Triton's two addresses of scratch, which are null."""
 
@@ -102,7 +103,7 @@ class MachineDriver:
 def read_arguments(layout: str, addresses: Sequence[int]) -> list[int | float]:
     """What cuLaunchKernel is given, by the addresses of the values."""
     kinds = [_LAYOUT_TYPES[letter] for letter in layout + _TRITON_SCRATCH]
-    return [ctypes.cast(addresses[i], ctypes.POINTER(kind)).contents.value for i, kind in enumerate(kinds)]
+    return [kind.from_address(addresses[i]).value for i, kind in enumerate(kinds)]
 
 
 def read_image(address: int) -> bytes:
