@@ -1,10 +1,9 @@
 // The runner's parts that need no engine: number formats, items that wrap around, and what it makes of the inspector's layers.
-#include "engine.hpp"
+#define FNA_RUNNER_NO_MAIN
+#include "fna_runner.cpp"
 
 namespace
 {
-
-using namespace runner;
 
 int gFailures = 0;
 
