@@ -1,7 +1,7 @@
 """What this machine is, and which targets it can build for: `fna doctor`, or `python -m fna.engines.doctor`.
 
-Nothing but the standard library is imported, every probe is guarded, and something is always printed: this is what runs when
-nothing else does. TensorRT is imported in a process of its own, which may crash.
+Nothing but the standard library is imported, by this project's modules too; every probe is guarded, and something is always printed:
+this is what runs when nothing else does. TensorRT is imported in a process of its own, which may crash.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fna.engines.device import NoGpuError, read_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, lowering_of
 from fna.engines.targets import TARGETS, Target
+from fna.machine import command_output, memory_gib, power_mode, processor_name, read_lines, tool_versions
 
 PACKAGES = (
-    "fna",
     "torch",
     "transformers",
     "onnx",
@@ -46,14 +45,14 @@ def diagnose() -> dict[str, Any]:
         name: _guarded(probe)
         for name, probe in (
             ("system", _system),
-            ("processor", _processor),
-            ("memory", _memory),
+            ("processor", lambda: f"{processor_name()}, {os.cpu_count()} threads"),
+            ("memory", lambda: f"{memory_gib()} GiB"),
             ("jetson", _jetson),
             ("gpu", _gpu),
             ("driver", _driver),
-            ("power mode", _power_mode),
+            ("power mode", lambda: power_mode() or "nvpmodel says nothing (it is a Jetson's tool)"),
             ("python", lambda: f"{platform.python_version()} ({sys.executable})"),
-            ("packages", _packages),
+            ("packages", lambda: tool_versions(*PACKAGES)),
             ("tensorrt", lambda: _import_flavour("tensorrt")),
             ("tensorrt-rtx", lambda: _import_flavour("tensorrt-rtx")),
             ("onnxruntime providers", _providers),
@@ -73,7 +72,7 @@ def format_report(report: dict[str, Any]) -> str:
         if name == "targets":
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items()) or _ABSENT
+            value = ", ".join(f"{key} {text}" for key, text in value.items()) or _ABSENT
         lines.append(f"{name + ':':23} {value}")
     targets = report.get("targets", {})
     lines += ["", "what can be built here:"]
@@ -90,8 +89,8 @@ def format_report(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; `--json` prints it as JSON. The exit code is 0."""
     report = diagnose()
-    given = sys.argv[1:] if arguments is None else arguments
-    print(json.dumps(report, indent=2) if "--json" in given else format_report(report))
+    words = sys.argv[1:] if arguments is None else arguments
+    print(json.dumps(report, indent=2) if "--json" in words else format_report(report))
     return 0
 
 
@@ -104,19 +103,9 @@ def _guarded(probe: Callable[[], Any]) -> Any:
 
 def _system() -> str:
     names = [
-        line.split("=", 1)[1].strip('"\n') for line in _lines("/etc/os-release") if line.startswith("PRETTY_NAME=")
+        line.split("=", 1)[1].strip('"\n') for line in read_lines("/etc/os-release") if line.startswith("PRETTY_NAME=")
     ]
     return f"{names[0] if names else platform.system()}, {platform.machine()}, kernel {platform.release()}"
-
-
-def _processor() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} threads"
-
-
-def _memory() -> str:
-    total = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    return f"{total[0] / 2**20:.1f} GiB" if total else "unknown"
 
 
 def _jetson() -> str:
@@ -124,8 +113,8 @@ def _jetson() -> str:
     if not Path("/etc/nv_tegra_release").exists() and not model.exists():
         return "no"
     name = model.read_text(errors="replace").strip("\0\n") if model.exists() else "Jetson"
-    release = " ".join(_lines("/etc/nv_tegra_release")[:1]).strip("# \n")
-    packages = _output(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack"])
+    release = " ".join(read_lines("/etc/nv_tegra_release")[:1]).strip("# \n")
+    packages = command_output("dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack")
     return ", ".join(part for part in (name, release, f"JetPack {packages}" if packages else "") if part)
 
 
@@ -144,21 +133,9 @@ def _gpu() -> dict[str, Any] | str:
 
 
 def _driver() -> str:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "nvidia-smi says nothing"
-
-
-def _power_mode() -> str:
-    return _output(["nvpmodel", "-q"]) or "nvpmodel says nothing (it is a Jetson's tool)"
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return (
+        command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "nvidia-smi says nothing"
+    )
 
 
 def _import_flavour(name: str) -> str:
@@ -183,9 +160,8 @@ def _providers() -> str:
 
 
 def _trtexec() -> str:
-    found = shutil.which("trtexec")
-    places = [found] if found else [place for place in TRTEXEC if os.access(place, os.X_OK)]
-    return places[0] if places else _ABSENT
+    places = [place for place in TRTEXEC if os.access(place, os.X_OK)]
+    return shutil.which("trtexec") or (places[0] if places else _ABSENT)
 
 
 def _plugin() -> str:
@@ -221,24 +197,6 @@ def _verdict(flavour: str, target: Target, report: dict[str, Any]) -> str:
     if flavour == "tensorrt" and lowering_of("tensorrt", (target,)) == "plugin" and not default_plugin().is_file():
         return f"the plugin is {report['plugin']}"
     return "yes"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _output(command: list[str]) -> str:
-    """What a command prints, on one line; nothing where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return " ".join(done.stdout.split()) if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":

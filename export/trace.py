@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -12,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 import onnxscript
 import onnxscript.optimizer
 import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18
 
-from fna import __version__
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.blocks import module_scopes, traced_node_name
 from fna.export.metadata import FileMetadata, write_metadata
@@ -28,6 +25,7 @@ from fna.export.operators.registry import attach_functions, fna_nodes, is_attent
 from fna.export.passes.fold_scales import fold_channel_scales
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.files import save_model
+from fna.machine import tool_versions
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, find_sampler
@@ -98,8 +96,8 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     plan = plan.model_copy(update={"prefix_tokens": prefix})
     if plan.needs_positions and options.dynamic_size:
         raise InvalidArgumentError(
-            "the plan depends on where on the image a token is (its landmarks, corrections or focal blocks), so height and width "
-            f"cannot be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
+            "the plan depends on where on the image a token is (its landmarks or corrections), so height and width cannot "
+            f"be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
         )
     if plan.needs_positions and plan.patches is None:
         patches = (options.height // model.patch_size, options.width // model.patch_size)
@@ -125,9 +123,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     _name_nodes(program, blocks)
     _drop_stack_traces(program)
     fold_channel_scales(program.graph)
-    attach_functions(
-        program, ONNX_TYPES[options.precision] if plan.replaced_blocks or plan.masks else TensorProto.UNDEFINED
-    )
+    attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
     metadata = FileMetadata(
         plan=plan,
         preprocessing=model.preprocessing,
@@ -139,13 +135,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         patch_size=model.patch_size,
         token_outputs=model.token_outputs,
         map_outputs=model.map_outputs,
-        tools={
-            "fna": __version__,
-            "torch": torch.__version__.split("+")[0],
-            "onnx": onnx.__version__,
-            "onnxscript": onnxscript.__version__,
-            "python": platform.python_version(),
-        },
+        tools=tool_versions("torch", "onnx", "onnxscript"),
     )
     write_metadata(program, metadata)
     return program, metadata

@@ -8,6 +8,7 @@ this project is compared with.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +105,28 @@ def nystrom_attention_reference(
     sink: bool = False,
 ) -> Tensor:  # [B, H, N, D]
     """Compute FNA from checked arguments; the formula of `fast_nystrom_attention`, nothing else."""
+    return nystrom_attention_iterates(
+        query, key, value, landmarks, landmark_bias, scale, [iterations], exact_rows, key_mask, sink
+    )[0]
+
+
+def nystrom_attention_iterates(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S]
+    landmark_bias: Tensor | None,  # [B, S] or [1, S]
+    scale: float,
+    iterations: Sequence[int],
+    exact_rows: bool,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+    sink: bool = False,
+    known_rows: Tensor | None = None,  # [B, H, S, D]
+) -> list[Tensor]:  # each [B, H, N, D]
+    """Compute FNA for several numbers of iterations, at little more than the price of the largest.
+
+    `known_rows` is exact attention's output at the landmarks, where it is known; it is computed otherwise.
+    """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query_full, key_full, value_full = query.to(dtype), key.to(dtype), value.to(dtype)
     index = landmarks.long()[:, None, :, None].expand(query.shape[0], query.shape[1], -1, query.shape[3])
@@ -121,13 +144,17 @@ def nystrom_attention_reference(
 
     core_scores = mask(query_landmarks @ key_landmarks.mT + bias, at_landmarks, at_landmarks)
     core = torch.softmax(core_scores, dim=-1)  # A: [B, H, S, S]
-    exact_scores = mask((query_landmarks * scale) @ key_full.mT, whole, at_landmarks)
-    exact = torch.softmax(exact_scores, dim=-1) @ value_full  # Bv: [B, H, S, D]
-    mixed = apply_newton_schulz(core, exact, iterations)
-    out = torch.softmax(mask(query_full @ key_landmarks.mT + bias, at_landmarks, whole), dim=-1) @ mixed
+    if known_rows is None:
+        exact_scores = mask((query_landmarks * scale) @ key_full.mT, whole, at_landmarks)
+        exact = torch.softmax(exact_scores, dim=-1) @ value_full  # Bv: [B, H, S, D]
+    else:
+        exact = known_rows.to(dtype)
+    mixed = newton_schulz_iterates(core, exact, iterations)
+    weights = torch.softmax(mask(query_full @ key_landmarks.mT + bias, at_landmarks, whole), dim=-1)  # [B, H, N, S]
+    outputs = [weights @ rows for rows in mixed]
     if exact_rows:
-        out = out.scatter(2, index, exact)
-    return out.to(query.dtype)
+        outputs = [out.scatter(2, index, exact) for out in outputs]
+    return [out.to(query.dtype) for out in outputs]
 
 
 def apply_newton_schulz(
@@ -135,21 +162,33 @@ def apply_newton_schulz(
     exact: Tensor,  # [B, H, S, D]
     iterations: int,
 ) -> Tensor:  # [B, H, S, D]
-    """Return `Z @ exact`, with Z the Newton-Schulz iterate of `core` (third order, eq. 11 of arXiv 2102.03902).
+    """Return `Z @ exact`, with Z the Newton-Schulz iterate of `core` (third order, eq. 11 of arXiv 2102.03902)."""
+    return newton_schulz_iterates(core, exact, [iterations])[0]
+
+
+def newton_schulz_iterates(
+    core: Tensor,  # [B, H, S, S]
+    exact: Tensor,  # [B, H, S, D]
+    iterations: Sequence[int],
+) -> list[Tensor]:  # each [B, H, S, D]
+    """Return `apply_newton_schulz` for several numbers of iterations, in one run of them.
 
     The last iteration is applied to `exact` directly: `S * S * D` products instead of `S * S * S` three times.
     """
     inverse = core.mT / core.sum(dim=-2).amax(dim=-1)[..., None, None]
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    for _ in range(iterations - 1):
+    results: dict[int, Tensor] = {}
+    for count in range(1, max(iterations) + 1):
         product = core @ inverse
-        inner = 15 * identity - product @ (7 * identity - product)
-        inverse = 0.25 * inverse @ (13 * identity - product @ inner)
-    product = core @ inverse
-    step = 7 * exact - product @ exact
-    step = 15 * exact - product @ step
-    step = 13 * exact - product @ step
-    return 0.25 * inverse @ step
+        if count in iterations:
+            step = 7 * exact - product @ exact
+            step = 15 * exact - product @ step
+            step = 13 * exact - product @ step
+            results[count] = 0.25 * inverse @ step
+        if count < max(iterations):
+            inner = 15 * identity - product @ (7 * identity - product)
+            inverse = 0.25 * inverse @ (13 * identity - product @ inner)
+    return [results[count] for count in iterations]
 
 
 def chebyshev_core(

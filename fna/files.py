@@ -82,6 +82,30 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def part_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, in which something is made that is then renamed to `path` as a whole.
+
+    Raises:
+        InputFileError: if the folder that `path` is in does not exist.
+    """
+    parent = require_parent(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=parent) as folder:
+        yield Path(folder)
+
+
+def require_parent(path: Path) -> Path:
+    """Return the folder that `path` is in.
+
+    Raises:
+        InputFileError: if it does not exist.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputFileError(f"{path} cannot be written: {parent} is no folder; make it first")
+    return parent
+
+
 def check_writable(path: Path) -> None:
     """Refuse an output path before the long work that would fill it; the error is that of `written_whole`."""
     _make_part(path).unlink()

@@ -38,6 +38,7 @@ def open_session(
     threads: int = 0,
     optimise: bool = True,
     once: bool = False,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Any:
     """Open a model in onnxruntime.
 
@@ -49,6 +50,8 @@ def open_session(
         threads: for one operator; 0 takes all cores.
         optimise: let onnxruntime fuse operators; off where every tensor must be computed as the file says.
         once: the session runs a single time, so weights are not laid out anew for many runs.
+        weights: values of initializers that a model in memory says lie outside it. They are not copied, and must live as long
+            as the session.
 
     Raises:
         InputFileError: if onnxruntime cannot load it; the message has onnxruntime's reason.
@@ -73,6 +76,9 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if folder is not None and not isinstance(model, Path):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    if weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
         session = onnxruntime.InferenceSession(source, options, providers=[wanted])

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.plugins.launch_plan import Plan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 
@@ -42,7 +43,7 @@ def run_attention(
     *,
     key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
     sink: bool = False,
-    iterations: int = 6,
+    iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
     multiprocessors: int = 4,
 ) -> dict[str, Tensor]:

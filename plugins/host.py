@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import CheckFailedError, MissingCapabilityError
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "build" / "plugin" / platform.machine()
@@ -57,12 +58,14 @@ class PluginLibrary:
         if not self._library:
             raise MissingCapabilityError(f"{paths[1]} does not load; rebuild it on this machine: make plugin")
 
-    def attention(self, *, scale: float, iterations: int = 6, exact_rows: bool = False) -> Plugin:
+    def attention(
+        self, *, scale: float, iterations: int = NEWTON_SCHULZ_ITERATIONS, exact_rows: bool = False
+    ) -> Plugin:
         """A FastNystromAttention that went through creation, cloning, serialization and attachment."""
         return self._plugin(self._host.fna_host_attention(self._library, scale, iterations, int(exact_rows)))
 
     def masked_attention(
-        self, *, scale: float, iterations: int = 6, exact_rows: bool = False, sink: bool = False
+        self, *, scale: float, iterations: int = NEWTON_SCHULZ_ITERATIONS, exact_rows: bool = False, sink: bool = False
     ) -> Plugin:
         """A FastNystromAttention of version 2, whose sixth input is a key mask."""
         options = scale, iterations, int(exact_rows), int(sink)

@@ -156,6 +156,31 @@ def test_no_file_refers_to_a_document_that_readers_do_not_have() -> None:
             assert match is None, f"{path.relative_to(ROOT)} refers to {match[0]}"
 
 
+def table_rows(page: str, columns: int) -> list[list[str]]:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return [row for row in rows if len(row) == columns]
+
+
+def test_the_designs_operators_are_those_of_the_registry() -> None:
+    from fna.export.operators.registry import OPERATORS
+
+    rows = {row[0].strip("`"): row[1:] for row in table_rows("docs/design.md", 4) if "/" not in row[0]}
+    assert rows.keys() == OPERATORS.keys(), "docs/design.md: its table of operators needs a row for each"
+    for name, operator in OPERATORS.items():
+        for cell, parts in zip(rows[name], (operator.inputs, operator.outputs, operator.attributes), strict=True):
+            assert {part.name for part in parts} <= set(re.findall(r"\w+", cell)), f"docs/design.md, {name}: {cell}"
+
+
+def test_the_designs_samplers_are_those_of_the_registry() -> None:
+    from fna.samplers import all_samplers
+
+    rows = {re.sub(r"[`( ].*", "", row[0].strip("`")): row[2] for row in table_rows("docs/design.md", 3)}
+    assert rows == {sampler.name: rows.get(sampler.name) for sampler in all_samplers()}
+    for sampler in all_samplers():
+        assert rows[sampler.name].startswith("yes" if sampler.looks_at_features else "no"), sampler.name
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_pages_python_runs(page: str) -> None:
     from transformers import Dinov2Config, Dinov2Model
@@ -210,3 +235,22 @@ def test_the_readmes_models_are_rows_of_the_measured_table() -> None:
     ]
     assert len(claimed) == 11
     assert set(claimed) <= measured
+
+
+def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
+    """Fidelity stands in notes/planning.md, both numbers in one row; speed in benchmarks.md; cycles in notes/plugin.md."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in lines
+        if re.match(r"\|.*\| 0\.\d{4} \|", line)
+    ]
+    assert len(rows) == 8
+    fidelities = (ROOT / "docs" / "notes" / "planning.md").read_text(encoding="utf-8").splitlines()
+    speeds = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8")
+    for setting, tokens, patches, class_token, speed, counted in rows:
+        assert any(f"| {patches} |" in line and f"| {class_token} |" in line for line in fidelities), setting
+        assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
+        for number in re.findall(r"\d\.\d+", counted):
+            assert re.search(rf"\| {tokens} \| .*{re.escape(number)}", cycles), setting

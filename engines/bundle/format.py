@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import tarfile
 import tempfile
@@ -306,6 +307,11 @@ def list_files(root: Path) -> list[str]:
         if path.is_file():
             names.append(name)
     return names
+
+
+def safe_name(name: str) -> str:
+    """Return a name that is good as a file name everywhere: letters, digits and ._+- only."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".") or "model"
 
 
 def _checked(root: Path, shown: Path, temporary: tempfile.TemporaryDirectory[str] | None = None) -> Bundle:

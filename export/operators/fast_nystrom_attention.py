@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.export.operators.builder import Builder
 from fna.export.operators.record import MASKED_DOMAIN_VERSION, FormalAttribute, FormalParameter, Operator
+from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.special_tokens import MASKED_SCORE
 
 _CORE_SCALE = 4 ** (-1 / 3)
@@ -156,7 +156,7 @@ FAST_NYSTROM_ATTENTION = Operator(
     outputs=(FormalParameter("out"),),
     attributes=(
         FormalAttribute("scale", "FLOAT"),
-        FormalAttribute("iterations", default=NEWTON_SCHULZ_ITERATIONS),
+        FormalAttribute("iterations", default=ITERATIONS_OF_VERSION_1),
         FormalAttribute("exact_rows", default=0),
         FormalAttribute("sink", default=0, since=MASKED_DOMAIN_VERSION),
     ),

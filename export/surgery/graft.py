@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import onnx
-from onnx import ModelProto, TensorProto
+import onnx_graphsurgeon as gs
+from onnx import ModelProto
 
-import fna
 from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
-from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
-from fna.export.preprocessing import Preprocessing
-from fna.export.surgery.graph.index import Graph, all_tensors, attribute, external_file, load_model, one_line
-from fna.export.surgery.graph.shapes import Point, Shape, ShapeConflictError, find_points
+from fna.export.surgery.graph.files import (
+    export_model,
+    folder_of,
+    import_model,
+    load_model,
+    one_line,
+    open_graph,
+    original_model,
+    put_weights_in,
+    was_sorted,
+)
+from fna.export.surgery.graph.shapes import Shape, ShapeConflictError, ShapePoint
+from fna.export.surgery.graph.sizes import find_points
+from fna.export.surgery.graph.view import GraphView
+from fna.export.surgery.output import (
+    check_output,
+    describe_graft,
+    external_files,
+    find_image_size,
+    write_beside_its_data,
+)
 from fna.export.surgery.prove import Proof, prove_blocks, prove_file
 from fna.export.surgery.recognise.rows import Decision, Row
 from fna.export.surgery.recognise.scan import MALFORMED, scan
 from fna.export.surgery.rewrite.rewrite import Rewritten, rewrite
-from fna.files import file_sha256, written_whole
+from fna.files import file_sha256
 from fna.plan import Plan, uniform_plan
 from fna.samplers import DEFAULT_SAMPLER
 
@@ -75,6 +89,13 @@ class GraftResult:
     sha256: str
     notes: list[str] = field(default_factory=list)
     data_sha256: dict[str, str] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def graph(self) -> gs.Graph:
+        """The rewritten model as an onnx-graphsurgeon graph."""
+        assert self.model is not None, "a dry run makes no model"
+        return import_model(self.model, self.folder)
 
     def count(self, decision: Decision) -> int:
         """How many blocks were replaced, kept or refused."""
@@ -131,8 +152,7 @@ def inspect_file(path: Path, input_shapes: dict[str, Shape] | None = None) -> li
         InputFileError: if the file cannot be read or does not hold together.
     """
     try:
-        model = prepare(load_model(path), [])
-        graph = Graph(model, path.parent)
+        graph = GraphView(import_model(prepare(load_model(path), []), path.parent))
         return scan(graph, find_points_of(graph, input_shapes or {}))
     except (*MALFORMED, RecursionError, MemoryError) as error:
         if isinstance(error, FnaError):
@@ -165,43 +185,89 @@ def graft(
 def _graft(source: Path, output: Path | None, options: GraftOptions, progress: Progress) -> GraftResult:
     progress(f"reading {source}")
     if output is not None:
-        _check_output(source, output)
+        check_output(source, output)
     notes: list[str] = []
     model = load_model(source)
     sha256 = file_sha256(source)
     data_sha256 = {
-        str(path.relative_to(source.parent)): file_sha256(path) for path in _external_files(model, source.parent)
+        str(path.relative_to(source.parent)): file_sha256(path) for path in external_files(model, source.parent)
     }
-    model = prepare(model, notes)
+    graph = import_model(prepare(model, notes), source.parent)
+    if not was_sorted(graph):
+        notes.append("the nodes were not in topological order; they were sorted")
+    del model
+    result = _replace_attention(graph, options, source.name, progress, dry=output is None)
+    result.sha256, result.data_sha256, result.notes = sha256, data_sha256, [*notes, *result.notes]
+    if output is None:
+        return result
+    assert result.model is not None
+    assert result.plan is not None
+    describe_graft(result.model, result.rows, result.plan, result.prefix_tokens, source.name, sha256, data_sha256)
+    # graphs of graphsurgeon are cycles; the model that was read goes before another of its size is written
+    del graph
+    gc.collect()
+    progress(f"writing {output}")
+    write_beside_its_data(result.model, source.parent, output)
+    return result
+
+
+def inspect_graph(graph: gs.Graph, input_shapes: dict[str, Shape] | None = None) -> list[Row]:
+    """The attention table of an onnx-graphsurgeon graph; `row.attention` names the tensors of each block.
+
+    Raises:
+        InputFileError: if the graph does not hold together.
+    """
+    view = GraphView(import_model(export_model(graph), folder_of(graph)))
+    return scan(view, find_points_of(view, input_shapes or {}))
+
+
+def graft_graph(graph: gs.Graph, options: GraftOptions | None = None, progress: Progress = _silent) -> GraftResult:
+    """Replace what can be replaced in an onnx-graphsurgeon graph; the new one is `result.graph`, `graph` stays as it is.
+
+    Raises:
+        InputFileError: if the graph does not hold together.
+        InvalidPlanError: if nothing was replaced, or the plan does not fit.
+        CheckFailedError: with `strict`, if any attention was refused.
+    """
+    notes: list[str] = []
+    imported = import_model(prepare(export_model(graph), notes), folder_of(graph))
+    result = _replace_attention(imported, options or GraftOptions(), "the graph", progress, dry=False)
+    assert result.model is not None
+    assert result.plan is not None
+    describe_graft(result.model, result.rows, result.plan, result.prefix_tokens, graph.name, None, {})
+    result.notes = [*notes, *result.notes]
+    return result
+
+
+def _replace_attention(
+    graph: gs.Graph, options: GraftOptions, name: str, progress: Progress, *, dry: bool
+) -> GraftResult:
+    """Look for attention, decide, rewrite and prove; `dry` stops once it is decided."""
     if options.resolution is not None:
         from fna.export.surgery.graph.resolution import set_resolution
 
-        model = set_resolution(model, source.parent, options.resolution)
-    graph = Graph(model, source.parent)
-    if not graph.was_sorted:
-        notes.append("the nodes were not in topological order; they were sorted")
-    _check_opset(graph)
-    points = find_points_of(graph, options.input_shapes)
+        set_resolution(graph, options.resolution)
+        graph = import_model(export_model(graph), folder_of(graph))
+    view = GraphView(graph)
+    _check_opset(view)
+    points = find_points_of(view, options.input_shapes)
     progress("looking for attention")
-    rows = scan(graph, points)
+    rows = scan(view, points)
     if options.plan is not None:
-        _check_plan_fits(options.plan, source, model)
+        height, width = find_image_size(original_model(graph))
+        options.plan.check_fits(name, None if height is None or width is None else (height, width))
     plan = _decide(rows, options)
-    if output is None:
-        return GraftResult(rows, None, plan, None, None, {}, sha256, notes, data_sha256)
-    result = _replace_and_prove(graph, points, rows, plan, options, progress)
-    result.sha256, result.data_sha256, result.notes = sha256, data_sha256, [*notes, *result.notes]
+    if dry:
+        return GraftResult(rows, None, plan, None, None, {}, "", folder=view.folder)
+    result = _replace_and_prove(view, points, rows, plan, options, progress)
+    result.folder = view.folder
     if result.model is None:
-        raise InvalidPlanError(f"{source}: nothing was replaced: {_why_nothing(rows)}")
-    if options.strict and result.count(Decision.REFUSED):
+        raise InvalidPlanError(f"{name}: nothing was replaced: {_why_nothing(rows)}")
+    if options.strict and result.refused:
         first = next(row for row in rows if row.decision is Decision.REFUSED)
         raise CheckFailedError(
-            f"{result.count(Decision.REFUSED)} attention blocks were refused (--strict): block {first.block}, "
-            f"{first.node}: {first.reason}"
+            f"{result.refused} attention blocks were refused (--strict): block {first.block}, {first.node}: {first.reason}"
         )
-    _add_metadata(result, source, plan)
-    progress(f"writing {output}")
-    _write(result.model, source.parent, output)
     return result
 
 
@@ -219,7 +285,7 @@ def prepare(model: ModelProto, notes: list[str]) -> ModelProto:
         raise InputFileError(f"the file's functions cannot be inlined: {one_line(error)}") from None
 
 
-def find_points_of(graph: Graph, shapes: dict[str, Shape]) -> list[Point]:
+def find_points_of(graph: GraphView, shapes: dict[str, Shape]) -> list[ShapePoint]:
     """Input sizes that the file holds together at, those given among them.
 
     Raises:
@@ -238,7 +304,7 @@ def find_points_of(graph: Graph, shapes: dict[str, Shape]) -> list[Point]:
         ) from None
 
 
-def _check_opset(graph: Graph) -> None:
+def _check_opset(graph: GraphView) -> None:
     if not LOWEST_OPSET <= graph.opset <= HIGHEST_OPSET:
         raise InputFileError(
             f"the file uses opset {graph.opset}, but FNA exists for opsets {LOWEST_OPSET} to {HIGHEST_OPSET}; "
@@ -277,13 +343,8 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
     return plan
 
 
-def _check_plan_fits(plan: Plan, source: Path, model: ModelProto) -> None:
-    height, width = find_image_size(model)
-    plan.check_fits(source.name, None if height is None or width is None else (height, width))
-
-
 def _replace_and_prove(
-    graph: Graph, points: list[Point], rows: list[Row], plan: Plan, options: GraftOptions, progress: Progress
+    graph: GraphView, points: list[ShapePoint], rows: list[Row], plan: Plan, options: GraftOptions, progress: Progress
 ) -> GraftResult:
     """Rewrite; put back what fails the proof; rewrite again until all that is replaced is proven."""
     proof = Proof()
@@ -306,6 +367,7 @@ def _replace_and_prove(
         if all(row.decision is Decision.ELIGIBLE for row in chosen):
             break
     assert rewritten is not None
+    put_weights_in(rewritten.model, rewritten.weights)
     for row in rows:
         if row.decision is Decision.ELIGIBLE:
             row.decision = Decision.REPLACED
@@ -314,12 +376,13 @@ def _replace_and_prove(
     return GraftResult(rows, rewritten.model, plan, proof, prefix, rewritten.features, "", rewritten.notes)
 
 
-def _put_back_survivors(graph: Graph, rewritten: Rewritten) -> None:
+def _put_back_survivors(graph: GraphView, rewritten: Rewritten) -> None:
     """A block whose softmax is still needed for something else was not replaced; refuse it."""
     left = {name for node in rewritten.model.graph.node for name in node.output}
     for item in rewritten.replacements:
         anchor = graph.nodes[item.row.anchor]
-        if anchor.output[0] in left and anchor.output[0] != item.row.attention.result.tensor:  # type: ignore[union-attr]
+        weights = anchor.outputs[0].name
+        if weights in left and weights != item.row.attention.result.tensor:  # type: ignore[union-attr]
             item.row.decision = Decision.REFUSED
             item.row.reason = "put back: its attention weights are needed by other nodes"
 
@@ -334,142 +397,7 @@ def _why_nothing(rows: Sequence[Row]) -> str:
     return f"{len(rows)} attention blocks found; block {blocks[0]}{' and others' if len(blocks) > 1 else ''}: {reason}"
 
 
-# ---------------------------------------------------------------- files
-
-
-def _add_metadata(result: GraftResult, source: Path, plan: Plan) -> None:
-    """Say in the file what was done: the plan, the original's SHA-256, the table."""
-    model = result.model
-    assert model is not None
-    numbers = {row.block for row in result.rows if row.decision is Decision.REPLACED}
-    kept = plan.model_copy(
-        update={
-            "num_blocks": len(result.rows),
-            "blocks": tuple(block for block in plan.blocks if block.block in numbers),
-            "prefix_tokens": plan.prefix_tokens if plan.prefix_tokens is not None else result.prefix_tokens,
-        }
-    )
-    height, width = find_image_size(model)
-    metadata = FileMetadata(
-        plan=kept,
-        preprocessing=_known_preprocessing(model),
-        source=source.name,
-        origin="graft",
-        precision=_precision(model),
-        height=height,
-        width=width,
-        patch_size=_patch_size(model),
-        tools={"fna": fna.__version__, "onnx": onnx.__version__},
-        original_sha256=result.sha256,
-        original_data_sha256=result.data_sha256 or None,
-        attention_table=[row.as_dict() for row in result.rows],
-    )
-    write_metadata(model, metadata)
-
-
-def _image_input(model: ModelProto) -> onnx.ValueInfoProto | None:
-    names = {item.name for item in model.graph.initializer}
-    images = [
-        item for item in model.graph.input if item.name not in names and len(item.type.tensor_type.shape.dim) == 4
-    ]
-    return images[0] if images else None
-
-
-def find_image_size(model: ModelProto) -> tuple[int | None, int | None]:
-    """Height and width of a file's image input; None where they are open, or there is no such input."""
-    image = _image_input(model)
-    if image is None:
-        return None, None
-    sizes = [dim.dim_value or None for dim in image.type.tensor_type.shape.dim[2:]]
-    return sizes[0], sizes[1]
-
-
-def _patch_size(model: ModelProto) -> int | None:
-    """The stride of the convolution that reads the image."""
-    image = _image_input(model)
-    if image is None:
-        return None
-    for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[0] == image.name:
-            strides = attribute(node, "strides")
-            return int(strides[0]) if strides and strides[0] == strides[-1] else None
-    return None
-
-
-def _known_preprocessing(model: ModelProto) -> Preprocessing:
-    """The preprocessing that an earlier run of this project left in the file; else the usual one."""
-    for entry in model.metadata_props:
-        if entry.key == "fna.preprocessing":
-            try:
-                return Preprocessing.model_validate_json(entry.value)
-            except ValueError:
-                break
-    return Preprocessing()
-
-
-def _precision(model: ModelProto) -> Literal["fp32", "fp16", "bf16"]:
-    """The type of most weights."""
-    sizes = {TensorProto.FLOAT: 0.0, TensorProto.FLOAT16: 0.0, TensorProto.BFLOAT16: 0.0}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in sizes:
-            sizes[tensor.data_type] += float(np.prod(tensor.dims, dtype=np.float64))
-    most = max(sizes, key=lambda kind: sizes[kind])
-    return {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}[most]  # type: ignore[return-value]
-
-
-def _check_output(source: Path, output: Path) -> None:
-    if output.exists() and output.is_dir():
-        raise InputFileError(f"{output} is a folder; give the path of the file to write")
-    if not output.parent.is_dir():
-        raise InputFileError(f"the folder {output.parent} does not exist; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise InputFileError(f"the folder {output.parent} cannot be written to")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise InputFileError(f"{output} is the input file; give another name for the output")
-
-
-def _write(model: ModelProto, folder: Path, output: Path) -> None:
-    """Write a model whole or not at all; external data that lies elsewhere is copied beside it."""
-    try:
-        content = model.SerializeToString()
-    except Exception as error:
-        raise InputFileError(f"the model cannot be written: {one_line(error)}") from None
-    try:
-        if folder.resolve() != output.parent.resolve():
-            _copy_external_data(model, folder, output.parent)
-        _write_bytes(content, output)
-    except OSError as error:
-        raise InputFileError(f"{output} cannot be written: {one_line(error)}") from None
-
-
-def _write_bytes(content: bytes, output: Path) -> None:
-    with written_whole(output) as temporary:
-        temporary.write_bytes(content)
-
-
-def _external_files(model: ModelProto, folder: Path) -> list[Path]:
-    files = {
-        external_file(tensor, folder) for tensor in all_tensors(model) if tensor.data_location == TensorProto.EXTERNAL
-    }
-    return sorted(files)
-
-
-def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
-    for path in _external_files(model, folder):
-        destination = target / path.relative_to(folder)
-        if destination.exists():
-            if destination.stat().st_size == path.stat().st_size and file_sha256(destination) == file_sha256(path):
-                continue
-            raise InputFileError(
-                f"external data file {destination} exists and is another; choose another output folder"
-            )
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = destination.with_name(f".{destination.name}.part")
-        try:
-            shutil.copyfile(path, partial)
-            partial.replace(destination)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-__all__ = ["FnaError", "GraftOptions", "GraftResult", "graft", "inspect_file"]
+__all__ = [
+    "FnaError", "GraftOptions", "GraftResult", "find_image_size", "graft", "graft_graph", "inspect_file", "inspect_graph",
+    "open_graph",
+]  # fmt: skip

@@ -20,9 +20,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
 from fna.export.operators.functions import MASKED_ATTENTION
+from fna.export.surgery.graph.files import names_read, node_proto, tensor_proto
 from fna.export.surgery.graph.fold import numpy_type
-from fna.export.surgery.graph.index import Graph, all_inputs, attribute
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import GraphView, all_inputs, output_names
 from fna.export.surgery.rewrite.rewrite import Replacement, Rewritten
 from fna.runtime import open_session, run_session
 
@@ -52,7 +53,7 @@ class Proof:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, seed: int = 0) -> Proof:
+def prove_blocks(graph: GraphView, points: Sequence[ShapePoint], rewritten: Rewritten, seed: int = 0) -> Proof:
     """Compare each original block with exact attention of the operands that were recovered for it."""
     proof = Proof()
     generator = np.random.default_rng(seed)
@@ -74,7 +75,7 @@ def prove_blocks(graph: Graph, points: Sequence[Point], rewritten: Rewritten, se
     return proof
 
 
-def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proof: Proof, seed: int = 0) -> None:
+def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path, proof: Proof, seed: int = 0) -> None:
     """Run the rewritten file and compare every FNA node with FNA in PyTorch; failures go into `proof`.
 
     Raises:
@@ -86,21 +87,24 @@ def prove_file(rewritten: Rewritten, points: Sequence[Point], folder: Path, proo
             f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
         )
     names = [[item.query, item.key, item.value, *item.fna.input[3:], item.output] for item in rewritten.replacements]
-    model = ModelProto()
-    model.CopyFrom(rewritten.model)
-    have = {item.name for item in model.graph.output}
-    for name in dict.fromkeys(name for group in names for name in group):
-        if name not in have and name not in {item.name for item in model.graph.initializer}:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    model = rewritten.model
     constants = {item.name: item for item in model.graph.initializer}
     wanted = list(dict.fromkeys(name for group in names for name in group if name not in constants))
+    outputs = list(model.graph.output)
+    have = {item.name for item in outputs}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
     feeds = random_feeds(model, point, np.random.default_rng(seed))
     try:
-        values = dict(zip(wanted, run_model(model, feeds, wanted, folder), strict=True))
-    except CheckImpossibleError as problem:
+        # the weights are not copied: onnxruntime would hold them as text, as it reads them, and as it uses them
+        weights = {name: numpy_helper.to_array(tensor) for name, tensor in rewritten.weights.items()}
+        session = open_session(model, folder=folder, optimise=False, once=True, weights=weights)
+        values = run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)
+    except InputFileError as problem:
         raise InputFileError(
             f"the rewritten file cannot be checked: {problem}; --no-check writes it unchecked"
         ) from None
+    finally:
+        del model.graph.output[len(outputs) :]
     for name in {name for group in names for name in group if name in constants}:
         values[name] = numpy_helper.to_array(constants[name])
     for item, group in zip(rewritten.replacements, names, strict=True):
@@ -123,14 +127,15 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
     site, scale = item.site, float(np.float32(found.scale))
-    sink = bool(attribute(item.fna, "sink", 0))
+    settings = {setting.name: helper.get_attribute_value(setting) for setting in item.fna.attribute}
+    sink = bool(settings.get("sink", 0))
     key_mask = others[-1] if item.fna.op_type == MASKED_ATTENTION or others[2:] else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         landmarks, bias = others[:2]
         return nystrom_attention_reference(
             query, key, value, landmarks, bias, scale,
-            int(attribute(item.fna, "iterations")), bool(attribute(item.fna, "exact_rows")), key_mask, sink,
+            int(settings["iterations"]), bool(settings["exact_rows"]), key_mask, sink,
         )  # fmt: skip
 
     def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -163,11 +168,11 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
 # ---------------------------------------------------------------- one block
 
 
-def _block_error(graph: Graph, point: Point, item: Replacement, generator: np.random.Generator) -> float:
+def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generator: np.random.Generator) -> float:
     found = item.row.attention
     assert found is not None
     written = {name for node in item.before for name in node.output}
-    cuts = [name for node in item.before for name in all_inputs(node) if name in graph.data and name not in written]
+    cuts = [name for node in item.before for name in names_read(node) if name in graph.data and name not in written]
     cuts += [name for name in (item.query, item.key, item.value) if name not in written]
     cuts = list(dict.fromkeys(cuts))
     nodes, loose = _region(graph, found.result.tensor, set(cuts))
@@ -229,11 +234,11 @@ def _needed(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]
     for node in reversed(nodes):
         if any(name in wanted for name in node.output):
             kept.insert(0, node)
-            wanted.update(all_inputs(node))
+            wanted.update(names_read(node))
     return kept
 
 
-def _region(graph: Graph, output: str, cuts: set[str]) -> tuple[list[NodeProto], list[str]]:
+def _region(graph: GraphView, output: str, cuts: set[str]) -> tuple[list[NodeProto], list[str]]:
     """The original nodes between the cuts and a block's output, and other tensors of data that they read."""
     indices: set[int] = set()
     loose: list[str] = []
@@ -252,17 +257,17 @@ def _region(graph: Graph, output: str, cuts: set[str]) -> tuple[list[NodeProto],
         indices.add(index)
         node = graph.nodes[index]
         for item in all_inputs(node):
-            if node.op_type in ("Shape", "Size") and item in graph.data and item not in cuts:
+            if node.op in ("Shape", "Size") and item in graph.data and item not in cuts:
                 loose.append(item)
             else:
                 todo.append(item)
-    inside = {name for index in indices for name in graph.nodes[index].output}
-    return [graph.nodes[index] for index in sorted(indices)], [
+    inside = {name for index in indices for name in output_names(graph.nodes[index])}
+    return [node_proto(graph.nodes[index]) for index in sorted(indices)], [
         name for name in dict.fromkeys(loose) if name not in inside
     ]
 
 
-def _random(graph: Graph, point: Point, name: str, generator: np.random.Generator) -> NDArray[Any]:
+def _random(graph: GraphView, point: ShapePoint, name: str, generator: np.random.Generator) -> NDArray[Any]:
     shape, element_type = point.shapes.get(name), point.types.get(name)
     if shape is None or not element_type:
         raise CheckImpossibleError(f"the shape of {name!r} is not known")
@@ -273,16 +278,16 @@ def _random(graph: Graph, point: Point, name: str, generator: np.random.Generato
 
 
 def _region_model(
-    graph: Graph,
-    point: Point,
+    graph: GraphView,
+    point: ShapePoint,
     nodes: Sequence[NodeProto],
     extra: Sequence[TensorProto],
     feeds: dict[str, NDArray[Any]],
     outputs: Sequence[str],
     item: Replacement,
 ) -> ModelProto:
-    names = {name for node in nodes for name in all_inputs(node)}
-    initializers = [graph.initializers[name] for name in sorted(names) if name in graph.initializers]
+    names = {name for node in nodes for name in names_read(node)}
+    initializers = [tensor_proto(graph.initializers[name]) for name in sorted(names) if name in graph.initializers]
     known = {tensor.name for tensor in initializers}
     initializers += [
         tensor for tensor in [*extra, *item.constants] if tensor.name in names and tensor.name not in known
@@ -293,16 +298,16 @@ def _region_model(
     ]
     results = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(outputs) if name not in feeds]
     proto = helper.make_graph(list(nodes), "block", inputs, results, initializers)
-    model = helper.make_model(proto, ir_version=max(graph.model.ir_version, 8))
+    model = helper.make_model(proto, ir_version=max(graph.graph.ir_version or 0, 8))
     del model.opset_import[:]
-    model.opset_import.extend(graph.model.opset_import)
+    model.opset_import.extend(graph.graph.import_domains)
     return model
 
 
 # ---------------------------------------------------------------- running
 
 
-def random_feeds(model: ModelProto, point: Point, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+def random_feeds(model: ModelProto, point: ShapePoint, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Random input for a whole file: normal images, small token numbers, masks that mask nothing."""
     feeds: dict[str, NDArray[Any]] = {}
     constants = {item.name for item in model.graph.initializer}
@@ -337,6 +342,6 @@ def run_model(
     return [arrays[name] for name in outputs]
 
 
-def _point_bytes(point: Point) -> float:
+def _point_bytes(point: ShapePoint) -> float:
     """Bytes of all tensors at a point, were they all kept."""
     return float(sum(4.0 * np.prod(shape, dtype=np.float64) for shape in point.shapes.values() if shape is not None))

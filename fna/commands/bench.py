@@ -10,12 +10,11 @@ import click
 from fna.commands import options
 from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
+from fna.validate.bench import BACKENDS
 
 if TYPE_CHECKING:
     from fna.plan import Plan
     from fna.validate.bench.models import BenchResult
-
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensorrt", "tensorrt-rtx")
 
 
 @click.command("bench", short_help="Time dense against FNA on this machine.")
@@ -59,7 +58,9 @@ def command(
         say("importing PyTorch")
         from fna.export.sources.loading import load_model
         from fna.files import write_text
-        from fna.validate.bench.models import bench, check_backend, draw, dump_csv, plot_kind
+        from fna.validate.bench.backends import check_backend
+        from fna.validate.bench.models import bench
+        from fna.validate.bench.output import draw, dump_csv, plot_kind
 
         check_backend(backend)
         if plot is not None:

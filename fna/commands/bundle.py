@@ -81,11 +81,12 @@ def command(
     with progress(quiet) as say:
         say("importing PyTorch")
         from fna.engines.builder.options import parse_batch
-        from fna.engines.serving.triton_repository import write_triton_repository
+        from fna.engines.serving.model_repository import write_model_repository
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
-            from fna.engines.bundle.write import DEFAULT_TABLE, BundleOptions, write_bundle
+            from fna.engines.bundle.plugin_files import DEFAULT_TABLE
+            from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
             from fna.export.passes.precision import parse_blocks
 
@@ -107,7 +108,7 @@ def command(
             write_json(json_file, manifest)
         if repository is not None:
             say("writing the model repository")
-            written = write_triton_repository(file, repository, batch=range_, resolution=resolution)
+            written = write_model_repository(file, repository, batch=range_, resolution=resolution)
             lines.append(f"{repository}: Triton models {', '.join(written.models)}")
             lines += [f"left out {reason}" for reason in written.left_out]
     for line in lines:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fna.plan import Plan
     from fna.validate.planning.cost import CostModel
     from fna.validate.planning.fidelity import Fidelity
-    from fna.validate.planning.planner import Planned, Wish
+    from fna.validate.planning.result import Planned
     from fna.validate.planning.subject import Subject
+    from fna.validate.planning.wish import Wish
 
 FEW_IMAGES = 4
 USUAL_COSINE = 0.99
@@ -101,8 +102,9 @@ def command(
 
         from fna.errors import CheckFailedError
         from fna.files import write_text
-        from fna.validate.planning.planner import make_best_plan, run_uniform_settings
+        from fna.validate.planning.best_plan import make_best_plan
         from fna.validate.planning.report import as_json, draw_front
+        from fna.validate.planning.uniform import run_uniform_settings
 
         subject = open_subject(model, resolution, say)
         cost = _cost_model(subject, target, precision, measured)
@@ -133,8 +135,8 @@ def plan_automatically(
     model: str, size: tuple[int, int] | None, say: Callable[[str], None], subject: Subject | None = None
 ) -> Plan:
     """Make the plan of `--layers auto`: all defaults of `fna plan`."""
+    from fna.validate.planning.best_plan import make_best_plan
     from fna.validate.planning.cost import ProductCost
-    from fna.validate.planning.planner import make_best_plan
 
     subject = subject or open_subject(model, size, say)
     wish = make_wish(None, None, (), ",".join(options.SAMPLERS), False, False, False)
@@ -160,13 +162,13 @@ def make_wish(
     if unknown:
         raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(options.SAMPLERS)}")
     from fna.validate.planning.goals import parse_goal
-    from fna.validate.planning.measure import Range
-    from fna.validate.planning.planner import Wish
+    from fna.validate.planning.measure import SearchRange
+    from fna.validate.planning.wish import Wish
 
     goals = tuple(parse_goal(text) for text in min_tasks)
     if min_cosine is None and not goals:
         min_cosine = USUAL_COSINE
-    tried = Range(samplers=names, shared=not own_landmarks, corrections=not no_corrections)
+    tried = SearchRange(samplers=names, shared=not own_landmarks, corrections=not no_corrections)
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 

@@ -7,8 +7,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fna.errors import FnaError
+
+if TYPE_CHECKING:
+    from fna.plugins.ptx.count import LaunchCount
+    from fna.plugins.ptx.images import PtxImages
 
 DEFAULT_TABLE = Path("build/plugin")
 
@@ -32,8 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     barriers = commands.add_parser("barriers", help="take barriers and waits out, one at a time, and see what notices")
     barriers.set_defaults(run=_barriers)
     barriers.add_argument("--step", type=int, default=1, help="every STEP-th synchronisation (all)")
+    count = commands.add_parser("count", help="count what a call issues, FNA beside exact attention")
+    count.set_defaults(run=_count)
+    count.add_argument("--tokens", type=int, nargs="+", default=[1370], help="N (1370)")
+    count.add_argument("--heads", type=int, nargs="+", default=[6, 12], help="H (6 12)")
+    count.add_argument("--landmarks", type=int, nargs="+", default=[64, 128], help="S (64 128)")
+    count.add_argument("--multiprocessors", type=int, default=16, help="of the GPU (16, as on Jetson AGX Orin)")
+    count.add_argument("--clock", type=float, default=1.3, help="in GHz, for the time that the cycles imply (1.3)")
     for command in (check, barriers):
         command.add_argument("--only", default="", help="regular expression on the cases' names")
+    for command in (check, barriers, count):
         command.add_argument("--table", type=Path, default=DEFAULT_TABLE, help="folder of the table (build/plugin)")
         command.add_argument("--sm", default="", help="chips, such as 87,90; 0 is the fallback (all in the table)")
     return parser
@@ -82,7 +95,46 @@ def _barriers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _images(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _count(arguments: argparse.Namespace) -> int:
+    from itertools import product
+
+    from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
+    from fna.plugins.ptx.yardstick import BLOCK_QUERIES
+
+    images, chips = _images(arguments)
+    exact = compile_exact(chips[0])
+    for tokens, heads in product(arguments.tokens, arguments.heads):
+        sizes = [CallSize(tokens, heads, count, arguments.multiprocessors) for count in arguments.landmarks]
+        print(
+            f"\nN = {tokens}, H = {heads}, D = 64, fp16, {arguments.multiprocessors} multiprocessors; cycles: overlapped to serial"
+        )
+        whole = count_exact(exact, sizes[0], BLOCK_QUERIES)
+        _print_launches([whole], arguments.clock)
+        for size in sizes:
+            print(f"FNA, S = {size.landmarks}")
+            launches = count_attention(images, chips[0], size)
+            _print_launches(launches, arguments.clock)
+            overlapped, serial = sum(x.overlapped for x in launches), sum(x.serial for x in launches)
+            print(
+                f"  over exact attention: {overlapped / whole.overlapped:.3f} overlapped, {serial / whole.serial:.3f} serial",
+                flush=True,
+            )
+    return 0
+
+
+def _print_launches(launches: list[LaunchCount], clock: float) -> None:
+    for launch in launches:
+        cta = launch.costliest
+        print(
+            f"  {launch.name:24} {launch.ctas:4} CTAs of {launch.warps} warps: {cta.instructions:6.0f} instructions a warp; "
+            f"tensor {cta.tensor:6.0f}, issue {cta.issue:6.0f}, memory {cta.memory:6.0f} (wavefronts {cta.wavefronts:.0f}, "
+            f"ideal {cta.ideal_wavefronts:.0f}; sectors {cta.sectors:.0f}); critical path {launch.overlapped:.0f} to "
+            f"{launch.serial:.0f}, {launch.overlapped / clock / 1000:.1f} to {launch.serial / clock / 1000:.1f} us"
+        )
+        print("    " + ", ".join(f"{name} {count:.0f}" for name, count in launch.classes.items()), flush=True)
+
+
+def _images(arguments: argparse.Namespace) -> tuple[PtxImages, list[int]]:
     from fna.plugins.ptx.images import load_images
 
     images = load_images(arguments.table)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.plugins.launch_plan import Plan, Strides, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory
@@ -86,7 +87,7 @@ def run_attention(
     key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
     sink: bool = False,
     scale: float | None = None,
-    iterations: int = 6,
+    iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
     surroundings: Surroundings | None = None,
 ) -> Call:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fna.attention import nystrom_attention_reference
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_reference
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
 from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES
@@ -57,7 +57,7 @@ class AttentionCase:
     heads: int = 1
     mask: Literal["none", "keys", "sinks"] = "none"
     exact_rows: bool = True
-    iterations: int = 6
+    iterations: int = NEWTON_SCHULZ_ITERATIONS
     hostile_landmarks: bool = False
     """Indices that are no token's, in the places where padding would be read; they are clamped, so what they give is known."""
     surroundings: Surroundings = PLAIN
@@ -182,7 +182,7 @@ def all_cases() -> Iterator[Case]:
         for head_size, wide in ((64, 128), (48, 80)):
             for small, large in ((33, 64), (65, 128), (129, 256)):
                 # The iterations are a loop or as many launches: two show as much as six where six take minutes.
-                iterations = 6 if large == 64 or dtype == "fp16" else 2
+                iterations = NEWTON_SCHULZ_ITERATIONS if large == 64 or dtype == "fp16" else 2
                 tokens = 131 if large < 256 else 271
                 yield AttentionCase(dtype, large, head_size, tokens, batch=2, iterations=iterations, surroundings=ZEROS)
                 yield AttentionCase(

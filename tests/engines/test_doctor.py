@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fna import machine
 from fna.cli import main
 from fna.engines import device, doctor
 from fna.engines.targets import TARGETS
@@ -29,7 +30,7 @@ def test_probes_that_fail_say_so_in_their_place(monkeypatch: pytest.MonkeyPatch)
     def fail(*_arguments: object, **_settings: object) -> None:
         raise RuntimeError("on fire")
 
-    for name in ("_lines", "_output", "read_gpu", "default_plugin"):
+    for name in ("read_lines", "command_output", "read_gpu", "default_plugin"):
         monkeypatch.setattr(doctor, name, fail)
     monkeypatch.setattr(doctor.subprocess, "run", fail)
     report = doctor.diagnose()
@@ -71,14 +72,25 @@ def test_what_tensorrt_needs_to_build_for_an_orin(
 def test_it_imports_the_standard_library_alone() -> None:
     """In an interpreter that has no site-packages at all."""
     folder = Path(doctor.__file__).parent
-    for name in ("doctor", "device", "flavours", "targets"):
-        tree = ast.parse((folder / f"{name}.py").read_text())
+    files = [folder / f"{name}.py" for name in ("doctor", "device", "flavours", "targets")]
+    for path in (*files, Path(machine.__file__)):
+        tree = ast.parse(path.read_text())
+        tree.body = [
+            node for node in tree.body if not isinstance(node, ast.FunctionDef) or node.name != "describe_machine"
+        ]
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         outside = {module for module in modules if module.split(".")[0] not in {*sys.stdlib_module_names, "fna"}}
         assert outside == set()
         ours = {module for module in modules if module.split(".")[0] == "fna"}
-        assert ours <= {"fna.errors", "fna.engines.device", "fna.engines.flavours", "fna.engines.targets"}
+        assert ours <= {
+            "fna",
+            "fna.errors",
+            "fna.machine",
+            "fna.engines.device",
+            "fna.engines.flavours",
+            "fna.engines.targets",
+        }
 
 
 def test_it_runs_as_a_module_without_click(tmp_path: Path) -> None:

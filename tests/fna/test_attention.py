@@ -15,6 +15,8 @@ from fna.attention import (
     chebyshev_coefficients,
     chebyshev_core,
     fast_nystrom_attention,
+    newton_schulz_iterates,
+    nystrom_attention_iterates,
     nystrom_attention_reference,
 )
 from fna.errors import (
@@ -295,3 +297,27 @@ def test_the_chebyshev_core_is_bounded_where_the_inverse_is_not(kind: str) -> No
 def test_values_that_the_exact_rows_already_average_come_through_unchanged() -> None:
     core, value = softmax_core(16, 1.0), torch.randn(1, 1, 16, 4).double()
     torch.testing.assert_close(chebyshev_core(core, core @ value + 2.5, value, 8, 0.05), value + 2.5)
+
+
+def test_every_iterate_is_newton_schulz_with_that_many_iterations() -> None:
+    core = torch.softmax(torch.randn(1, 2, 6, 6, dtype=torch.float64), -1)
+    exact, identity = torch.randn(1, 2, 6, 3, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    inverse = core.mT / core.sum(-2).amax(-1)[..., None, None]
+    expected = []
+    for _ in range(4):
+        product = core @ inverse
+        inverse = inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product))) / 4
+        expected.append(inverse @ exact)
+    for wanted in ([1, 2, 3, 4], [4], [3, 1]):
+        for count, iterate in zip(wanted, newton_schulz_iterates(core, exact, wanted), strict=True):
+            torch.testing.assert_close(iterate, expected[count - 1])
+
+
+def test_known_rows_take_the_place_of_computed_ones() -> None:
+    query, key, value = torch.randn(3, 1, 2, 12, 4)
+    landmarks, known = torch.tensor([[0, 3, 7]]), torch.randn(1, 2, 3, 4)
+    arguments = (query, key, value, landmarks, None, 0.5, [6], True)
+    exact = torch.softmax(query[:, :, [0, 3, 7]] @ key.mT * 0.5, -1) @ value
+    (computed,) = nystrom_attention_iterates(*arguments)
+    torch.testing.assert_close(computed, nystrom_attention_iterates(*arguments, known_rows=exact)[0])
+    assert torch.equal(nystrom_attention_iterates(*arguments, known_rows=known)[0][:, :, [0, 3, 7]], known)

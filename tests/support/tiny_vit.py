@@ -30,3 +30,15 @@ def make_vit() -> nn.Module:
             patch_size=4,
         )
     ).eval()
+
+
+def make_for_planning() -> nn.Module:
+    """Return a DINOv2 of two blocks, 64 patches of 112-pixel images, whose attention is far from even."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14,
+        initializer_range=0.2, layerscale_value=0.5,
+    )  # fmt: skip
+    return Dinov2Model(config).eval()

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +25,8 @@ from torch.nn import functional
 import fna
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, apply_newton_schulz
 from fna.errors import FnaError, MissingCapabilityError
+from fna.files import write_text
+from fna.machine import describe_machine
 from fna.plugins.host import PluginLibrary
 from fna.samplers.grid import grid_landmarks
 
@@ -197,30 +197,6 @@ def bench_model(name: str, resolution: int, landmarks: int) -> ModelRow:
     return ModelRow(name, resolution, (resolution // PATCH_SIZE) ** 2 + 1, exact, nystrom)
 
 
-def describe_device() -> dict[str, str]:
-    """What the numbers were measured on; on a Jetson the power mode too, which they depend on."""
-    found = {
-        "device": torch.cuda.get_device_name(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-    }
-    for name, command in (
-        (
-            "driver",
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"],
-        ),
-        ("power mode", ["nvpmodel", "-q"]),
-    ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        found[name] = " ".join(done.stdout.split())
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0, 1 when a target is missed, 2 for bad usage, 3 where there is no GPU or no library."""
     parser = argparse.ArgumentParser(
@@ -235,14 +211,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not torch.cuda.is_available():
             raise MissingCapabilityError("timing needs a CUDA device, and this machine has none")
-        device = describe_device()
+        device = describe_machine()
         print(*(f"{name}: {value}" for name, value in device.items()), sep="\n")
         rows, missed = _run_models(arguments) if arguments.model else _run_attention(arguments)
     except FnaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}, indent=1))
+        write_text(
+            arguments.json, json.dumps({"device": device, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
     for line in missed:
         print(f"missed: {line}")
     return 1 if missed else 0

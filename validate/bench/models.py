@@ -2,67 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-import csv
-import ctypes
-import gc
-import io
 import itertools
 import json
 import math
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from fna.errors import InputFileError, InvalidLandmarksError, MissingCapabilityError
+from fna.errors import InputFileError, InvalidLandmarksError
 from fna.export.sources.loading import LoadedModel, check_resolution
-from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
-from fna.machine import describe_machine as describe_machine
-from fna.patching import find_attention_blocks, patch
+from fna.export.trace import Precision
+from fna.machine import describe_machine
+from fna.patching import find_attention_blocks
 from fna.plan import Plan
-from fna.runtime import open_session, run_session
 from fna.special_tokens import detect_prefix_tokens
+from fna.validate.bench import Backend
+from fna.validate.bench.backends import OPENERS, Setting
 from fna.validate.bench.counts import Counts, count
+from fna.validate.bench.timing import Timing, time_in_turns
 
-Backend = Literal["onnxruntime", "onnxruntime-cuda", "torch", "torch-compile", "tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 WARM_UP_RUNS = 2
 QUICK_RUNS = 3
 QUICK_SHARES = (0.43, 0.7, 1.0)
 """Of the native resolution, for `--bench quick`."""
 
+
 Say = Callable[..., None]
-
-
-class Timing(BaseModel):
-    """Latencies of one model, in milliseconds.
-
-    Attributes:
-        median: of all timed runs.
-        fastest: of all.
-        slowest: of all.
-        runs: how many were timed, after warm-up.
-        images_per_second: at the median.
-        peak_mib: largest memory taken since before the model was opened, weights included: of the process on a CPU, of
-            PyTorch's allocator on a GPU; None where it cannot be told.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    median: float
-    fastest: float
-    slowest: float
-    runs: int
-    images_per_second: float
-    peak_mib: float | None = None
 
 
 class BenchRow(BaseModel):
@@ -151,6 +119,7 @@ def bench(
     batch: int = 1,
     precision: Precision = "fp32",
     warm_up: int = WARM_UP_RUNS,
+    launches: int = 10,
     on_step: Say = lambda *_progress: None,
 ) -> BenchResult:
     """Time a model dense and by each plan, taking turns.
@@ -164,6 +133,7 @@ def bench(
         batch: images per run.
         precision: of weights and activations.
         warm_up: runs of each before those that are timed.
+        launches: of an engine in each of its runs.
         on_step: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
@@ -177,16 +147,16 @@ def bench(
         for plan in plans:
             plan.check_fits(model.name, (resolution, resolution))
         _check_landmarks(model, plans, resolution)
-    open_model = _OPENERS[backend]
+    open_model = OPENERS[backend]
     rows = []
     for place, resolution in enumerate(sorted(set(resolutions))):
         on_step(f"preparing {resolution}", place, len(resolutions))
         dense_plan = plans[0].model_copy(update={"blocks": ()})
         with tempfile.TemporaryDirectory() as folder:
-            setting = _Setting(model, resolution, batch, precision, Path(folder))
+            setting = Setting(model, resolution, batch, precision, Path(folder), launches)
             opened = [open_model(setting, plan) for plan in (dense_plan, *plans)]
             on_step(f"timing at {resolution}", place, len(resolutions))
-            timings = _time_alternately(opened, runs, warm_up, batch)
+            timings = time_in_turns(opened, runs, warm_up, batch)
             for timed in opened:
                 timed.close()
         rows += [
@@ -215,16 +185,6 @@ def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], resolution: int)
         raise InvalidLandmarksError(
             f"{most} landmarks were asked for, but at resolution {resolution} there are only {tokens} tokens; ask for fewer"
         )
-
-
-def check_backend(backend: str) -> None:
-    """Refuse a backend that this machine lacks, before any work.
-
-    Raises:
-        MissingCapabilityError: saying what is missing.
-    """
-    if backend in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
-        _need_gpu(backend)
 
 
 def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say) -> dict[str, Any]:
@@ -282,131 +242,6 @@ def _break_even(landmarks: int, points: Sequence[tuple[int, float]]) -> BreakEve
     return BreakEven(landmarks=landmarks, tokens=None, reason=reason)
 
 
-def dump_csv(result: BenchResult) -> str:
-    """Return the rows as CSV, one column per number."""
-    stream = io.StringIO()
-    rows = [_flatten(json.loads(row.model_dump_json())) for row in result.rows]
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def plot_kind(path: Path) -> str:
-    """Return the format of a plot by its path's suffix.
-
-    Raises:
-        InputFileError: for another than .svg, .png and .pdf.
-    """
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in ("svg", "png", "pdf"):
-        raise InputFileError(f"{path} is to be a plot; give a name ending in .svg, .png or .pdf")
-    return kind
-
-
-def draw(result: BenchResult, path: Path) -> None:
-    """Draw time against tokens on logarithmic axes, the break-even marked; SVG, PNG or PDF by the path's suffix.
-
-    Raises:
-        InputFileError: for another suffix, or if it cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    from fna.files import written_whole
-
-    kind = plot_kind(path)
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    dense = {row.tokens: row.dense for row in result.rows}
-    tokens = sorted(dense)
-    medians = [dense[n].median for n in tokens]
-    axes.plot(tokens, medians, color="#7a8591", marker="v", label="exact attention")
-    axes.fill_between(
-        tokens, [dense[n].fastest for n in tokens], [dense[n].slowest for n in tokens], color="#7a8591", alpha=0.2
-    )
-    for number, crossing in enumerate(result.break_even):
-        chosen = sorted((row for row in result.rows if row.landmarks == crossing.landmarks), key=lambda row: row.tokens)
-        (line,) = axes.plot(
-            [row.tokens for row in chosen], [row.fna.median for row in chosen], marker="o", label=f"FNA, S={crossing.landmarks}",
-            color=("#2b7bba", "#c2571a", "#3a8f6b", "#8a63b8")[number % 4],
-        )  # fmt: skip
-        if crossing.tokens is not None:
-            label = f"S={crossing.landmarks} pays from {crossing.tokens:.0f} tokens"
-            axes.axvline(crossing.tokens, color=line.get_color(), linestyle=":", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"milliseconds per batch of {result.batch}")
-    axes.set_title(
-        f"{result.model} on {result.backend}, {result.precision}, {result.machine['processor']}", fontsize=10
-    )
-    axes.minorticks_off()
-    axes.set_xticks(tokens, [str(value) for value in tokens])
-    axes.grid(True, alpha=0.4)
-    axes.legend(frameon=False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=120)
-
-
-# ---------------------------------------------------------------- timing
-
-
-class _Setting:
-    """What is timed, apart from the plan."""
-
-    def __init__(self, model: LoadedModel, resolution: int, batch: int, precision: Precision, folder: Path) -> None:
-        self.model = model
-        self.resolution = resolution
-        self.batch = batch
-        self.precision = precision
-        self.folder = folder
-        shape = (batch, 3, resolution, resolution)
-        self.pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-
-    def export(self, plan: Plan) -> Path:
-        """Write the ONNX file of one plan."""
-        counts = "-".join(str(entry.landmarks) for entry in plan.blocks) or "dense"
-        path = self.folder / f"{counts}-{self.resolution}.onnx"
-        options = TraceOptions(self.resolution, self.resolution, precision=self.precision)
-        export_onnx(self.model, plan, options, path)
-        return path
-
-
-class _Timed:
-    """A model that is open: one call runs a batch, and returns when it is done."""
-
-    def __init__(self, run: Callable[[], float], close: Callable[[], None], peak_mib: float | None) -> None:
-        self.run = run  # returns seconds
-        self.close = close
-        self.peak_mib = peak_mib
-
-
-def _time_alternately(opened: Sequence[_Timed], runs: int, warm_up: int, batch: int) -> list[Timing]:
-    seconds: list[list[float]] = [[] for _ in opened]
-    for turn in range(warm_up + runs):
-        for timed, values in zip(opened, seconds, strict=True):
-            elapsed = timed.run()
-            if turn >= warm_up:
-                values.append(elapsed)
-    return [_summarise(values, batch, timed.peak_mib) for timed, values in zip(opened, seconds, strict=True)]
-
-
-def _summarise(seconds: list[float], batch: int, peak_mib: float | None) -> Timing:
-    values = [value * 1e3 for value in seconds]
-    median = statistics.median(values)
-    return Timing(
-        median=median, fastest=min(values), slowest=max(values), runs=len(values),
-        images_per_second=batch * 1e3 / median, peak_mib=peak_mib,
-    )  # fmt: skip
-
-
 def _row(
     model: LoadedModel, plan: Plan, resolution: int, backend: Backend, precision: str, dense: Timing, fna: Timing
 ) -> BenchRow:
@@ -425,157 +260,3 @@ def _row(
         speedup=dense.median / fna.median,
         counts=count(model, full, resolution, resolution, precision),
     )
-
-
-def _clocked(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-# ---------------------------------------------------------------- backends
-
-
-def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Callable[[_Setting, Plan], _Timed]:
-    def opener(setting: _Setting, plan: Plan) -> _Timed:
-        if provider == "cuda":
-            _need_gpu("onnxruntime-cuda")
-        path = setting.export(plan)
-        with _peak_memory() as peak:
-            session = open_session(path, provider=provider)
-            inputs = {INPUT_NAME: setting.pixels}
-            run_session(session, inputs)
-        return _Timed(
-            lambda: _clocked(lambda: run_session(session, inputs)),
-            lambda: None,
-            peak.mib if provider == "cpu" else None,
-        )
-
-    return opener
-
-
-def _open_torch(setting: _Setting, plan: Plan) -> _Timed:
-    return _torch(setting, plan, lambda module: module)
-
-
-def _open_compiled(setting: _Setting, plan: Plan) -> _Timed:
-    def compile_module(module: Any) -> Any:
-        torch.compiler.reset()
-        return torch.compile(module, dynamic=False)
-
-    try:
-        return _torch(setting, plan, compile_module)
-    except Exception as error:  # the compiler's own errors are of many kinds; mostly there is no C++ compiler
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MissingCapabilityError(
-            f"torch.compile does not work on this machine: {reason}; use --backend torch"
-        ) from error
-
-
-def _torch(setting: _Setting, plan: Plan, prepare: Callable[[Any], Any]) -> _Timed:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with _peak_memory() as peak, torch.inference_mode():
-        module = copy.deepcopy(setting.model.module).to(device, TORCH_TYPES[setting.precision])
-        if plan.blocks:
-            patch(module, plan)
-        ready = prepare(module)
-        pixels = torch.from_numpy(setting.pixels).to(device, TORCH_TYPES[setting.precision])
-        ready(pixels)
-    mib = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak.mib
-
-    def run() -> float:
-        with torch.inference_mode():
-            return _clocked(lambda: _synchronised(ready, pixels, device))
-
-    return _Timed(run, lambda: None, mib)
-
-
-def _synchronised(module: Any, pixels: torch.Tensor, device: torch.device) -> None:
-    module(pixels)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[_Setting, Plan], _Timed]:
-    """An engine built on this machine's GPU; timed on the device, in rounds of a few launches. Untried: no GPU was there."""
-
-    def opener(setting: _Setting, plan: Plan) -> _Timed:
-        from fna.engines.builder.build import build_engine
-        from fna.engines.builder.options import BuildOptions, parse_batch
-        from fna.engines.flavours import import_flavour
-        from fna.engines.run.engine import Engine
-
-        _need_gpu(flavour)
-        import_flavour(flavour)
-        path = setting.export(plan)
-        engine_path = path.with_suffix(".engine")
-        batch = parse_batch(str(setting.batch))
-        build_engine(path, engine_path, BuildOptions(backend=flavour, batch=batch))
-        engine = Engine(engine_path)
-        inputs = {INPUT_NAME: setting.pixels}
-        return _Timed(lambda: engine.bench(inputs, runs=10, warm_up=2).median / 1e3, engine.close, None)
-
-    return opener
-
-
-def _need_gpu(backend: str) -> None:
-    from fna.engines.device import NoGpuError, read_gpu
-
-    try:
-        read_gpu()
-    except NoGpuError as error:
-        raise MissingCapabilityError(
-            f"--backend {backend} needs an NVIDIA GPU, but {error}; here are: onnxruntime, torch, torch-compile"
-        ) from None
-
-
-_OPENERS: dict[Backend, Callable[[_Setting, Plan], _Timed]] = {
-    "onnxruntime": _open_onnxruntime("cpu"),
-    "onnxruntime-cuda": _open_onnxruntime("cuda"),
-    "torch": _open_torch,
-    "torch-compile": _open_compiled,
-    "tensorrt": _open_engine("tensorrt"),
-    "tensorrt-rtx": _open_engine("tensorrt-rtx"),
-}
-
-
-# ---------------------------------------------------------------- memory
-
-
-class _Peak:
-    """Filled when the block ends."""
-
-    mib: float | None = None
-
-
-@contextmanager
-def _peak_memory() -> Iterator[_Peak]:
-    """Measure by how much the process's resident memory peaks above what it is at the start; Linux only."""
-    peak = _Peak()
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    _return_free_memory()
-    try:
-        refs.write_text("5", encoding="ascii")  # resets the peak, see proc(5)
-        before = _status_kib(status, "VmRSS")
-    except (OSError, ValueError):
-        yield peak
-        return
-    yield peak
-    peak.mib = round((_status_kib(status, "VmHWM") - before) / 1024, 1)
-
-
-def _return_free_memory() -> None:
-    """Give back what was freed, or the next model would use it again and seem to need nothing."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-def _status_kib(path: Path, key: str) -> int:
-    for line in path.read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    raise ValueError(f"{path} has no {key}")

@@ -15,6 +15,7 @@ from fna.export.blocks import attention_block
 from fna.export.metadata import FileMetadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import fna_nodes, node_attributes
+from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.runtime import Arrays
 from fna.validate.budget.runners import OnnxRunner
 
@@ -61,7 +62,7 @@ def _describe(node: NodeProto, index: int) -> FnaNode:
         inputs={name: tensor for name, tensor in zip(_INPUTS, node.input, strict=False) if tensor},
         output=node.output[0],
         scale=float(given["scale"]),
-        iterations=int(given.get("iterations", 6)),
+        iterations=int(given.get("iterations", ITERATIONS_OF_VERSION_1)),
         exact_rows=bool(given.get("exact_rows", 0)),
         sink=bool(given.get("sink", 0)),
     )

@@ -68,7 +68,7 @@ class ProductCost:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceRates:
     """What a prediction needs to know of a device.
 
     Attributes:
@@ -100,10 +100,10 @@ MOST_TOKENS = 1 << 20
 """Break-even is looked for up to here."""
 
 
-def device_of(target: Target, precision: str = "fp16") -> Device:
+def device_of(target: Target, precision: str = "fp16") -> DeviceRates:
     """Return the device of a target at a precision."""
     rate = target.fp32_tflops if precision == "fp32" else target.fp16_tflops
-    return Device(
+    return DeviceRates(
         f"{target.name} ({precision})",
         target.bandwidth_gb_s * 1e9,
         rate * 1e12,
@@ -147,7 +147,7 @@ class TimeCost:
 
     unit = "seconds"
 
-    def __init__(self, layout: Layout, device: Device, calibration: Calibration | None = None) -> None:
+    def __init__(self, layout: Layout, device: DeviceRates, calibration: Calibration | None = None) -> None:
         self.layout, self.device = layout, device
         self.calibration = calibration or Calibration()
 
@@ -210,7 +210,9 @@ def _share_of_choice(candidate: Candidate, layout: Layout) -> float:
     return 1.0 if candidate.resample else 1.0 / layout.num_blocks
 
 
-def find_break_even(layout: Layout, device: Device, landmarks: int = 64, calibration: Calibration | None = None) -> int:
+def find_break_even(
+    layout: Layout, device: DeviceRates, landmarks: int = 64, calibration: Calibration | None = None
+) -> int:
     """Return about how many tokens a block needs for FNA with so many grid landmarks to be predicted faster than exact attention."""
     candidate = Candidate(landmarks, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
 
@@ -243,7 +245,7 @@ class _Bench(BaseModel):
     rows: list[_BenchRow]
 
 
-def read_calibration(path: Path, layout: Layout, device: Device) -> Calibration:
+def read_calibration(path: Path, layout: Layout, device: DeviceRates) -> Calibration:
     """Fit the model's factors to what `fna bench --json` measured, in milliseconds of the whole model.
 
     A model's time is taken as `r N` for all that is not attention, plus a factor times what is predicted for exact attention, plus

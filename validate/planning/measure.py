@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fna.arithmetic import exact_products, nystrom_products
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_iterates
 from fna.samplers import LandmarkRequest, find_sampler, landmark_bias, sampler_names
 from fna.validate.planning.subject import BlockView, Layout
 
@@ -24,7 +25,7 @@ RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
 LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
-ITERATIONS = (3, 6)
+ITERATIONS = (3, NEWTON_SCHULZ_ITERATIONS)
 SAMPLED_ROWS = 512
 """Patches of an image that second moments are taken over; a correction has tens of unknowns, and each patch D equations."""
 
@@ -44,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Range:
+class SearchRange:
     """What is tried.
 
     Attributes:
@@ -224,8 +225,11 @@ def measure_block(
         for count, group in by_count.items():
             landmarks = _choose(sampler, view.hidden if resample else shared.hidden, view, layout, count, order)
             bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
-            outputs = _outputs(view, landmarks, bias, [candidate.iterations for candidate in group])
             rows = landmarks[0].long()
+            outputs = nystrom_attention_iterates(
+                view.query, view.key, view.value, landmarks, bias, view.scale,
+                [candidate.iterations for candidate in group], exact_rows=True, known_rows=view.exact[:, :, rows],
+            )  # fmt: skip
             patches = rows[rows >= prefix] - prefix
             is_known = torch.zeros(count_patches, dtype=torch.bool).index_fill(0, patches, True)
             hit = is_known[sample]
@@ -368,36 +372,3 @@ def _choose(
     sampler = find_sampler(name)
     request = LandmarkRequest(layout.tokens, count, layout.prefix_tokens, patches=layout.patches)
     return sampler.select(request, _features(hidden, view) if sampler.looks_at_features else None)
-
-
-def _outputs(view: BlockView, landmarks: Tensor, bias: Tensor, iterations: Sequence[int]) -> list[Tensor]:
-    """FNA with exact rows for several numbers of iterations, at little more than the price of one."""
-    index = landmarks.long()[:, None, :, None].expand(1, view.query.shape[1], -1, view.query.shape[3])
-    query_landmarks, key_landmarks = view.query.gather(2, index), view.key.gather(2, index) * view.scale
-    columns = bias[:, None, None, :]
-    core = torch.softmax(query_landmarks @ key_landmarks.mT + columns, dim=-1)
-    exact = view.exact.gather(2, index)
-    weights = torch.softmax(view.query @ key_landmarks.mT + columns, dim=-1)
-    mixed = newton_schulz_iterates(core, exact, max(iterations))  # one for each number of iterations
-    return [(weights @ mixed[steps - 1]).scatter(2, index, exact) for steps in iterations]
-
-
-def newton_schulz_iterates(
-    core: Tensor,  # [B, H, S, S]
-    exact: Tensor,  # [B, H, S, D]
-    iterations: int,
-) -> list[Tensor]:  # each [B, H, S, D]
-    """Return `fna.attention.apply_newton_schulz` for 1 to `iterations` iterations."""
-    inverse = core.mT / core.sum(dim=-2).amax(dim=-1)[..., None, None]
-    identity = torch.eye(core.shape[-1], dtype=core.dtype)
-    results = []
-    for step in range(iterations):
-        product = core @ inverse
-        applied = 7 * exact - product @ exact
-        applied = 15 * exact - product @ applied
-        applied = 13 * exact - product @ applied
-        results.append(0.25 * inverse @ applied)
-        if step < iterations - 1:
-            inner = 15 * identity - product @ (7 * identity - product)
-            inverse = 0.25 * inverse @ (13 * identity - product @ inner)
-    return results

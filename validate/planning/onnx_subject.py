@@ -16,19 +16,20 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto
 from torch import Tensor
 
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import PREFIX, read_metadata
 from fna.export.preprocessing import Preprocessing
 from fna.export.surgery.graft import GraftOptions, find_image_size, find_points_of, graft, prepare
-from fna.export.surgery.graph.index import Graph, load_model, order_nodes
+from fna.export.surgery.graph.files import export_model, import_model, load_model, stored_value
 from fna.export.surgery.graph.resolution import set_resolution
+from fna.export.surgery.graph.view import GraphView, output_names
 from fna.export.surgery.recognise.rows import Decision, Row
 from fna.export.surgery.recognise.scan import scan
 from fna.export.surgery.recognise.stream import count_prefix_tokens, find_stream
-from fna.export.surgery.rewrite.rewrite import operand_writer
+from fna.export.surgery.rewrite.rewrite import operand_nodes
 from fna.plan import Plan
 from fna.runtime import Arrays, open_session
 from fna.validate.planning.subject import BlockView, Layout
@@ -51,8 +52,10 @@ class OnnxSubject:
         self.path, self.size = path, size
         model = prepare(load_model(path), [])
         if size is not None:
-            model = set_resolution(model, path.parent, size)
-        graph = Graph(model, path.parent)
+            imported = import_model(model, path.parent)
+            set_resolution(imported, size)
+            model = export_model(imported)
+        graph = GraphView(import_model(model, path.parent))
         points = find_points_of(graph, {})
         rows = scan(graph, points)
         eligible = [row for row in rows if row.decision is Decision.ELIGIBLE and row.attention is not None]
@@ -91,7 +94,7 @@ class OnnxSubject:
         self._folder = tempfile.TemporaryDirectory(prefix="fna-plan-")
         self._names: dict[int, tuple[str, str, str, str | None]] = {}
         self._roots: dict[int, Tensor] = {}
-        observed = self._observed(model, graph, points)
+        observed = self._observed(graph, points)
         self._session = self._open(observed, "observed")
         self._input = self._session.get_inputs()[0].name
         self._planned: tuple[Plan | None, Any] = (None, self._session)
@@ -156,31 +159,25 @@ class OnnxSubject:
         onnx.save(model, path)
         return open_session(path)
 
-    def _observed(self, model: ModelProto, graph: Graph, points: list[Any]) -> ModelProto:
+    def _observed(self, graph: GraphView, points: list[Any]) -> ModelProto:
         """A copy of the model with query, key, value and hidden states of each block as outputs."""
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        writer, write = operand_writer(graph, points, Plan(num_blocks=self.layout.num_blocks))
-        nodes: list[NodeProto] = []
-        for row in self._rows:
-            found = row.attention
-            assert found is not None
-            names = write(row, nodes)
-            stream = find_stream(graph, points, found)
+        copy = export_model(graph.graph)
+        nodes, constants, operands = operand_nodes(graph, points, self._rows)
+        for row, names in zip(self._rows, operands, strict=True):
+            assert row.attention is not None
+            stream = find_stream(graph, points, row.attention)
             hidden = None if stream is None or stream.sequence_first else stream.tensor
             self._names[row.block] = (*names, hidden)
             self._roots[row.block] = _projection_root(graph, row)
         have = {item.name for item in copy.graph.output}
-        initializers = {item.name for item in copy.graph.initializer}
         copy.graph.node.extend(nodes)
-        copy.graph.initializer.extend(item for name, item in writer.initializers.items() if name not in initializers)
+        copy.graph.initializer.extend(constants.values())
         wanted = dict.fromkeys(name for names in self._names.values() for name in names if name is not None)
         copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
-        order_nodes(copy.graph)
         return copy
 
 
-def _projection_root(graph: Graph, row: Row) -> Tensor:  # [H, D, D]
+def _projection_root(graph: GraphView, row: Row) -> Tensor:  # [H, D, D]
     """A root of `W W^T` per head, with W the projection `[H D, C]` that reads the block's result; the identity if none is found."""
     found = row.attention
     assert found is not None
@@ -188,10 +185,10 @@ def _projection_root(graph: Graph, row: Row) -> Tensor:  # [H, D, D]
     plain = torch.eye(size).expand(heads, size, size)
     for index in graph.readers(found.result.tensor):
         node = graph.nodes[index]
-        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2 or node.input[1] not in graph.initializers:
+        if node.op not in ("MatMul", "Gemm") or node.inputs[1].name not in graph.initializers:
             continue
-        weight = numpy_helper.to_array(graph.initializers[node.input[1]], str(graph.folder)).astype(np.float32)
-        turned = node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute)
+        weight = stored_value(node.inputs[1]).astype(np.float32)
+        turned = node.op == "Gemm" and bool(node.attrs.get("transB"))
         weight = weight.T if turned else weight
         if weight.ndim == 2 and weight.shape[0] == heads * size:
             parts = torch.from_numpy(np.ascontiguousarray(weight)).reshape(heads, size, -1)
@@ -200,17 +197,17 @@ def _projection_root(graph: Graph, row: Row) -> Tensor:  # [H, D, D]
     return plain
 
 
-def _last_tokens(graph: Graph, shapes: dict[str, Any], tokens: int) -> str:
+def _last_tokens(graph: GraphView, shapes: dict[str, Any], tokens: int) -> str:
     """The last tensor `[B, N, C]` of the file, the tokens nearest to its output; the first output where there is none."""
     best = None
     for node in graph.nodes:
-        for name in node.output:
+        for name in output_names(node):
             shape: Sequence[int] | None = shapes.get(name)
             if shape is not None and len(shape) == 3 and shape[1] == tokens and name in graph.data:
                 best = name
     if best is not None:
         return best
-    return str(next(iter(graph.proto.output)).name)
+    return str(graph.graph.outputs[0].name)
 
 
 def _square_or_ratio(count: int, height: int, width: int) -> tuple[int, int] | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from fna.files import written_whole
 from fna.samplers import DEFAULT_SAMPLER
-from fna.validate.planning.planner import FrontPoint, Planned, UniformPoint, Wish
+from fna.validate.planning.result import FrontPlan, Planned, UniformRun
+from fna.validate.planning.wish import Wish
 
 
 def describe_cost(cost: float, unit: str) -> str:
@@ -15,7 +16,7 @@ def describe_cost(cost: float, unit: str) -> str:
     return f"{cost * 1e3:.3f} ms" if unit == "seconds" else f"{cost / 1e6:,.0f} M"
 
 
-def count_heads(point: FrontPoint, heads: int) -> int:
+def count_heads(point: FrontPlan, heads: int) -> int:
     """How many heads of the whole model are FNA."""
     return sum(heads if entry.heads is None else len(entry.heads) for entry in point.plan.blocks)
 
@@ -23,7 +24,7 @@ def count_heads(point: FrontPoint, heads: int) -> int:
 def as_json(planned: Planned, unit: str) -> dict[str, Any]:
     """The result as `--json` has it."""
 
-    def row(point: FrontPoint) -> dict[str, Any]:
+    def row(point: FrontPlan) -> dict[str, Any]:
         measured = None if point.measured is None else point.measured.model_dump()
         return {
             "cost": point.cost,
@@ -33,7 +34,7 @@ def as_json(planned: Planned, unit: str) -> dict[str, Any]:
             "chosen": point.plan == planned.point.plan,
         }
 
-    def uniform(point: UniformPoint) -> dict[str, Any]:
+    def uniform(point: UniformRun) -> dict[str, Any]:
         return {
             "label": point.label,
             "cost": point.cost,
@@ -69,7 +70,7 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
     wanted = wish.goals[0].minimum if by_task else wish.min_cosine
     by_time = unit == "seconds"
 
-    def place(point: FrontPoint | UniformPoint) -> tuple[float, float]:
+    def place(point: FrontPlan | UniformRun) -> tuple[float, float]:
         assert point.measured is not None
         value = point.measured.tasks[name] if by_task else point.measured.mean
         return point.cost * 1e3 if by_time else 100 * (1 - point.saved), max(1 - value, 1e-6)

@@ -16,7 +16,7 @@ BINS = 2000
 
 
 @dataclass(frozen=True)
-class Option(Generic[Item]):
+class BlockOption(Generic[Item]):
     """What one block could be.
 
     Attributes:
@@ -31,7 +31,7 @@ class Option(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Choice(Generic[Item]):
+class BlockChoices(Generic[Item]):
     """One option for every block."""
 
     cost: float
@@ -40,10 +40,10 @@ class Choice(Generic[Item]):
 
 
 def find_front(
-    blocks: Sequence[Sequence[Option[Item]]],
+    blocks: Sequence[Sequence[BlockOption[Item]]],
     largest_loss: float,
     bins: int = BINS,
-) -> list[Choice[Item]]:
+) -> list[BlockChoices[Item]]:
     """Return the Pareto front of total cost against total loss, cheapest last, by dynamic programming over the loss.
 
     Losses of blocks are added: to first order their errors are independent. Each is rounded up to a `bins`-th of `largest_loss`.
@@ -64,7 +64,7 @@ def find_front(
                 table[row, used:] = best[: bins + 1 - used] + option.cost
         picks.append(table.argmin(axis=0))
         best = table.min(axis=0)
-    front: list[Choice[Item]] = []
+    front: list[BlockChoices[Item]] = []
     for budget in range(bins + 1):
         if not np.isfinite(best[budget]) or (front and best[budget] >= front[-1].cost * (1 - 1e-9)):
             continue
@@ -73,20 +73,20 @@ def find_front(
 
 
 def _trace_back(
-    blocks: Sequence[Sequence[Option[Item]]], picks: Sequence[NDArray[np.int64]], budget: int, step: float
-) -> Choice[Item]:
-    chosen: list[Option[Item]] = []
+    blocks: Sequence[Sequence[BlockOption[Item]]], picks: Sequence[NDArray[np.int64]], budget: int, step: float
+) -> BlockChoices[Item]:
+    chosen: list[BlockOption[Item]] = []
     for options, pick in zip(reversed(blocks), reversed(picks), strict=True):
         option = options[int(pick[budget])]
         chosen.append(option)
         budget -= int(np.ceil(option.loss / step - 1e-9))
     chosen.reverse()
-    return Choice(sum(o.cost for o in chosen), sum(o.loss for o in chosen), tuple(o.item for o in chosen))
+    return BlockChoices(sum(o.cost for o in chosen), sum(o.loss for o in chosen), tuple(o.item for o in chosen))
 
 
-def drop_dominated(options: Sequence[Option[Item]]) -> list[Option[Item]]:
+def drop_dominated(options: Sequence[BlockOption[Item]]) -> list[BlockOption[Item]]:
     """Keep the options that are not both dearer and worse than another, cheapest first."""
-    kept: list[Option[Item]] = []
+    kept: list[BlockOption[Item]] = []
     for option in sorted(options, key=lambda o: (o.cost, o.loss)):
         if not kept or option.loss < kept[-1].loss:
             kept.append(option)

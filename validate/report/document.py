@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from fna import __version__
 from fna.errors import InvalidArgumentError
-from fna.machine import describe_machine
+from fna.machine import describe_machine, tool_versions
 from fna.validate.bench.models import bench_quickly, read_bench
 from fna.validate.blame.bisect import Bisection, Divergence, bisect, locate, why_not_located
 from fna.validate.budget.chain import Chain, Say, open_chain, open_validated_file
@@ -152,7 +150,9 @@ def make_document(
         command=extras.command,
         date=_today(),
         machine=describe_machine(),
-        versions=_versions(),
+        versions=tool_versions(
+            "torch", "transformers", "onnx", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "numpy"
+        ),
         image_source=photographs.source,
         validation=validation,
         bisection=bisection,
@@ -198,15 +198,3 @@ def _today() -> str:
     from datetime import UTC, datetime
 
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"fna": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
-from fna.export.surgery.graph.index import STANDARD_DOMAINS, Graph, attribute, words
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.files import stored_value
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import STANDARD_DOMAINS, GraphView, attribute, input_names, words
 
 FORWARDS = words("""
     Identity Reshape Transpose Squeeze Unsqueeze Expand Tile Slice Gather GatherElements GatherND Flatten Split Dropout
@@ -42,10 +43,10 @@ BOOLEAN = Bounds(0.0, 1.0)
 class BoundsFinder:
     """Finds bounds on demand and remembers them."""
 
-    def __init__(self, graph: Graph, points: list[Point]) -> None:
+    def __init__(self, graph: GraphView, points: list[ShapePoint]) -> None:
         self.graph = graph
         self.point = points[0]
-        self.static = all(_declared_static(item.type) for item in graph.inputs)
+        self.static = all(_declared_static(tensor) for tensor in graph.inputs)
         self.known: dict[str, Bounds] = {}
 
     def find(self, name: str) -> Bounds:
@@ -63,7 +64,7 @@ class BoundsFinder:
                 self.known[current] = leaf or self._unknown(current)
                 todo.pop()
                 continue
-            missing = [item for item in node.input if item and item not in self.known]
+            missing = [item for item in input_names(node) if item and item not in self.known]
             if missing and current not in waiting:
                 waiting.add(current)
                 todo.extend(missing)
@@ -75,7 +76,7 @@ class BoundsFinder:
     def _unknown(self, name: str) -> Bounds:
         return BOOLEAN if self.point.types.get(name) == TensorProto.BOOL else ANYTHING
 
-    def _leaf(self, name: str, node: NodeProto | None) -> Bounds | None:
+    def _leaf(self, name: str, node: gs.Node | None) -> Bounds | None:
         value = self.graph.constant(name)
         if value is None and self.static:
             value = self.point.values.get(name)
@@ -83,31 +84,31 @@ class BoundsFinder:
             return _bounds_of(value)
         if node is None or node.domain not in STANDARD_DOMAINS:
             return self._unknown(name)
-        if node.op_type in ("Shape", "Size"):
+        if node.op in ("Shape", "Size"):
             return Bounds(0.0, math.inf)
-        if node.op_type == "ConstantOfShape":
+        if node.op == "ConstantOfShape":
             tensor = attribute(node, "value")
-            fill = 0.0 if tensor is None else float(onnx.numpy_helper.to_array(tensor).reshape(-1)[0])
+            fill = 0.0 if tensor is None else float(stored_value(tensor).reshape(-1)[0])
             return Bounds(fill, fill)
-        if node.op_type not in RULES and node.op_type not in FORWARDS:
+        if node.op not in RULES and node.op not in FORWARDS:
             return self._unknown(name)
         return None
 
-    def _rule(self, node: NodeProto) -> Bounds:
-        inputs = [self.known[item] for item in node.input if item]
+    def _rule(self, node: gs.Node) -> Bounds:
+        inputs = [self.known[item] for item in input_names(node) if item]
         if not inputs:
             return ANYTHING
-        if node.op_type in FORWARDS:
+        if node.op in FORWARDS:
             return inputs[0]
         try:
-            result = RULES[node.op_type](node, inputs, self)
+            result = RULES[node.op](node, inputs, self)
         except (IndexError, OverflowError, ValueError, ZeroDivisionError):
-            return self._unknown(node.output[0])
+            return self._unknown(node.outputs[0].name)
         return ANYTHING if math.isnan(result.low) or math.isnan(result.high) else result
 
 
-def _declared_static(kind: onnx.TypeProto) -> bool:
-    return all(dim.HasField("dim_value") and dim.dim_value > 0 for dim in kind.tensor_type.shape.dim)
+def _declared_static(tensor: gs.Variable) -> bool:
+    return all(isinstance(size, int) and size > 0 for size in tensor.shape or ())
 
 
 def _bounds_of(value: np.ndarray) -> Bounds:
@@ -137,7 +138,7 @@ def _product(left: Bounds, right: Bounds) -> Bounds:
     return Bounds(min(corners), max(corners))
 
 
-def _cast(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _cast(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     item = inputs[0]
     to = int(attribute(node, "to", 0))
     if to == TensorProto.BOOL:
@@ -152,7 +153,7 @@ def _cast(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds
     return Bounds(0.0, math.inf) if item.low >= 0 else ANYTHING
 
 
-def _where(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _where(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     condition, yes, no = inputs
     if condition.low > 0:
         return yes
@@ -161,7 +162,7 @@ def _where(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bound
     return _union(yes, no)
 
 
-def _range(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _range(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     start, limit, delta = inputs
     if delta.low > 0:
         return Bounds(start.low, max(start.high, limit.high))
@@ -170,7 +171,7 @@ def _range(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bound
     return ANYTHING
 
 
-def _compare(decide: Callable[[Bounds, Bounds], Bounds]) -> Callable[[NodeProto, list[Bounds], BoundsFinder], Bounds]:
+def _compare(decide: Callable[[Bounds, Bounds], Bounds]) -> Callable[[gs.Node, list[Bounds], BoundsFinder], Bounds]:
     return lambda node, inputs, finder: decide(inputs[0], inputs[1])
 
 
@@ -182,20 +183,20 @@ def _greater_equal(a: Bounds, b: Bounds) -> Bounds:
     return _truth(a.low >= b.high, a.high < b.low)
 
 
-def _equal(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _equal(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     a, b = inputs
     return _truth(a.single is not None and a.single == b.single, a.high < b.low or b.high < a.low)
 
 
-def _clip(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
-    named = [finder.known[item] if item else None for item in node.input]
+def _clip(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+    named = [finder.known[item] if item else None for item in input_names(node)]
     item = inputs[0]
     low = named[1] if len(named) > 1 and named[1] else Bounds(-math.inf, -math.inf)
     high = named[2] if len(named) > 2 and named[2] else Bounds(math.inf, math.inf)
     return Bounds(min(max(item.low, low.low), high.high), min(max(item.high, low.high), high.high))
 
 
-def _divide(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _divide(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     above, below = inputs
     if above.single == 0 and (below.low > 0 or below.high < 0):
         return Bounds(0.0, 0.0)
@@ -204,12 +205,12 @@ def _divide(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Boun
     return _product(above, Bounds(1 / below.single, 1 / below.single))
 
 
-def _reduce_sum(node: NodeProto, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
+def _reduce_sum(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
     item = inputs[0]
     return Bounds(0.0 if item.low >= 0 else -math.inf, 0.0 if item.high <= 0 else math.inf)
 
 
-RULES: dict[str, Callable[[NodeProto, list[Bounds], BoundsFinder], Bounds]] = {
+RULES: dict[str, Callable[[gs.Node, list[Bounds], BoundsFinder], Bounds]] = {
     "Abs": lambda n, i, f: Bounds(
         0.0 if i[0].low <= 0 <= i[0].high else min(abs(i[0].low), abs(i[0].high)), max(abs(i[0].low), abs(i[0].high))
     ),

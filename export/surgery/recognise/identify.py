@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fna.export.surgery.graph.fold import CannotFoldError
-from fna.export.surgery.graph.index import STANDARD_DOMAINS, words
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import STANDARD_DOMAINS, input_names, output_names, words
+from fna.export.surgery.recognise.context import Axes, Context, Core, Side
 from fna.export.surgery.recognise.layout import chain_above, find_operand, find_result, is_view, numbered, run_steps
-from fna.export.surgery.recognise.match import Axes, Context, Core, Side
 from fna.export.surgery.recognise.rows import Attention, RefusedError
 from fna.export.surgery.recognise.token_labels import LARGEST_LABELLED, MIXED, CannotLabelError, Labels, label_tokens
 
@@ -118,7 +118,7 @@ def _check_groups(context: Context, source: str, sizes: Sequence[tuple[int, int,
             )
 
 
-def _batches(context: Context, point: Point, source: str) -> set[int]:
+def _batches(context: Context, point: ShapePoint, source: str) -> set[int]:
     """Batch sizes that the inputs behind `source` can be said to have: their first dimension; 1 for inputs without a batch."""
     found = set()
     for name in _inputs_behind(context, source):
@@ -137,9 +137,9 @@ def _inputs_behind(context: Context, name: str) -> list[str]:
     todo, seen = [name], {name}
     while todo:
         node = graph.source(todo.pop())
-        if node is None or node.op_type in ("Shape", "Size"):
+        if node is None or node.op in ("Shape", "Size"):
             continue
-        for item in node.input:
+        for item in input_names(node):
             if item in graph.data and item not in seen:
                 seen.add(item)
                 todo.append(item)
@@ -175,12 +175,12 @@ def _common_sources(context: Context, tensors: Sequence[str]) -> list[str]:
         steps += 1
         _, name = heapq.heappop(heap)
         node = graph.source(name)
-        if marks[name] == full and (node is None or len([item for item in node.output if item in marks]) <= 1):
+        if marks[name] == full and (node is None or len([item for item in output_names(node) if item in marks]) <= 1):
             found.append(name)
-        if node is None or node.op_type in ("Shape", "Size"):
+        if node is None or node.op in ("Shape", "Size"):
             continue
         together = marks[name]
-        for item in node.input:
+        for item in input_names(node):
             push(item, together)
     return found
 
@@ -236,8 +236,8 @@ def _repeats(table: NDArray[np.int32]) -> int:
 def _above_views(context: Context, name: str) -> str:
     """The tensor that a view, or a view of views, is taken of."""
     node = context.graph.source(name)
-    while node is not None and is_view(node) and node.input[0] in context.graph.data:
-        name = node.input[0]
+    while node is not None and is_view(node) and node.inputs[0].name in context.graph.data:
+        name = node.inputs[0].name
         node = context.graph.source(name)
     return name
 
@@ -262,11 +262,11 @@ def _is_channel_attention(context: Context, side: Side, labels: dict[str, Labels
     """Whether the summed axis of the scores' product runs over tokens (before a division by a norm over the tokens)."""
     top = chain_above(context.graph, context.points, side.tensor)[-1]
     node = context.graph.source(top.tensor)
-    name = node.input[0] if node is not None and node.op_type in ("Div", "Mul", "LpNormalization") else top.tensor
+    name = node.inputs[0].name if node is not None and node.op in ("Div", "Mul", "LpNormalization") else top.tensor
     if name not in labels or context.points[0].shapes.get(name) != context.points[0].shapes.get(top.tensor):
         return False
     try:
-        moved = run_steps(top.steps, labels[name], context.points[0])
+        moved = run_steps(context.graph, top.steps, labels[name], context.points[0])
     except (CannotFoldError, ValueError, IndexError):
         return False
     ordered = np.transpose(moved, (*side.axes.batch, side.axes.channel, side.axes.token))
@@ -326,7 +326,7 @@ def _split_batch(table: NDArray[np.int32], count: int) -> tuple[tuple[int, ...],
 
 
 def _sizes_at(
-    context: Context, core: Core, point: Point, split: tuple[tuple[int, ...], tuple[int, ...], str]
+    context: Context, core: Core, point: ShapePoint, split: tuple[tuple[int, ...], tuple[int, ...], str]
 ) -> tuple[int, int, int, int]:
     """`[B, H, N, D]` at one point."""
     images, heads, merged = split
@@ -384,19 +384,19 @@ def _check_repeats(context: Context, core: Core, source: str) -> None:
             if name == source or node is None or name in seen or name not in graph.data:
                 continue
             seen.add(name)
-            if node.op_type in QUANTIZERS:
+            if node.op in QUANTIZERS:
                 raise RefusedError("it lies inside quantize/dequantize pairs")
-            if node.op_type in ("Expand", "Tile") and node.domain in STANDARD_DOMAINS:
-                inside, outside = context.shape(node.input[0]), context.shape(node.output[0])
+            if node.op in ("Expand", "Tile") and node.domain in STANDARD_DOMAINS:
+                inside, outside = context.shape(node.inputs[0].name), context.shape(node.outputs[0].name)
                 wider = [axis for axis in range(-len(inside), 0) if inside[axis] != outside[axis]]
                 # one number per token spread over its channels is a norm, not a repeated head
                 if wider not in ([], [-1]):
                     raise RefusedError("grouped or multi-query heads: keys or values are repeated over the heads")
-            if node.op_type == "Concat" and len(set(node.input)) < len(node.input):
+            if node.op == "Concat" and len(set(input_names(node))) < len(node.inputs):
                 raise RefusedError("grouped or multi-query heads: keys or values are repeated over the heads")
-            todo.extend(node.input)
+            todo.extend(input_names(node))
     for index in graph.readers(core.output):
-        if graph.nodes[index].op_type == "QuantizeLinear":
+        if graph.nodes[index].op == "QuantizeLinear":
             raise RefusedError("it lies inside quantize/dequantize pairs")
 
 
@@ -408,7 +408,7 @@ def _check_distinct(context: Context, side: Side) -> None:
     if shape is None or top.tensor == side.tensor:
         return
     try:
-        index = run_steps(top.steps, numbered(shape), context.points[0])
+        index = run_steps(context.graph, top.steps, numbered(shape), context.points[0])
     except (CannotFoldError, ValueError, IndexError):
         return
     if int(np.bincount(index.reshape(-1)).max(initial=0)) > 1:
@@ -418,9 +418,9 @@ def _check_distinct(context: Context, side: Side) -> None:
 def _check_per_head_factor(context: Context, side: Side, top: str) -> None:
     """Refuse a constant that differs from head to head and only so: a temperature per head."""
     node = context.graph.source(top)
-    if node is None or node.op_type not in ("Mul", "Div"):
+    if node is None or node.op not in ("Mul", "Div"):
         return
-    for name in node.input:
+    for name in input_names(node):
         if name in context.graph.data:
             continue
         shape = context.points[0].shapes.get(name) or ()

@@ -12,12 +12,12 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import NodeProto
 
 from fna.export.surgery.graph.fold import CannotFoldError
-from fna.export.surgery.graph.index import STANDARD_DOMAINS, Graph
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import STANDARD_DOMAINS, GraphView, input_names, output_names
 from fna.export.surgery.recognise.rows import Dim, Operand, RefusedError, Result
 from fna.export.surgery.recognise.token_labels import VIEWS, run_view
 
@@ -34,16 +34,16 @@ class Link:
     """
 
     tensor: str
-    steps: tuple[tuple[NodeProto, str], ...]
+    steps: tuple[tuple[gs.Node, str], ...]
     factor: float
 
 
-def is_view(node: NodeProto | None) -> bool:
+def is_view(node: gs.Node | None) -> bool:
     """Whether a node only rearranges its first input."""
-    return node is not None and node.op_type in VIEWS and node.op_type != "Concat" and node.domain in STANDARD_DOMAINS
+    return node is not None and node.op in VIEWS and node.op != "Concat" and node.domain in STANDARD_DOMAINS
 
 
-def scalar_of(points: Sequence[Point], graph: Graph, name: str) -> float | None:
+def scalar_of(points: Sequence[ShapePoint], graph: GraphView, name: str) -> float | None:
     """The one finite number that a tensor holds at all sizes tried, if so."""
     found: set[float] = set()
     for point in points:
@@ -59,22 +59,27 @@ def scalar_of(points: Sequence[Point], graph: Graph, name: str) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def widens(points: Sequence[Point], data: str, result: str) -> bool:
+def widens(points: Sequence[ShapePoint], data: str, result: str) -> bool:
     """Whether an elementwise result is larger than the operand (it was broadcast)."""
     return any(point.shapes.get(data) != point.shapes.get(result) for point in points)
 
 
-def scalar_factor(graph: Graph, points: Sequence[Point], node: NodeProto) -> tuple[str, float] | None:
+def scalar_factor(graph: GraphView, points: Sequence[ShapePoint], node: gs.Node) -> tuple[str, float] | None:
     """For `x * c`, `c * x` and `x / c` with one number c: x and the factor."""
-    if node.op_type not in ("Mul", "Div") or node.domain not in STANDARD_DOMAINS or len(node.input) != 2:
+    if node.op not in ("Mul", "Div") or node.domain not in STANDARD_DOMAINS or len(node.inputs) != 2:
         return None
-    left, right = node.input
-    sides = [(left, right)] if node.op_type == "Div" else [(left, right), (right, left)]
+    left, right = input_names(node)
+    sides = [(left, right)] if node.op == "Div" else [(left, right), (right, left)]
     for data, constant in sides:
         number = scalar_of(points, graph, constant)
-        if number is None or constant in graph.data or data not in graph.data or widens(points, data, node.output[0]):
+        if (
+            number is None
+            or constant in graph.data
+            or data not in graph.data
+            or widens(points, data, node.outputs[0].name)
+        ):
             continue
-        if node.op_type == "Div":
+        if node.op == "Div":
             if number == 0:
                 return None
             number = 1.0 / number
@@ -82,10 +87,10 @@ def scalar_factor(graph: Graph, points: Sequence[Point], node: NodeProto) -> tup
     return None
 
 
-def chain_above(graph: Graph, points: Sequence[Point], name: str) -> list[Link]:
+def chain_above(graph: GraphView, points: Sequence[ShapePoint], name: str) -> list[Link]:
     """The operand itself, then the tensors above it through views and multiplications by one number."""
     links = [Link(name, (), 1.0)]
-    steps: list[tuple[NodeProto, str]] = []
+    steps: list[tuple[gs.Node, str]] = []
     factor = 1.0
     while len(links) < LONGEST_CHAIN:
         node = graph.source(name)
@@ -95,9 +100,9 @@ def chain_above(graph: Graph, points: Sequence[Point], name: str) -> list[Link]:
         if scaled is not None:
             name, number = scaled
             factor *= number
-        elif is_view(node) and node.input[0] in graph.data:
+        elif is_view(node) and node.inputs[0].name in graph.data:
             steps.insert(0, (node, name))
-            name = node.input[0]
+            name = node.inputs[0].name
         else:
             break
         links.append(Link(name, tuple(steps), factor))
@@ -109,15 +114,17 @@ def numbered(shape: Sequence[int]) -> Index:
     return np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.int64).reshape(shape)
 
 
-def run_steps(steps: Sequence[tuple[NodeProto, str]], array: NDArray[Any], point: Point) -> NDArray[Any]:
+def run_steps(
+    graph: GraphView, steps: Sequence[tuple[gs.Node, str]], array: NDArray[Any], point: ShapePoint
+) -> NDArray[Any]:
     """Apply views in turn."""
     for node, name in steps:
-        array = run_view(node, array, point)[list(node.output).index(name)]
+        array = run_view(node, array, point, graph)[output_names(node).index(name)]
     return array
 
 
 def describe_sizes(
-    points: Sequence[Point], shapes: Sequence[Sequence[int]], dims: Sequence[Dim | None]
+    points: Sequence[ShapePoint], shapes: Sequence[Sequence[int]], dims: Sequence[Dim | None]
 ) -> tuple[int | Dim, ...]:
     """A Reshape target: sizes that never change as numbers, at most one open size as -1, further ones read at run time."""
     target: list[int | Dim] = []
@@ -136,8 +143,8 @@ def describe_sizes(
 
 
 def find_operand(
-    graph: Graph,
-    points: Sequence[Point],
+    graph: GraphView,
+    points: Sequence[ShapePoint],
     name: str,
     wanted: Index,  # numbers of the operand's elements, in the order [B, H, N, D], at points[0]
     all_wanted: Sequence[tuple[int, int, int, int]],  # [B, H, N, D] at every point
@@ -150,7 +157,7 @@ def find_operand(
         if shape is None or int(np.prod(shape, dtype=np.int64)) != wanted.size:
             break
         try:
-            down = run_steps(link.steps, numbered(shape), points[0]).reshape(-1)
+            down = run_steps(graph, link.steps, numbered(shape), points[0]).reshape(-1)
         except (CannotFoldError, ValueError, IndexError):
             break
         recipe = _operand_recipe(points, link.tensor, shape, down[wanted], all_wanted)
@@ -166,7 +173,7 @@ def find_operand(
 
 
 def _operand_recipe(
-    points: Sequence[Point],
+    points: Sequence[ShapePoint],
     tensor: str,
     shape: Sequence[int],
     wanted: Index,  # [B, H, N, D], numbers of the elements of `tensor`
@@ -195,7 +202,7 @@ def _same(left: Index, right: Index) -> bool:
     return all(bool((one == other).all()) for one, other in edges) and bool((left == right).all())
 
 
-def _matching_dims(points: Sequence[Point], tensor: str, shapes: Sequence[Sequence[int]]) -> list[Dim | None]:
+def _matching_dims(points: Sequence[ShapePoint], tensor: str, shapes: Sequence[Sequence[int]]) -> list[Dim | None]:
     """For each dimension wanted, a dimension of `tensor` that has its size at all points."""
     own = [point.shapes[tensor] for point in points]
     found: list[Dim | None] = []
@@ -210,8 +217,8 @@ def _matching_dims(points: Sequence[Point], tensor: str, shapes: Sequence[Sequen
 
 
 def find_result(
-    graph: Graph,
-    points: Sequence[Point],
+    graph: GraphView,
+    points: Sequence[ShapePoint],
     name: str,
     index: Index,  # for each element of tensor `name`, the number of the element of [B, H, N, D] that it is
     sizes: Sequence[tuple[int, int, int, int]],
@@ -233,16 +240,16 @@ def find_result(
         node = graph.nodes[readers[0]]
         if (
             not is_view(node)
-            or len(node.output) != 1
-            or node.input[0] != current
-            or list(node.input).count(current) > 1
+            or len(node.outputs) != 1
+            or node.inputs[0].name != current
+            or input_names(node).count(current) > 1
         ):
             break
         try:
-            array = run_view(node, array, points[0])[0]
+            array = run_view(node, array, points[0], graph)[0]
         except (CannotFoldError, ValueError, IndexError):
             break
-        current = node.output[0]
+        current = node.outputs[0].name
         if array.size != full.size:
             break
     if best is None:
@@ -251,7 +258,7 @@ def find_result(
 
 
 def _result_recipe(
-    points: Sequence[Point],
+    points: Sequence[ShapePoint],
     tensor: str,
     array: Index,
     full: Index,

@@ -88,6 +88,11 @@ class Row:
     scale: float | None = None
     attention: Attention | None = None
 
+    @property
+    def prefix(self) -> str:
+        """What the names of new tensors start with."""
+        return f"{self.node}/fna_{self.block}"
+
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON has it."""
         tokens: int | list[int] | None = None

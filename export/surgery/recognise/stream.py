@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fna.export.surgery.graph.index import Graph, attribute
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import GraphView, attribute, input_names, output_names
 from fna.export.surgery.recognise.rows import Attention
 from fna.export.surgery.recognise.token_labels import CONSTANT, MIXED, CannotLabelError, label_tokens
 
@@ -23,7 +23,7 @@ class Stream:
     sequence_first: bool
 
 
-def find_stream(graph: Graph, points: list[Point], found: Attention) -> Stream | None:
+def find_stream(graph: GraphView, points: list[ShapePoint], found: Attention) -> Stream | None:
     """The residual stream that enters a block, before its norm; None where it cannot be told.
 
     It is the tensor that is both what query, key and value are computed from and what the block's result is added to.
@@ -41,8 +41,8 @@ def find_stream(graph: Graph, points: list[Point], found: Attention) -> Stream |
             continue
         seen.add(index)
         node = graph.nodes[index]
-        if node.op_type in ("Add", "SkipLayerNormalization", "Sum", "SkipSimplifiedLayerNormalization"):
-            for name in node.input[:2]:
+        if node.op in ("Add", "SkipLayerNormalization", "Sum", "SkipSimplifiedLayerNormalization"):
+            for name in input_names(node)[:2]:
                 inside = (
                     name == found.source
                     or graph.producer.get(name, -2) in above
@@ -52,8 +52,8 @@ def find_stream(graph: Graph, points: list[Point], found: Attention) -> Stream |
                     candidates.append(name)
         if candidates:
             break
-        below.update(node.output)
-        queue = sorted({*queue, *(reader for name in node.output for reader in graph.readers(name))})
+        below.update(output_names(node))
+        queue = sorted({*queue, *(reader for name in output_names(node) for reader in graph.readers(name))})
     for name in [*candidates, found.source]:
         stream = _as_stream(graph, points, found, name)
         if stream is not None:
@@ -61,7 +61,7 @@ def find_stream(graph: Graph, points: list[Point], found: Attention) -> Stream |
     return None
 
 
-def _as_stream(graph: Graph, points: list[Point], found: Attention, name: str) -> Stream | None:
+def _as_stream(graph: GraphView, points: list[ShapePoint], found: Attention, name: str) -> Stream | None:
     shape = points[0].shapes.get(name)
     tokens = found.tokens[0]
     if shape is None or len(shape) != 3 or points[0].types.get(name) not in (1, 10, 16):
@@ -102,7 +102,7 @@ def _appears_in_order(labels: np.ndarray, tokens: int, step: int) -> bool:
     return False
 
 
-def count_prefix_tokens(graph: Graph, points: list[Point], stream: Stream) -> int | None:
+def count_prefix_tokens(graph: GraphView, points: list[ShapePoint], stream: Stream) -> int | None:
     """Tokens at the front of a stream that do not come from the image; None where it cannot be told.
 
     They are put there by a Concat above the first block; blocks leave the order of tokens alone.
@@ -116,29 +116,31 @@ def count_prefix_tokens(graph: Graph, points: list[Point], stream: Stream) -> in
     starts: list[tuple[str, int]] = []
     for index in above:
         node = graph.nodes[index]
-        if node.op_type == "Concat" and node.input[0] not in graph.data:
-            starts += [(name, -1) for name in node.input if name in graph.data]
-        if node.op_type == "Conv" and node.output[0] in graph.data:
-            starts.append((node.output[0], 1))
+        if node.op == "Concat" and node.inputs[0].name not in graph.data:
+            starts += [(name, -1) for name in input_names(node) if name in graph.data]
+        if node.op == "Conv" and node.outputs[0].name in graph.data:
+            starts.append((node.outputs[0].name, 1))
     for join in joins[:4]:
         for name, axis in starts[-8:]:
-            count = _count_constant(graph, point, name, axis, graph.nodes[join].output[0], token_axis)
+            count = _count_constant(graph, point, name, axis, graph.nodes[join].outputs[0].name, token_axis)
             if count is not None:
                 return count
     return None
 
 
-def _joins_tokens(graph: Graph, point: Point, index: int, stream: Stream, token_axis: int) -> bool:
+def _joins_tokens(graph: GraphView, point: ShapePoint, index: int, stream: Stream, token_axis: int) -> bool:
     """Whether a node is a Concat of tokens to as many as the stream has."""
     node = graph.nodes[index]
-    if node.op_type != "Concat" or node.output[0] not in graph.data:
+    if node.op != "Concat" or node.outputs[0].name not in graph.data:
         return False
-    shape = point.shapes.get(node.output[0])
+    shape = point.shapes.get(node.outputs[0].name)
     axis = int(attribute(node, "axis", 0))
     return shape == point.shapes.get(stream.tensor) and shape is not None and axis % len(shape) == token_axis
 
 
-def _count_constant(graph: Graph, point: Point, start: str, axis: int, target: str, token_axis: int) -> int | None:
+def _count_constant(
+    graph: GraphView, point: ShapePoint, start: str, axis: int, target: str, token_axis: int
+) -> int | None:
     if point.shapes.get(start) is None:
         return None
     try:

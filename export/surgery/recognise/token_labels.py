@@ -7,16 +7,25 @@ places, however they were reshaped, split, transposed or sliced on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import NodeProto
 
 from fna.export.surgery.graph import fold as folding
-from fna.export.surgery.graph.index import MICROSOFT, STANDARD_DOMAINS, Graph, attribute, words
-from fna.export.surgery.graph.shapes import BROADCAST, SAME_AS_FIRST, Point
+from fna.export.surgery.graph.shapes import BROADCAST, SAME_AS_FIRST, ShapePoint
+from fna.export.surgery.graph.view import (
+    MICROSOFT,
+    STANDARD_DOMAINS,
+    GraphView,
+    attribute,
+    input_names,
+    output_names,
+    words,
+)
 
 Labels = NDArray[np.int32]
 MIXED = -1
@@ -38,26 +47,26 @@ class CannotLabelError(Exception):
     """Labels cannot be formed: a shape is unknown or a tensor too large."""
 
 
-def run_view(node: NodeProto, data: NDArray[Any], point: Point) -> list[NDArray[Any]]:
+def run_view(node: gs.Node, data: NDArray[Any], point: ShapePoint, graph: GraphView) -> list[NDArray[Any]]:
     """Apply a view operator to any array, with its other inputs taken from the values known at `point`."""
-    if node.op_type in ("Reshape", "Expand", "Squeeze", "Unsqueeze", "Flatten", "Gather", "Slice", "Tile", "Split"):
-        shape = point.shapes.get(node.output[0])
-        if node.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Flatten") and shape is not None:
+    if node.op in ("Reshape", "Expand", "Squeeze", "Unsqueeze", "Flatten", "Gather", "Slice", "Tile", "Split"):
+        shape = point.shapes.get(node.outputs[0].name)
+        if node.op in ("Reshape", "Squeeze", "Unsqueeze", "Flatten") and shape is not None:
             return [data.reshape(shape)]
-        values = [data, *(point.values.get(name) if name else None for name in node.input[1:])]
-        if node.op_type == "Expand" and shape is not None:
+        values = [data, *(point.values.get(name) if name else None for name in input_names(node)[1:])]
+        if node.op == "Expand" and shape is not None:
             return [np.broadcast_to(data, shape)]
-        return folding.fold(node, values)
-    if node.op_type == "Transpose":
+        return folding.fold(node, values, graph.opset)
+    if node.op == "Transpose":
         return [np.transpose(data, attribute(node, "perm"))]
-    if node.op_type == "Identity":
+    if node.op == "Identity":
         return [data]
     raise folding.CannotFoldError
 
 
 def label_tokens(
-    graph: Graph,
-    point: Point,
+    graph: GraphView,
+    point: ShapePoint,
     source: str,
     targets: Sequence[str],
     channel_axis: int,
@@ -74,7 +83,7 @@ def label_tokens(
     return follow(graph, point, {source: start}, targets)
 
 
-def follow(graph: Graph, point: Point, labels: dict[str, Labels], targets: Sequence[str]) -> dict[str, Labels]:
+def follow(graph: GraphView, point: ShapePoint, labels: dict[str, Labels], targets: Sequence[str]) -> dict[str, Labels]:
     """Carry labels forward from the tensors that have them to `targets`."""
     found = dict(labels)
     for index in _between(graph, set(labels), targets):
@@ -82,14 +91,14 @@ def follow(graph: Graph, point: Point, labels: dict[str, Labels], targets: Seque
         try:
             results = _outputs(graph, node, found, point)
         except (ValueError, IndexError, TypeError) as error:
-            raise CannotLabelError(f"the tokens cannot be followed through {node.op_type} {node.name!r}") from error
-        for name, result in zip(node.output, results, strict=False):
+            raise CannotLabelError(f"the tokens cannot be followed through {node.op} {node.name!r}") from error
+        for name, result in zip(output_names(node), results, strict=False):
             if name and name not in labels:
                 found[name] = result
     return found
 
 
-def _between(graph: Graph, sources: set[str], targets: Sequence[str]) -> list[int]:
+def _between(graph: GraphView, sources: set[str], targets: Sequence[str]) -> list[int]:
     """Nodes on a way from a source to a target, in order."""
     needed: set[int] = set()
     todo = [graph.producer[name] for name in targets if name in graph.producer and name not in sources]
@@ -98,20 +107,20 @@ def _between(graph: Graph, sources: set[str], targets: Sequence[str]) -> list[in
         if index in needed:
             continue
         needed.add(index)
-        for name in graph.nodes[index].input:
+        for name in input_names(graph.nodes[index]):
             if name in graph.producer and name not in sources and name in graph.data:
                 todo.append(graph.producer[name])
     reached = set(sources)
     order = []
     for index in sorted(needed):
         node = graph.nodes[index]
-        if any(name in reached for name in node.input):
-            reached.update(node.output)
+        if any(name in reached for name in input_names(node)):
+            reached.update(output_names(node))
             order.append(index)
     return order
 
 
-def _shape_of(point: Point, name: str) -> tuple[int, ...]:
+def _shape_of(point: ShapePoint, name: str) -> tuple[int, ...]:
     shape = point.shapes.get(name)
     if shape is None:
         raise CannotLabelError(f"the shape of {name!r} is not known")
@@ -120,86 +129,7 @@ def _shape_of(point: Point, name: str) -> tuple[int, ...]:
     return shape
 
 
-def _outputs(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Point) -> list[Labels]:
-    inputs = [found.get(name) for name in node.input]
-    given = [item for item in inputs if item is not None]
-    op_type = node.op_type
-    if op_type in ("Shape", "Size"):
-        return []
-    if op_type == "Split" or (op_type in VIEWS and op_type != "Concat" and inputs[0] is not None):
-        try:
-            return [item.astype(np.int32, copy=False) for item in run_view(node, _whole(inputs[0]), point)]
-        except (folding.CannotFoldError, ValueError, IndexError):
-            return [_mixed(point, name) for name in node.output]
-    if op_type == "Concat":
-        return [_concat(graph, node, found, point)]
-    if not given:
-        return []
-    shape = _shape_of(point, node.output[0])
-    if op_type in MIXES_TOKENS or node.domain not in (*STANDARD_DOMAINS, MICROSOFT):
-        return [_mixed(point, name) for name in node.output]
-    if op_type in NORMS and inputs[0] is not None:
-        axis = int(attribute(node, "axis", -1))
-        axes = tuple(range(axis % inputs[0].ndim, inputs[0].ndim)) if op_type not in ("LpNormalization",) else (axis,)
-        merged = _merge([_reduce(item, axes) for item in given], _keep(shape, axes))
-        normed = np.broadcast_to(merged, shape)
-        return [normed] * len(node.output)
-    if op_type in REDUCTIONS and inputs[0] is not None:
-        values = [None, *(point.values.get(name) for name in node.input[1:])]
-        axes_list = folding.axes_of(node, values)
-        axes = tuple(range(inputs[0].ndim)) if axes_list is None else tuple(axes_list)
-        return [_reduce(inputs[0], axes).reshape(shape)]
-    if (
-        op_type in ("MatMul", "FusedMatMul", "MatMulInteger")
-        and _one_of_two(inputs)
-        and not _is_data_product(graph, node)
-    ):
-        side = 0 if inputs[0] is not None else 1
-        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-            return [_mixed(point, node.output[0])]
-        swap = bool(attribute(node, "transA" if side == 0 else "transB", 0))
-        axis = (-1 if side == 0 else -2) if not swap else (-2 if side == 0 else -1)
-        reduced = _reduce(_whole(inputs[side]), (axis,))
-        if swap:
-            reduced = np.swapaxes(reduced, -1, -2)
-        return [np.broadcast_to(reduced, shape)]
-    if op_type == "DynamicQuantizeLinear" and inputs[0] is not None:
-        # one scale for the whole tensor says nothing about tokens
-        return [inputs[0]]
-    if op_type == "Gemm" and inputs[0] is not None and len(given) == 1:
-        axis = -2 if attribute(node, "transA", 0) else -1
-        reduced = _reduce(inputs[0], (axis,))
-        return [np.broadcast_to(reduced.T if attribute(node, "transA", 0) else reduced, shape)]
-    if op_type == "Einsum" and len(given) == 1:
-        return [_einsum(node, inputs, shape)]
-    if (
-        op_type == "Conv"
-        and inputs[0] is not None
-        and inputs[0].shape[2:] == shape[2:]
-        and inputs[0].shape[0] == shape[0]
-    ):
-        return [np.broadcast_to(_reduce(inputs[0], (1,)), shape)]
-    if op_type == "RotaryEmbedding" and inputs[0] is not None:
-        return [inputs[0]]
-    if op_type in SAME_AS_FIRST or op_type in BROADCAST or op_type in ("QuantizeLinear", "DequantizeLinear"):
-        return [_merge(given, shape)] * len(node.output)
-    return [_mixed(point, name) for name in node.output]
-
-
-def _one_of_two(inputs: Sequence[Labels | None]) -> bool:
-    return len(inputs) > 1 and (inputs[0] is None) != (inputs[1] is None)
-
-
-def _is_data_product(graph: Graph, node: NodeProto) -> bool:
-    return all(name in graph.data for name in node.input[:2])
-
-
-def _whole(labels: Labels | None) -> Labels:
-    assert labels is not None
-    return labels
-
-
-def _mixed(point: Point, name: str) -> Labels:
+def _mixed(point: ShapePoint, name: str) -> Labels:
     return np.broadcast_to(np.int32(MIXED), _shape_of(point, name))
 
 
@@ -232,34 +162,147 @@ def _reduce(labels: Labels, axes: tuple[int, ...]) -> Labels:
     return low
 
 
-def _concat(graph: Graph, node: NodeProto, found: dict[str, Labels], point: Point) -> Labels:
-    axis = int(attribute(node, "axis", 0))
+@dataclass(frozen=True)
+class Labelled:
+    """What a rule of labels looks at: a node, and the labels of those of its inputs that have some."""
+
+    graph: GraphView
+    node: gs.Node
+    inputs: list[Labels | None]
+    point: ShapePoint
+
+    @property
+    def known(self) -> list[Labels]:
+        """Labels of the inputs that have some."""
+        return [labels for labels in self.inputs if labels is not None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first result."""
+        return _shape_of(self.point, self.node.outputs[0].name)
+
+    def everywhere(self, labels: Labels) -> list[Labels]:
+        """The same labels for all results, broadcast to the shape of the first."""
+        return [np.broadcast_to(labels, self.shape)] * len(self.node.outputs)
+
+
+LabelRule = Callable[[Labelled], list[Labels] | None]
+"""What labels a node's results have; None where the rule does not apply, so that tokens count as mixed."""
+
+
+def _outputs(graph: GraphView, node: gs.Node, labels: dict[str, Labels], point: ShapePoint) -> list[Labels]:
+    at = Labelled(graph, node, [labels.get(name) for name in input_names(node)], point)
+    if node.op in ("Shape", "Size") or (not at.known and node.op != "Concat"):
+        return []
+    if node.op not in VIEWS:
+        _shape_of(point, node.outputs[0].name)
+    rule = LABEL_RULES.get(node.op) if node.domain in (*STANDARD_DOMAINS, MICROSOFT) or node.op in VIEWS else None
+    results = rule(at) if rule is not None else None
+    return results if results is not None else [_mixed(point, name) for name in output_names(node)]
+
+
+def _view(at: Labelled) -> list[Labels] | None:
+    if at.inputs[0] is None:
+        return None
+    try:
+        return [result.astype(np.int32, copy=False) for result in run_view(at.node, at.inputs[0], at.point, at.graph)]
+    except (folding.CannotFoldError, ValueError, IndexError):
+        return None
+
+
+def _concat(at: Labelled) -> list[Labels]:
     parts = []
-    for name in node.input:
-        labels = found.get(name)
-        if labels is None:
-            label = MIXED if name in graph.data else CONSTANT
-            labels = np.broadcast_to(np.int32(label), _shape_of(point, name))
-        parts.append(labels)
-    return np.concatenate(parts, axis=axis)
+    for name, labels in zip(input_names(at.node), at.inputs, strict=True):
+        label = MIXED if name in at.graph.data else CONSTANT
+        parts.append(np.broadcast_to(np.int32(label), _shape_of(at.point, name)) if labels is None else labels)
+    return [np.concatenate(parts, axis=int(attribute(at.node, "axis", 0)))]
 
 
-def _einsum(node: NodeProto, inputs: list[Labels | None], shape: tuple[int, ...]) -> Labels:
-    equation = str(attribute(node, "equation", "")).replace(" ", "")
-    if "->" not in equation or "." in equation:
-        return np.broadcast_to(np.int32(MIXED), shape)
+def _norm(at: Labelled) -> list[Labels] | None:
+    first = at.inputs[0]
+    if first is None:
+        return None
+    axis = int(attribute(at.node, "axis", -1))
+    axes = (axis,) if at.node.op == "LpNormalization" else tuple(range(axis % first.ndim, first.ndim))
+    return at.everywhere(_merge([_reduce(labels, axes) for labels in at.known], _keep(at.shape, axes)))
+
+
+def _reduction(at: Labelled) -> list[Labels] | None:
+    first = at.inputs[0]
+    if first is None:
+        return None
+    axes = folding.axes_of(at.node, [None, *(at.point.values.get(name) for name in input_names(at.node)[1:])])
+    return [_reduce(first, tuple(range(first.ndim)) if axes is None else tuple(axes)).reshape(at.shape)]
+
+
+def _product(at: Labelled) -> list[Labels] | None:
+    """A product of tokens with weights; of two tensors of data, it mixes tokens."""
+    left, right = at.inputs[:2] if len(at.inputs) > 1 else (None, None)
+    if (left is None) == (right is None) or all(name in at.graph.data for name in input_names(at.node)[:2]):
+        return None
+    if attribute(at.node, "transBatchA", 0) or attribute(at.node, "transBatchB", 0):
+        return None
+    swap = bool(attribute(at.node, "transA" if left is not None else "transB", 0))
+    labels = left if left is not None else right
+    assert labels is not None
+    reduced = _reduce(labels, (-1 if (left is not None) != swap else -2,))
+    return at.everywhere(np.swapaxes(reduced, -1, -2) if swap else reduced)
+
+
+def _gemm(at: Labelled) -> list[Labels] | None:
+    left = at.inputs[0]
+    if left is None or len(at.known) != 1:
+        return None
+    swap = bool(attribute(at.node, "transA", 0))
+    reduced = _reduce(left, (-2 if swap else -1,))
+    return at.everywhere(reduced.T if swap else reduced)
+
+
+def _convolution(at: Labelled) -> list[Labels] | None:
+    """A convolution that keeps the size of its input."""
+    first = at.inputs[0]
+    if first is None or first.shape[2:] != at.shape[2:] or first.shape[0] != at.shape[0]:
+        return None
+    return at.everywhere(_reduce(first, (1,)))
+
+
+def _einsum(at: Labelled) -> list[Labels] | None:
+    equation = str(attribute(at.node, "equation", "")).replace(" ", "")
+    if len(at.known) != 1 or "->" not in equation or "." in equation:
+        return None
     terms, out = equation.split("->")
-    for term, labels in zip(terms.split(","), inputs, strict=True):
-        if labels is None:
-            continue
-        gone = tuple(axis for axis, letter in enumerate(term) if letter not in out)
-        reduced = _reduce(labels, gone)
-        index = np.squeeze(reduced, axis=gone)
-        letters = [letter for letter in term if letter in out]
-        order = [letters.index(letter) for letter in out if letter in letters]
-        index = np.transpose(index, order)
-        for axis, letter in enumerate(out):
-            if letter not in letters:
-                index = np.expand_dims(index, axis)
-        return np.broadcast_to(index, shape)
-    return np.broadcast_to(np.int32(MIXED), shape)
+    term, labels = next((t, x) for t, x in zip(terms.split(","), at.inputs, strict=True) if x is not None)
+    gone = tuple(axis for axis, letter in enumerate(term) if letter not in out)
+    letters = [letter for letter in term if letter in out]
+    order = [letters.index(letter) for letter in out if letter in letters]
+    moved = np.transpose(np.squeeze(_reduce(labels, gone), axis=gone), order)
+    added = tuple(axis for axis, letter in enumerate(out) if letter not in letters)
+    return at.everywhere(np.expand_dims(moved, added))
+
+
+def _first_input(at: Labelled) -> list[Labels] | None:
+    return None if at.inputs[0] is None else [at.inputs[0]]
+
+
+def _elementwise(at: Labelled) -> list[Labels]:
+    return [_merge(at.known, at.shape)] * len(at.node.outputs)
+
+
+def _mixing(at: Labelled) -> list[Labels] | None:
+    return None
+
+
+LABEL_RULES: dict[str, LabelRule] = {
+    **dict.fromkeys(SAME_AS_FIRST | BROADCAST | words("QuantizeLinear DequantizeLinear"), _elementwise),
+    **dict.fromkeys(VIEWS, _view),
+    "Concat": _concat,
+    **dict.fromkeys(MIXES_TOKENS, _mixing),
+    **dict.fromkeys(NORMS, _norm),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(words("MatMul FusedMatMul MatMulInteger"), _product),
+    "Gemm": _gemm,
+    "Einsum": _einsum,
+    "Conv": _convolution,
+    "RotaryEmbedding": _first_input,
+    "DynamicQuantizeLinear": _first_input,  # one scale for the whole tensor says nothing about tokens
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,13 @@ from fna.export.operators.functions import (
     PLUGIN_OPS,
     attach_functions,
 )
-from fna.export.surgery.graph.index import Graph, all_inputs, order_nodes
-from fna.export.surgery.graph.shapes import Point
+from fna.export.surgery.graph.files import export_model, names_read, original_model
+from fna.export.surgery.graph.shapes import ShapePoint
+from fna.export.surgery.graph.view import GraphView, all_inputs, input_names, output_names
 from fna.export.surgery.recognise.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.recognise.stream import Stream, count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.compose import Site, compose
+from fna.export.surgery.rewrite.insert import insert_nodes
 from fna.plan import BlockPlan, Plan, TokenRange
 from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
 from fna.samplers.common.roles import check_rooms, guided_landmarks_nodes
@@ -56,9 +58,10 @@ class Replacement:
 
 @dataclass
 class Rewritten:
-    """A rewritten model and what was put into it."""
+    """A rewritten model, its large `weights` beside it, and what was put into it."""
 
     model: ModelProto
+    weights: dict[str, TensorProto]
     replacements: list[Replacement]
     prefix_tokens: dict[int, int]
     features: dict[int, str]
@@ -67,8 +70,8 @@ class Rewritten:
 
 @dataclass
 class _Writer:
-    graph: Graph
-    points: list[Point]
+    graph: GraphView
+    points: list[ShapePoint]
     plan: Plan
     taken: set[str]
     inserted: dict[int, list[NodeProto]] = field(default_factory=dict)
@@ -101,47 +104,53 @@ class _Writer:
         return unique
 
 
-def rewrite(graph: Graph, points: list[Point], rows: Sequence[Row], plan: Plan) -> Rewritten:
+def rewrite(graph: GraphView, points: list[ShapePoint], rows: Sequence[Row], plan: Plan) -> Rewritten:
     """Return a copy of the graph's model in which the attention of `rows` is FNA.
 
     Raises:
         InvalidPlanError: if the plan asks for what this graph cannot give (random landmarks for open sizes).
     """
-    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
-    taken |= set(graph.initializers) | {item.name for item in graph.inputs}
-    writer = _Writer(graph, points, plan, taken)
+    writer = _Writer(graph, points, plan, _names_taken(graph))
     replacements = [_replace(writer, row) for row in rows]
-    for item in replacements:
-        read = {name for node in item.before for name in all_inputs(node)}
-        item.constants = [tensor for name, tensor in writer.initializers.items() if name in read]
-    model = _assemble(graph, writer, replacements)
-    return Rewritten(model, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
+    for replacement in replacements:
+        read = {name for node in replacement.before for name in names_read(node)}
+        replacement.constants = [tensor for name, tensor in writer.initializers.items() if name in read]
+    weights: dict[str, TensorProto] = {}
+    model = export_model(insert_nodes(graph, writer.inserted, writer.initializers), weights)
+    model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
+    types = {item.fna.name: item.row.attention.element_type for item in replacements if item.row.attention}
+    common = next(iter(types.values())) if len(set(types.values())) == 1 else TensorProto.UNDEFINED
+    attach_functions(model, common, types)
+    return Rewritten(model, weights, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
 
 
-def operand_writer(
-    graph: Graph, points: list[Point], plan: Plan
-) -> tuple[_Writer, Callable[[Row, list[NodeProto]], tuple[str, str, str]]]:
-    """Return a writer, and a function that adds the nodes that make query, key and value `[B, H, N, D]` of a row.
+def _names_taken(graph: GraphView) -> set[str]:
+    names = {name for node in graph.nodes for name in (node.name, *output_names(node), *all_inputs(node))}
+    original = original_model(graph.graph).graph
+    return names | {item.name for item in original.initializer} | {item.name for item in original.input}
 
-    The writer's `initializers` are those that the nodes need.
-    """
-    taken = {name for node in graph.nodes for name in (node.name, *node.output, *all_inputs(node))}
-    writer = _Writer(graph, points, plan, taken | set(graph.initializers) | {item.name for item in graph.inputs})
 
-    def write(row: Row, nodes: list[NodeProto]) -> tuple[str, str, str]:
-        found = row.attention
-        assert found is not None
-        prefix = writer.unique(f"{row.node}/fna_operands_{row.block}")
-        nodes.extend(found.prelude)
-        for tensor in found.initializers:
-            writer.initializers[tensor.name] = tensor
-        query, key, value = (
-            _operand_nodes(writer, operand, f"{prefix}/{name}", nodes)
-            for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
-        )
-        return query, key, value
+def operand_nodes(
+    graph: GraphView, points: list[ShapePoint], rows: Sequence[Row]
+) -> tuple[list[NodeProto], dict[str, TensorProto], list[tuple[str, str, str]]]:
+    """Nodes that make query, key and value `[B, H, N, D]` of each row, constants that they read, and the three names of each."""
+    writer = _Writer(graph, points, Plan(num_blocks=max(1, len(rows))), _names_taken(graph))
+    nodes: list[NodeProto] = []
+    names = [_operands(writer, row, writer.unique(f"{row.node}/fna_operands_{row.block}"), nodes) for row in rows]
+    return nodes, writer.initializers, names
 
-    return writer, write
+
+def _operands(writer: _Writer, row: Row, prefix: str, nodes: list[NodeProto]) -> tuple[str, str, str]:
+    assert row.attention is not None
+    nodes.extend(row.attention.prelude)
+    for tensor in row.attention.initializers:
+        writer.initializers[tensor.name] = tensor
+        writer.taken.add(tensor.name)
+    query, key, value = (
+        _operand_nodes(writer, operand, f"{prefix}/{name}", nodes)
+        for name, operand in zip(("query", "key", "value"), row.attention.operands, strict=True)
+    )
+    return query, key, value
 
 
 # ---------------------------------------------------------------- one block
@@ -151,14 +160,8 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     found, block = row.attention, writer.plan.find(row.block)
     assert found is not None
     prefix = writer.unique(grafted_node_name(row.node, row.block))
-    before = list(found.prelude)
-    for tensor in found.initializers:
-        writer.initializers[tensor.name] = tensor
-        writer.taken.add(tensor.name)
-    query, key, value = (
-        _operand_nodes(writer, operand, f"{prefix}/{name}", before)
-        for name, operand in zip(("query", "key", "value"), found.operands, strict=True)
-    )
+    before: list[NodeProto] = []
+    query, key, value = _operands(writer, row, prefix, before)
     key_mask, sink = _key_mask(writer, row, found, query, key, before)
     attributes: dict[str, Any]
     if block is None:
@@ -419,7 +422,7 @@ def _origin(writer: _Writer, stream: Stream | None, found: Attention) -> str:
     start = stream.tensor if stream is not None else found.query.tensor
     names = writer.graph.needed_for({start})
     inputs = {item.name for item in writer.graph.inputs}
-    used = {name for index in names for name in writer.graph.nodes[index].input if name in inputs}
+    used = {name for index in names for name in input_names(writer.graph.nodes[index]) if name in inputs}
     return ",".join(sorted(used))
 
 
@@ -460,86 +463,3 @@ def _features(
     else:
         nodes.append(helper.make_node("ReduceMean", [operands[choice]], [mean], name=mean, axes=[1], keepdims=0))
     return mean
-
-
-# ---------------------------------------------------------------- the whole model
-
-
-def _assemble(graph: Graph, writer: _Writer, replacements: Sequence[Replacement]) -> ModelProto:
-    order: list[NodeProto] = []
-    mine: set[int] = set()
-    for index, node in enumerate(graph.nodes):
-        if index in writer.inserted:
-            for new in writer.inserted[index]:
-                mine.add(id(new))
-                order.append(new)
-            # further outputs of a fused operator are not read
-            continue
-        order.append(node)
-    kept = _without_new_dead(graph, order, mine)
-    used = {name for node in kept for name in all_inputs(node)} | graph.outputs
-    used_before = {name for node in graph.nodes for name in all_inputs(node)} | graph.outputs
-    declared = {item.name for item in graph.proto.input}
-
-    model = ModelProto()
-    model.CopyFrom(_without_graph(graph.model))
-    target = model.graph
-    target.name, target.doc_string = graph.proto.name, graph.proto.doc_string
-    target.node.extend(kept)
-    order_nodes(target)
-    target.initializer.extend(
-        item
-        for item in graph.proto.initializer
-        if item.name in used or item.name not in used_before or item.name in declared
-    )
-    target.initializer.extend(item for name, item in writer.initializers.items() if name in used)
-    target.sparse_initializer.extend(graph.proto.sparse_initializer)
-    target.input.extend(graph.proto.input)
-    target.output.extend(graph.proto.output)
-    gone = {name for node in graph.nodes for name in node.output} - {name for node in kept for name in node.output}
-    target.value_info.extend(item for item in graph.proto.value_info if item.name not in gone)
-    target.quantization_annotation.extend(
-        item for item in graph.proto.quantization_annotation if item.tensor_name not in gone
-    )
-    target.metadata_props.extend(graph.proto.metadata_props)
-    model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
-    types = {item.fna.name: item.row.attention.element_type for item in replacements if item.row.attention}
-    common = next(iter(types.values())) if len(set(types.values())) == 1 else TensorProto.UNDEFINED
-    attach_functions(model, common, types)
-    return model
-
-
-def _without_graph(model: ModelProto) -> ModelProto:
-    """The model's own fields: versions, domains, metadata, functions."""
-    shell = ModelProto()
-    for descriptor, value in model.ListFields():
-        if descriptor.name == "graph":
-            continue
-        if hasattr(value, "extend"):
-            getattr(shell, descriptor.name).extend(value)
-        else:
-            setattr(shell, descriptor.name, value)
-    return shell
-
-
-def _without_new_dead(graph: Graph, order: Sequence[NodeProto], mine: set[int]) -> list[NodeProto]:
-    """Drop what nothing needs any more; nodes that nothing needed before stay, unless their inputs are gone."""
-    producer = {name: position for position, node in enumerate(order) for name in node.output if name}
-    alive: set[int] = set()
-    todo = [producer[name] for name in graph.outputs if name in producer]
-    while todo:
-        position = todo.pop()
-        if position in alive:
-            continue
-        alive.add(position)
-        todo.extend(producer[name] for name in all_inputs(order[position]) if name in producer)
-    dead_before = {id(graph.nodes[index]) for index in range(len(graph.nodes)) if index not in graph.live}
-    known = {item.name for item in graph.proto.input} | set(graph.initializers) | graph.sparse
-    kept: list[NodeProto] = []
-    for position, node in enumerate(order):
-        if position in alive or (id(node) in dead_before and id(node) not in mine):
-            if position not in alive and any(name not in known for name in all_inputs(node)):
-                continue
-            kept.append(node)
-            known.update(node.output)
-    return kept

@@ -1,9 +1,10 @@
 // The runner's parts that need no engine: number formats, items that wrap around, and what it makes of the inspector's layers.
-#define FNA_RUNNER_NO_MAIN
-#include "fna_runner.cpp"
+#include "engine.hpp"
 
 namespace
 {
+
+using namespace runner;
 
 int gFailures = 0;
 

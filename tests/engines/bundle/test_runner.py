@@ -95,9 +95,8 @@ def test_it_links_with_tensorrt_rtx_and_refuses_headers_of_another_version(
 
 def test_number_formats_items_and_layers(headers: Headers, tensorrt_root: Path, tmp_path: Path) -> None:
     program, library = tmp_path / "parts", tensorrt_root / "lib"
-    # The runner's own functions that this does not call are no fault of theirs.
     compile_cpp(
-        *headers.flags, f"-I{RUNNER}", "-Wno-unused-function", Path(__file__).parent / "runner_parts.cpp", "-o", program,
+        *headers.flags, f"-I{RUNNER}", Path(__file__).parent / "runner_parts.cpp", "-o", program,
         f"-L{library}", f"-Wl,-rpath,{library}", "-lnvinfer", "-ldl",
     )  # fmt: skip
     done = run(program)
@@ -310,3 +309,9 @@ def test_what_cannot_run_is_one_line(
     done = device.run(*arguments, **env)
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in RUNNER.glob("*.hpp")))
+def test_every_header_names_what_it_needs(header: str, headers: Headers, tmp_path: Path) -> None:
+    (tmp_path / "alone.cpp").write_text(f'#include "{header}"\n#include "{header}"\n')
+    compile_cpp(*headers.flags, f"-I{RUNNER}", "-fsyntax-only", tmp_path / "alone.cpp")

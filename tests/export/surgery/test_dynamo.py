@@ -20,7 +20,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 DYNAMO = ("core_sdpa", "packed_timm", "rotary", "core_true_mask", "torch_mha_sequence_first")
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [18, 23, 24])
 @pytest.mark.parametrize("name", DYNAMO)
 def test_the_dynamo_exporter_is_understood(name: str, opset: int, export: Export, tmp_path: Path):
     case = next(case for case in zoo.PLAIN if case.name == name)

@@ -17,8 +17,9 @@ from fna.errors import InvalidPlanError
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.surgery.graft import GraftOptions, graft
-from fna.export.surgery.graph.index import Graph
+from fna.export.surgery.graph.files import import_model
 from fna.export.surgery.graph.shapes import infer_point
+from fna.export.surgery.graph.view import GraphView
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import load_onnx, save_model
 from fna.patching import patch, unpatch
@@ -117,6 +118,6 @@ def test_an_operator_of_ours_has_the_shape_of_its_query(operator: str) -> None:
             attention = fna.{operator} (query, query, query, landmarks)
             out = Transpose <perm = [0, 2, 1, 3]> (attention)
         }}""")
-    point = infer_point(Graph(model, Path()), {"query": (1, 2, 9, 4), "landmarks": (1, 3)}, 1)
+    point = infer_point(GraphView(import_model(model, Path())), {"query": (1, 2, 9, 4), "landmarks": (1, 3)}, 1)
     assert point.shapes["attention"] == (1, 2, 9, 4)
     assert point.shapes["out"] == (1, 9, 2, 4)

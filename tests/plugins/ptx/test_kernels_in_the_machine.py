@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from shared_build import BUILD, locked
 
-from fna.plugins.aot import build_table
 from fna.plugins.launch_plan import all_variants
 from fna.plugins.ptx.calls import Chip
 from fna.plugins.ptx.cases import AttentionCase, Case, SamplingCase, judge, quick_cases
 from fna.plugins.ptx.check import body_digest, unmodelled_kernels
-from fna.plugins.ptx.images import PtxImages, load_images
+from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.mutations import mutate, synchronisations, without
 from fna.plugins.ptx.reports import Fault
 
 CASES = list(quick_cases())
-
-
-@pytest.fixture(scope="session")
-def images() -> PtxImages:
-    """The PTX of the quick cases' kernels, compiled once for sm_80 and kept under build/."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    needed = {name for case in CASES for name in case.variants}
-    folder = BUILD / "test-ptx"
-    with locked("ptx-table"):
-        build_table(folder, chips=(80, 0), variants=[v for v in all_variants() if v.name in needed], jobs=2)
-    return load_images(folder)
 
 
 WRONG_TODAY = pytest.mark.xfail(

@@ -14,7 +14,9 @@ from fna.engines.device import find_gpu
 from fna.export.sources.loading import load_model
 from fna.plan import BlockPlan, Correction, Plan, uniform_plan
 from fna.validate.bench.counts import count, total_flop
-from fna.validate.bench.models import BenchRow, Timing, bench, draw, dump_csv, find_break_even, read_bench
+from fna.validate.bench.models import BenchRow, bench, find_break_even, read_bench
+from fna.validate.bench.output import draw, dump_csv
+from fna.validate.bench.timing import OpenModel, Timing, time_in_turns
 
 
 def test_a_models_count_is_its_linear_layers_and_its_attention(tiny) -> None:
@@ -102,3 +104,17 @@ def test_another_json_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert code == 2
     assert "is no JSON file of this version's fna bench" in capsys.readouterr().err
+
+
+def test_models_take_turns_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+
+    def model(name: str, seconds: float) -> OpenModel:
+        return OpenModel(
+            lambda: (order.append(name), seconds)[1], details=lambda: {"runs seen": float(order.count(name))}
+        )
+
+    slow, fast = time_in_turns([model("slow", 0.4), model("fast", 0.1)], runs=3, warm_up=1, batch=2)
+    assert order == ["slow", "fast"] * 4
+    assert (slow.median, slow.runs, slow.images_per_second) == (400, 3, 5)
+    assert (fast.median, fast.details) == (100, {"runs seen": 4.0})

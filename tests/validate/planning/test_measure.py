@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fna.attention import apply_newton_schulz, fast_nystrom_attention
+from fna.attention import fast_nystrom_attention
 from fna.composition import correct
 from fna.export.sources.loading import LoadedModel
 from fna.observing import AttentionCall, observed
@@ -22,7 +22,6 @@ from fna.validate.planning.measure import (
     SharedFeatures,
     fit_correction,
     measure_block,
-    newton_schulz_iterates,
 )
 from fna.validate.planning.subject import BlockView, TorchSubject
 
@@ -109,9 +108,3 @@ def test_a_small_error_costs_what_the_gradients_say(
         assert view.gradients is not None
         predicted = float((view.gradients * error[0]).sum((1, 2, 3)).square().mean())
         assert predicted == pytest.approx(float((1 - cosines).mean()), rel=0.4)
-
-
-def test_every_iterate_is_newton_schulz_with_that_many_iterations() -> None:
-    core, exact = torch.softmax(torch.randn(1, 2, 6, 6), -1), torch.randn(1, 2, 6, 3)
-    for steps, given in enumerate(newton_schulz_iterates(core, exact, 4), start=1):
-        torch.testing.assert_close(given, apply_newton_schulz(core, exact, steps), rtol=1e-4, atol=1e-5)

@@ -17,21 +17,19 @@ from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.plan import BlockPlan, Plan
+from fna.validate.planning.best_plan import make_best_plan
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.goals import TaskGoal
-from fna.validate.planning.measure import Candidate, Range
+from fna.validate.planning.measure import Candidate, SearchRange
 from fna.validate.planning.onnx_subject import OnnxSubject
-from fna.validate.planning.planner import (
-    Planned,
-    Planner,
-    Wish,
-    make_best_plan,
-    run_uniform_settings,
-)
+from fna.validate.planning.planner import Planner
+from fna.validate.planning.result import Planned
 from fna.validate.planning.subject import Subject, TorchSubject
+from fna.validate.planning.uniform import run_uniform_settings
+from fna.validate.planning.wish import Wish
 
 Pictures = list[NDArray[np.float32]]
-TRIED = Range(samplers=("lattice", "norm-grid"), landmarks=(4, 8, 16), iterations=(3, 6), shared=False)
+TRIED = SearchRange(samplers=("lattice", "norm-grid"), landmarks=(4, 8, 16), iterations=(3, 6), shared=False)
 
 
 def planner_for(subject: Subject, pictures: Pictures, **wish: Any) -> Planner:
@@ -56,13 +54,14 @@ def test_the_plan_saves_products_and_keeps_what_was_asked_for(
     assert planned.plan.blocks
     assert planned.plan.model == "tests:planned"
     assert planned.plan.resolution == (112, 112)
-    cost = sum(block_products(planned.plan, n, 65, 4, 16) for n in range(3))
+    cost = sum(block_products(planned.plan.find(n), planned.plan, 65, 4, 16) for n in range(3))
     assert planned.point.cost == pytest.approx(cost)
     assert planned.point.saved == pytest.approx(1 - cost / planned.exact_cost)
     assert planned.point.measured is not None
     again = planner_for(subject, pictures).run(planned.plan, pictures[3:])
     assert again.mean == pytest.approx(planned.point.measured.mean, abs=1e-6)
     assert planned.reached == (again.mean >= 0.98)
+    assert all(block.iterations is not None for block in planned.plan.blocks)
     assert layout.patches == (8, 8)
 
 
@@ -143,7 +142,7 @@ def test_whole_blocks_have_no_single_heads(subject: TorchSubject, pictures: Pict
 
 
 def test_plans_without_corrections_have_none(subject: TorchSubject, pictures: Pictures) -> None:
-    tried = Range(samplers=("grid",), landmarks=(8, 16), iterations=(6,), corrections=False)
+    tried = SearchRange(samplers=("grid",), landmarks=(8, 16), iterations=(6,), corrections=False)
     found = make_best_plan(planner_for(subject, pictures, tried=tried, min_cosine=0.9))
     assert found.plan.blocks
     assert all(entry.correction is None for entry in found.plan.blocks)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fna.validate.planning.search import Option, drop_dominated, find_front
+from fna.validate.planning.search import BlockOption, drop_dominated, find_front
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -15,8 +15,8 @@ def test_the_front_is_what_trying_everything_gives(seed: int) -> None:
     random = np.random.default_rng(seed)
     blocks = [
         [
-            Option(10.0, 0.0, "exact"),
-            *(Option(float(c), float(k) / 100, f"{c}") for c, k in random.integers(1, 10, (3, 2))),
+            BlockOption(10.0, 0.0, "exact"),
+            *(BlockOption(float(c), float(k) / 100, f"{c}") for c, k in random.integers(1, 10, (3, 2))),
         ]
         for _ in range(4)
     ]
@@ -30,7 +30,7 @@ def test_the_front_is_what_trying_everything_gives(seed: int) -> None:
 
 
 def test_points_of_the_front_get_cheaper_and_worse() -> None:
-    blocks = [[Option(5.0, 0.0, 0), Option(3.0, 0.1, 1), Option(1.0, 0.4, 2)]] * 3
+    blocks = [[BlockOption(5.0, 0.0, 0), BlockOption(3.0, 0.1, 1), BlockOption(1.0, 0.4, 2)]] * 3
     front = find_front(blocks, largest_loss=2.0)
     assert [choice.cost for choice in front] == sorted((choice.cost for choice in front), reverse=True)
     assert [choice.loss for choice in front] == sorted(choice.loss for choice in front)
@@ -41,5 +41,10 @@ def test_points_of_the_front_get_cheaper_and_worse() -> None:
 
 
 def test_an_option_that_is_dearer_and_worse_is_dropped() -> None:
-    options = [Option(2.0, 0.2, "a"), Option(3.0, 0.3, "b"), Option(3.0, 0.1, "c"), Option(5.0, 0.0, "d")]
+    options = [
+        BlockOption(2.0, 0.2, "a"),
+        BlockOption(3.0, 0.3, "b"),
+        BlockOption(3.0, 0.1, "c"),
+        BlockOption(5.0, 0.0, "d"),
+    ]
     assert [option.item for option in drop_dominated(options)] == ["a", "c", "d"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from fna import __version__
 from fna.engines.builder.options import BatchRange
 from fna.engines.builder.profiles import input_profiles
-from fna.engines.bundle.write import safe_name, split_weights
+from fna.engines.bundle.format import safe_name
+from fna.engines.bundle.models import split_weights
 from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.passes.lower import lower
 from fna.export.preprocessing import Preprocessing
-from fna.files import load_onnx
+from fna.files import load_onnx, part_folder
 
 QUEUE_MICROSECONDS = 1000
 """How long the batcher waits for more requests."""
@@ -53,7 +53,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Repository:
+class ModelRepository:
     """What was written.
 
     Attributes:
@@ -65,14 +65,14 @@ class Repository:
     left_out: tuple[str, ...] = ()
 
 
-def write_triton_repository(
+def write_model_repository(
     path: Path,
     output: Path,
     *,
     batch: BatchRange,
     resolution: tuple[int, int] | None = None,
     instances: int = 1,
-) -> Repository:
+) -> ModelRepository:
     """Write the model repository of an FNA file into a folder that is empty, not there, or holds an earlier one.
 
     Args:
@@ -93,11 +93,8 @@ def write_triton_repository(
     outputs = [_describe(value) for value in model.graph.output]
     names = {kind: f"{name}_{kind}" for kind in ("tensorrt", "onnxruntime", "preprocess", "portable")}
     left_out = []
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise InputFileError(f"{output} cannot be written: {parent} is no folder; make it first")
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=parent) as temporary:
-        root = Path(temporary) / "repository"
+    with part_folder(output) as temporary:
+        root = temporary / "repository"
         root.mkdir()
         _write_tensorrt(root / names["tensorrt"], source, outputs, batch, instances)
         variants = {"tensorrt": name}
@@ -120,7 +117,7 @@ def write_triton_repository(
         (root / "README.md").write_text(_readme(name, names, source, left_out), encoding="utf-8")
         _replace(root, output)
     first = name if name in models else names["tensorrt"]
-    return Repository((first, *(other for other in models if other != first)), tuple(left_out))
+    return ModelRepository((first, *(other for other in models if other != first)), tuple(left_out))
 
 
 def make_preprocess_model(

@@ -14,7 +14,7 @@ from google.protobuf import text_format
 
 from fna.cli import main
 from fna.engines.builder.options import BatchRange
-from fna.engines.serving.triton_repository import Repository, make_preprocess_model, write_triton_repository
+from fna.engines.serving.model_repository import ModelRepository, make_preprocess_model, write_model_repository
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.preprocessing import Preprocessing, bundled_photographs
@@ -42,8 +42,8 @@ def model_config() -> Any:
 @pytest.fixture(scope="module")
 def repository(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("triton") / "models"
-    written = write_triton_repository(tiny, output, batch=BATCH)
-    assert written == Repository(("tiny", "tiny_onnxruntime", "tiny_portable", "tiny_preprocess", "tiny_tensorrt"))
+    written = write_model_repository(tiny, output, batch=BATCH)
+    assert written == ModelRepository(("tiny", "tiny_onnxruntime", "tiny_portable", "tiny_preprocess", "tiny_tensorrt"))
     return output
 
 
@@ -137,14 +137,14 @@ def test_a_filter_that_onnx_has_not_leaves_the_ensembles_out_and_says_so(tiny: P
     metadata = read_metadata(model, "tiny").model_copy(update={"preprocessing": Preprocessing(resize="lanczos")})
     write_metadata(model, metadata)
     onnx.save(model, tmp_path / "tiny.onnx")
-    written = write_triton_repository(tmp_path / "tiny.onnx", tmp_path / "models", batch=BATCH)
+    written = write_model_repository(tmp_path / "tiny.onnx", tmp_path / "models", batch=BATCH)
     assert written.models == ("tiny_tensorrt", "tiny_onnxruntime")
     assert "lanczos" in written.left_out[0]
     assert "lanczos" in (tmp_path / "models" / "README.md").read_text()
 
 
 def test_batch_1_is_not_batched(tiny: Path, tmp_path: Path, model_config: Any) -> None:
-    write_triton_repository(tiny, tmp_path / "models", batch=BatchRange(1, 1, 1))
+    write_model_repository(tiny, tmp_path / "models", batch=BatchRange(1, 1, 1))
     text = (tmp_path / "models" / "tiny_tensorrt" / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config.ModelConfig())
     assert (config.max_batch_size, config.HasField("dynamic_batching")) == (1, False)
@@ -152,23 +152,23 @@ def test_batch_1_is_not_batched(tiny: Path, tmp_path: Path, model_config: Any) -
 
 def test_single_requests_have_to_fit(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="2:4:8 leaves out single requests"):
-        write_triton_repository(tiny, tmp_path / "models", batch=BatchRange(2, 4, 8))
+        write_model_repository(tiny, tmp_path / "models", batch=BatchRange(2, 4, 8))
 
 
 def test_writing_again_keeps_the_engine_and_nothing_else_is_overwritten(
     tiny: Path, repository: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "models"
-    write_triton_repository(tiny, output, batch=BATCH)
+    write_model_repository(tiny, output, batch=BATCH)
     plan = output / "tiny_tensorrt" / "1" / "model.plan"
     plan.write_text("engine")
-    write_triton_repository(tiny, output, batch=BATCH)
+    write_model_repository(tiny, output, batch=BATCH)
     assert plan.read_text() == "engine"
     for path in (path for path in repository.rglob("*") if path.is_file()):
         assert file_sha256(output / path.relative_to(repository)) == file_sha256(path)
     (output / "someone-elses").mkdir()
     with pytest.raises(InputFileError, match="someone-elses"):
-        write_triton_repository(tiny, output, batch=BATCH)
+        write_model_repository(tiny, output, batch=BATCH)
 
 
 def test_both_ways_of_loading_the_plugin_are_written_down(repository: Path) -> None:

@@ -1,0 +1,85 @@
+"""Photographs as the input they become, and the outputs that an engine has to give for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fna.engines.bundle.format import Check, Tolerance, safe_name
+from fna.engines.manifest import ShapeRange
+from fna.errors import InputFileError, ModelSourceError
+from fna.export.metadata import FileMetadata
+from fna.export.sources.loading import load_model
+from fna.patching import patch, unpatch
+from fna.runtime import Arrays, open_session, run_session
+
+TOLERANCES = {
+    "fp32": Tolerance(relative_l2=1e-3, cosine=0.99999),
+    "fp16": Tolerance(relative_l2=2e-2, cosine=0.999),
+    "bf16": Tolerance(relative_l2=1e-1, cosine=0.99),
+}
+"""Relative L2 as for the export error of `fna validate`; two vectors of equal length that are apart by a relative L2 of e have cosine
+1 - e^2 / 2, and the limits here leave room for different lengths."""
+
+
+def record_images(
+    path: Path,
+    root: Path,
+    metadata: FileMetadata,
+    profiles: dict[str, ShapeRange],
+    images: Sequence[tuple[str, Image.Image]],
+    precisions: Sequence[str],
+) -> Check:
+    """Write the photographs as the input they become, and the outputs that the engine has to give, both fp32.
+
+    Raises:
+        InputFileError: if the file has several inputs.
+        ModelSourceError: if the model that the file was traced from cannot be loaded or run.
+    """
+    if len(profiles) != 1:
+        raise InputFileError(f"the file has inputs {', '.join(profiles)}, but one image input can be recorded")
+    ((name, shapes),) = profiles.items()
+    height, width = shapes.usual[2:]
+    pixels = np.stack([metadata.preprocessing.apply(image, height, width) for _, image in images])
+    traced = metadata.origin == "trace"
+    outputs = _run_pytorch(metadata, pixels) if traced else _run_onnxruntime(path, name, pixels)
+    folder = root / "check"
+    files = {}
+    for output, array in outputs.items():
+        files[output] = f"check/expected.{safe_name(output)}.npy"
+        np.save(root / files[output], array)
+    np.save(folder / "input.npy", pixels)
+    return Check(
+        images=tuple(name for name, _ in images),
+        inputs={name: "check/input.npy"},
+        outputs=files,
+        reference="pytorch" if traced else "onnxruntime",
+        tolerances={precision: TOLERANCES[precision] for precision in precisions},
+    )
+
+
+def _run_pytorch(metadata: FileMetadata, pixels: NDArray[np.float32]) -> Arrays:
+    """Run FNA in PyTorch fp32 by the file's plan, an image at a time."""
+    model = load_model(metadata.source)
+    patch(model.module, metadata.plan)
+    try:
+        with torch.inference_mode():
+            parts = [[t.float().numpy() for t in model.module(torch.from_numpy(image[None]))] for image in pixels]
+    except Exception as error:  # the model is the user's and may raise anything
+        raise ModelSourceError(f"model {metadata.source!r} does not run: {str(error).splitlines()[0]}") from error
+    finally:
+        unpatch(model.module)
+    return {
+        name: np.concatenate(items) for name, items in zip(model.output_names, zip(*parts, strict=True), strict=True)
+    }
+
+
+def _run_onnxruntime(path: Path, name: str, pixels: NDArray[np.float32]) -> Arrays:
+    session = open_session(path)
+    parts = [run_session(session, {name: image[None]}) for image in pixels]
+    return {output: np.concatenate([part[output] for part in parts]).astype(np.float32) for output in parts[0]}

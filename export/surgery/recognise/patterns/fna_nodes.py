@@ -1,0 +1,24 @@
+"""Our own nodes, from an earlier export or graft: listed, and kept."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+from fna.export.surgery.graph.view import attribute
+from fna.export.surgery.recognise.context import Context
+from fna.export.surgery.recognise.pattern import AttentionPattern
+from fna.export.surgery.recognise.rows import Decision, Row
+
+
+def read(context: Context, node: gs.Node, row: Row) -> None:
+    """Fill in what the table shows of them."""
+    row.family, reason = ("FNA", "it is FNA") if node.op == ATTENTION else ("masked", "its keys are masked")
+    row.decision, row.reason = Decision.KEPT, f"{reason} already"
+    row.scale = float(attribute(node, "scale", 0.0))
+    shape = context.points[0].shapes.get(node.inputs[0].name)
+    if shape is not None and len(shape) == 4:
+        row.heads, row.head_size, row.tokens = shape[1], shape[3], (shape[2],)
+
+
+PATTERN = AttentionPattern("fna", lambda node: node.domain == DOMAIN and node.op in (ATTENTION, MASKED_ATTENTION), read)

@@ -1,0 +1,23 @@
+"""The PTX of the quick cases' kernels."""
+
+from __future__ import annotations
+
+import pytest
+from shared_build import BUILD, locked
+
+from fna.plugins.launch_plan import all_variants
+from fna.plugins.ptx.cases import quick_cases
+from fna.plugins.ptx.images import PtxImages, load_images
+
+
+@pytest.fixture(scope="session")
+def images() -> PtxImages:
+    """Compiled once for sm_80 and kept under build/."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    from fna.plugins.aot import build_table
+
+    needed = {name for case in quick_cases() for name in case.variants}
+    folder = BUILD / "test-ptx"
+    with locked("ptx-table"):
+        build_table(folder, chips=(80, 0), variants=[v for v in all_variants() if v.name in needed], jobs=2)
+    return load_images(folder)

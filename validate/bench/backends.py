@@ -1,0 +1,193 @@
+"""What runs the models of `fna bench`."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fna.errors import MissingCapabilityError
+from fna.export.sources.loading import LoadedModel
+from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
+from fna.patching import patch
+from fna.plan import Plan
+from fna.runtime import open_session, run_session
+from fna.validate.bench import Backend
+from fna.validate.bench.timing import OpenModel, clocked, peak_memory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed, apart from the plan: square images of side `resolution`, files in `folder`."""
+
+    model: LoadedModel
+    resolution: int
+    batch: int
+    precision: Precision
+    folder: Path
+    launches: int
+
+    @property
+    def pixels(self) -> NDArray[np.float32]:  # [B, 3, H, W]
+        """Images of noise, the same each time."""
+        shape = (self.batch, 3, self.resolution, self.resolution)
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+    def export(self, plan: Plan, precision: Precision) -> Path:
+        """Write the ONNX file of one plan."""
+        counts = "-".join(str(entry.landmarks) for entry in plan.blocks) or "dense"
+        path = self.folder / f"{counts}-{self.resolution}.onnx"
+        export_onnx(self.model, plan, TraceOptions(self.resolution, self.resolution, precision=precision), path)
+        return path
+
+
+Opener = Callable[[Setting, Plan], OpenModel]
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that this machine lacks, before any work.
+
+    Raises:
+        MissingCapabilityError: saying what is missing.
+    """
+    if backend in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
+        _need_gpu(backend)
+
+
+def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Opener:
+    def opener(setting: Setting, plan: Plan) -> OpenModel:
+        if provider == "cuda":
+            _need_gpu("onnxruntime-cuda")
+        path = setting.export(plan, setting.precision)
+        with peak_memory() as peak:
+            session = open_session(path, provider=provider)
+            inputs = {INPUT_NAME: setting.pixels}
+            run_session(session, inputs)
+        return OpenModel(lambda: clocked(lambda: run_session(session, inputs)), peak.mib if provider == "cpu" else None)
+
+    return opener
+
+
+def _open_torch(setting: Setting, plan: Plan) -> OpenModel:
+    return _torch(setting, plan, lambda module: module)
+
+
+def _open_compiled(setting: Setting, plan: Plan) -> OpenModel:
+    def compile_module(module: Any) -> Any:
+        torch.compiler.reset()
+        return torch.compile(module, dynamic=False)
+
+    try:
+        return _torch(setting, plan, compile_module)
+    except Exception as error:  # the compiler's own errors are of many kinds; mostly there is no C++ compiler
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingCapabilityError(
+            f"torch.compile does not work on this machine: {reason}; use --backend torch"
+        ) from error
+
+
+def _torch(setting: Setting, plan: Plan, prepare: Callable[[Any], Any]) -> OpenModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.resetpeak_memory_stats()
+    with peak_memory() as peak, torch.inference_mode():
+        module = copy.deepcopy(setting.model.module).to(device, TORCH_TYPES[setting.precision])
+        if plan.blocks:
+            patch(module, plan)
+        ready = prepare(module)
+        pixels = torch.from_numpy(setting.pixels).to(device, TORCH_TYPES[setting.precision])
+        ready(pixels)
+    mib = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak.mib
+
+    def run() -> float:
+        with torch.inference_mode():
+            return clocked(lambda: _synchronised(ready, pixels, device))
+
+    return OpenModel(run, mib)
+
+
+def _synchronised(module: Any, pixels: torch.Tensor, device: torch.device) -> None:
+    module(pixels)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Opener:
+    """An engine built for this machine's GPU; each turn is several launches, timed on the device."""
+
+    def opener(setting: Setting, plan: Plan) -> OpenModel:
+        from fna.engines.builder.build import build_engine
+        from fna.engines.builder.options import BatchRange, BuildOptions
+        from fna.engines.device import read_gpu
+        from fna.engines.flavours import import_flavour
+        from fna.engines.run.engine import Engine
+        from fna.engines.targets import TARGETS
+        from fna.export.variants import Variant, make_variant
+
+        _need_gpu(flavour)
+        import_flavour(flavour)
+        path = setting.export(plan, "fp32")
+        if setting.precision != "fp32":
+            cast = path.with_name(f"{path.stem}-{setting.precision}.onnx")
+            make_variant(path, cast, Variant(setting.precision, check=False), [])
+            path = cast
+        targets = tuple(target for target in TARGETS if read_gpu().capability in target.capabilities)[:1]
+        batch = BatchRange(1, setting.batch, setting.batch)
+        build_engine(path, path.with_suffix(".engine"), BuildOptions(flavour, targets, batch))
+        before = _free_device_memory()
+        engine = Engine(path.with_suffix(".engine"))
+        inputs = {INPUT_NAME: setting.pixels}
+        engine.run(inputs)
+        taken = (before - _free_device_memory()) / 2**20
+        tails: list[float] = []
+
+        def run() -> float:
+            latency = engine.bench(inputs, runs=setting.launches, warm_up=max(2, setting.launches // 5))
+            tails.append(latency.p99)
+            return latency.median / 1e3
+
+        def details() -> dict[str, float]:
+            manifest = engine.manifest
+            return {"p99": min(tails), "engine_mib": manifest.engine_bytes / 2**20, "build_seconds": manifest.seconds}
+
+        return OpenModel(run, taken, engine.close, details)
+
+    return opener
+
+
+def _need_gpu(backend: str) -> None:
+    from fna.engines.device import NoGpuError, read_gpu
+
+    try:
+        read_gpu()
+    except NoGpuError as error:
+        raise MissingCapabilityError(
+            f"--backend {backend} needs an NVIDIA GPU, but {error}; here are: onnxruntime, torch, torch-compile"
+        ) from None
+
+
+def _free_device_memory() -> int:
+    """Bytes of the device that nothing holds."""
+    from polygraphy import cuda
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    cuda.wrapper().check(cuda.wrapper().handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
+    return free.value
+
+
+OPENERS: dict[Backend, Opener] = {
+    "onnxruntime": _open_onnxruntime("cpu"),
+    "onnxruntime-cuda": _open_onnxruntime("cuda"),
+    "torch": _open_torch,
+    "torch-compile": _open_compiled,
+    "tensorrt": _open_engine("tensorrt"),
+    "tensorrt-rtx": _open_engine("tensorrt-rtx"),
+}
+"""How each backend opens the model of a plan."""

@@ -1,0 +1,149 @@
+"""`fna plan` as a function: look, measure, search, check against real runs, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fna.errors import InvalidArgumentError
+from fna.plan import Plan
+from fna.validate.planning.cache import digest_pixels
+from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
+from fna.validate.planning.fidelity import Fidelity
+from fna.validate.planning.measure import Candidate, Fit
+from fna.validate.planning.planner import PickedHeads, Planner
+from fna.validate.planning.result import FrontPlan, Planned
+from fna.validate.planning.search import BlockChoices, BlockOption, find_front
+
+TYPICAL_COSINE = 0.99
+"""Where the search starts if only a task metric is asked for."""
+
+ROUNDS = 8
+FRONT_POINTS = 7
+CLOSE_ENOUGH = 0.96
+"""The search ends when the loss is this much of what is allowed."""
+
+KEEP_BELOW = 0.97
+"""The search aims at this part of the loss allowed, for photographs differ."""
+
+
+def make_best_plan(planner: Planner) -> Planned:
+    """Plan: see `Planner`."""
+    say = planner.say
+    measurement = planner.measure()
+    fits = planner.with_dependence(planner.fits(measurement))
+    if any(bool((fit.effects > 0).any()) for fit in fits.values()):
+        scales = dict.fromkeys(planner.blocks, 1.0)
+    else:
+        scales = planner.cached(f"scales-{digest_pixels(np.stack(planner.images[:2]))}", lambda: planner.scales(fits))
+    options = planner.options(fits, scales)
+    allowed = 1 - (planner.wish.min_cosine or TYPICAL_COSINE)
+    say("searching")
+    front = find_front(options, largest_loss=40 * allowed, bins=16000)
+    if len(front) == 1:
+        nearest = [option for found in options for option in found if option.item.candidate is not None]
+        if not nearest:
+            return _exact_only(planner, front[0])
+        # all of it is too lossy: let a real run of the least lossy say so
+        front.append(_alone(options, min(nearest, key=lambda option: option.loss)))
+    position, plan, on_planning = _settle(planner, front, fits, allowed)
+    say("verifying on images not planned on")
+    verified = planner.run(plan, planner.held_out)
+    exact_cost = planner.cost.exact(planner.layout.heads) * planner.layout.num_blocks
+    point = FrontPlan(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
+    points: list[FrontPlan] = []
+    for index in _spread(front, position):
+        choice = front[index]
+        candidate = planner.make_plan(choice.items, fits)
+        say(f"running {len(points) + 1} plans of the front")
+        measured = verified if index == position else planner.run(candidate, planner.held_out)
+        points.append(FrontPlan(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
+    notes = [f"on the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"]
+    return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
+
+
+def _say_break_even(planner: Planner) -> list[str]:
+    tokens, cost = planner.layout.tokens, planner.cost
+    if not isinstance(cost, TimeCost):
+        return [f"at {tokens} tokens no candidate takes fewer products than exact attention"]
+    found = find_break_even(planner.layout, cost.device, calibration=cost.calibration)
+    where = f"break-even is at about {found} tokens" if found < MOST_TOKENS else "there is no break-even"
+    return [f"at {tokens} tokens on {cost.device.name} exact attention is faster: {where} (64 landmarks, predicted)"]
+
+
+def _settle(
+    planner: Planner, front: list[BlockChoices[PickedHeads]], fits: dict[tuple[int, Candidate], Fit], allowed: float
+) -> tuple[int, Plan, Fidelity]:
+    """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection."""
+    low, high = 0, len(front)  # low keeps it (all exact does), high does not
+    best: tuple[int, Plan, Fidelity] | None = None
+    guess = min(range(1, len(front)), key=lambda i: abs(front[i].loss - allowed))
+    for _ in range(ROUNDS):
+        plan = planner.make_plan(front[guess].items, fits)
+        planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
+        found = planner.run(plan, planner.images)
+        excess = planner.wish.excess(found, KEEP_BELOW)
+        if excess <= 1:
+            low, best = guess, (guess, plan, found)
+        else:
+            high = guess
+        if high - low <= 1 or CLOSE_ENOUGH <= excess <= 1:
+            break
+        # losses are nearly proportional to the predicted ones, so aim, but stay inside the bracket
+        aim = front[guess].loss / max(excess, 1e-6)
+        if low > 0 and high < len(front):
+            aim = (front[low].loss * front[high].loss) ** 0.5
+        guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim))
+    if best is None:
+        best = _most_faithful(planner, front, fits)
+    return best
+
+
+def _most_faithful(
+    planner: Planner, front: list[BlockChoices[PickedHeads]], fits: dict[tuple[int, Candidate], Fit]
+) -> tuple[int, Plan, Fidelity]:
+    """Return the point nearest to exact attention that has any FNA, or say what it reaches if that is not enough."""
+    index = next(i for i, choice in enumerate(front) if any(pick.candidate for pick in choice.items))
+    plan = planner.make_plan(front[index].items, fits)
+    found = planner.run(plan, planner.images)
+    if not planner.keeps(found):
+        entry = plan.blocks[0]
+        raise InvalidArgumentError(
+            f"{planner.wish.describe()} cannot be kept with any FNA: the best reachable is {found.describe()}, with "
+            f"{entry.landmarks} landmarks in block {entry.block}"
+            + (f", head {entry.heads[0]}" if entry.heads else "")
+            + "; ask for less, or keep exact attention"
+        )
+    return index, plan, found
+
+
+def _alone(
+    options: Sequence[Sequence[BlockOption[PickedHeads]]], option: BlockOption[PickedHeads]
+) -> BlockChoices[PickedHeads]:
+    """One block by an option, the others exact."""
+    number = next(number for number, found in enumerate(options) if option in found)
+    exact = [found[-1] for found in options]
+    assert all(each.item.candidate is None for each in exact)
+    chosen = [*exact[:number], option, *exact[number + 1 :]]
+    return BlockChoices(sum(each.cost for each in chosen), option.loss, tuple(each.item for each in chosen))
+
+
+def _exact_only(planner: Planner, choice: BlockChoices[PickedHeads]) -> Planned:
+    """The plan where no candidate is cheaper than exact attention."""
+    plan = planner.make_plan(choice.items, {})
+    point = FrontPlan(plan, choice.cost, 0.0, 0.0, _perfect(planner))
+    return Planned(plan, point, [point], choice.cost, True, _say_break_even(planner))
+
+
+def _perfect(planner: Planner) -> Fidelity:
+    return Fidelity(mean=1.0, p5=1.0, first=1.0, tasks={goal.name: 1.0 for goal in planner.wish.goals})
+
+
+def _spread(front: list[BlockChoices[PickedHeads]], position: int) -> list[int]:
+    """Some points of the front, evenly spaced in the logarithm of the loss, the chosen one among them."""
+    losses = np.log([max(choice.loss, 1e-9) for choice in front])
+    start, stop = np.log(max(front[position].loss, 1e-6) / 20), losses[-1]
+    wanted = np.linspace(start, stop, FRONT_POINTS - 1)
+    picked = {int(np.abs(losses - value).argmin()) for value in wanted} | {position}
+    return sorted(picked)
