@@ -96,8 +96,8 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     plan = plan.model_copy(update={"prefix_tokens": prefix})
     if plan.needs_positions and options.dynamic_size:
         raise InvalidArgumentError(
-            "the plan depends on where on the image a token is (its landmarks or corrections), so height and width cannot "
-            f"be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
+            "the plan depends on where on the image a token is (its landmarks, corrections or focal blocks), so height and width "
+            f"cannot be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
         )
     if plan.needs_positions and plan.patches is None:
         patches = (options.height // model.patch_size, options.width // model.patch_size)
@@ -123,7 +123,9 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     _name_nodes(program, blocks)
     _drop_stack_traces(program)
     fold_channel_scales(program.graph)
-    attach_functions(program, ONNX_TYPES[options.precision] if plan.blocks or plan.masks else TensorProto.UNDEFINED)
+    attach_functions(
+        program, ONNX_TYPES[options.precision] if plan.replaced_blocks or plan.masks else TensorProto.UNDEFINED
+    )
     metadata = FileMetadata(
         plan=plan,
         preprocessing=model.preprocessing,

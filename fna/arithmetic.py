@@ -6,8 +6,15 @@ counted. Sizes: N `tokens`, S `landmarks`, H `heads` (those that the formula is 
 
 from __future__ import annotations
 
-from fna.plan import BlockPlan, Plan, SharingKey
+import math
+from typing import TYPE_CHECKING
+
+from fna.plan import FocalBlockPlan, Plan, SharingKey
 from fna.samplers import find_sampler
+from fna.samplers.common.spacing import patch_grid
+
+if TYPE_CHECKING:
+    from fna.focal_keys import FocalKeys
 
 OPERATIONS_PER_PRODUCT = 2
 
@@ -40,6 +47,41 @@ def nystrom_products(tokens: int, landmarks: int, heads: int, head_size: int, it
         landmarks, heads, head_size
     )
     return core + rows + inverse
+
+
+def focal_products(
+    pairs: int, queries: int, tokens: int, prefix_tokens: int, hot: int, heads: int, head_size: int
+) -> int:
+    """Products of focal attention: every tile's queries with its keys, prefix tokens with all, scores of the hot keys.
+
+    Args:
+        pairs: queries times keys, summed over the tiles; padding counts nothing.
+        queries: patches, which are the tiles' queries.
+        tokens: N.
+        prefix_tokens: class and register tokens.
+        hot: keys that are exact for all tiles.
+        heads: H.
+        head_size: D.
+    """
+    scored = pairs + queries * hot + prefix_tokens * tokens
+    return heads * head_size * (2 * scored + (queries if hot else 0))
+
+
+def focal_bytes(
+    pairs: int,
+    queries: int,
+    listed: int,
+    tokens: int,
+    prefix_tokens: int,
+    hot: int,
+    heads: int,
+    head_size: int,
+    element: int,
+) -> int:
+    """Bytes of focal attention, counted as `exact_bytes`: `listed` keys and values are gathered for the tiles, and written."""
+    scores = pairs + queries * hot + prefix_tokens * tokens
+    gathered = 4 * heads * listed * head_size * element
+    return fused_bytes(tokens, heads, head_size, element) + gathered + 4 * heads * scores * element
 
 
 def correction_products(tokens: int, heads: int, head_size: int, kernel: int) -> int:
@@ -82,24 +124,34 @@ def head_split_bytes(tokens: int, heads: int, head_size: int, element: int) -> i
     return 8 * token_bytes(tokens, heads, head_size, element)
 
 
-def block_products(entry: BlockPlan | None, plan: Plan, tokens: int, heads: int, head_size: int) -> int:
-    """Products of one block's attention by a plan; None is an exact block. Choosing landmarks is counted by `plan_products`."""
-    if entry is None:
+def block_products(plan: Plan, block: int, tokens: int, heads: int, head_size: int) -> int:
+    """Products of one block's attention by a plan. Choosing landmarks is counted by `plan_products`."""
+    focal = plan.find_focal(block)
+    if focal is not None:
+        lists, prefix = _focal_lists(plan, focal, tokens)
+        return focal_products(*_listed_pairs(lists), tokens, prefix, focal.hot, heads, head_size)
+    planned = plan.find(block)
+    if planned is None:
         return exact_products(tokens, heads, head_size)
-    count = heads if entry.heads is None else len(entry.heads)
-    total = nystrom_products(tokens, entry.landmarks, count, head_size, plan.iterations_of(entry))
-    if entry.correction is not None:
-        total += correction_products(tokens, count, head_size, entry.correction.size)
+    count = heads if planned.heads is None else len(planned.heads)
+    total = nystrom_products(tokens, planned.landmarks, count, head_size, plan.iterations_of(planned))
+    if planned.correction is not None:
+        total += correction_products(tokens, count, head_size, planned.correction.size)
     return total + exact_products(tokens, heads - count, head_size)
 
 
-def block_bytes(entry: BlockPlan | None, tokens: int, heads: int, head_size: int, element: int) -> int:
-    """Bytes of one block's attention by a plan, scores and weights written out; None is an exact block."""
-    if entry is None:
+def block_bytes(plan: Plan, block: int, tokens: int, heads: int, head_size: int, element: int) -> int:
+    """Bytes of one block's attention by a plan, scores and weights written out."""
+    focal = plan.find_focal(block)
+    if focal is not None:
+        lists, prefix = _focal_lists(plan, focal, tokens)
+        return focal_bytes(*_listed_pairs(lists), lists.keys.size, tokens, prefix, focal.hot, heads, head_size, element)
+    planned = plan.find(block)
+    if planned is None:
         return exact_bytes(tokens, heads, head_size, element)
-    count = heads if entry.heads is None else len(entry.heads)
-    total = nystrom_bytes(tokens, entry.landmarks, count, head_size, element)
-    if entry.correction is not None:
+    count = heads if planned.heads is None else len(planned.heads)
+    total = nystrom_bytes(tokens, planned.landmarks, count, head_size, element)
+    if planned.correction is not None:
         total += correction_bytes(tokens, count, head_size, element)
     if count < heads:
         total += head_split_bytes(tokens, heads, head_size, element)
@@ -115,8 +167,8 @@ def plan_products(plan: Plan, tokens: int, heads: int, head_size: int) -> int:
     chosen: set[SharingKey] = set()
     taken = 0
     for block in range(plan.num_blocks):
+        taken += block_products(plan, block, tokens, heads, head_size)
         entry = plan.find(block)
-        taken += block_products(entry, plan, tokens, heads, head_size)
         if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
             chosen.add(plan.sharing_key(entry))
             taken += sampling_products(entry.sampler, tokens, entry.landmarks, heads * head_size)
@@ -125,10 +177,27 @@ def plan_products(plan: Plan, tokens: int, heads: int, head_size: int) -> int:
 
 def plan_bytes(plan: Plan, tokens: int, heads: int, head_size: int, element: int) -> int:
     """Bytes of the whole model's attention by a plan, scores and weights written out."""
-    return sum(block_bytes(plan.find(block), tokens, heads, head_size, element) for block in range(plan.num_blocks))
+    return sum(block_bytes(plan, block, tokens, heads, head_size, element) for block in range(plan.num_blocks))
 
 
 def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
     """Part of the whole model's attention products that a plan saves."""
     exact = plan.num_blocks * exact_products(tokens, heads, head_size)
     return 1 - plan_products(plan, tokens, heads, head_size) / exact
+
+
+def _focal_lists(plan: Plan, focal: FocalBlockPlan, tokens: int) -> tuple[FocalKeys, int]:
+    """A block's lists of keys, and the number of prefix tokens."""
+    from fna.focal_keys import focal_keys  # not above: it needs PyTorch
+
+    prefix = plan.prefix_tokens
+    if prefix is None:
+        rows, columns = plan.patches or (math.isqrt(tokens), math.isqrt(tokens))
+        prefix = tokens - rows * columns
+    patches = patch_grid(tokens, prefix, plan.patches)
+    return focal_keys(patches, prefix, focal.tile, focal.levels, focal.seed), prefix
+
+
+def _listed_pairs(lists: FocalKeys) -> tuple[int, int]:
+    """Queries times keys, summed over the tiles, and the number of queries; padding is left out."""
+    return int((lists.query_counts * lists.key_counts).sum()), int(lists.places.shape[0])

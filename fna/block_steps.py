@@ -107,29 +107,56 @@ class NystromStep:
 
 
 @dataclass(frozen=True)
+class FocalStep:
+    """Focal attention in a block, all heads of it; see `fna.focal.focal_attention`.
+
+    Attributes:
+        tile: side of the tiles of queries, in patches.
+        levels: (size, gap) of the cells that are sampled.
+        hot: keys that are exact for all tiles.
+        seed: of the draw.
+        patches: rows and columns of patches; None takes them for a square.
+    """
+
+    tile: int
+    levels: tuple[tuple[int, int], ...]
+    hot: int
+    seed: int
+    patches: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class BlockSteps:
     """One block: keys are masked, some heads are FNA and corrected, the others are exact, and all are joined in their order.
+
+    Or all heads are focal attention.
 
     Attributes:
         block: its number.
         key_masking: for FNA and exact heads alike; None for none.
-        nystrom: None where all heads are exact.
+        nystrom: None where all heads are exact, or focal attention.
+        focal: None where no head is focal attention.
     """
 
     block: int
     key_masking: KeyMasking | None
     nystrom: NystromStep | None
+    focal: FocalStep | None = None
 
     @property
     def is_untouched(self) -> bool:
         """Whether the block stays as the model has it."""
-        return self.key_masking is None and self.nystrom is None
+        return self.key_masking is None and self.nystrom is None and self.focal is None
 
 
 def steps_of(plan: Plan, block: int) -> BlockSteps:
     """Return what a plan says about one block."""
     masked = plan.find_mask(block)
     masking = None if masked is None else KeyMasking(NamedTokens(masked[1].tokens, masked[0]), masked[1].sink)
+    focal = plan.find_focal(block)
+    if focal is not None:
+        step = FocalStep(focal.tile, focal.levels, focal.hot, focal.seed, plan.patches)
+        return BlockSteps(block, masking, None, step)
     planned = plan.find(block)
     if planned is None:
         return BlockSteps(block, masking, None)
@@ -146,8 +173,8 @@ def steps_of(plan: Plan, block: int) -> BlockSteps:
         _named_tokens(plan.find_landmark_range("exclude", block)),
         (plan.sharing_key(planned), block if alone else None),
     )
-    step = NystromStep(planned.heads, landmarks, plan.iterations_of(planned), plan.exact_rows, planned.correction)
-    return BlockSteps(block, masking, step)
+    nystrom = NystromStep(planned.heads, landmarks, plan.iterations_of(planned), plan.exact_rows, planned.correction)
+    return BlockSteps(block, masking, nystrom)
 
 
 def _named_tokens(found: tuple[int, TokenRange] | None) -> NamedTokens | None:
@@ -181,7 +208,7 @@ def wire_block(
     value: Tensor,  # [B, H, N, D]
     wiring: BlockWiring[Tensor],
 ) -> Tensor:  # [B, H, N, D]
-    """Compute or write one block's attention.
+    """Compute or write one block's attention, if it is not focal: focal attention takes all heads, so nothing is wired.
 
     Raises:
         InvalidPlanError: for heads that the block does not have, or a correction for another number of heads.

@@ -7,13 +7,11 @@ arithmetic, and the twin that every other form is compared with.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fna.errors import InvalidArgumentError, InvalidDtypeError, InvalidShapeError
-from fna.focal_keys import Levels, focal_keys
+from fna.focal_keys import FAR_BELOW, Levels, focal_keys
 from fna.special_tokens import MASKED_SCORE
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,8 +66,9 @@ def focal_attention(
             )
         mask = key_mask.ne(0).to(torch.int32)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    on_device = [tensor.to(query.device) for tensor in (lists.queries, lists.keys, lists.bias, lists.places)]
-    return torch.ops.fna.focal_attention(query, key, value, *on_device, mask, int(hot), factor)
+    return torch.ops.fna.focal_attention(
+        query, key, value, *lists.tensors(query.device), mask, prefix_tokens, int(hot), factor
+    )
 
 
 def check_hot(hot: int, num_patches: int) -> None:
@@ -89,25 +88,24 @@ def focal_attention_reference(
     tile_queries: Tensor,  # [T, Q], int32
     tile_keys: Tensor,  # [T, K], int32
     tile_bias: Tensor,  # [T, K], fp32
-    places: Tensor,  # [N - P], int32
+    places: Tensor,  # [N - prefix], int32
     key_mask: Tensor | None,  # [B, N] or [1, N], int32
+    prefix_tokens: int,
     hot: int,
     scale: float,
 ) -> Tensor:  # [B, H, N, D]
     """Compute focal attention from checked arguments and the lists of `focal_keys`; nothing else."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     queries, keys, values = query.to(dtype) * scale, key.to(dtype), value.to(dtype)
-    prefix = query.shape[2] - places.shape[0]
     taken_off = keys.new_zeros(keys.shape[:3])  # [B, H, N], off the scores of masked keys
     if key_mask is not None:
         taken_off = taken_off + (key_mask.to(dtype) * MASKED_SCORE)[:, None]
 
     tiles, lists = tile_queries.long(), tile_keys.long()
-    hot_tokens = find_hot_keys(queries, keys, taken_off, prefix, hot)  # [B, H, hot]
+    hot_tokens = find_hot_keys(queries, keys, taken_off, prefix_tokens, hot)  # [B, H, hot]
     at_hot = hot_tokens[..., None].expand(-1, -1, -1, keys.shape[3])
-    once = taken_off.scatter(
-        2, hot_tokens, math.inf
-    )  # a hot key is a key of its own, so no tile lists it a second time
+    # A hot key is a key of its own, so no tile lists it a second time.
+    once = taken_off.scatter(2, hot_tokens, -FAR_BELOW)
 
     query_tiles = queries[:, :, tiles]  # [B, H, T, Q, D]
     listed_scores = query_tiles @ keys[:, :, lists].mT + (tile_bias.to(dtype) - once[:, :, lists])[:, :, :, None]
@@ -116,7 +114,7 @@ def focal_attention_reference(
     listed, extra = weights.split([lists.shape[1], hot], dim=-1)
     patches = listed @ values[:, :, lists] + extra @ values.gather(2, at_hot)[:, :, None]
 
-    whole = queries[:, :, :prefix] @ keys.mT - taken_off[:, :, None]
+    whole = queries[:, :, :prefix_tokens] @ keys.mT - taken_off[:, :, None]
     out = torch.cat([torch.softmax(whole, dim=-1) @ values, patches.flatten(2, 3)[:, :, places.long()]], dim=2)
     return out.to(query.dtype)
 
@@ -144,11 +142,12 @@ def _focal_op(
     tile_bias: Tensor,
     places: Tensor,
     key_mask: Tensor | None,
+    prefix_tokens: int,
     hot: int,
     scale: float,
 ) -> Tensor:
     return focal_attention_reference(
-        query, key, value, tile_queries, tile_keys, tile_bias, places, key_mask, hot, scale
+        query, key, value, tile_queries, tile_keys, tile_bias, places, key_mask, prefix_tokens, hot, scale
     )
 
 
@@ -162,6 +161,7 @@ def _focal_fake(
     tile_bias: Tensor,
     places: Tensor,
     key_mask: Tensor | None,
+    prefix_tokens: int,
     hot: int,
     scale: float,
 ) -> Tensor:
@@ -169,7 +169,7 @@ def _focal_fake(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.hot, ctx.scale = inputs
+    *tensors, ctx.prefix_tokens, ctx.hot, ctx.scale = inputs
     ctx.has_mask = tensors[-1] is not None
     ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
 
@@ -181,9 +181,9 @@ def _focal_backward(ctx, grad):  # type: ignore[no-untyped-def]
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
         query, key, value = leaves
         out = focal_attention_reference(
-            query, key, value, tile_queries, tile_keys, tile_bias, places, mask, ctx.hot, ctx.scale
+            query, key, value, tile_queries, tile_keys, tile_bias, places, mask, ctx.prefix_tokens, ctx.hot, ctx.scale
         )
-        return (*torch.autograd.grad(out, leaves, grad), *[None] * 7)
+        return (*torch.autograd.grad(out, leaves, grad), *[None] * 8)
 
 
 _focal_op.register_autograd(_focal_backward, setup_context=_save_for_backward)

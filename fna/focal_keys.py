@@ -36,25 +36,47 @@ NEAR: tuple[int, int] = (1, 0)
 
 LARGEST_SEED = 2**32 - 1
 
+FAR_BELOW = -1e30
+"""The bias that hides a key for good: no fp32 score comes near it. Not infinite, because builders may fold infinities into NaN."""
+
 _Words = npt.NDArray[np.uint64]
 _Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class FocalKeys:
-    """Queries and keys of each tile; T tiles of at most Q patches, K keys of each at most.
+    """Queries and keys of each tile; T tiles of at most Q patches, K keys of each at most. NumPy, so that a trace sees constants.
 
     Attributes:
         queries: token of each query, int32 `[T, Q]`; tiles at the edge repeat their first.
         keys: token of each key, int32 `[T, K]`, prefix tokens first; shorter lists repeat token 0.
-        bias: added to each key's scores, fp32 `[T, K]`; minus infinity where a list is shorter.
+        bias: added to each key's scores, fp32 `[T, K]`; `FAR_BELOW` where a list is shorter.
         places: where each patch token's output stands among the `T * Q` queries, int32 `[N - prefix]`.
     """
 
-    queries: Tensor
-    keys: Tensor
-    bias: Tensor
-    places: Tensor
+    queries: npt.NDArray[np.int32]
+    keys: npt.NDArray[np.int32]
+    bias: npt.NDArray[np.float32]
+    places: npt.NDArray[np.int32]
+
+    @property
+    def query_counts(self) -> _Integers:
+        """Queries of each tile without those that are repeated, `[T]`."""
+        repeated: _Integers = (self.queries[:, 1:] == self.queries[:, :1]).sum(axis=1)
+        return self.queries.shape[1] - repeated
+
+    @property
+    def key_counts(self) -> _Integers:
+        """Keys of each tile, `[T]`."""
+        counts: _Integers = (self.bias > np.float32(FAR_BELOW)).sum(axis=1)
+        return counts
+
+    def tensors(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, bias and places."""
+        queries, keys, bias, places = (
+            torch.tensor(array, device=device) for array in (self.queries, self.keys, self.bias, self.places)
+        )
+        return queries, keys, bias, places
 
 
 def check_focal(patches: tuple[int, int], tile: int, levels: Levels, seed: int) -> None:
@@ -133,26 +155,11 @@ def focal_keys(
         places[tokens - prefix_tokens] = number * tile * tile + np.arange(len(tokens))
     longest = max(len(keys) for keys in tile_keys)
     return FocalKeys(
-        queries=torch.from_numpy(queries).int(),
-        keys=torch.from_numpy(_pad(tile_keys, longest, 0)).int(),
-        bias=torch.from_numpy(_pad(tile_biases, longest, -math.inf)).float(),
-        places=torch.from_numpy(places).int(),
+        queries=queries.astype(np.int32),
+        keys=_pad(tile_keys, longest, 0).astype(np.int32),
+        bias=_pad(tile_biases, longest, FAR_BELOW).astype(np.float32),
+        places=places.astype(np.int32),
     )
-
-
-def focal_products(keys: FocalKeys, heads: int, head_size: int, prefix_tokens: int, hot: int) -> int:
-    """Multiply-adds of one block's focal attention: scores and values of every tile, prefix queries, scores of the hot keys.
-
-    Padding counts nothing: it is the business of a kernel, not of the method.
-    """
-    key_counts = (keys.bias > -math.inf).sum(dim=1)  # [T]
-    repeated = (keys.queries[:, 1:] == keys.queries[:, :1]).sum(dim=1)
-    query_counts = keys.queries.shape[1] - repeated
-    patches = int(keys.places.shape[0])
-    tokens = prefix_tokens + patches
-    tile_scores = int((query_counts * (key_counts + hot)).sum())
-    hot_scores = patches if hot else 0
-    return heads * head_size * (2 * tile_scores + 2 * prefix_tokens * tokens + hot_scores)
 
 
 def _tile_corners(patches: tuple[int, int], tile: int) -> Iterator[tuple[int, int]]:

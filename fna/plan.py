@@ -104,6 +104,33 @@ class BlockPlan(BaseModel):
         return self
 
 
+class FocalBlockPlan(BaseModel):
+    """One block of focal attention, all heads of it; see `fna.focal`.
+
+    Attributes:
+        block: its number.
+        tile: side of the tiles of queries, in patches.
+        levels: (size, gap) of the cells of patches that are sampled, finest first.
+        hot: keys that are exact for all tiles.
+        seed: of the draw.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: int = Field(ge=0)
+    tile: int = Field(default=8, ge=1)
+    levels: tuple[tuple[int, int], ...] = ((1, 0), (2, 2))
+    hot: int = Field(default=16, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> FocalBlockPlan:
+        from fna.focal_keys import check_focal  # not above: it needs PyTorch
+
+        check_focal((self.tile, self.tile), self.tile, self.levels, self.seed)
+        return self
+
+
 class TokenRange(BaseModel):
     """Some tokens in a range of blocks; see `fna.special_tokens`.
 
@@ -141,6 +168,7 @@ class Plan(BaseModel):
         version: of this format.
         num_blocks: attention blocks of the model the plan is for.
         blocks: the blocks that become FNA, ascending.
+        focal: the blocks that become focal attention, ascending; a file that lists some has version 2.
         method: `weighted` (landmark weights and exact rows) or `published` (neither).
         iterations: Newton-Schulz iterations; the method's own number for a new plan, `ITERATIONS_OF_VERSION_1` for a file without.
         prefix_tokens: class and register tokens at the front; None means: detect them.
@@ -159,9 +187,10 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     num_blocks: int = Field(ge=1)
     blocks: tuple[BlockPlan, ...] = ()
+    focal: tuple[FocalBlockPlan, ...] = ()
     method: Method = "weighted"
     iterations: int = Field(default_factory=_iterations_of_the_method, ge=1, le=20)
     prefix_tokens: int | None = Field(default=None, ge=0)
@@ -178,17 +207,25 @@ class Plan(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_what_a_file_leaves_out(cls, values: Any, info: ValidationInfo) -> Any:
-        if info.mode == "json" and isinstance(values, dict):
-            return {"iterations": ITERATIONS_OF_VERSION_1, **values}
-        return values
+        if not isinstance(values, dict):
+            return values
+        if info.mode == "json":
+            return {"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values}
+        return {"version": 2 if values.get("focal") else 1, **values}
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Plan:
-        numbers = [block.block for block in self.blocks]
-        if numbers != sorted(set(numbers)):
-            raise ValueError(f"blocks must be listed once each, ascending, but they are {numbers}")
-        if numbers and numbers[-1] >= self.num_blocks:
-            raise ValueError(f"block {numbers[-1]} is listed, but the model has blocks 0 to {self.num_blocks - 1}")
+        for key, planned in (("blocks", self.blocks), ("focal", self.focal)):
+            numbers = [block.block for block in planned]
+            if numbers != sorted(set(numbers)):
+                raise ValueError(f"{key} must be listed once each, ascending, but they are {numbers}")
+            if numbers and numbers[-1] >= self.num_blocks:
+                raise ValueError(f"block {numbers[-1]} is listed, but the model has blocks 0 to {self.num_blocks - 1}")
+        both = sorted({block.block for block in self.blocks} & {block.block for block in self.focal})
+        if both:
+            raise ValueError(f"block {both[0]} is listed under blocks and under focal, but it is one of both at most")
+        if self.focal and self.version == 1:
+            raise ValueError("focal blocks are listed, but version is 1; plans with them have version 2")
         for key in ("masks", "landmarks_include", "landmarks_exclude"):
             self._check_ranges(key, getattr(self, key))
         return self
@@ -240,7 +277,9 @@ class Plan(BaseModel):
     @property
     def needs_positions(self) -> bool:
         """Whether something in the plan depends on where on the image a token is, and so on the image's shape."""
-        return any(block.correction is not None or find_sampler(block.sampler).needs_positions for block in self.blocks)
+        return bool(self.focal) or any(
+            block.correction is not None or find_sampler(block.sampler).needs_positions for block in self.blocks
+        )
 
     def check_fits(self, model: str, resolution: tuple[int, int] | None) -> None:
         """Refuse a model or a resolution that the plan was not made for.
@@ -272,6 +311,15 @@ class Plan(BaseModel):
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
         return next((entry for entry in self.blocks if entry.block == block), None)
+
+    def find_focal(self, block: int) -> FocalBlockPlan | None:
+        """Return the plan of one block of focal attention, or None."""
+        return next((planned for planned in self.focal if planned.block == block), None)
+
+    @property
+    def replaced_blocks(self) -> list[int]:
+        """The blocks whose attention is FNA or focal, ascending."""
+        return sorted([block.block for block in self.blocks] + [block.block for block in self.focal])
 
     @property
     def masked_blocks(self) -> set[int]:

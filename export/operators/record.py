@@ -17,6 +17,10 @@ DOMAIN = "fna"
 DOMAIN_VERSION = 1
 MASKED_DOMAIN_VERSION = 2
 """From here on FastNystromAttention has an optional sixth input, `key_mask`; files that do not use it stay at version 1."""
+FOCAL_DOMAIN_VERSION = 3
+"""From here on there is FocalAttention."""
+MASKED_FOCAL_DOMAIN_VERSION = 4
+"""From here on it has an optional input `key_mask`."""
 
 _FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPE_NAMES = {"INT32": "tensor(int32)", "FLOAT": "tensor(float)"}

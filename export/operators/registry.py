@@ -17,6 +17,7 @@ from fna.errors import InvalidArgumentError
 from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.guided_features import GUIDED_FEATURES
 from fna.export.operators.guided_grid import GUIDED_GRID
 from fna.export.operators.guided_picks import GUIDED_PICKS
@@ -33,6 +34,7 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         FAST_NYSTROM_ATTENTION,
         MASKED_ATTENTION,
+        FOCAL_ATTENTION,
         FARTHEST_POINT_SAMPLING,
         NORM_GRID_LANDMARKS,
         MASSIVE_TOKENS,

@@ -54,7 +54,7 @@ def patch(model: nn.Module, plan: Plan) -> list[AttentionBlock]:
             "make a plan for this model"
         )
     for block in blocks:
-        planned, masked = plan.find(block.number) is not None, plan.find_mask(block.number) is not None
+        planned, masked = block.number in plan.replaced_blocks, plan.find_mask(block.number) is not None
         if block.refusal is not None and (planned or masked):
             raise UnsupportedAttentionError(
                 f"block {block.number} ({block.name}) cannot be {'FNA' if planned else 'masked'}: {block.refusal}; "

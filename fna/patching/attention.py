@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fna.attention import fast_nystrom_attention
-from fna.block_steps import wire_block
+from fna.block_steps import FocalStep, wire_block
 from fna.composition import TorchWiring
-from fna.errors import UnsupportedAttentionError
+from fna.errors import InvalidArgumentError, InvalidPlanError, UnsupportedAttentionError
+from fna.focal import focal_attention
 from fna.patching.state import BlockState
+from fna.samplers.common.spacing import patch_grid
 
 ATTENTION_NAME = "fna"
 STATE = "_fna_block"
@@ -54,6 +56,9 @@ def fna_attention_forward(
             return torch.ops.fna.masked_attention(query, key, value, key_mask, factor, sink)
         return scaled_dot_product_attention(query, key, value, scale=scaling)
 
+    if state.steps.focal is not None:
+        out = _focal(state.name, state.steps.focal, query, key, value, state.prefix_tokens, factor, key_mask)
+        return out.transpose(1, 2), None
     step = state.steps.nystrom
     if step is None:
         return exact(query, key, value).transpose(1, 2), None
@@ -75,6 +80,34 @@ def fna_attention_forward(
 
     wiring = TorchWiring(nystrom, exact, landmarks, state.prefix_tokens, step.landmarks.patches, step.exact_rows)
     return wire_block(state.steps, query.shape[1], query, key, value, wiring).transpose(1, 2), None
+
+
+def _focal(
+    name: str,
+    step: FocalStep,
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    prefix_tokens: int,
+    scale: float,
+    key_mask: Tensor | None,
+) -> Tensor:  # [B, H, N, D]
+    try:
+        return focal_attention(
+            query,
+            key,
+            value,
+            patches=patch_grid(query.shape[2], prefix_tokens, step.patches),
+            prefix_tokens=prefix_tokens,
+            tile=step.tile,
+            levels=step.levels,
+            hot=step.hot,
+            seed=step.seed,
+            scale=scale,
+            key_mask=key_mask,
+        )
+    except InvalidArgumentError as error:
+        raise InvalidPlanError(f"{name} cannot be focal attention: {error}") from None
 
 
 def exact_attention_forward(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -58,6 +58,33 @@ def test_the_file_computes_what_patched_pytorch_computes(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "masked keys"])
+def test_a_file_with_fna_and_focal_blocks_computes_what_patched_pytorch_computes(
+    tiny_model: LoadedModel, masked: bool, tmp_path: Path
+) -> None:
+    fields = {
+        "num_blocks": 4,
+        "blocks": [{"block": 3, "landmarks": 6}],
+        "focal": [
+            {"block": 1, "tile": 2, "levels": [[1, 0], [2, 1]], "hot": 3, "seed": 4},
+            {"block": 2, "tile": 4, "hot": 0},
+        ],
+        "masks": [{"blocks": "1-3", "tokens": [2, 7]}] if masked else [],
+    }
+    plan = Plan.model_validate(fields)
+    path = tmp_path / "model.onnx"
+    export_onnx(tiny_model, plan, TraceOptions(56, 56), path)
+    model = load_onnx(path)
+    nodes = [node.op_type for node in fna_nodes(model.graph) if "Attention" in node.op_type]
+    assert nodes == ["FocalAttention", "FocalAttention", "FastNystromAttention"]
+    pixels = photograph(56, batch=3)
+    expected = run_torch(tiny_model, plan, pixels)
+    for form in (path, lower(model, "portable")):
+        for given, wanted in zip(run_onnx(form, pixels), expected, strict=True):
+            np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-4)
+    assert read_metadata(model, "model").plan.focal == plan.focal
+
+
 def test_files_do_not_say_where_on_this_machine_the_model_was(tiny_model: LoadedModel) -> None:
     model, _ = trace_model(tiny_model, uniform_plan(4, layers="1-3", landmarks=6), TraceOptions(56, 56))
     assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()

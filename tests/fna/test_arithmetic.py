@@ -15,6 +15,7 @@ from fna.arithmetic import (
     nystrom_bytes,
     nystrom_products,
     plan_bytes,
+    plan_products,
     saved_part,
 )
 from fna.attention import nystrom_attention_reference
@@ -42,7 +43,7 @@ def test_heads_that_stay_exact_count_in_full() -> None:
     entry = BlockPlan(block=0, landmarks=8, heads=(1,), correction=correction)
     plan = Plan(num_blocks=2, blocks=(entry,))
     taken = nystrom_products(50, 8, 1, 16, 6) + correction_products(50, 1, 16, 3) + exact_products(50, 2, 16)
-    assert block_products(entry, plan, 50, 3, 16) == taken
+    assert block_products(plan, 0, 50, 3, 16) == taken
     whole = exact_products(50, 3, 16)
     assert saved_part(plan, 50, 3, 16) == pytest.approx(1 - (taken + whole) / (2 * whole))
 
@@ -69,3 +70,26 @@ def test_bytes_of_heads_that_stay_exact_count_in_full_and_so_does_parting_them()
     plan = Plan(num_blocks=2, blocks=(BlockPlan(block=0, landmarks=8, heads=(1,)),))
     parted = nystrom_bytes(50, 8, 1, 16, 4) + head_split_bytes(50, 3, 16, 4) + exact_bytes(50, 2, 16, 4)
     assert plan_bytes(plan, 50, 3, 16, 4) == parted + exact_bytes(50, 3, 16, 4)
+
+
+def focal_plan(**settings: object) -> Plan:
+    return Plan.model_validate({"num_blocks": 2, "focal": [{"block": 1, "tile": 4, **settings}], "prefix_tokens": 1})
+
+
+def test_focal_attention_over_single_patches_counts_as_exact_attention() -> None:
+    assert plan_products(focal_plan(levels=[[1, 0]], hot=0), 37, 3, 8) == 2 * exact_products(37, 3, 8)
+
+
+def test_focal_attention_counts_queries_times_keys_of_each_tile() -> None:
+    """6 x 6 patches in nine tiles of 2 x 2. A tile in a corner has 5 cells a patch or more away, one at an edge 3, the middle none."""
+    corner, edge, middle = 1 + 4 * 4 + 5, 1 + 6 * 4 + 3, 1 + 36
+    pairs = 4 * (4 * corner + 4 * edge + middle)
+    assert block_products(focal_plan(tile=2, levels=[[1, 0], [2, 1]], hot=0), 1, 37, 1, 1) == 2 * (pairs + 37)
+    hot = block_products(focal_plan(tile=2, levels=[[1, 0], [2, 1]], hot=3), 1, 37, 1, 1)
+    assert hot == 2 * (pairs + 37) + 2 * 36 * 3 + 36
+
+
+def test_a_plan_with_focal_blocks_saves_products_and_bytes() -> None:
+    plan = Plan.model_validate({"num_blocks": 1, "focal": [{"block": 0}]})
+    assert 0.6 < saved_part(plan, 1370, 6, 64) < 0.7
+    assert plan_bytes(plan, 1370, 6, 64, 4) < exact_bytes(1370, 6, 64, 4)

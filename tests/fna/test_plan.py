@@ -16,6 +16,7 @@ from fna.export.metadata import read_metadata
 from fna.plan import (
     ITERATIONS_OF_VERSION_1,
     BlockPlan,
+    FocalBlockPlan,
     Plan,
     TokenRange,
     format_layers,
@@ -68,7 +69,7 @@ def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     [
         ("{", "Invalid JSON"),
         ('{"num_blocks": 12, "colour": 1}', "colour"),
-        ('{"num_blocks": 12, "version": 2}', "version"),
+        ('{"num_blocks": 12, "version": 3}', "version"),
         ('{"num_blocks": 12, "blocks": [{"block": 1, "landmarks": 0}]}', "blocks.0.landmarks"),
         ('{"num_blocks": 12, "blocks": [{"block": 12, "landmarks": 8}]}', "blocks 0 to 11"),
         ('{"num_blocks": 12, "blocks": [{"block": 3, "landmarks": 8}, {"block": 3, "landmarks": 8}]}', "once each"),
@@ -205,3 +206,28 @@ def test_what_a_file_without_iterations_means_outlives_the_methods_default(monke
         model.metadata_props.add(key=f"fna.{key}", value=value)
     model.metadata_props.add(key="fna.preprocessing", value="{}")
     assert read_metadata(model, "old.onnx").plan.iterations == ITERATIONS_OF_VERSION_1
+
+
+def test_a_plan_with_focal_blocks_has_version_2_and_reads_back() -> None:
+    plan = Plan(num_blocks=12, focal=(FocalBlockPlan(block=3, tile=4, levels=((1, 0), (2, 2)), hot=8, seed=5),))
+    assert plan.version == 2
+    assert parse_plan(plan.dump_json()) == plan
+    assert plan.replaced_blocks == [3]
+    assert Plan(num_blocks=12).version == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"focal": [{"block": 1}], "version": 1}, "plans with them have version 2"),
+        ({"focal": [{"block": 1}, {"block": 0}], "version": 2}, "listed once each, ascending"),
+        ({"focal": [{"block": 12}], "version": 2}, "the model has blocks 0 to 11"),
+        ({"focal": [{"block": 1}], "blocks": [{"block": 1, "landmarks": 8}], "version": 2}, "one of both at most"),
+        ({"focal": [{"block": 1, "levels": [[1, 0], [3, 2], [4, 3]]}], "version": 2}, "multiple of the one before"),
+        ({"focal": [{"block": 1, "levels": [[2, 0]]}], "version": 2}, "the first must be"),
+        ({"focal": [{"block": 1, "seed": 4294967296}], "version": 2}, "seed is 4294967296"),
+    ],
+)
+def test_focal_blocks_that_cannot_be_are_refused_by_name(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidPlanError, match=message):
+        parse_plan(json.dumps({"num_blocks": 12, **fields}))

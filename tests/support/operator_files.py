@@ -11,7 +11,7 @@ from onnx import ModelProto, TensorProto, helper
 from fna.export.operators.record import Operator
 from fna.export.operators.registry import attach_functions
 
-_RANKS = {"query": 4, "key": 4, "value": 4, "out": 4, "hidden": 3, "features": 3}
+_RANKS = {"query": 4, "key": 4, "value": 4, "out": 4, "hidden": 3, "features": 3, "places": 1}
 
 
 def one_node_model(

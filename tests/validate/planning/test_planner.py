@@ -54,7 +54,7 @@ def test_the_plan_saves_products_and_keeps_what_was_asked_for(
     assert planned.plan.blocks
     assert planned.plan.model == "tests:planned"
     assert planned.plan.resolution == (112, 112)
-    cost = sum(block_products(planned.plan.find(n), planned.plan, 65, 4, 16) for n in range(3))
+    cost = sum(block_products(planned.plan, n, 65, 4, 16) for n in range(3))
     assert planned.point.cost == pytest.approx(cost)
     assert planned.point.saved == pytest.approx(1 - cost / planned.exact_cost)
     assert planned.point.measured is not None

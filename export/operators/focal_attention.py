@@ -1,0 +1,143 @@
+"""FocalAttention: `fna.focal.focal_attention_reference` in ONNX; the lists of keys are constants of the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fna.export.operators.builder import Builder
+from fna.export.operators.record import (
+    FOCAL_DOMAIN_VERSION,
+    MASKED_FOCAL_DOMAIN_VERSION,
+    FormalAttribute,
+    FormalParameter,
+    Operator,
+)
+from fna.focal_keys import FAR_BELOW
+from fna.special_tokens import MASKED_SCORE
+
+_SWAP_LAST = (0, 1, 3, 2)
+
+
+def _body(
+    op: Builder,
+    query: str,  # [B, H, N, D] T
+    key: str,  # [B, H, N, D] T
+    value: str,  # [B, H, N, D] T
+    tile_queries: str,  # [T, Q] int32
+    tile_keys: str,  # [T, K] int32
+    tile_bias: str,  # [T, K] fp32
+    places: str,  # [N - prefix] int32
+    key_mask: str | None,  # [B, N] or [1, N] int32
+    *,
+    prefix_tokens: int,
+    hot: int,
+) -> str:  # [B, H, N, D] T
+    """Write focal attention: everything inside is fp32; one Gather each takes queries, keys and values to the tiles."""
+    query_float, key_float, value_float = (op.as_float(tensor) for tensor in (query, key, value))
+    scaled = op.Mul(query_float, op.attribute("scale"))
+    taken_off = None
+    if key_mask is not None:
+        flags = op.Cast(op.Cast(key_mask, to="BOOL"), to="FLOAT")
+        taken_off = op.Unsqueeze(op.Mul(flags, MASKED_SCORE), axes=[1])  # [B, 1, N]
+
+    query_tiles = op.Gather(scaled, tile_queries, axis=2, name="query_tiles")  # [B, H, T, Q, D]
+    keys = op.Gather(key_float, tile_keys, axis=2, name="key_tiles")  # [B, H, T, K, D]
+    scores = op.MatMul(query_tiles, op.Transpose(keys, perm=(0, 1, 2, 4, 3)), name="scores")
+    bias = op.Unsqueeze(tile_bias, axes=[0, 1])  # [1, 1, T, K]
+    if taken_off is not None:
+        bias = op.Sub(bias, op.Gather(taken_off, tile_keys, axis=2))
+    values = op.Gather(value_float, tile_keys, axis=2, name="value_tiles")
+    if hot:
+        tokens = _hot_tokens(op, scaled, key_float, taken_off, prefix_tokens, hot)  # [B, H, hot]
+        bias = op.Add(bias, op.Gather(_once(op, key_float, tokens), tile_keys, axis=2))
+        rows = op.Expand(op.Unsqueeze(tokens, axes=[3]), op.Concat([1, 1, 1], op.Gather(op.Shape(query), [3]), axis=0))
+        hot_keys, hot_values = (op.GatherElements(tensor, rows, axis=2) for tensor in (key_float, value_float))
+        hot_columns = op.Unsqueeze(op.Transpose(hot_keys, perm=_SWAP_LAST), axes=[2])
+        hot_scores = op.MatMul(query_tiles, hot_columns, name="hot_scores")  # [B, H, T, Q, hot]
+        if taken_off is not None:
+            spread = op.Expand(taken_off, op.Gather(op.Shape(key), [0, 1, 2]))
+            hot_scores = op.Sub(hot_scores, op.Unsqueeze(op.GatherElements(spread, tokens, axis=2), axes=[2, 3]))
+        scores = op.Concat(op.Add(scores, op.Unsqueeze(bias, axes=[3])), hot_scores, axis=-1)
+        weights = op.Softmax(scores, axis=-1, name="weights")
+        listed, extra = _split_last(op, weights, hot)
+        tiles = op.Add(op.MatMul(listed, values), op.MatMul(extra, op.Unsqueeze(hot_values, axes=[2])))
+    else:
+        weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, axes=[3])), axis=-1, name="weights")
+        tiles = op.MatMul(weights, values)
+    size = op.Shape(query)
+    flat = op.Reshape(tiles, op.Concat(op.Gather(size, [0, 1]), [-1], op.Gather(size, [3]), axis=0))
+    patches = op.Gather(flat, places, axis=2, name="patches")
+    if not prefix_tokens:
+        return op.as_type_of(patches, query)
+    whole = op.MatMul(
+        _slice(op, scaled, 0, prefix_tokens), op.Transpose(key_float, perm=_SWAP_LAST), name="prefix_scores"
+    )
+    if taken_off is not None:
+        whole = op.Sub(whole, op.Unsqueeze(taken_off, axes=[2]))
+    prefix = op.MatMul(op.Softmax(whole, axis=-1), value_float, name="prefix")
+    return op.as_type_of(op.Concat(prefix, patches, axis=2), query)
+
+
+def _hot_tokens(
+    op: Builder, query: str, key: str, taken_off: str | None, prefix_tokens: int, hot: int
+) -> str:  # [B, H, hot] int64
+    end = 2**31 - 1
+    mean = op.ReduceMean(_slice(op, query, prefix_tokens, end), axes=[2], keepdims=1)
+    patches = _slice(op, key, prefix_tokens, end)
+    scores = op.Squeeze(op.MatMul(patches, op.Transpose(mean, perm=_SWAP_LAST), name="mean_scores"), axes=[3])
+    if taken_off is not None:
+        scores = op.Sub(scores, _slice(op, taken_off, prefix_tokens, end))
+    _, tokens = op.TopK(scores, [hot], axis=2, largest=1, sorted=1, outputs=2)
+    return str(op.Add(tokens, prefix_tokens))
+
+
+def _once(op: Builder, key: str, tokens: str) -> str:
+    """Write what keeps a hot key from being listed a second time, fp32 `[B, H, N]`."""
+    size = op.Gather(op.Shape(key), [0, 1, 2])
+    nothing = op.Expand(0.0, size)
+    return str(op.ScatterElements(nothing, tokens, op.Expand(FAR_BELOW, op.Shape(tokens)), axis=2))
+
+
+def _split_last(op: Builder, tensor: str, last: int) -> tuple[str, str]:
+    front = op.Slice(tensor, [0], [-last], [4])
+    return str(front), str(op.Slice(tensor, [-last], [2**31 - 1], [4]))
+
+
+def _slice(op: Builder, tensor: str, start: int, end: int) -> str:
+    return str(op.Slice(tensor, [start], [end], [2]))
+
+
+def _from_torch(  # type: ignore[no-untyped-def]
+    write, query, key, value, tile_queries, tile_keys, tile_bias, places, key_mask, prefix_tokens, hot, scale
+) -> Any:
+    mask = () if key_mask is None else (key_mask,)
+    return write(
+        query, key, value, tile_queries, tile_keys, tile_bias, places, *mask,
+        scale=scale, prefix_tokens=prefix_tokens, hot=hot,
+    )  # fmt: skip
+
+
+FOCAL_ATTENTION = Operator(
+    "FocalAttention",
+    inputs=(
+        FormalParameter("query"),
+        FormalParameter("key"),
+        FormalParameter("value"),
+        FormalParameter("tile_queries", "INT32"),
+        FormalParameter("tile_keys", "INT32"),
+        FormalParameter("tile_bias", "FLOAT"),
+        FormalParameter("places", "INT32"),
+        FormalParameter("key_mask", "INT32", since=MASKED_FOCAL_DOMAIN_VERSION),
+    ),
+    outputs=(FormalParameter("out"),),
+    attributes=(
+        FormalAttribute("scale", "FLOAT"),
+        FormalAttribute("prefix_tokens"),
+        FormalAttribute("hot", default=0),
+    ),
+    body=_body,
+    torch_operators={"focal_attention": _from_torch},
+    attends=True,
+    typed=True,
+    since=FOCAL_DOMAIN_VERSION,
+)
