@@ -17,7 +17,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18
 
-from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError
+from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError, first_line
 from fna.export.blocks import module_scopes, traced_node_name
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.operators.builder import HIGHEST_OPSET
@@ -192,8 +192,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ModelSourceError(f"tracing {model.name} to ONNX failed: {reason}") from error
+        raise ModelSourceError(f"tracing {model.name} to ONNX failed: {first_line(cause)}") from error
     if program is None:
         raise ModelSourceError(f"tracing {model.name} to ONNX failed: the exporter returned nothing")
     if options.precision == "bf16":

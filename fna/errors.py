@@ -12,6 +12,11 @@ class FnaError(Exception):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, its type's name where it has none: other libraries' reasons, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class InvalidShapeError(FnaError, ValueError):
     """A tensor has the wrong rank or size."""
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fna.errors import BuildError, InputFileError
+from fna.errors import BuildError, InputFileError, first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,8 +39,7 @@ def load_onnx(path: Path, *, tensors: bool = True) -> ModelProto:
     try:
         model = onnx.load(path, load_external_data=tensors)
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputFileError(f"{path} cannot be read as an ONNX model: {reason}") from None
+        raise InputFileError(f"{path} cannot be read as an ONNX model: {first_line(error)}") from None
     if not model.graph.node or not model.graph.output:
         raise InputFileError(f"{path} is not an ONNX model: it has no graph")
     return model

