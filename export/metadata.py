@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fna.errors import InputFileError
 from fna.export.preprocessing import Preprocessing
 from fna.plan import Plan, describe_validation_error
+from fna.precision import Precision
 
 PREFIX = "fna."
 
@@ -43,7 +44,7 @@ class FileMetadata(BaseModel):
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
     source: str
     origin: Literal["trace", "graft"]
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     fp32_blocks: tuple[int, ...] = ()
     quantized: Literal["int8"] | None = None
     height: int | None = None

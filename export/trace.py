@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnxscript
 import onnxscript.optimizer
@@ -24,17 +24,17 @@ from fna.export.operators.builder import HIGHEST_OPSET
 from fna.export.operators.registry import attach_functions, fna_nodes, is_attention, translation_table
 from fna.export.passes.fold_scales import fold_channel_scales
 from fna.export.sources.loading import LoadedModel, check_resolution
+from fna.export.types import ONNX_TYPES
 from fna.files import save_model
 from fna.machine import tool_versions
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
+from fna.precision import Precision
 from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, find_sampler
 from fna.samplers.common.roles import check_rooms
 from fna.special_tokens import detect_prefix_tokens
 
-Precision = Literal["fp32", "fp16", "bf16"]
-TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+TORCH_TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INPUT_NAME = "pixel_values"
 
 

@@ -1,9 +1,18 @@
-"""The element types and shapes of a file's tensors, by ONNX's inference, for files of any size."""
+"""Number types in ONNX: those of each precision, and those of a file's tensors, by ONNX's inference, for files of any size."""
 
 from __future__ import annotations
 
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
+
+from fna.precision import Precision
+
+ONNX_TYPES: dict[Precision, int] = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
+PRECISION_OF: dict[int, Precision] = {kind: name for name, kind in ONNX_TYPES.items()}
 
 _SMALL = 4096
 """Bytes; tensors up to this size may hold shapes, which inference reads."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,7 @@ from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.passes.precision import cast_model
 from fna.export.passes.quantize import find_overflows, measure_ranges, quantize_model
 from fna.files import load_onnx, save_model
-
-Precision = Literal["fp32", "fp16", "bf16"]
+from fna.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.operators.registry import fna_nodes, has_plugin
-from fna.export.variants import Precision, Variant, make_variant
+from fna.export.variants import Variant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
 from fna.machine import tool_versions
+from fna.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import fna_nodes, node_attributes, plugin_operators
-from fna.export.types import tensor_types
-
-_ONNX_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+from fna.export.types import PRECISION_OF, tensor_types
 
 # As inspectors of 8.x to 11.x write types: "Row major linear FP16 format", "Half", "BFloat16", "Float".
 _TYPE_WORDS = (
@@ -74,7 +72,7 @@ def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
         RequestedLayer(
             node.name,
             node.op_type,
-            _ONNX_NAMES.get(types.get(node.input[0], 0), "unknown"),
+            PRECISION_OF.get(types.get(node.input[0], 0), "unknown"),
             str(node_attributes(node).get("plugin_version", "1")),
         )
         for node in nodes
@@ -107,7 +105,7 @@ def check_layers(layers: Sequence[FnaLayer]) -> None:
             continue
         if layer.precision is None:
             problems.append(f"{layer.name} is not a plugin layer of the engine")
-        elif layer.requested in _ONNX_NAMES.values() and layer.precision != layer.requested:
+        elif layer.requested in PRECISION_OF.values() and layer.precision != layer.requested:
             problems.append(f"{layer.name} runs in {layer.precision}, but {layer.requested} was asked for")
     if problems:
         raise BuildError(

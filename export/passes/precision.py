@@ -23,10 +23,9 @@ from fna.export.metadata import read_metadata, write_metadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.record import DOMAIN
 from fna.export.operators.registry import attach_functions, fna_nodes, model_opset
-from fna.export.types import infer_types
+from fna.export.types import ONNX_TYPES, infer_types
 
 HalfPrecision = Literal["fp16", "bf16"]
-ONNX_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FP16_LARGEST = 65504.0
 
 NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization")

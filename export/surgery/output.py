@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,8 +17,10 @@ from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.preprocessing import Preprocessing
 from fna.export.surgery.graph.files import all_tensors, external_file, one_line
 from fna.export.surgery.recognise.rows import Decision, Row
+from fna.export.types import PRECISION_OF
 from fna.files import file_sha256, written_whole
 from fna.plan import Plan
+from fna.precision import Precision
 
 
 def describe_graft(
@@ -98,14 +99,14 @@ def _known_preprocessing(model: ModelProto) -> Preprocessing:
     return Preprocessing()
 
 
-def _precision(model: ModelProto) -> Literal["fp32", "fp16", "bf16"]:
+def _precision(model: ModelProto) -> Precision:
     """The type of most weights."""
-    sizes = {TensorProto.FLOAT: 0.0, TensorProto.FLOAT16: 0.0, TensorProto.BFLOAT16: 0.0}
+    sizes = dict.fromkeys(PRECISION_OF, 0.0)
     for tensor in model.graph.initializer:
         if tensor.data_type in sizes:
             sizes[tensor.data_type] += float(np.prod(tensor.dims, dtype=np.float64))
     most = max(sizes, key=lambda kind: sizes[kind])
-    return {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}[most]  # type: ignore[return-value]
+    return PRECISION_OF[most]
 
 
 def check_output(source: Path, output: Path) -> None:

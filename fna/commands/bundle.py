@@ -10,6 +10,7 @@ import click
 from fna.commands import options
 from fna.commands.console import make_console, progress, write_json
 from fna.errors import InvalidArgumentError
+from fna.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from fna.engines.bundle.format import BundleManifest
@@ -118,9 +119,9 @@ def command(
 def _parse_precisions(text: str | None) -> tuple[Any, ...]:
     chosen = tuple(part.strip() for part in text.split(",")) if text is not None else ()
     for precision in chosen:
-        if precision not in options.PRECISIONS:
+        if precision not in PRECISIONS:
             raise InvalidArgumentError(
-                f"--precision {precision!r} cannot be bundled; choose from {', '.join(options.PRECISIONS)}, as in fp16,fp32"
+                f"--precision {precision!r} cannot be bundled; choose from {', '.join(PRECISIONS)}, as in fp16,fp32"
             )
     return chosen
 

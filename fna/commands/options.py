@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fna.errors import InvalidArgumentError
+from fna.precision import PRECISIONS
 from fna.samplers import DEFAULT_SAMPLER, sampler_names
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SAMPLERS = sampler_names()
 METHODS = ("weighted", "published")
-PRECISIONS = ("fp32", "fp16", "bf16")
 PATH: Any = click.Path(path_type=Path)
 
 Option = Callable[..., Callable[[Any], Any]]

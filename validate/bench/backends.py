@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fna.errors import MissingCapabilityError
 from fna.export.sources.loading import LoadedModel
-from fna.export.trace import INPUT_NAME, TORCH_TYPES, Precision, TraceOptions, export_onnx
+from fna.export.trace import INPUT_NAME, TORCH_TYPES, TraceOptions, export_onnx
 from fna.patching import patch
 from fna.plan import Plan
+from fna.precision import Precision
 from fna.runtime import open_session, run_session
 from fna.validate.bench import Backend
 from fna.validate.bench.timing import OpenModel, clocked, peak_memory

@@ -16,6 +16,7 @@ from fna.errors import FnaError
 from fna.export.sources.loading import DEFAULT_MODEL, load_model
 from fna.files import write_text
 from fna.plan import uniform_plan
+from fna.precision import PRECISIONS
 from fna.validate.bench.backends import check_backend
 from fna.validate.bench.models import BenchRow, bench
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--backend", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
     parser.add_argument("--resolution", type=int, nargs="+", default=RESOLUTIONS)
     parser.add_argument("--layers", default="all", help="FNA blocks")
     parser.add_argument("--landmarks", type=int, default=64)

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from fna.errors import InputFileError, InvalidLandmarksError
 from fna.export.sources.loading import LoadedModel, check_resolution
-from fna.export.trace import Precision
 from fna.machine import describe_machine
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
+from fna.precision import Precision
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.bench import Backend
 from fna.validate.bench.backends import OPENERS, Setting

@@ -17,6 +17,7 @@ from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityEr
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.sources.loading import LoadedModel, check_resolution, load_model
 from fna.export.trace import TraceOptions, trace_model
+from fna.export.types import PRECISION_OF, tensor_types
 from fna.files import file_sha256, load_onnx
 from fna.runtime import Arrays
 from fna.validate.budget.fna_nodes import list_fna_nodes
@@ -363,13 +364,8 @@ def choose_size(
 
 def describe_types(model: ModelProto) -> Mapping[str, str]:
     """Return the element type that each FNA node of a file takes, by block number: what it says, not what was asked for."""
-    from onnx import TensorProto, shape_inference
-
     nodes = list_fna_nodes(model)
     if not nodes:
         return {}
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    inferred = shape_inference.infer_shapes(model).graph
-    types.update((value.name, value.type.tensor_type.elem_type) for value in (*inferred.value_info, *inferred.input))
-    names = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-    return {str(node.block): names.get(types.get(node.inputs["query"], 0), "unknown") for node in nodes}
+    types = tensor_types(model)
+    return {str(node.block): PRECISION_OF.get(types.get(node.inputs["query"], 0), "unknown") for node in nodes}

@@ -16,8 +16,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from fna.errors import InputFileError
 from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
+from fna.export.types import PRECISION_OF
 
-LOW_TYPES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+LOW_TYPES = {kind: name for kind, name in PRECISION_OF.items() if name != "fp32"}
 """The types that are rounded to."""
 
 _EXACT_OPERATORS = {
