@@ -122,7 +122,7 @@ def _borders(
 
 def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], consumers: Consumers) -> int | None:
     """The node in which attention that starts at `node` ends: itself, or where the softmax meets the values."""
-    ours = is_attention(node)
+    ours = is_attention(node.domain, node.op_type)
     if ours or (node.domain != DOMAIN and node.op_type == "Attention"):
         return index
     if node.op_type != "Softmax":

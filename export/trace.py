@@ -224,7 +224,7 @@ def _name_nodes(model: ModelProto, blocks: Sequence[AttentionBlock]) -> None:
     nodes = list(fna_nodes(model.graph))
     current = 0
     for node in reversed(nodes):
-        if is_attention(node):
+        if is_attention(node.domain, node.op_type):
             current = _number_of(node, numbers)
         node.name = traced_node_name(current, node.op_type)
 

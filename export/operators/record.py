@@ -12,8 +12,9 @@ from onnx.defs import OpSchema
 
 from fna.errors import InvalidArgumentError
 from fna.export.operators.builder import Builder, check_opset
+from fna.samplers.common.record import ONNX_DOMAIN
 
-DOMAIN = "fna"
+DOMAIN = ONNX_DOMAIN
 DOMAIN_VERSION = 1
 MASKED_DOMAIN_VERSION = 2
 """From here on FastNystromAttention has an optional sixth input, `key_mask`; files that do not use it stay at version 1."""

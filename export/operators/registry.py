@@ -58,6 +58,8 @@ def attach_functions(
 ) -> None:
     """Add to `model`, in place, the functions that its `fna` nodes call, in the model's own opset.
 
+    Nodes that a plugin implements get the fields that TensorRT looks it up by, where they lack them.
+
     Where nodes of one operator need different bodies (other iterations, types or sizes), the functions are told apart by
     the `overload` field, which needs IR version 10.
 
@@ -74,6 +76,7 @@ def attach_functions(
     callers: dict[str, dict[FunctionVariant, list[NodeProto]]] = {}
     for node in fna_nodes(model.graph):
         variant = variant_of(node, types.get(node.name, element_type))
+        _add_plugin_fields(node, variant)
         callers.setdefault(node.op_type, {}).setdefault(variant, []).append(node)
     kept = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
@@ -112,9 +115,9 @@ def has_plugin(node: NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type in plugin_operators()
 
 
-def is_attention(node: NodeProto) -> bool:
-    """Whether a node is the attention of a block."""
-    return node.domain == DOMAIN and node.op_type in OPERATORS and OPERATORS[node.op_type].attends
+def is_attention(domain: str, op_type: str) -> bool:
+    """Whether an operator is the attention of a block."""
+    return domain == DOMAIN and op_type in OPERATORS and OPERATORS[op_type].attends
 
 
 def plugin_operators() -> tuple[str, ...]:
@@ -172,6 +175,13 @@ def node_attributes(node: NodeProto) -> dict[str, Any]:
 def has_key_mask(node: NodeProto) -> bool:
     """Whether a FastNystromAttention node has its optional sixth input."""
     return len(node.input) > 5 and bool(node.input[5])
+
+
+def _add_plugin_fields(node: NodeProto, variant: FunctionVariant) -> None:
+    known = {attribute.name for attribute in node.attribute}
+    for name, value in variant.operator.plugin_fields(variant.version).items():
+        if name not in known:
+            node.attribute.append(onnx.helper.make_attribute(name, value))
 
 
 def _import_domain(model: ModelProto, version: int) -> None:

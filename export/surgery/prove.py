@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
-from fna.export.operators.functions import MASKED_ATTENTION
+from fna.export.operators.masked_attention import MASKED_ATTENTION
 from fna.export.surgery.graph.files import names_read, node_proto, tensor_proto
 from fna.export.surgery.graph.fold import numpy_type
 from fna.export.surgery.graph.shapes import ShapePoint
@@ -129,7 +129,7 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     site, scale = item.site, float(np.float32(found.scale))
     settings = {setting.name: helper.get_attribute_value(setting) for setting in item.fna.attribute}
     sink = bool(settings.get("sink", 0))
-    key_mask = others[-1] if item.fna.op_type == MASKED_ATTENTION or others[2:] else None
+    key_mask = others[-1] if MASKED_ATTENTION.is_called_by(item.fna) or others[2:] else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         landmarks, bias = others[:2]

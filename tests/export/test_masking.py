@@ -212,7 +212,7 @@ def test_a_traced_file_computes_what_patched_pytorch_computes_in_all_heads_or_so
         divided = entry is not None and entry.heads is not None and len(entry.heads) < 2
         names += [f"/blocks.{block}/{FAST_NYSTROM_ATTENTION.name}"] * (entry is not None)
         names += [f"/blocks.{block}/{MASKED_ATTENTION.name}"] * (masked and (divided or entry is None))
-    assert [node.name for node in fna_nodes(model.graph) if is_attention(node)] == names
+    assert [node.name for node in fna_nodes(model.graph) if is_attention(node.domain, node.op_type)] == names
     kept = {node.op_type for node in fna_nodes(lower(model, "plugin").graph)}
     assert kept == {FAST_NYSTROM_ATTENTION.name}
     for node in fna_nodes(model.graph):

@@ -17,7 +17,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, TypeProto
 
-from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import OPERATORS
 from fna.export.surgery.graph import fold as folding
 from fna.export.surgery.graph.files import node_proto, one_line, stored_value
 from fna.export.surgery.graph.view import (
@@ -361,7 +362,7 @@ MICROSOFT_RULES: dict[str, ShapeRule] = {
     "Attention": _packed_attention,
     "MultiHeadAttention": _multi_head_attention,
 }
-OURS: dict[str, ShapeRule] = {ATTENTION: _same, MASKED_ATTENTION: _same}
+OURS: dict[str, ShapeRule] = {operator.name: _same for operator in OPERATORS.values() if operator.attends}
 
 
 def _rule_of(node: gs.Node) -> ShapeRule:

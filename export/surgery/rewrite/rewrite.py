@@ -12,18 +12,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InvalidPlanError
 from fna.export.blocks import grafted_node_name
+from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
 from fna.export.operators.builder import Builder
-from fna.export.operators.functions import (
-    ARTIFACT_TOKENS,
-    ATTENTION,
-    DOMAIN,
-    MASKED_ATTENTION,
-    MASKED_PLUGIN_FIELDS,
-    MASSIVE_TOKENS,
-    PLUGIN_FIELDS,
-    PLUGIN_OPS,
-    attach_functions,
-)
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.masked_attention import MASKED_ATTENTION
+from fna.export.operators.massive_tokens import MASSIVE_TOKENS
+from fna.export.operators.record import Operator
+from fna.export.operators.registry import attach_functions
 from fna.export.surgery.graph.files import export_model, names_read, original_model
 from fna.export.surgery.graph.shapes import ShapePoint
 from fna.export.surgery.graph.view import GraphView, all_inputs, input_names, output_names
@@ -170,14 +165,14 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
         landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
         inputs = [query, key, value, landmarks, bias, *key_mask]
         attributes = {"iterations": writer.plan.iterations_of(block), "exact_rows": int(writer.plan.exact_rows)}
-        attributes |= {"sink": int(sink), **MASKED_PLUGIN_FIELDS} if key_mask else PLUGIN_FIELDS
+        attributes |= {"sink": int(sink)} if key_mask else {}
     after: list[NodeProto] = []
     output = _result_nodes(writer, found.result, prefix, after)
 
-    def make_node(op_type: str, inputs: Sequence[str], result: str, name: str, settings: dict[str, Any]) -> NodeProto:
-        return helper.make_node(
-            op_type, inputs, [result], name=name, domain=DOMAIN, scale=float(found.scale), **settings
-        )
+    def make_node(
+        operator: Operator, inputs: Sequence[str], result: str, name: str, settings: dict[str, Any]
+    ) -> NodeProto:
+        return operator.make_node(inputs, [result], name, scale=float(found.scale), **settings)
 
     around: list[NodeProto] = []
     site = None
@@ -187,7 +182,7 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
         site = Site(found, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
 
         def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
-            return make_node(ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
+            return make_node(FAST_NYSTROM_ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
 
         def make_masked(query: str, key: str, value: str, result: str) -> NodeProto:
             return make_node(
@@ -301,17 +296,17 @@ def _find_tokens(
             raise InvalidPlanError(
                 f"massive tokens cannot be found in block {row.block}: its hidden states could not be found"
             )
-        inputs, op_type, attributes = [_hidden_states(writer, row, stream, nodes)], MASSIVE_TOKENS, {}
+        nodes.append(
+            MASSIVE_TOKENS.make_node([_hidden_states(writer, row, stream, nodes)], [name], name, prefix_tokens=prefix)
+        )
     else:
         if prefix < 1:
             raise InvalidPlanError(
                 "artifact tokens are those that the class token looks at, but no class token was found; name massive tokens, "
                 "or give --prefix-tokens"
             )
-        inputs, op_type, attributes = [query, key], ARTIFACT_TOKENS, {"scale": float(found.scale)}
-    nodes.append(
-        helper.make_node(op_type, inputs, [name], name=name, domain=DOMAIN, prefix_tokens=prefix, **attributes)
-    )
+        scale = float(found.scale)
+        nodes.append(ARTIFACT_TOKENS.make_node([query, key], [name], name, scale=scale, prefix_tokens=prefix))
     return name
 
 
@@ -409,11 +404,9 @@ def _token_count(op: Builder, tensor: str) -> str:
 
 
 def _add_sampler_nodes(op: Builder, nodes: list[NodeProto]) -> None:
-    """Name the nodes after what they write, and give those that a plugin implements the fields that it reads."""
+    """Name the nodes after what they write."""
     for node in op.nodes:
         node.name = node.output[0]
-        if node.domain == DOMAIN and node.op_type in PLUGIN_OPS:
-            node.attribute.extend(helper.make_attribute(name, value) for name, value in PLUGIN_FIELDS.items())
     nodes.extend(op.nodes)
 
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[3]
 def test_every_operator_is_a_record_in_a_file_of_its_name() -> None:
     folder = Path(fna.export.operators.__path__[0])
     files = {module.name for module in pkgutil.iter_modules([str(folder)])}
-    shared = {"builder", "functions", "record", "registry", "shared_expressions"}
+    shared = {"builder", "record", "registry", "shared_expressions"}
     records = {}
     for name in files - shared:
         module = importlib.import_module(f"fna.export.operators.{name}")
@@ -122,6 +122,18 @@ def test_a_new_plugin_operator_is_kept_by_the_plugin_lowering(monkeypatch: pytes
     model = one_node_model(toy, {"tokens": TensorProto.FLOAT}, {"copy": TensorProto.FLOAT}, 18)
     (node,) = lower(model, "plugin").graph.node
     assert {attribute.name for attribute in node.attribute} == {"plugin_version", "plugin_namespace"}
+
+
+def test_nodes_without_the_plugins_fields_get_them() -> None:
+    plain = helper.make_node("FarthestPointSampling", ["features"], ["out"], domain=DOMAIN, num_landmarks=3)
+    graph = helper.make_graph([plain], "test", [], [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    for _ in range(2):
+        attach_functions(model)
+    (node,) = fna_nodes(model.graph)
+    fields = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert len(node.attribute) == len(fields)
+    assert fields == {"num_landmarks": 3, "plugin_version": b"1", "plugin_namespace": b""}
 
 
 def test_nodes_that_no_record_describes_are_refused() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from fna.export.operators.functions import ATTENTION, DOMAIN, MASKED_ATTENTION
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.registry import is_attention
 from fna.export.surgery.graph.view import attribute
 from fna.export.surgery.recognise.context import Context
 from fna.export.surgery.recognise.pattern import AttentionPattern
@@ -13,7 +14,9 @@ from fna.export.surgery.recognise.rows import Decision, Row
 
 def read(context: Context, node: gs.Node, row: Row) -> None:
     """Fill in what the table shows of them."""
-    row.family, reason = ("FNA", "it is FNA") if node.op == ATTENTION else ("masked", "its keys are masked")
+    row.family, reason = (
+        ("FNA", "it is FNA") if node.op == FAST_NYSTROM_ATTENTION.name else ("masked", "its keys are masked")
+    )
     row.decision, row.reason = Decision.KEPT, f"{reason} already"
     row.scale = float(attribute(node, "scale", 0.0))
     shape = context.points[0].shapes.get(node.inputs[0].name)
@@ -21,4 +24,4 @@ def read(context: Context, node: gs.Node, row: Row) -> None:
         row.heads, row.head_size, row.tokens = shape[1], shape[3], (shape[2],)
 
 
-PATTERN = AttentionPattern("fna", lambda node: node.domain == DOMAIN and node.op in (ATTENTION, MASKED_ATTENTION), read)
+PATTERN = AttentionPattern("fna", lambda node: is_attention(node.domain, node.op), read)
