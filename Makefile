@@ -3,13 +3,14 @@
 
 PYTHON     ?= python3.11
 MODEL      ?= dinov2-small-saliency
-RESOLUTION ?= 518
 LANDMARKS  ?= 128
-LAYERS     ?= 6-11
-SAMPLER    ?= grid
-METHOD     ?= weighted
-TARGET     ?= all
-PRECISION  ?= fp32
+# Those that are empty are left to the commands' own defaults, which fna export --help and fna build --help tell.
+RESOLUTION ?=
+LAYERS     ?=
+SAMPLER    ?=
+METHOD     ?=
+TARGET     ?=
+PRECISION  ?=
 CHECKS     ?= --bisect --task --bench quick
 BUILD      ?= build
 PLAN       ?=
@@ -18,11 +19,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 comma  := ,
-NAME   := $(notdir $(subst :,-,$(MODEL)))-$(RESOLUTION)-layers$(subst $(comma),+,$(LAYERS))-s$(LANDMARKS)-$(SAMPLER)-$(METHOD)-$(PRECISION)
-ifneq ($(PLAN),)
-NAME   := $(notdir $(subst :,-,$(MODEL)))-$(basename $(notdir $(PLAN)))-$(PRECISION)
-endif
-HOW    := $(if $(PLAN),--plan $(PLAN),--resolution $(RESOLUTION) --layers $(LAYERS) --landmarks $(LANDMARKS) --sampler $(SAMPLER) --method $(METHOD))
+# $(call given,VARIABLE,WORD): the word and the variable's value, or nothing where that is empty.
+given   = $(if $($1),$2$($1))
+SETTINGS := $(call given,RESOLUTION,-)$(call given,LAYERS,-layers)$(call given,LANDMARKS,-s)$(call given,SAMPLER,-)$(call given,METHOD,-)
+NAME   := $(notdir $(subst :,-,$(MODEL)))$(if $(PLAN),-$(basename $(notdir $(PLAN))),$(subst $(comma),+,$(SETTINGS)))$(call given,PRECISION,-)
+HOW    := $(if $(PLAN),--plan $(PLAN),$(call given,RESOLUTION,--resolution ) $(call given,LAYERS,--layers ) \
+          $(call given,LANDMARKS,--landmarks ) $(call given,SAMPLER,--sampler ) $(call given,METHOD,--method ))
 ONNX   := $(BUILD)/$(NAME).onnx
 ENGINE := $(BUILD)/$(NAME).engine
 
@@ -33,6 +35,7 @@ help: ## Print the goals and the build folder's layout
 	@echo
 	@echo "  Variables: MODEL=$(MODEL) RESOLUTION=$(RESOLUTION) LANDMARKS=$(LANDMARKS) LAYERS=$(LAYERS)"
 	@echo "             SAMPLER=$(SAMPLER) METHOD=$(METHOD) TARGET=$(TARGET) PRECISION=$(PRECISION)"
+	@echo "             empty: as the commands have it by default, see fna export --help and fna build --help"
 	@echo "             PLAN=$(PLAN), a plan file instead of RESOLUTION, LANDMARKS, LAYERS, SAMPLER and METHOD"
 	@echo "  Results:   $(ONNX)"
 	@echo "                 the model with FNA nodes; other settings, another file name"
@@ -53,15 +56,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 plan: $(STAMP) ## Choose blocks, heads and landmarks: build/plan.json, for make export PLAN=build/plan.json
 	@mkdir -p $(BUILD)
-	$(BIN)/fna plan $(MODEL) -o $(BUILD)/plan.json --resolution $(RESOLUTION) --plot $(BUILD)/pareto.png
+	$(BIN)/fna plan $(MODEL) -o $(BUILD)/plan.json $(call given,RESOLUTION,--resolution ) --plot $(BUILD)/pareto.png
 
 export: $(STAMP) ## Write the ONNX file with FNA
 	@mkdir -p $(BUILD)
-	$(BIN)/fna export $(MODEL) -o $(ONNX) $(HOW) --precision $(PRECISION)
+	$(BIN)/fna export $(MODEL) -o $(ONNX) $(strip $(HOW) $(call given,PRECISION,--precision ))
 
 engine: $(STAMP) ## Build a TensorRT-RTX engine from it; needs no GPU
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export
-	$(BIN)/fna build $(ONNX) -o $(ENGINE) --backend tensorrt-rtx --target $(TARGET)
+	$(BIN)/fna build $(ONNX) -o $(ENGINE) --backend tensorrt-rtx $(call given,TARGET,--target )
 
 validate: $(STAMP) ## Measure how far the result is from PyTorch, step by step
 	@test -f $(ONNX) || $(MAKE) --no-print-directory export

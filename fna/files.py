@@ -159,6 +159,6 @@ def _save_with_external_data(model: ModelProto, path: Path, data: Path) -> None:
 
 def _rename_external_data(model: ModelProto, name: str) -> None:
     for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = name
+        for field in tensor.external_data:
+            if field.key == "location":
+                field.value = name

@@ -23,6 +23,10 @@ from fna.samplers import DEFAULT_SAMPLER, all_samplers, check_sampler_name, find
 
 SamplerName = Annotated[str, AfterValidator(check_sampler_name)]
 Method = Literal["weighted", "published"]
+
+DEFAULT_LANDMARKS = 64
+DEFAULT_METHOD: Method = "weighted"
+"""Of the commands and of `uniform_plan`; what a plan file means that does not say is said by its fields below."""
 Feature = Literal["input", "query", "key", "value"]
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -355,9 +359,9 @@ def uniform_plan(
     num_blocks: int,
     *,
     layers: str | None = None,
-    landmarks: int = 64,
+    landmarks: int = DEFAULT_LANDMARKS,
     sampler: str = DEFAULT_SAMPLER,
-    method: Method = "weighted",
+    method: Method = DEFAULT_METHOD,
     **settings: Any,
 ) -> Plan:
     """Make a plan that treats all chosen blocks alike.

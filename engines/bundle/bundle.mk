@@ -1,7 +1,7 @@
 # The goal of the deployment bundle; included by the Makefile.
-BUNDLE_TARGET     := $(if $(filter all,$(TARGET)),jetson-agx-orin,$(TARGET))
+BUNDLE_TARGET     := $(if $(filter-out all,$(TARGET)),$(TARGET),jetson-agx-orin)
 BUNDLE_OUT        := $(BUILD)/bundle/$(BUNDLE_TARGET)
-BUNDLE_PRECISIONS ?= $(if $(filter fp32,$(PRECISION)),fp16$(comma)fp32,$(PRECISION))
+BUNDLE_PRECISIONS ?= $(if $(filter-out fp32,$(PRECISION)),$(PRECISION),fp16$(comma)fp32)
 # A Jetson's library too, where this machine can compile it; the device compiles its own otherwise.
 BUNDLE_MACHINES   := $(shell uname -m)$(if $(shell command -v aarch64-linux-gnu-g++),$(comma)aarch64)
 

@@ -273,7 +273,7 @@ def unpack_bundle(archive: Path, folder: Path) -> Path:
         InputFileError: if the archive is damaged, or holds anything else; the message names the member.
     """
     manifest, top = _read_archived_manifest(archive)
-    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+    sizes = {name: file.bytes for name, file in manifest.files.items()}
     sizes |= {MANIFEST: _LARGEST_MANIFEST, CHECKSUMS: _LARGEST_MANIFEST}
     written: set[str] = set()
     with _damage_said(archive), _open_archive(archive) as tar:
@@ -286,7 +286,7 @@ def unpack_bundle(archive: Path, folder: Path) -> Path:
 
 def checksum_lines(files: dict[str, BundledFile], manifest_text: str) -> str:
     """Return the text of SHA256SUMS, as `sha256sum -c` reads it: every file, and the manifest."""
-    sums = {name: entry.sha256 for name, entry in files.items()}
+    sums = {name: file.sha256 for name, file in files.items()}
     sums[MANIFEST] = hashlib.sha256(manifest_text.encode()).hexdigest()
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
@@ -329,16 +329,16 @@ def _checked(root: Path, shown: Path, temporary: tempfile.TemporaryDirectory[str
     present = set(list_files(root)) - {MANIFEST, CHECKSUMS}
     for name in sorted(present - set(manifest.files)):
         raise InputFileError(f"{shown}: {name} is not listed in its {MANIFEST}; remove it or make the bundle again")
-    for name, entry in sorted(manifest.files.items()):
+    for name, file in sorted(manifest.files.items()):
         _check_name(shown, name)
         if name not in present:
             raise InputFileError(f"{shown}: {name} is missing; copy the bundle again")
         size = (root / name).stat().st_size
-        if size != entry.bytes:
+        if size != file.bytes:
             raise InputFileError(
-                f"{shown}: {name} has {size} bytes, but {entry.bytes} are listed; copy the bundle again"
+                f"{shown}: {name} has {size} bytes, but {file.bytes} are listed; copy the bundle again"
             )
-        if file_sha256(root / name) != entry.sha256:
+        if file_sha256(root / name) != file.sha256:
             raise InputFileError(f"{shown}: {name} was changed (its SHA-256 differs); copy the bundle again")
     if sums != checksum_lines(manifest.files, text):
         raise InputFileError(f"{shown}: {CHECKSUMS} does not agree with {MANIFEST}; copy the bundle again")

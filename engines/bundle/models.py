@@ -115,16 +115,16 @@ def has_open_batch(root: Path, manifest: BundleManifest) -> bool:
 def _tensor_bytes(tensor: TensorProto, source: Path) -> bytes | None:
     """Return a large tensor's bytes, wherever they are; None for one that stays where it is."""
     if tensor.data_location == TensorProto.EXTERNAL:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        place = (source / entries["location"]).resolve()
+        external = {field.key: field.value for field in tensor.external_data}
+        place = (source / external["location"]).resolve()
         if not place.is_relative_to(source.resolve()) or not place.is_file():
             raise InputFileError(
-                f"tensor {tensor.name!r} is in {entries['location']}, which is not beside the ONNX file; put it there"
+                f"tensor {tensor.name!r} is in {external['location']}, which is not beside the ONNX file; put it there"
             )
         with place.open("rb") as file:
-            file.seek(int(entries.get("offset", "0")))
-            data = file.read(int(entries["length"])) if "length" in entries else file.read()
-        if "length" in entries and len(data) != int(entries["length"]):
+            file.seek(int(external.get("offset", "0")))
+            data = file.read(int(external["length"])) if "length" in external else file.read()
+        if "length" in external and len(data) != int(external["length"]):
             raise InputFileError(f"{place.name} is too short to hold tensor {tensor.name!r}; copy it again")
         return data
     return tensor.raw_data if len(tensor.raw_data) > INLINE_BYTES else None

@@ -74,7 +74,7 @@ def find_places(model: ModelProto, plan: Plan) -> tuple[Place, ...]:
     order = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
     return tuple(
         Place(block=block, part=part, tensor=tensor)  # type: ignore[arg-type]
-        for (block, part), tensor in sorted(outputs.items(), key=lambda item: order[item[1]])
+        for (block, part), tensor in sorted(outputs.items(), key=lambda output: order[output[1]])
     )
 
 

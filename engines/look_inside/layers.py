@@ -118,16 +118,18 @@ def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str
     by_plugin = lowering == "plugin" and layer.op_type in plugin_operators()
     precision = None
     if by_plugin:
-        named = [entry for entry in inspected if _names(entry, layer.name)]
-        found = [entry for entry in named if str(entry.get("LayerType", "")).startswith("Plugin")]
-        if found:
+        named = [engine_layer for engine_layer in inspected if _names(engine_layer, layer.name)]
+        plugins = [
+            engine_layer for engine_layer in named if str(engine_layer.get("LayerType", "")).startswith("Plugin")
+        ]
+        if plugins:
             side = (
                 "Outputs" if layer.op_type == FAST_NYSTROM_ATTENTION.name else "Inputs"
             )  # landmarks are integers whatever comes in
-            precision = read_type((found[0].get(side) or [{}])[0])
+            precision = read_type((plugins[0].get(side) or [{}])[0])
     else:
-        inside = [entry for entry in inspected if _names_inside(entry, layer.name)]
-        types = {read_type(tensor) for entry in inside for tensor in entry.get("Outputs") or []}
+        inside = [engine_layer for engine_layer in inspected if _names_inside(engine_layer, layer.name)]
+        types = {read_type(tensor) for engine_layer in inside for tensor in engine_layer.get("Outputs") or []}
         precision = "+".join(sorted(types & {"fp32", "fp16", "bf16", "int8"})) or None
     return FnaLayer(
         name=layer.name,
@@ -153,18 +155,18 @@ def _inspected(information: str) -> Iterator[dict[str, Any]]:
         document = json.loads(information)
     except ValueError as error:
         raise BuildError(f"the engine inspector's answer is not JSON ({error})") from None
-    for entry in document.get("Layers", []):
+    for engine_layer in document.get("Layers", []):
         # below detailed verbosity an entry is the layer's name alone
-        yield entry if isinstance(entry, dict) else {"Name": str(entry)}
+        yield engine_layer if isinstance(engine_layer, dict) else {"Name": str(engine_layer)}
 
 
-def _names(entry: dict[str, Any], node: str) -> bool:
+def _names(engine_layer: dict[str, Any], node: str) -> bool:
     """Whether an engine layer is, or comes from, a node of the file: by its name or by the parser's metadata."""
     pattern = rf"(?<![\w/.]){re.escape(node)}(?:_\d+)?(?![\w/.])"
-    return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))
+    return any(re.search(pattern, str(engine_layer.get(key, ""))) for key in ("Name", "Metadata"))
 
 
-def _names_inside(entry: dict[str, Any], node: str) -> bool:
+def _names_inside(engine_layer: dict[str, Any], node: str) -> bool:
     """Whether an engine layer comes from a node's function body; lowering names its nodes `<node>/<tensor>`."""
     pattern = rf"(?<![\w/.]){re.escape(node)}/"
-    return any(re.search(pattern, str(entry.get(key, ""))) for key in ("Name", "Metadata"))
+    return any(re.search(pattern, str(engine_layer.get(key, ""))) for key in ("Name", "Metadata"))

@@ -29,7 +29,7 @@ class Replay:
         self._buffers = []
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         for name in sorted(
-            names, key=lambda entry: entry not in inputs
+            names, key=lambda other: other not in inputs
         ):  # inputs first: outputs' shapes follow from theirs
             if name in inputs:
                 self._context.set_input_shape(name, inputs[name].shape)

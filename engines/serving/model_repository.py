@@ -355,22 +355,22 @@ def _readme(name: str, names: dict[str, str], source: Tensor, left_out: Sequence
 
 def _replace(root: Path, output: Path) -> None:
     """Put the repository in place; an engine that is in the earlier one stays there, since building it took minutes."""
-    ours = {entry.name for entry in root.iterdir()}
+    ours = {path.name for path in root.iterdir()}
     if output.exists() and not output.is_dir():
         raise InputFileError(f"{output} cannot be written: it is a file; give a folder")
-    there = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if there - ours:
         raise InputFileError(
             f"{output} holds {sorted(there - ours)[0]}, which this repository does not; give an empty folder"
         )
     output.mkdir(exist_ok=True)
-    for entry in sorted(root.iterdir()):
-        place = output / entry.name
+    for part in sorted(root.iterdir()):
+        place = output / part.name
         plan = place / "1" / PLAN
         if plan.is_file():
-            plan.replace(entry / "1" / PLAN)
+            plan.replace(part / "1" / PLAN)
         if place.is_dir():
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
-        entry.replace(place)
+        part.replace(place)

@@ -39,7 +39,7 @@ from fna.export.surgery.recognise.rows import Decision, Row
 from fna.export.surgery.recognise.scan import MALFORMED, scan
 from fna.export.surgery.rewrite.rewrite import Rewritten, rewrite
 from fna.files import file_sha256
-from fna.plan import Plan, uniform_plan
+from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, Plan, uniform_plan
 from fna.samplers import DEFAULT_SAMPLER
 
 Progress = Callable[[str], None]
@@ -64,9 +64,9 @@ class GraftOptions:
     """
 
     layers: str = "all"
-    landmarks: int = 64
+    landmarks: int = DEFAULT_LANDMARKS
     sampler: str = DEFAULT_SAMPLER
-    method: str = "weighted"
+    method: str = DEFAULT_METHOD
     plan: Plan | None = None
     prefix_tokens: int | None = None
     seed: int = 0

@@ -10,6 +10,7 @@ import click
 from fna.commands import options
 from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
+from fna.plan import DEFAULT_LANDMARKS
 from fna.validate.bench import BACKENDS
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("bench", short_help="Time dense against FNA on this machine.")
 @click.argument("model", default="dinov2-small-saliency")
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True)
-@options.plan_options(landmarks={"multiple": True, "default": (64,), "help": "S; may be repeated."})
+@options.plan_options(landmarks={"multiple": True, "default": (DEFAULT_LANDMARKS,), "help": "S; may be repeated."})
 @options.resolution(
     "resolutions",
     type=int,

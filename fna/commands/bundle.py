@@ -137,7 +137,7 @@ def _verify(file: Path, json_file: Path | None, quiet: bool) -> None:
 
 
 def _describe(manifest: BundleManifest, place: Path) -> str:
-    megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    megabytes = sum(bundled.bytes for bundled in manifest.files.values()) / 1e6
     plugin = manifest.plugin
     parts = [
         f"{place}: {len(manifest.files)} files, {megabytes:.1f} MB for {manifest.target}",

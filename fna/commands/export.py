@@ -81,8 +81,10 @@ def command(
             export_onnx(loaded, made, trace_options, output)
         metadata = read_metadata(load_onnx(output, tensors=False), str(output))
     write_json(json_file, metadata)
-    opset = next(entry.version for entry in load_onnx(output, tensors=False).opset_import if entry.domain == "")
-    numbers = ", ".join(str(entry.block) for entry in metadata.plan.blocks) or "none"
+    opset = next(
+        opset_id.version for opset_id in load_onnx(output, tensors=False).opset_import if opset_id.domain == ""
+    )
+    numbers = ", ".join(str(block.block) for block in metadata.plan.blocks) or "none"
     make_console(quiet).print(
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {variant.label}, "
         f"FNA blocks {numbers} of {metadata.plan.num_blocks}"

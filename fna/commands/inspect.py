@@ -156,23 +156,23 @@ def print_tokens(console: Console, report: TokenReport) -> None:
     for name in ("block", "median norm", "largest norm", "largest gap", "massive", "artifacts", "where"):
         table.add_column(name, overflow="fold", justify="left" if name == "where" else "right")
     totals = {"massive": 0, "artifact": 0}
-    for entries in zip(*(image.blocks for image in report.images), strict=True):
-        found = [
+    for blocks in zip(*(image.blocks for image in report.images), strict=True):
+        unusual = [
             (kind, image.image, token)
-            for image, entry in zip(report.images, entries, strict=True)
-            for kind, tokens in (("massive", entry.massive), ("artifact", entry.artifacts or ()))
+            for image, block in zip(report.images, blocks, strict=True)
+            for kind, tokens in (("massive", block.massive), ("artifact", block.artifacts or ()))
             for token in tokens
         ]
-        counts = {kind: sum(other == kind for other, _, _ in found) for kind in totals}
+        counts = {kind: sum(other == kind for other, _, _ in unusual) for kind in totals}
         totals = {kind: totals[kind] + counts[kind] for kind in totals}
-        places = [f"{kind} {_place(token)} of {image}" for kind, image, token in found[:MOST_PLACES]]
-        more = f" and {len(found) - MOST_PLACES} more" if len(found) > MOST_PLACES else ""
-        artifacts = "" if entries[0].artifacts is None else str(counts["artifact"])
+        places = [f"{kind} {_place(token)} of {image}" for kind, image, token in unusual[:MOST_PLACES]]
+        more = f" and {len(unusual) - MOST_PLACES} more" if len(unusual) > MOST_PLACES else ""
+        artifacts = "" if blocks[0].artifacts is None else str(counts["artifact"])
         cells = (
-            str(entries[0].block),
-            f"{sum(entry.median_norm for entry in entries) / count:.3g}",
-            f"{max(entry.largest_norm for entry in entries):.3g}",
-            f"{max(entry.gap for entry in entries):.2f}x",
+            str(blocks[0].block),
+            f"{sum(block.median_norm for block in blocks) / count:.3g}",
+            f"{max(block.largest_norm for block in blocks):.3g}",
+            f"{max(block.gap for block in blocks):.2f}x",
             str(counts["massive"]),
             artifacts,
             ", ".join(places) + more,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fna.errors import InvalidArgumentError
+from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, METHODS
 from fna.precision import PRECISIONS
 from fna.samplers import DEFAULT_SAMPLER, sampler_names
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fna.plan import Plan
 
 SAMPLERS = sampler_names()
-METHODS = ("weighted", "published")
 PATH: Any = click.Path(path_type=Path)
 
 Option = Callable[..., Callable[[Any], Any]]
@@ -115,7 +115,7 @@ PLAN: Mapping[str, Option] = {
         click.option,
         "--landmarks",
         type=click.IntRange(min=1),
-        default=64,
+        default=DEFAULT_LANDMARKS,
         show_default=True,
         help="Landmarks S per block.",
     ),
@@ -131,7 +131,7 @@ PLAN: Mapping[str, Option] = {
         click.option,
         "--method",
         type=click.Choice(METHODS),
-        default="weighted",
+        default=DEFAULT_METHOD,
         show_default=True,
         help="weighted: landmark weights and exact rows; published: the paper's.",
     ),

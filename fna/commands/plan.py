@@ -246,13 +246,13 @@ def _choose_images(
     if images is None:
         planned_on, held_out = planning_photographs(), bundled_photographs()
     else:
-        found, skipped = load_images(images)
+        photographs, skipped = load_images(images)
         notes += [f"skipped {line}" for line in skipped]
         # every fourth, so that a folder sorted by subject gives some of each
-        held = [] if verify_images is not None or len(found) == 1 else list(range(len(found)))[1::4]
-        planned_on = [image for number, image in enumerate(found) if number not in held]
-        held_out = [found[number] for number in held]
-        if len(found) == 1 and verify_images is None:
+        held = [] if verify_images is not None or len(photographs) == 1 else list(range(len(photographs)))[1::4]
+        planned_on = [image for number, image in enumerate(photographs) if number not in held]
+        held_out = [photographs[number] for number in held]
+        if len(photographs) == 1 and verify_images is None:
             notes.append("one image cannot both be planned and verified on: verified on the bundled photographs")
             held_out = bundled_photographs()
     if verify_images is not None:

@@ -96,8 +96,8 @@ def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int,
         return name, size or (shapes.usual[2], shapes.usual[3]), manifest.preprocessing
     model = load_onnx(file, tensors=False)
     constant = {tensor.name for tensor in model.graph.initializer}
-    value = next(entry for entry in model.graph.input if entry.name not in constant)
-    has_metadata = any(entry.key.startswith("fna.") for entry in model.metadata_props)
+    value = next(tensor for tensor in model.graph.input if tensor.name not in constant)
+    has_metadata = any(field.key.startswith("fna.") for field in model.metadata_props)
     preprocessing = read_metadata(model, str(file)).preprocessing if has_metadata else Preprocessing()
     sides = [dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim]
     if len(sides) == 4:

@@ -109,15 +109,15 @@ def _print(document: Document, folder: Path, picture: Path | None, report: Path 
     console = make_console(quiet)
     result = document.validation
     plan = result.metadata.plan
-    counts = sorted({entry.landmarks for entry in plan.blocks})
-    samplers = sorted({entry.sampler for entry in plan.blocks})
-    numbers = [entry.block for entry in plan.blocks]
+    counts = sorted({block.landmarks for block in plan.blocks})
+    samplers = sorted({block.sampler for block in plan.blocks})
+    numbers = [block.block for block in plan.blocks]
     console.print(
         f"{result.file}: {result.metadata.source}, {len(result.images)} photographs, FNA blocks {numbers} of {plan.num_blocks}, "
         f"S={'/'.join(map(str, counts))}, {'/'.join(samplers)}, {plan.method}, {result.metadata.precision}"
     )
-    for item in result.not_finite:
-        console.print(item.describe(), markup=False)
+    for place in result.not_finite:
+        console.print(place.describe(), markup=False)
     console.print(_budget_table(result))
     for step in result.steps:
         if step.not_measured:

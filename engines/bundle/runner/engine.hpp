@@ -171,23 +171,23 @@ public:
 
     std::vector<std::string> names(bool inputs) const
     {
-        std::vector<std::string> found;
+        std::vector<std::string> matching;
         for (Buffer const& buffer : mBuffers)
         {
             if (buffer.isInput == inputs)
             {
-                found.push_back(buffer.name);
+                matching.push_back(buffer.name);
             }
         }
-        return found;
+        return matching;
     }
 
     // Gives a raw file the shape that the engine's input has.
     void shapeRaw(std::string const& name, Array& array) const
     {
-        std::vector<int64_t> item = sides(mEngine->getProfileShape(name.c_str(), 0, nvinfer1::OptProfileSelector::kOPT));
-        item.front() = 1;
-        int64_t const size = product(item);
+        std::vector<int64_t> itemShape = sides(mEngine->getProfileShape(name.c_str(), 0, nvinfer1::OptProfileSelector::kOPT));
+        itemShape.front() = 1;
+        int64_t const size = product(itemShape);
         if (array.shape.empty())
         {
             int64_t const count = static_cast<int64_t>(array.values.size());
@@ -197,13 +197,13 @@ public:
                     "input " + name + " was given " + std::to_string(count) + " numbers, which is no multiple of the "
                         + std::to_string(size) + " that one item has");
             }
-            item.front() = count / size;
-            array.shape = item;
+            itemShape.front() = count / size;
+            array.shape = itemShape;
         }
-        if (array.shape.size() != item.size() || array.shape.front() < 1)
+        if (array.shape.size() != itemShape.size() || array.shape.front() < 1)
         {
             throw Error(kBadInput, "input " + name + " has shape " + shapeText(array.shape) + ", but the engine wants "
-                    + std::to_string(item.size()) + " dimensions and at least one item");
+                    + std::to_string(itemShape.size()) + " dimensions and at least one item");
         }
     }
 

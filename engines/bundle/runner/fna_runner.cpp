@@ -55,9 +55,9 @@ std::map<std::string, Array> readInputs(Options const& options, Engine const& en
 {
     std::vector<std::string> const names = engine.names(true);
     std::map<std::string, Array> inputs;
-    for (auto const& [given, path] : options.inputs)
+    for (auto const& [label, path] : options.inputs)
     {
-        std::string const name = given.empty() && names.size() == 1 ? names.front() : given;
+        std::string const name = label.empty() && names.size() == 1 ? names.front() : label;
         if (std::find(names.begin(), names.end(), name) == names.end())
         {
             throw Error(kBadInput, "the engine has no input '" + name + "'; its first is '" + names.front() + "'");

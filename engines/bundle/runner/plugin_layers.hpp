@@ -16,7 +16,7 @@ struct Layer
 {
     std::string name;
     std::string wanted;
-    std::string found;
+    std::string type;
     bool isPlugin{false};
 };
 
@@ -84,7 +84,7 @@ inline void findLayer(Layer& layer, std::string const& json)
     }
     layer.isPlugin = jsonField(json, "LayerType").find("Plugin") != std::string::npos;
     size_t const outputs = json.find("\"Outputs\"");
-    layer.found = outputs == std::string::npos ? "" : typeOfFormat(jsonField(json, "Format/Datatype", outputs));
+    layer.type = outputs == std::string::npos ? "" : typeOfFormat(jsonField(json, "Format/Datatype", outputs));
 }
 
 // Every layer that is no plugin layer, or runs in another type than asked.
@@ -97,9 +97,9 @@ inline std::vector<std::string> judgeLayers(std::vector<Layer> const& layers)
         {
             failures.push_back("layer " + layer.name + " is not in the engine as a plugin layer");
         }
-        else if (layer.wanted != "?" && !layer.found.empty() && layer.found != layer.wanted)
+        else if (layer.wanted != "?" && !layer.type.empty() && layer.type != layer.wanted)
         {
-            failures.push_back("layer " + layer.name + " runs in " + layer.found + ", but " + layer.wanted + " was asked for");
+            failures.push_back("layer " + layer.name + " runs in " + layer.type + ", but " + layer.wanted + " was asked for");
         }
     }
     return failures;

@@ -65,7 +65,7 @@ inline std::string toJson(Report const& report, Options const& options, Driver c
     for (size_t i = 0; i < report.layers.size(); ++i)
     {
         Layer const& layer = report.layers[i];
-        json += (i == 0 ? "" : ", ") + jsonText(layer.name) + ": " + (layer.isPlugin ? jsonText(layer.found) : "null");
+        json += (i == 0 ? "" : ", ") + jsonText(layer.name) + ": " + (layer.isPlugin ? jsonText(layer.type) : "null");
     }
     json += "}";
     if (report.timed)
@@ -96,7 +96,7 @@ inline void printLayers(Report const& report)
         plugins += layer.isPlugin ? 1 : 0;
         if (layer.isPlugin)
         {
-            ++types[layer.found.empty() ? "a type that the engine does not record" : layer.found];
+            ++types[layer.type.empty() ? "a type that the engine does not record" : layer.type];
         }
     }
     std::printf("plugin layers: %d of %zu", plugins, report.layers.size());
@@ -109,15 +109,15 @@ inline void printLayers(Report const& report)
 
 inline void compareOutputs(Report& report, Options const& options, std::map<std::string, Array> const& outputs)
 {
-    for (auto const& [given, path] : options.expected)
+    for (auto const& [label, path] : options.expected)
     {
-        std::string const name = given.empty() && outputs.size() == 1 ? outputs.begin()->first : given;
-        auto const found = outputs.find(name);
-        if (found == outputs.end())
+        std::string const name = label.empty() && outputs.size() == 1 ? outputs.begin()->first : label;
+        auto const output = outputs.find(name);
+        if (output == outputs.end())
         {
             throw Error(kBadInput, "output " + name + " is expected, but there is none of that name");
         }
-        Difference const difference = measure(name, readNpy(path), found->second);
+        Difference const difference = measure(name, readNpy(path), output->second);
         std::string const failure = verdict(name, difference, options.relativeL2, options.cosine);
         if (report.differences.empty())
         {

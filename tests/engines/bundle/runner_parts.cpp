@@ -55,7 +55,7 @@ void layers()
     findLayer(one, R"({"Name": "{ForeignNode[/blocks.1/fna...]}", "LayerType": "Myelin"})");
     expect(!one.isPlugin && judgeLayers({one}).size() == 1, "a layer that TensorRT computes itself is no plugin layer");
     findLayer(one, half);
-    expect(one.isPlugin && one.found == "fp16" && judgeLayers({one}).empty(), "the plugin layer is found in its type");
+    expect(one.isPlugin && one.type == "fp16" && judgeLayers({one}).empty(), "the plugin layer is found in its type");
     Layer other{"/blocks.1/fna", "fp32", "", false};
     findLayer(other, half);
     expect(judgeLayers({other}) == std::vector<std::string>{"layer /blocks.1/fna runs in fp16, but fp32 was asked for"}, "another type is named");
