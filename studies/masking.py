@@ -9,9 +9,12 @@ massive tokens guaranteed as landmarks, or artifact tokens excluded.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fna.attention import fast_nystrom_attention
@@ -29,6 +31,7 @@ from fna.export.sources.loading import DEFAULT_MODEL, LoadedModel, load_model
 from fna.files import write_text
 from fna.observing import AttentionCall
 from fna.patching import find_attention_blocks, patch, unpatch
+from fna.patching.attention import STATE
 from fna.plan import MaskPlan, Plan, TokenRange, parse_layers, uniform_plan
 from fna.samplers import landmark_bias, select_landmarks
 from fna.special_tokens import LARGEST_SHARE, detect_prefix_tokens
@@ -36,6 +39,7 @@ from fna.token_survey import survey_tokens
 from fna.validate.metrics import cosine
 
 ATTENTIONS = ("exact", "FNA")
+SAMPLERS = ("grid", "norm-grid", "fps")
 CLUSTERS = 5
 PLANTED_BLOCK = 5
 PLANTED_TOKENS = 8
@@ -46,8 +50,11 @@ PLANTED_CONSTANT = 200.0
 DIGIT_SIDE = 84
 DIGIT_LANDMARKS = 16
 
+Photograph = tuple[str, Image.Image]
 
-class Smoothness(BaseModel):
+
+@dataclass(frozen=True)
+class Smoothness:
     """One condition on one photograph.
 
     Attributes:
@@ -62,8 +69,6 @@ class Smoothness(BaseModel):
         patch_cosine: mean cosine of the final patch tokens to the same reference.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     attention: str
     mask: str
     planted: bool
@@ -74,20 +79,9 @@ class Smoothness(BaseModel):
     patch_cosine: float
 
 
-class Probe(BaseModel):
-    """Accuracy of a linear probe on the digits held out.
-
-    Attributes:
-        planted: whether massive tokens were planted.
-        attention: `exact` or `FNA`.
-        mask: which tokens are masked and how.
-        train: digits that it was trained on.
-        test: digits that it was tested on.
-        accuracy: share of the latter that it names.
-        masked_tokens: tokens masked per digit and block, on average.
-    """
-
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True)
+class Probe:
+    """Accuracy of a linear probe on the digits held out; `masked_tokens` is per digit and block, on average."""
 
     planted: bool
     attention: str
@@ -98,10 +92,9 @@ class Probe(BaseModel):
     masked_tokens: float
 
 
-class LandmarkChoice(BaseModel):
+@dataclass(frozen=True)
+class LandmarkChoice:
     """FNA's error in single blocks for one choice of landmarks: relative 2-norm to exact attention on the same inputs, the mean."""
-
-    model_config = ConfigDict(frozen=True)
 
     landmarks: str
     planted: bool
@@ -109,7 +102,8 @@ class LandmarkChoice(BaseModel):
     artifacts_or_massive: int
 
 
-class GuidedPlan(BaseModel):
+@dataclass(frozen=True)
+class GuidedPlan:
     """A whole model under a plan whose landmarks include or exclude tokens, the mean over photographs.
 
     Attributes:
@@ -120,8 +114,6 @@ class GuidedPlan(BaseModel):
         class_cosine: of the final class token, likewise.
         same_cosine: as `patch_cosine`, but to exact attention with the same planted tokens: what FNA itself loses.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     planted: bool
     sampler: str
@@ -144,22 +136,22 @@ def guided_plans(layers: str, *, alone: bool = False) -> dict[str, dict[str, Any
     }
     if alone:
         return {f"{name}, found in each block": rule for name, rule in rules.items()}
+    masked = {"masks": masks}
     return {
         "none": {},
         **rules,
-        "massive masked": {"masks": masks},
-        "massive masked and excluded": {"masks": masks, "landmarks_exclude": massive},
+        "massive masked": masked,
+        "massive masked and excluded": {**masked, "landmarks_exclude": massive},
     }
 
 
 def mask_plans(num_blocks: int) -> dict[str, tuple[MaskPlan, ...]]:
     """The masks that are compared: each block masks the tokens that it finds itself."""
     plans: dict[str, tuple[MaskPlan, ...]] = {"none": ()}
-    for tokens in ("artifact", "massive"):
-        for sink in (False, True):
-            plans[f"{tokens}{', sinks' if sink else ''}"] = tuple(
-                MaskPlan(blocks=str(block), tokens=tokens, sink=sink) for block in range(num_blocks)
-            )
+    for tokens, sink in itertools.product(("artifact", "massive"), (False, True)):
+        plans[f"{tokens}{', sinks' if sink else ''}"] = tuple(
+            MaskPlan(blocks=str(block), tokens=tokens, sink=sink) for block in range(num_blocks)
+        )
     return plans
 
 
@@ -183,52 +175,45 @@ def segmentation_smoothness(
 @contextmanager
 def planted(model: LoadedModel, active: bool) -> Iterator[None]:
     """Add a large constant to two channels of a few patch tokens' residual after a block, while the context lasts."""
-    if not active:
-        yield
-        return
-    layer = find_attention_blocks(model.module)[PLANTED_BLOCK].layer
 
     def add(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.clone()
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
         count = min(PLANTED_TOKENS, hidden.shape[1] // LARGEST_SHARE)  # more would not be found
         tokens = torch.linspace(1, hidden.shape[1] - 1, count + 2).long()[1:-1]
         for channel in PLANTED_CHANNELS:
             hidden[:, tokens, channel] += PLANTED_CONSTANT
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = layer.register_forward_hook(add)
+    layer = find_attention_blocks(model.module)[PLANTED_BLOCK].layer
+    handle = layer.register_forward_hook(add) if active else None
     try:
         yield
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
 def run_with_plan(model: LoadedModel, plan: Plan, pixels: Tensor) -> tuple[list[Tensor], int]:
     """Outputs under a plan, and how many tokens were masked in all blocks and items together."""
-    counted = 0
-    blocks = patch(model.module, plan)
-    states = [vars(block.attention).get("_fna_mask") for block in blocks]
-    finders = [state.tokens.finder for state in states if state is not None and state.tokens.finder is not None]
+    states = [getattr(block.attention, STATE, None) for block in patch(model.module, plan)]
+    masks = [state.masked for state in states if state is not None and state.masked is not None]
     try:
         with torch.inference_mode():
             outputs = list(model.module(pixels))
-        counted = sum(int(finder.mask.sum()) for finder in finders)
+        return outputs, sum(int(mask.finder.mask.sum()) for mask in masks)
     finally:
         unpatch(model.module)
-    return outputs, counted
+
+
+def describe(plan: str, mask: str, is_planted: bool) -> str:
+    """A condition in words, for the progress."""
+    return f"{plan}, {mask}{', planted' if is_planted else ''}"
 
 
 def measure_photographs(
-    model: LoadedModel,
-    images: Sequence[tuple[str, Image.Image]],
-    side: int,
-    landmarks: int,
-    *,
-    say: Callable[[str], None] = lambda _text: None,
+    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None]
 ) -> list[Smoothness]:
     """Segmentation smoothness, saliency change and token cosine of every condition on every photograph."""
-    grid = (side // model.patch_size,) * 2
     prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
     token_output = model.output_names.index(model.token_outputs[0])
     map_output = model.output_names.index(model.map_outputs[0]) if model.map_outputs else None
@@ -236,41 +221,35 @@ def measure_photographs(
     for name, image in images:
         pixels = torch.from_numpy(model.preprocessing.apply(image, side, side))[None]
         reference: list[Tensor] | None = None
-        for plant in (False, True):
-            for attention in ("exact", "FNA"):
-                for label, masks in mask_plans(model.num_blocks).items():
-                    say(f"{name}: {attention}, mask {label}{', planted' if plant else ''}")
-                    layers = "none" if attention == "exact" else None
-                    plan = uniform_plan(model.num_blocks, layers=layers, landmarks=landmarks, masks=masks)
-                    with planted(model, plant):
-                        outputs, counted = run_with_plan(model, plan, pixels)
-                    reference = outputs if reference is None else reference
-                    patches, wanted = (o[token_output][0, prefix:].numpy() for o in (outputs, reference))
-                    change = None
-                    if map_output is not None:
-                        change = float((outputs[map_output] - reference[map_output]).abs().mean())
-                    results.append(
-                        Smoothness(
-                            attention=attention,
-                            mask=label,
-                            planted=plant,
-                            image=name,
-                            masked_tokens=counted,
-                            smoothness=segmentation_smoothness(patches, grid),
-                            saliency_change=change,
-                            patch_cosine=float(cosine(wanted.astype(np.float64), patches.astype(np.float64)).mean()),
-                        )
-                    )
+        for plant, attention, mask in itertools.product((False, True), ATTENTIONS, mask_plans(model.num_blocks)):
+            say(f"{name}: {describe(attention, f'mask {mask}', plant)}")
+            plan = masked_plan(model, attention, mask, landmarks)
+            with planted(model, plant):
+                outputs, counted = run_with_plan(model, plan, pixels)
+            reference = outputs if reference is None else reference
+            patches, wanted = (tensors[token_output][0, prefix:].numpy() for tensors in (outputs, reference))
+            change = None
+            if map_output is not None:
+                change = float((outputs[map_output] - reference[map_output]).abs().mean())
+            smoothness = segmentation_smoothness(patches, (side // model.patch_size,) * 2)
+            near = float(cosine(wanted.astype(np.float64), patches.astype(np.float64)).mean())
+            results.append(Smoothness(attention, mask, plant, name, counted, smoothness, change, near))
     return results
+
+
+def masked_plan(model: LoadedModel, attention: str, mask: str, landmarks: int) -> Plan:
+    """The plan of one condition: exact attention, or FNA in the later half, with masks of `mask_plans`."""
+    layers = "none" if attention == "exact" else None
+    masks = mask_plans(model.num_blocks)[mask]
+    return uniform_plan(model.num_blocks, layers=layers, landmarks=landmarks, masks=masks)
 
 
 def measure_digits(
     model: LoadedModel,
     count: int,
-    *,
-    attentions: Sequence[str] = ATTENTIONS,
-    only_masks: Sequence[str] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    attentions: Sequence[str],
+    only_masks: Sequence[str] | None,
+    say: Callable[[str], None],
 ) -> list[Probe]:
     """Accuracy of a logistic regression on the class token, half of the digits held out.
 
@@ -283,6 +262,7 @@ def measure_digits(
     """
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     digits = load_digits()
@@ -291,93 +271,69 @@ def measure_digits(
     pixels = torch.from_numpy(np.stack([model.preprocessing.apply(i, DIGIT_SIDE, DIGIT_SIDE) for i in images]))
     labels, half = digits.target[chosen], count // 2
     token_output = model.output_names.index(model.token_outputs[0])
+    masks = [mask for mask in mask_plans(model.num_blocks) if only_masks is None or mask in only_masks]
     results = []
-    conditions = [
-        (plant, attention, label, masks)
-        for plant in (False, True)
-        for attention in attentions
-        for label, masks in mask_plans(model.num_blocks).items()
-        if only_masks is None or label in only_masks
-    ]
-    for plant, attention, label, masks in conditions:
-        say(f"digits: {attention}, mask {label}{', planted' if plant else ''}")
-        layers = "none" if attention == "exact" else None
-        plan = uniform_plan(model.num_blocks, layers=layers, landmarks=DIGIT_LANDMARKS, masks=masks)
+    for plant, attention, mask in itertools.product((False, True), attentions, masks):
+        say(f"digits: {describe(attention, f'mask {mask}', plant)}")
+        plan = masked_plan(model, attention, mask, DIGIT_LANDMARKS)
         with planted(model, plant):
             parts = [run_with_plan(model, plan, batch) for batch in pixels.split(32)]
         features = torch.cat([outputs[token_output][:, 0] for outputs, _ in parts]).numpy()
-        scaler = StandardScaler().fit(features[:half])
-        probe = LogisticRegression(max_iter=2000).fit(scaler.transform(features[:half]), labels[:half])
-        results.append(
-            Probe(
-                planted=plant,
-                attention=attention,
-                mask=label,
-                train=half,
-                test=count - half,
-                accuracy=float(probe.score(scaler.transform(features[half:]), labels[half:])),
-                masked_tokens=sum(masked for _, masked in parts) / (count * model.num_blocks),
-            )
-        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features[:half], labels[:half])
+        masked = sum(counted for _, counted in parts) / (count * model.num_blocks)
+        accuracy = float(probe.score(features[half:], labels[half:]))
+        results.append(Probe(plant, attention, mask, half, count - half, accuracy, masked))
     return results
 
 
 def measure_landmarks(
-    model: LoadedModel, images: Sequence[tuple[str, Image.Image]], side: int, landmarks: int
+    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int
 ) -> list[LandmarkChoice]:
     """FNA's error in the later half of the blocks: the plain grid, massive tokens guaranteed, artifact tokens excluded."""
     prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
-    results = []
-    for plant in (False, True):
-        errors: dict[str, list[float]] = {}
-        counts: dict[str, int] = {}
-        for _, image in images:
-            pixels = torch.from_numpy(model.preprocessing.apply(image, side, side))[None]
-            calls: list[AttentionCall] = []
-            with planted(model, plant):
-                found = survey_tokens(model.module, lambda p=pixels: model.module(p), observe=calls.append)  # type: ignore[misc]
-            by_block = {entry.block: entry for entry in found}
-            for call in calls[model.num_blocks // 2 :]:
-                query, key, value = call.query, call.key, call.value
-                artifacts = by_block[call.block].artifacts
-                massive = by_block[call.block - 1].massive  # what enters this block
-                choices: dict[str, dict[str, Tensor]] = {"grid": {}, "massive guaranteed": {"guarantee": massive}}
-                if artifacts is not None:
-                    choices["artifacts excluded"] = {"exclude": artifacts}
-                for name, masks in choices.items():
-                    for tokens in masks.values():
-                        counts[name] = counts.get(name, 0) + int(tokens.sum())
-                    chosen = select_landmarks(
-                        query.mean(1),
-                        landmarks,
-                        method="grid",
-                        prefix_tokens=prefix,
-                        **masks,
-                    )
-                    own = masks.get("guarantee", torch.zeros_like(massive)).clone()
-                    own[:, :prefix] = True
-                    bias = _bias(chosen, own, query.shape[2], prefix, landmarks)
-                    out = fast_nystrom_attention(
-                        query, key, value, chosen, landmark_bias=bias, scale=call.scale, exact_rows=True
-                    )
-                    errors.setdefault(name, []).append(float((out - call.out).norm() / call.out.norm()))
-        results += [
-            LandmarkChoice(
-                landmarks=name, planted=plant, error=float(np.mean(values)), artifacts_or_massive=counts.get(name, 0)
-            )
-            for name, values in errors.items()
-        ]
-    return results
+    errors: dict[tuple[bool, str], list[float]] = {}
+    counts: dict[tuple[bool, str], int] = {}
+    for plant, (_, image) in itertools.product((False, True), images):
+        pixels = torch.from_numpy(model.preprocessing.apply(image, side, side))[None]
+        calls: list[AttentionCall] = []
+        with planted(model, plant):
+            blocks = survey_tokens(model.module, lambda p=pixels: model.module(p), observe=calls.append)  # type: ignore[misc]
+        by_block = {tokens.block: tokens for tokens in blocks}
+        for call in calls[model.num_blocks // 2 :]:
+            artifacts = by_block[call.block].artifacts
+            massive = by_block[call.block - 1].massive  # what enters this block
+            choices: dict[str, dict[str, Tensor]] = {"grid": {}, "massive guaranteed": {"guarantee": massive}}
+            if artifacts is not None:
+                choices["artifacts excluded"] = {"exclude": artifacts}
+            for name, masks in choices.items():
+                key = (plant, name)
+                counts[key] = counts.get(key, 0) + sum(int(tokens.sum()) for tokens in masks.values())
+                errors.setdefault(key, []).append(_error_of_choice(call, landmarks, prefix, masks))
+    return [
+        LandmarkChoice(name, plant, float(np.mean(errors[plant, name])), counts[plant, name]) for plant, name in errors
+    ]
+
+
+def _error_of_choice(call: AttentionCall, landmarks: int, prefix: int, masks: dict[str, Tensor]) -> float:
+    num_tokens = call.query.shape[2]
+    chosen = select_landmarks(call.query.mean(1), landmarks, method="grid", prefix_tokens=prefix, **masks)
+    bias = landmark_bias(num_tokens, landmarks, prefix_tokens=prefix)
+    own = masks.get("guarantee", torch.zeros(1, num_tokens, dtype=torch.bool)).clone()
+    own[:, :prefix] = True
+    if (
+        int(own.sum()) > prefix
+    ):  # guaranteed tokens stand for themselves, as the prefix tokens do; the rest share the others
+        alone = own.gather(1, chosen.long())
+        weight = (num_tokens - alone.sum(1, keepdim=True)) / (landmarks - alone.sum(1, keepdim=True)).clamp(min=1)
+        bias = torch.where(alone, 0.0, weight.log())
+    out = fast_nystrom_attention(
+        call.query, call.key, call.value, chosen, landmark_bias=bias, scale=call.scale, exact_rows=True
+    )
+    return float((out - call.out).norm() / call.out.norm())
 
 
 def measure_guided(
-    model: LoadedModel,
-    images: Sequence[tuple[str, Image.Image]],
-    side: int,
-    landmarks: int,
-    *,
-    samplers: Sequence[str] = ("grid", "norm-grid", "fps"),
-    say: Callable[[str], None] = lambda _text: None,
+    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None]
 ) -> list[GuidedPlan]:
     """The final tokens of the whole model, the later half of the blocks FNA, under every condition of `guided_plans`."""
     layers = f"{model.num_blocks // 2}-{model.num_blocks - 1}"
@@ -395,10 +351,10 @@ def measure_guided(
         for plant in (False, True):
             with planted(model, plant):
                 same = final(dense)
-                for sampler in samplers:
+                for sampler in SAMPLERS:
                     rules = guided_plans(layers) | (guided_plans(layers, alone=True) if sampler == "grid" else {})
                     for label, fields in rules.items():
-                        say(f"{name}: {sampler}, {label}{', planted' if plant else ''}")
+                        say(f"{name}: {describe(sampler, label, plant)}")
                         plan = uniform_plan(
                             model.num_blocks, layers=layers, landmarks=landmarks, sampler=sampler, **fields
                         )
@@ -406,84 +362,57 @@ def measure_guided(
                         near, own = cosine(reference, out), cosine(same, out)
                         values = (float(near[prefix:].mean()), float(near[0]), float(own[prefix:].mean()))
                         cosines.setdefault((plant, sampler, label), []).append(values)
-    results = []
-    for (plant, method, label), found in cosines.items():
-        patch_cosine, class_cosine, same_cosine = np.mean(found, axis=0)
-        results.append(
-            GuidedPlan(
-                planted=plant,
-                sampler=method,
-                landmarks=label,
-                patch_cosine=patch_cosine,
-                class_cosine=class_cosine,
-                same_cosine=same_cosine,
-            )
-        )
-    return results
+    return [GuidedPlan(*condition, *np.mean(values, axis=0).tolist()) for condition, values in cosines.items()]
 
 
-def _bias(chosen: Tensor, own: Tensor, num_tokens: int, prefix: int, landmarks: int) -> Tensor:
-    """Guaranteed tokens stand for themselves, as the prefix tokens do; the rest share the others equally."""
-    if int(own.sum()) == prefix:
-        return landmark_bias(num_tokens, landmarks, prefix_tokens=prefix)
-    alone = own.gather(1, chosen.long())
-    weight = (num_tokens - alone.sum(1, keepdim=True)) / (landmarks - alone.sum(1, keepdim=True)).clamp(min=1)
-    return torch.where(alone, 0.0, weight.log())
-
-
-def _which(is_planted: bool) -> str:
-    return "planted" if is_planted else "as they are"
+def write_table(titles: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; no lines where there are no rows."""
+    if not rows:
+        return []
+    return [titles, "|---" * len(rows[0]) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def write_report(
     smoothness: Sequence[Smoothness],
     probes: Sequence[Probe],
     choices: Sequence[LandmarkChoice],
-    guided: Sequence[GuidedPlan] = (),
+    guided: Sequence[GuidedPlan],
 ) -> str:
     """The results as Markdown tables, means over the photographs."""
-    lines: list[str] = []
-    if smoothness:
-        lines += [
-            "| tokens | attention | masked | tokens masked | smoothness | saliency change | patch cosine |",
-            "|---" * 7 + "|",
-        ]
-        for key in dict.fromkeys((r.planted, r.attention, r.mask) for r in smoothness):
-            rows = [r for r in smoothness if (r.planted, r.attention, r.mask) == key]
-            changes = [r.saliency_change for r in rows if r.saliency_change is not None]
-            cells = [_which(key[0]), key[1], key[2], str(sum(r.masked_tokens for r in rows))]
-            cells += [f"{np.mean([r.smoothness for r in rows]):.4f}", f"{np.mean(changes):.5f}" if changes else ""]
-            lines.append("| " + " | ".join([*cells, f"{np.mean([r.patch_cosine for r in rows]):.5f}"]) + " |")
-        lines.append("")
-    if probes:
-        lines += [
+    which = {False: "as they are", True: "planted"}
+    rows = []
+    for key in dict.fromkeys((row.planted, row.attention, row.mask) for row in smoothness):
+        same = [row for row in smoothness if (row.planted, row.attention, row.mask) == key]
+        changes = [row.saliency_change for row in same if row.saliency_change is not None]
+        rows.append([
+            which[key[0]], key[1], key[2], str(sum(row.masked_tokens for row in same)),
+            f"{np.mean([row.smoothness for row in same]):.4f}", f"{np.mean(changes):.5f}" if changes else "",
+            f"{np.mean([row.patch_cosine for row in same]):.5f}",
+        ])  # fmt: skip
+    return "\n".join([
+        *write_table(
+            "| tokens | attention | masked | tokens masked | smoothness | saliency change | patch cosine |", rows
+        ),
+        *write_table(
             "| tokens | attention | masked | tokens masked per digit and block | digits named |",
-            "|---" * 5 + "|",
-        ]
-        for p in probes:
-            lines.append(
-                f"| {_which(p.planted)} | {p.attention} | {p.mask} | {p.masked_tokens:.3f} | {p.accuracy:.3f} of {p.test} |"
-            )
-        lines.append("")
-    if choices:
-        lines += [
+            [
+                [which[p.planted], p.attention, p.mask, f"{p.masked_tokens:.3f}", f"{p.accuracy:.3f} of {p.test}"]
+                for p in probes
+            ],
+        ),
+        *write_table(
             "| tokens | landmarks | tokens guaranteed or excluded | relative error in one block |",
-            "|---|---|---|---|",
-        ]
-        for choice in choices:
-            lines.append(
-                f"| {_which(choice.planted)} | {choice.landmarks} | {choice.artifacts_or_massive} | {choice.error:.4f} |"
-            )
-        lines.append("")
-    if guided:
-        lines += [
+            [[which[c.planted], c.landmarks, str(c.artifacts_or_massive), f"{c.error:.4f}"] for c in choices],
+        ),
+        *write_table(
             "| tokens | sampler | landmarks | patch cosine | class token | patch cosine to exact attention on the same tokens |",
-            "|---" * 6 + "|",
-        ]
-        for row in guided:
-            numbers = " | ".join(f"{value:.5f}" for value in (row.patch_cosine, row.class_cosine, row.same_cosine))
-            lines.append(f"| {_which(row.planted)} | {row.sampler} | {row.landmarks} | {numbers} |")
-    return "\n".join(lines)
+            [
+                [which[g.planted], g.sampler, g.landmarks]
+                + [f"{value:.5f}" for value in (g.patch_cosine, g.class_cosine, g.same_cosine)]
+                for g in guided
+            ],
+        ),
+    ])  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -503,44 +432,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--mask", action="append", help="of the digits' probe, as in the tables; all by default; repeatable"
     )
     parser.add_argument("--json", type=Path, dest="json_file", help="write every number as JSON")
-    arguments = parser.parse_args(argv)
+    settings = parser.parse_args(argv)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        model = load_model(arguments.model)
-        images = bundled_photographs() if arguments.images is None else load_images(arguments.images)[0]
-        images = images[: arguments.count]
-        smoothness, choices, guided = [], [], []
-        if not arguments.only_digits:
-            guided = measure_guided(model, images, arguments.resolution, arguments.landmarks, say=say)
-        if not (arguments.only_digits or arguments.only_landmarks):
-            smoothness = measure_photographs(model, images, arguments.resolution, arguments.landmarks, say=say)
-            choices = measure_landmarks(model, images, arguments.resolution, arguments.landmarks)
-        probes = []
-        if arguments.digits and not arguments.only_landmarks:
-            attentions = (arguments.attention,) if arguments.attention else ATTENTIONS
-            probes = measure_digits(model, arguments.digits, attentions=attentions, only_masks=arguments.mask, say=say)
-        if arguments.json_file is not None:
-            answer = _Everything(
-                photographs=tuple(smoothness), digits=tuple(probes), landmarks=tuple(choices), guided=tuple(guided)
-            )
-            write_text(arguments.json_file, answer.model_dump_json(indent=1) + "\n")
+        model = load_model(settings.model)
+        images = bundled_photographs() if settings.images is None else load_images(settings.images)[0]
+        where = (model, images[: settings.count], settings.resolution, settings.landmarks)
+        guided = [] if settings.only_digits else measure_guided(*where, say)
+        has_all = not (settings.only_digits or settings.only_landmarks)
+        smoothness = measure_photographs(*where, say) if has_all else []
+        choices = measure_landmarks(*where) if has_all else []
+        attentions = (settings.attention,) if settings.attention else ATTENTIONS
+        has_digits = settings.digits and not settings.only_landmarks
+        probes = measure_digits(model, settings.digits, attentions, settings.mask, say) if has_digits else []
+        if settings.json_file is not None:
+            results = {"photographs": smoothness, "digits": probes, "landmarks": choices, "guided": guided}
+            numbers = {name: [asdict(row) for row in rows] for name, rows in results.items()}  # type: ignore[attr-defined]
+            write_text(settings.json_file, json.dumps(numbers, indent=1) + "\n")
     except FnaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(write_report(smoothness, probes, choices, guided))
     return 0
-
-
-class _Everything(BaseModel):
-    """What --json has."""
-
-    photographs: tuple[Smoothness, ...]
-    digits: tuple[Probe, ...]
-    landmarks: tuple[LandmarkChoice, ...]
-    guided: tuple[GuidedPlan, ...]
 
 
 if __name__ == "__main__":
