@@ -58,11 +58,11 @@ def prove_blocks(graph: GraphView, points: Sequence[ShapePoint], rewritten: Rewr
     proof = Proof()
     generator = np.random.default_rng(seed)
     for item in rewritten.replacements:
-        block, found = item.row.block, item.row.attention
-        assert found is not None
-        limit = TOLERANCE[found.element_type]
+        block, attention = item.row.block, item.row.attention
+        assert attention is not None
+        limit = TOLERANCE[attention.element_type]
         try:
-            by_tokens = dict(zip(found.tokens, points, strict=True))
+            by_tokens = dict(zip(attention.tokens, points, strict=True))
             error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
         except CheckImpossibleError as problem:
             proof.failed[block] = f"could not be checked: {problem} (--no-check replaces it unchecked)"
@@ -121,12 +121,12 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
 
     # the last image is enough: a mistake that spared it would have to know how many there are
     query, key, value, *others, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
-    found, block = item.row.attention, item.row.block
-    assert found is not None
+    attention, block = item.row.attention, item.row.block
+    assert attention is not None
     if not all(bool(tensor.isfinite().all()) for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
-    site, scale = item.site, float(np.float32(found.scale))
+    site, scale = item.site, float(np.float32(attention.scale))
     settings = {setting.name: helper.get_attribute_value(setting) for setting in item.fna.attribute}
     sink = bool(settings.get("sink", 0))
     key_mask = others[-1] if MASKED_ATTENTION.is_called_by(item.fna) or others[2:] else None
@@ -152,7 +152,7 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
             wiring = TorchWiring(nystrom, exact, others[0], site.prefix_tokens, plan.patches, plan.exact_rows)
             expected = wire_block(block_steps, query.shape[1], query, key, value, wiring)
     error = relative_error(out.double().numpy(), expected.double().numpy())
-    limit = TOLERANCE[found.element_type]
+    limit = TOLERANCE[attention.element_type]
     proof.fna_errors[block] = error
     if not error <= limit:
         proof.failed[block] = f"its FNA node differs from PyTorch by {error:.1e} (at most {limit:.0e})"
@@ -169,20 +169,21 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generator: np.random.Generator) -> float:
-    found = item.row.attention
-    assert found is not None
+    attention = item.row.attention
+    assert attention is not None
     written = {name for node in item.before for name in node.output}
     cuts = [name for node in item.before for name in names_read(node) if name in graph.data and name not in written]
     cuts += [name for name in (item.query, item.key, item.value) if name not in written]
     cuts = list(dict.fromkeys(cuts))
-    nodes, loose = _region(graph, found.result.tensor, set(cuts))
+    nodes, loose = _region(graph, attention.result.tensor, set(cuts))
     feeds = {name: _random(graph, point, name, generator) for name in [*cuts, *loose]}
     before = [node for node in item.before if node.domain != "fna" and "fna_landmarks" not in node.name]
     before = _needed(before, [item.query, item.key, item.value])
-    outputs = [found.result.tensor, item.query, item.key, item.value]
-    model = _region_model(graph, point, [*nodes, *before], found.initializers, feeds, outputs, item)
-    values = run_model(model, feeds, outputs, graph.folder)
-    spread = abs(found.scale) * float(values[1].std()) * float(values[2].std()) * found.head_size**0.5
+    outputs = [attention.result.tensor, item.query, item.key, item.value]
+    model = _region_model(graph, point, [*nodes, *before], attention.initializers, feeds, outputs, item)
+    session = _open(model, graph.folder)
+    values = _run(session, feeds, outputs)
+    spread = abs(attention.scale) * float(values[1].std()) * float(values[2].std()) * attention.head_size**0.5
     factor = (SCORE_SPREAD / max(spread, 1e-6)) ** 0.5
     feeds = {
         name: (value.astype(np.float32) * factor).astype(value.dtype)
@@ -190,13 +191,13 @@ def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generat
         else value
         for name, value in feeds.items()
     }
-    reference, query, key, value = run_model(model, feeds, outputs, graph.folder)
+    reference, query, key, value = _run(session, feeds, outputs)
     if reference.size != query.size:
         return float("inf")
-    perm = found.result.perm or (0, 1, 2, 3)
+    perm = attention.result.perm or (0, 1, 2, 3)
     reference = reference.reshape([query.shape[axis] for axis in perm]).transpose(np.argsort(perm))
     rows = np.unique(np.linspace(0, query.shape[2] - 1, MOST_ROWS).astype(int))
-    exact = exact_attention(query[:, :, rows], key, value, found.scale)
+    exact = exact_attention(query[:, :, rows], key, value, attention.scale)
     return relative_error(reference[:, :, rows].astype(np.float64), exact)
 
 
@@ -325,17 +326,17 @@ def random_feeds(model: ModelProto, point: ShapePoint, generator: np.random.Gene
     return feeds
 
 
-def run_model(
-    model: ModelProto, feeds: dict[str, NDArray[Any]], outputs: Sequence[str], folder: Path
-) -> list[NDArray[Any]]:
-    """Run a model in onnxruntime, unoptimised; outputs that are fed are handed back.
+def _open(model: ModelProto, folder: Path) -> Any:
+    try:
+        return open_session(model, folder=folder, optimise=False, once=True)
+    except InputFileError as error:
+        raise CheckImpossibleError(str(error)) from None
 
-    Raises:
-        CheckImpossibleError: with onnxruntime's reason, or if it takes too long.
-    """
+
+def _run(session: Any, feeds: dict[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+    """Run unoptimised; outputs that are fed are handed back."""
     wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
     try:
-        session = open_session(model, folder=folder, optimise=False, once=True)
         arrays = {**feeds, **run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)}
     except InputFileError as error:
         raise CheckImpossibleError(str(error)) from None

@@ -264,7 +264,9 @@ def export_model(graph: gs.Graph, weights: dict[str, TensorProto] | None = None)
     model.opset_import.extend(domains)
     model.functions.extend(functions)
     target = model.graph
-    target.name, target.doc_string = graph.name, graph.doc_string
+    target.name = graph.name
+    if graph.doc_string:
+        target.doc_string = graph.doc_string
     target.node.extend(nodes)
     _write_initializers(target, old, stored, weights)
     target.sparse_initializer.extend(old.sparse_initializer)

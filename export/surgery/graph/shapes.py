@@ -318,7 +318,7 @@ def _infer(at: Operands) -> list[Typed]:
             data[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value))
     try:
         schema = onnx.defs.get_schema(node.op, graph.opset, "")
-        found = onnx.shape_inference.infer_node_outputs(
+        inferred = onnx.shape_inference.infer_node_outputs(
             schema,
             node_proto(node),
             types,
@@ -330,15 +330,15 @@ def _infer(at: Operands) -> list[Typed]:
         return unknown
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
         return unknown
-    results = [_from_type(found.get(name)) for name in output_names(node)]
+    results = [_from_type(inferred.get(name)) for name in output_names(node)]
     back = {TensorProto.FLOAT: TensorProto.BFLOAT16} if bf16 else {}
     return [(shape, back.get(element_type, element_type)) for shape, element_type in results]
 
 
-def _from_type(found: TypeProto | None) -> Typed:
-    if found is None or not found.HasField("tensor_type"):
+def _from_type(inferred: TypeProto | None) -> Typed:
+    if inferred is None or not inferred.HasField("tensor_type"):
         return None, 0
-    tensor = found.tensor_type
+    tensor = inferred.tensor_type
     if not tensor.HasField("shape") or any(not dim.HasField("dim_value") for dim in tensor.shape.dim):
         return None, tensor.elem_type
     return tuple(int(dim.dim_value) for dim in tensor.shape.dim), tensor.elem_type

@@ -88,12 +88,14 @@ class Prelude:
         return full
 
 
-def replace_operands(found: Attention, tensors: list[str], prelude: Prelude, heads: int, head_size: int) -> Attention:
+def replace_operands(
+    attention: Attention, tensors: list[str], prelude: Prelude, heads: int, head_size: int
+) -> Attention:
     """ShapePoint query, key and value at the rebuilt tensors `[B, N, H * D]`."""
     shape, perm = (0, 0, heads, head_size), (0, 2, 1, 3)
-    found.query, found.key, found.value = (Operand(name, shape, perm) for name in tensors)
-    found.prelude, found.initializers = prelude.nodes, prelude.initializers
-    return found
+    attention.query, attention.key, attention.value = (Operand(name, shape, perm) for name in tensors)
+    attention.prelude, attention.initializers = prelude.nodes, prelude.initializers
+    return attention
 
 
 def identify_packed_input(

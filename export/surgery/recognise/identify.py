@@ -120,14 +120,14 @@ def _check_groups(context: Context, source: str, sizes: Sequence[tuple[int, int,
 
 def _batches(context: Context, point: ShapePoint, source: str) -> set[int]:
     """Batch sizes that the inputs behind `source` can be said to have: their first dimension; 1 for inputs without a batch."""
-    found = set()
+    batches = set()
     for name in _inputs_behind(context, source):
         shape = point.feeds[name]
         if len(shape) > 1:
-            found.add(shape[0])
+            batches.add(shape[0])
         if len(shape) <= 3 and not _is_open(context, name):
-            found.add(1)
-    return found or {1}
+            batches.add(1)
+    return batches or {1}
 
 
 def _inputs_behind(context: Context, name: str) -> list[str]:
@@ -169,20 +169,20 @@ def _common_sources(context: Context, tensors: Sequence[str]) -> list[str]:
 
     for position, name in enumerate(tensors):
         push(name, 1 << position)
-    found: list[str] = []
+    sources: list[str] = []
     steps = 0
-    while heap and steps < LARGEST_SEARCH and len(found) < 4:
+    while heap and steps < LARGEST_SEARCH and len(sources) < 4:
         steps += 1
         _, name = heapq.heappop(heap)
         node = graph.source(name)
         if marks[name] == full and (node is None or len([item for item in output_names(node) if item in marks]) <= 1):
-            found.append(name)
+            sources.append(name)
         if node is None or node.op in ("Shape", "Size"):
             continue
         together = marks[name]
         for item in input_names(node):
             push(item, together)
-    return found
+    return sources
 
 
 def _same_tokens(context: Context, core: Core) -> tuple[str, int, list[NDArray[np.int32]]]:

@@ -45,7 +45,7 @@ def is_view(node: gs.Node | None) -> bool:
 
 def scalar_of(points: Sequence[ShapePoint], graph: GraphView, name: str) -> float | None:
     """The one finite number that a tensor holds at all sizes tried, if so."""
-    found: set[float] = set()
+    numbers: set[float] = set()
     for point in points:
         value = point.values.get(name)
         if value is None:
@@ -55,8 +55,8 @@ def scalar_of(points: Sequence[ShapePoint], graph: GraphView, name: str) -> floa
         flat = np.asarray(value, np.float64).reshape(-1)
         if not np.isfinite(flat[0]) or not (flat == flat[0]).all():
             return None
-        found.add(float(flat[0]))
-    return found.pop() if len(found) == 1 else None
+        numbers.add(float(flat[0]))
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def widens(points: Sequence[ShapePoint], data: str, result: str) -> bool:
@@ -205,15 +205,15 @@ def _same(left: Index, right: Index) -> bool:
 def _matching_dims(points: Sequence[ShapePoint], tensor: str, shapes: Sequence[Sequence[int]]) -> list[Dim | None]:
     """For each dimension wanted, a dimension of `tensor` that has its size at all points."""
     own = [point.shapes[tensor] for point in points]
-    found: list[Dim | None] = []
+    dims: list[Dim | None] = []
     for axis in range(len(shapes[0])):
         sizes = [shape[axis] for shape in shapes]
         match = None
         if all(item is not None for item in own):
             ranks = range(len(own[0] or ()))
             match = next((a for a in ranks if [item[a] for item in own if item is not None] == sizes), None)
-        found.append(None if match is None else Dim(tensor, match))
-    return found
+        dims.append(None if match is None else Dim(tensor, match))
+    return dims
 
 
 def find_result(

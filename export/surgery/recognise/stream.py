@@ -23,17 +23,17 @@ class Stream:
     sequence_first: bool
 
 
-def find_stream(graph: GraphView, points: list[ShapePoint], found: Attention) -> Stream | None:
+def find_stream(graph: GraphView, points: list[ShapePoint], attention: Attention) -> Stream | None:
     """The residual stream that enters a block, before its norm; None where it cannot be told.
 
     It is the tensor that is both what query, key and value are computed from and what the block's result is added to.
     """
-    if found.source is None:
+    if attention.source is None:
         return None
-    above = graph.needed_for({found.source})
+    above = graph.needed_for({attention.source})
     candidates: list[str] = []
-    below = {found.result.tensor}
-    queue = sorted(graph.readers(found.result.tensor))
+    below = {attention.result.tensor}
+    queue = sorted(graph.readers(attention.result.tensor))
     seen: set[int] = set()
     while queue and len(seen) < FURTHEST:
         index = queue.pop(0)
@@ -44,7 +44,7 @@ def find_stream(graph: GraphView, points: list[ShapePoint], found: Attention) ->
         if node.op in ("Add", "SkipLayerNormalization", "Sum", "SkipSimplifiedLayerNormalization"):
             for name in input_names(node)[:2]:
                 inside = (
-                    name == found.source
+                    name == attention.source
                     or graph.producer.get(name, -2) in above
                     or name in {i.name for i in graph.inputs}
                 )
@@ -54,30 +54,30 @@ def find_stream(graph: GraphView, points: list[ShapePoint], found: Attention) ->
             break
         below.update(output_names(node))
         queue = sorted({*queue, *(reader for name in output_names(node) for reader in graph.readers(name))})
-    for name in [*candidates, found.source]:
-        stream = _as_stream(graph, points, found, name)
+    for name in [*candidates, attention.source]:
+        stream = _as_stream(graph, points, attention, name)
         if stream is not None:
             return stream
     return None
 
 
-def _as_stream(graph: GraphView, points: list[ShapePoint], found: Attention, name: str) -> Stream | None:
+def _as_stream(graph: GraphView, points: list[ShapePoint], attention: Attention, name: str) -> Stream | None:
     shape = points[0].shapes.get(name)
-    tokens = found.tokens[0]
+    tokens = attention.tokens[0]
     if shape is None or len(shape) != 3 or points[0].types.get(name) not in (1, 10, 16):
         return None
     start = name
-    if name != found.source and graph.producer.get(name, -1) == graph.producer.get(found.source or "", -2):
+    if name != attention.source and graph.producer.get(name, -1) == graph.producer.get(attention.source or "", -2):
         # one operator adds the residual and norms the sum; its outputs hold the same tokens
-        start = found.source or name
+        start = attention.source or name
     try:
-        reached = label_tokens(graph, points[0], start, [found.query.tensor], -1)
+        reached = label_tokens(graph, points[0], start, [attention.query.tensor], -1)
     except CannotLabelError:
         return None
-    if found.query.tensor not in reached:
+    if attention.query.tensor not in reached:
         return None
-    labels = reached[found.query.tensor]
-    first = labels[..., :1] if found.query.tensor != name else labels
+    labels = reached[attention.query.tensor]
+    first = labels[..., :1] if attention.query.tensor != name else labels
     values = np.unique(first)
     if values[0] < 0:
         return None

@@ -85,17 +85,17 @@ def label_tokens(
 
 def follow(graph: GraphView, point: ShapePoint, labels: dict[str, Labels], targets: Sequence[str]) -> dict[str, Labels]:
     """Carry labels forward from the tensors that have them to `targets`."""
-    found = dict(labels)
+    known = dict(labels)
     for index in _between(graph, set(labels), targets):
         node = graph.nodes[index]
         try:
-            results = _outputs(graph, node, found, point)
+            results = _outputs(graph, node, known, point)
         except (ValueError, IndexError, TypeError) as error:
             raise CannotLabelError(f"the tokens cannot be followed through {node.op} {node.name!r}") from error
         for name, result in zip(output_names(node), results, strict=False):
             if name and name not in labels:
-                found[name] = result
-    return found
+                known[name] = result
+    return known
 
 
 def _between(graph: GraphView, sources: set[str], targets: Sequence[str]) -> list[int]:

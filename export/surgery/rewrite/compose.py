@@ -35,7 +35,7 @@ class Names(Protocol):
 class Site:
     """One block that becomes FNA: what it is, what the plan says, and its tensors `[B, H, N, D]`."""
 
-    found: Attention
+    attention: Attention
     block: BlockPlan
     plan: Plan
     prefix_tokens: int
@@ -62,7 +62,7 @@ def compose(
         InvalidPlanError: if the plan names a head that the block does not have, or where the patches lie is not known.
     """
     heads = site.block.heads
-    count = site.found.heads
+    count = site.attention.heads
     if heads is not None and heads[-1] >= count:
         raise InvalidPlanError(
             f"the plan lists head {heads[-1]} of block {site.block.block}, but the block has heads 0 to {count - 1}"
@@ -99,7 +99,7 @@ def _take(names: Names, site: Site, tensor: str, heads: Sequence[int], which: st
 def _exact_attention(names: Names, site: Site, operands: Sequence[str], nodes: list[NodeProto]) -> str:
     stem = f"{site.name}/exact"
     new = {step: names.unique(f"{stem}_{step}") for step in ("columns", "scaled", "scores", "weights", "out")}
-    scale = names.constant("fna/scale", np.asarray(site.found.scale, numpy_type(site.found.element_type)))
+    scale = names.constant("fna/scale", np.asarray(site.attention.scale, numpy_type(site.attention.element_type)))
     query, key, value = operands
     nodes += [
         helper.make_node("Mul", [query, scale], [new["scaled"]], name=new["scaled"]),
@@ -138,8 +138,8 @@ def _correction_nodes(
 ) -> None:
     tokens = _only_size(site)
     rows, columns = patch_grid(tokens, site.prefix_tokens, site.plan.patches)
-    heads, size = len(correction.gains), site.found.head_size
-    dtype = numpy_type(site.found.element_type)
+    heads, size = len(correction.gains), site.attention.head_size
+    dtype = numpy_type(site.attention.element_type)
     steps = (
         "values", "turned", "image", "local_image", "local_turned", "local", "patches", "scaled", "sum", "prefix", "joined"
     )  # fmt: skip
@@ -201,7 +201,7 @@ def _known_rows(names: Names, site: Site, tokens: int, nodes: list[NodeProto]) -
 
 
 def _only_size(site: Site) -> int:
-    sizes = set(site.found.tokens)
+    sizes = set(site.attention.tokens)
     if len(sizes) != 1:
         raise InvalidPlanError(
             "a correction needs a fixed number of tokens; this file leaves its input size open (set it by --resolution)"

@@ -152,34 +152,34 @@ def _operands(writer: _Writer, row: Row, prefix: str, nodes: list[NodeProto]) ->
 
 
 def _replace(writer: _Writer, row: Row) -> Replacement:
-    found, block = row.attention, writer.plan.find(row.block)
-    assert found is not None
+    attention, block = row.attention, writer.plan.find(row.block)
+    assert attention is not None
     prefix = writer.unique(grafted_node_name(row.node, row.block))
     before: list[NodeProto] = []
     query, key, value = _operands(writer, row, prefix, before)
-    key_mask, sink = _key_mask(writer, row, found, query, key, before)
+    key_mask, sink = _key_mask(writer, row, attention, query, key, before)
     attributes: dict[str, Any]
     if block is None:
         inputs, attributes = [query, key, value, *key_mask], {"sink": int(sink)}
     else:
-        landmarks, bias = _landmarks(writer, row, block, found, (query, key, value), before)
+        landmarks, bias = _landmarks(writer, row, block, attention, (query, key, value), before)
         inputs = [query, key, value, landmarks, bias, *key_mask]
         attributes = {"iterations": writer.plan.iterations_of(block), "exact_rows": int(writer.plan.exact_rows)}
         attributes |= {"sink": int(sink)} if key_mask else {}
     after: list[NodeProto] = []
-    output = _result_nodes(writer, found.result, prefix, after)
+    output = _result_nodes(writer, attention.result, prefix, after)
 
     def make_node(
         operator: Operator, inputs: Sequence[str], result: str, name: str, settings: dict[str, Any]
     ) -> NodeProto:
-        return operator.make_node(inputs, [result], name, scale=float(found.scale), **settings)
+        return operator.make_node(inputs, [result], name, scale=float(attention.scale), **settings)
 
     around: list[NodeProto] = []
     site = None
     if block is None:
         fna = make_node(MASKED_ATTENTION, inputs, output, prefix, attributes)
     else:
-        site = Site(found, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
+        site = Site(attention, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
 
         def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
             return make_node(FAST_NYSTROM_ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
@@ -190,7 +190,7 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
             )
 
         fna, around = compose(writer, site, output, make_fna, make_masked if key_mask else None)
-    writer.inserted[writer.graph.producer[found.result.tensor]] = [*before, fna, *around, *after]
+    writer.inserted[writer.graph.producer[attention.result.tensor]] = [*before, fna, *around, *after]
     return Replacement(row, fna, before, after, query, key, value, output, site)
 
 
@@ -247,13 +247,13 @@ def _result_nodes(writer: _Writer, result: Result, prefix: str, nodes: list[Node
 
 
 def _key_mask(
-    writer: _Writer, row: Row, found: Attention, query: str, key: str, nodes: list[NodeProto]
+    writer: _Writer, row: Row, attention: Attention, query: str, key: str, nodes: list[NodeProto]
 ) -> tuple[list[str], bool]:
     """The name of the mask `[B or 1, N]` of one block, none where it has none, and whether it is a sink."""
     planned = writer.plan.find_mask(row.block)
     if planned is None:
         return [], False
-    return [_tokens_mask(writer, "masks", planned, row, found, query, key, nodes)], planned[1].sink
+    return [_tokens_mask(writer, "masks", planned, row, attention, query, key, nodes)], planned[1].sink
 
 
 def _tokens_mask(
@@ -261,36 +261,36 @@ def _tokens_mask(
     use: str,
     planned: tuple[int, TokenRange],
     row: Row,
-    found: Attention,
+    attention: Attention,
     query: str,
     key: str,
     nodes: list[NodeProto],
 ) -> str:
     """The name of a mask `[B or 1, N]` of the tokens of a range, found at the first block of it that comes."""
     first, entry = planned
-    tower = (found.tokens, _origin(writer, find_stream(writer.graph, writer.points, found), found))
+    tower = (attention.tokens, _origin(writer, find_stream(writer.graph, writer.points, attention), attention))
     shared, place = (use, first, tower), (entry.tokens, row.block, tower)
     if shared not in writer.ranges:
         if place not in writer.found_tokens:
-            writer.found_tokens[place] = _find_tokens(writer, row, entry, found, query, key, nodes)
+            writer.found_tokens[place] = _find_tokens(writer, row, entry, attention, query, key, nodes)
         writer.ranges[shared] = writer.found_tokens[place]
     return writer.ranges[shared]
 
 
 def _find_tokens(
-    writer: _Writer, row: Row, entry: TokenRange, found: Attention, query: str, key: str, nodes: list[NodeProto]
+    writer: _Writer, row: Row, entry: TokenRange, attention: Attention, query: str, key: str, nodes: list[NodeProto]
 ) -> str:
     kind = entry.tokens if isinstance(entry.tokens, str) else "listed"
     name = writer.unique(f"{row.node}/fna_{kind}_tokens_{row.block}")
     if isinstance(entry.tokens, tuple):
-        if len(set(found.tokens)) > 1:
+        if len(set(attention.tokens)) > 1:
             raise InvalidPlanError("token indices in a plan need a fixed number of tokens; this file leaves it open")
-        mask = listed_tokens_mask(entry.tokens, found.tokens[0])
+        mask = listed_tokens_mask(entry.tokens, attention.tokens[0])
         return writer.constant(f"fna/listed_tokens_{row.block}", mask.numpy())
-    stream = find_stream(writer.graph, writer.points, found)
+    stream = find_stream(writer.graph, writer.points, attention)
     prefix = writer.plan.prefix_tokens
     if prefix is None:
-        prefix = _detect_prefix(writer, found, stream)
+        prefix = _detect_prefix(writer, attention, stream)
     if entry.tokens == "massive":
         if stream is None:
             raise InvalidPlanError(
@@ -305,7 +305,7 @@ def _find_tokens(
                 "artifact tokens are those that the class token looks at, but no class token was found; name massive tokens, "
                 "or give --prefix-tokens"
             )
-        scale = float(found.scale)
+        scale = float(attention.scale)
         nodes.append(ARTIFACT_TOKENS.make_node([query, key], [name], name, scale=scale, prefix_tokens=prefix))
     return name
 
@@ -326,25 +326,25 @@ def _landmarks(
     writer: _Writer,
     row: Row,
     block: BlockPlan,
-    found: Attention,
+    attention: Attention,
     operands: tuple[str, str, str],
     nodes: list[NodeProto],
 ) -> tuple[str, str]:
     """Names of the landmarks `[B or 1, S]` and of their bias `[1, S]` for one block."""
-    stream = find_stream(writer.graph, writer.points, found)
+    stream = find_stream(writer.graph, writer.points, attention)
     prefix = writer.plan.prefix_tokens
     if prefix is None:
-        prefix = _detect_prefix(writer, found, stream)
+        prefix = _detect_prefix(writer, attention, stream)
     writer.prefix[row.block] = prefix
-    static = len(set(found.tokens)) == 1
+    static = len(set(attention.tokens)) == 1
     ranges = {key: writer.plan.find_landmark_range(key, block.block) for key in ("include", "exclude")}
     guided = any(planned is not None for planned in ranges.values())
     sampler = find_sampler(block.sampler)
     by_features = sampler.looks_at_features
-    origin = _origin(writer, stream, found) if by_features or guided or not static else None
+    origin = _origin(writer, stream, attention) if by_features or guided or not static else None
     key = (
         writer.plan.sharing_key(block),
-        found.tokens,
+        attention.tokens,
         prefix,
         origin,
         row.block if writer.plan.resamples(block) and by_features else -1,
@@ -358,7 +358,7 @@ def _landmarks(
     features = _features(writer, row, block, stream, operands, nodes) if by_features else ""
     if by_features:
         writer.features[row.block] = features
-    tokens = min(found.tokens)
+    tokens = min(attention.tokens)
     request = LandmarkRequest(tokens, block.landmarks, prefix, writer.plan.seed, writer.plan.patches)
     op = Builder(writer.graph.opset, prefix=f"{row.node}/fna_landmarks_{row.block}/", taken=writer.taken)
     flat = writer.plan.method == "published"
@@ -366,7 +366,7 @@ def _landmarks(
         includes, excludes = (planned is not None for planned in ranges.values())
         check_rooms(request, block.sampler, includes=includes, excludes=excludes, name=f"block {row.block}")
         include, exclude = (
-            None if planned is None else _tokens_mask(writer, use, planned, row, found, *operands[:2], nodes)
+            None if planned is None else _tokens_mask(writer, use, planned, row, attention, *operands[:2], nodes)
             for use, planned in ranges.items()
         )
         landmarks, bias = guided_landmarks_nodes(op, request, block.sampler, features or None, include, exclude)
@@ -410,21 +410,21 @@ def _add_sampler_nodes(op: Builder, nodes: list[NodeProto]) -> None:
     nodes.extend(op.nodes)
 
 
-def _origin(writer: _Writer, stream: Stream | None, found: Attention) -> str:
+def _origin(writer: _Writer, stream: Stream | None, attention: Attention) -> str:
     """What tells one tower of a model from another: the first tensor of data that its stream is computed from."""
-    start = stream.tensor if stream is not None else found.query.tensor
+    start = stream.tensor if stream is not None else attention.query.tensor
     names = writer.graph.needed_for({start})
     inputs = {item.name for item in writer.graph.inputs}
     used = {name for index in names for name in input_names(writer.graph.nodes[index]) if name in inputs}
     return ",".join(sorted(used))
 
 
-def _detect_prefix(writer: _Writer, found: Attention, stream: Stream | None) -> int:
-    key = ("prefix", found.tokens, _origin(writer, stream, found))
+def _detect_prefix(writer: _Writer, attention: Attention, stream: Stream | None) -> int:
+    key = ("prefix", attention.tokens, _origin(writer, stream, attention))
     if key in writer.shared:
         return int(writer.shared[key][0])
     count = None if stream is None else count_prefix_tokens(writer.graph, writer.points, stream)
-    result = 0 if count is None or count >= min(found.tokens) else count
+    result = 0 if count is None or count >= min(attention.tokens) else count
     if count is None or count != result:
         writer.notes.append(
             "how many prefix tokens there are could not be told, so 0 are assumed; give --prefix-tokens"

@@ -44,9 +44,9 @@ def read(context: Context, node: gs.Node, row: Row) -> Attention:
     if context.rank(key) != 3 or context.rank(value) != 3:
         raise RefusedError("its packed key and value layout is not supported")
     core = packed_core(context, query, key, value, heads, node, "scale")
-    found = identify(context, core)
+    attention = identify(context, core)
     if not bias:
-        return found
+        return attention
     array = context.graph.constant(bias)
     if array is None or array.ndim != 1 or array.size % 3:
         raise RefusedError("its projection biases are not constants")
@@ -57,8 +57,8 @@ def read(context: Context, node: gs.Node, row: Row) -> Attention:
             tensors.append(added[0])
         else:
             tensors.append(tensor)
-    found.scale = core.scale
-    return replace_operands(found, tensors, prelude, heads, found.head_size)
+    attention.scale = core.scale
+    return replace_operands(attention, tensors, prelude, heads, attention.head_size)
 
 
 def _packed_five(context: Context, node: gs.Node, prelude: Prelude, heads: int) -> Attention:

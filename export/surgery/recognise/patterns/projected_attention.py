@@ -46,14 +46,14 @@ def read(context: Context, node: gs.Node, row: Row) -> Attention:
         raise RefusedError(f"its projection of {width} channels cannot be divided into 3 x {heads} heads")
     head_size = width // (3 * heads)
     sizes = [(shape[0], heads, shape[1], head_size) for shape in (context.shape(source, p) for p in context.points)]
-    found = identify_packed_input(context, node, Side(source, PACKED), sizes, scale_of(node, "scale", head_size))
+    attention = identify_packed_input(context, node, Side(source, PACKED), sizes, scale_of(node, "scale", head_size))
     prelude = Prelude(row.prefix)
     (projected,) = prelude.add("MatMul", [source, weights], ["projected"])
     if bias:
         (projected,) = prelude.add("Add", [projected, bias], ["projected_biased"])
     lengths = prelude.constant("split_sizes", np.asarray([heads * head_size] * 3, np.int64))
     tensors = prelude.add("Split", [projected, lengths], ["query", "key", "value"], axis=2)
-    return replace_operands(found, tensors, prelude, heads, head_size)
+    return replace_operands(attention, tensors, prelude, heads, head_size)
 
 
 PATTERN = AttentionPattern(
