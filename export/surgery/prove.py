@@ -179,11 +179,9 @@ def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generat
     feeds = {name: _random(graph, point, name, generator) for name in [*cuts, *loose]}
     before = [node for node in item.before if node.domain != "fna" and "fna_landmarks" not in node.name]
     before = _needed(before, [item.query, item.key, item.value])
-    outputs = [attention.result.tensor, item.query, item.key, item.value]
-    model = _region_model(graph, point, [*nodes, *before], attention.initializers, feeds, outputs, item)
-    session = _open(model, graph.folder)
-    values = _run(session, feeds, outputs)
-    spread = abs(attention.scale) * float(values[1].std()) * float(values[2].std()) * attention.head_size**0.5
+    query_and_key = [item.query, item.key]
+    query, key = _region_values(graph, point, before, attention.initializers, feeds, query_and_key, item)
+    spread = abs(attention.scale) * float(query.std()) * float(key.std()) * attention.head_size**0.5
     factor = (SCORE_SPREAD / max(spread, 1e-6)) ** 0.5
     feeds = {
         name: (value.astype(np.float32) * factor).astype(value.dtype)
@@ -191,7 +189,10 @@ def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generat
         else value
         for name, value in feeds.items()
     }
-    reference, query, key, value = _run(session, feeds, outputs)
+    outputs = [attention.result.tensor, item.query, item.key, item.value]
+    reference, query, key, value = _region_values(
+        graph, point, [*nodes, *before], attention.initializers, feeds, outputs, item
+    )
     if reference.size != query.size:
         return float("inf")
     perm = attention.result.perm or (0, 1, 2, 3)
@@ -278,6 +279,28 @@ def _random(graph: GraphView, point: ShapePoint, name: str, generator: np.random
     return np.ones(shape, dtype)
 
 
+def _region_values(
+    graph: GraphView,
+    point: ShapePoint,
+    nodes: Sequence[NodeProto],
+    extra: Sequence[TensorProto],
+    feeds: dict[str, NDArray[Any]],
+    outputs: Sequence[str],
+    item: Replacement,
+) -> list[NDArray[Any]]:
+    """Values of tensors of a region; those that are fed are handed back."""
+    wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
+    arrays = dict(feeds)
+    if wanted:
+        model = _region_model(graph, point, nodes, extra, feeds, wanted, item)
+        try:
+            session = open_session(model, folder=graph.folder, optimise=False, once=True)
+            arrays |= run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)
+        except InputFileError as error:
+            raise CheckImpossibleError(str(error)) from None
+    return [arrays[name] for name in outputs]
+
+
 def _region_model(
     graph: GraphView,
     point: ShapePoint,
@@ -297,7 +320,7 @@ def _region_model(
         helper.make_tensor_value_info(name, point.types[name], [None] * len(value.shape))
         for name, value in feeds.items()
     ]
-    results = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(outputs) if name not in feeds]
+    results = [onnx.ValueInfoProto(name=name) for name in outputs]
     proto = helper.make_graph(list(nodes), "block", inputs, results, initializers)
     model = helper.make_model(proto, ir_version=max(graph.graph.ir_version or 0, 8))
     del model.opset_import[:]
@@ -324,23 +347,6 @@ def random_feeds(model: ModelProto, point: ShapePoint, generator: np.random.Gene
         else:
             feeds[item.name] = generator.integers(0, 4, shape).astype(dtype)
     return feeds
-
-
-def _open(model: ModelProto, folder: Path) -> Any:
-    try:
-        return open_session(model, folder=folder, optimise=False, once=True)
-    except InputFileError as error:
-        raise CheckImpossibleError(str(error)) from None
-
-
-def _run(session: Any, feeds: dict[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-    """Run unoptimised; outputs that are fed are handed back."""
-    wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
-    try:
-        arrays = {**feeds, **run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)}
-    except InputFileError as error:
-        raise CheckImpossibleError(str(error)) from None
-    return [arrays[name] for name in outputs]
 
 
 def _point_bytes(point: ShapePoint) -> float:
