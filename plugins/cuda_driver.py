@@ -8,7 +8,7 @@ from typing import Any
 
 from fna.errors import MissingCapabilityError
 from fna.plugins.launch_plan import Variant
-from fna.plugins.table import Kernel, Table
+from fna.plugins.table.read import Kernel, Table
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024

@@ -1,8 +1,8 @@
 """Which kernels run, in which order, with which grids, arguments and scratch: the one description of a launch sequence.
 
 `attention_plan` and `sampling_plan` are pure arithmetic. The ahead-of-time build enumerates its variants from here, PyTorch's
-CUDA path and the tests execute these plans, and `plugins/src/launch_plan.cpp` is the same arithmetic in C++ (a test runs both
-and compares every launch).
+CUDA path and the tests execute these plans, and `plugins/src/` has the same arithmetic in C++ (a test runs both and compares
+every launch). The numbers stand here only: the build of the table writes them into a C++ header.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ HEAD_SIZE_STEP = 16
 MAX_GRID_Y = 65535
 MAX_STRIDE = 2**31 - 1
 ALIGNMENT = 256
+POINTER_ALIGNMENT = 16
+"""Bytes; the kernels read rows of their tensors in vectors."""
+
 TILE = 64
+LANDMARK_PADDINGS = (TILE, 2 * TILE, 4 * TILE)
+HEAD_PADDINGS = (64, 128)
 FINISH_COLUMNS = 32
+MAX_QUERY_TILES = 8
 
 MAX_ITERATIONS = 64
 
@@ -126,41 +132,60 @@ def aligned(size: int) -> int:
 
 
 def padded_landmarks(count: int) -> int:
-    """S_PAD: 64, 128 or 256."""
-    return TILE if count <= TILE else 2 * TILE if count <= 2 * TILE else 4 * TILE
+    """S_PAD: the smallest padding that holds `count` landmarks."""
+    return next(padding for padding in LANDMARK_PADDINGS if count <= padding)
 
 
 def padded_head_size(head_size: int) -> int:
-    """BLOCK_D: 64 or 128."""
-    return 64 if head_size <= 64 else 128
+    """BLOCK_D: the smallest padding that holds `head_size` channels."""
+    return next(padding for padding in HEAD_PADDINGS if head_size <= padding)
 
 
-def in_registers(dtype: Dtype, s_pad: int) -> bool:
-    """Whether one program iterates with A and Z in registers; fp32 would spill, so it goes through scratch."""
-    return dtype != "fp32" and s_pad == TILE
+@dataclass(frozen=True)
+class Blocks:
+    """Block sizes of the attention kernels for one type, padded number of landmarks and padded head size.
+
+    Attributes:
+        landmarks: S_PAD.
+        head_size: BLOCK_D.
+        key_block: keys per step of the landmark kernel; a split is a multiple of it.
+        landmark_rows: landmark queries per program of the landmark kernel.
+        query_block: queries per tile of the output kernel.
+        landmark_block: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD.
+        in_registers: whether one program iterates with A and Z in registers; fp32 would spill, so it goes through scratch.
+    """
+
+    landmarks: int
+    head_size: int
+    key_block: int
+    landmark_rows: int
+    query_block: int
+    landmark_block: int
+    in_registers: bool
+
+    @property
+    def row_tiles(self) -> int:
+        """Programs of the landmark kernel that share the landmarks of one stretch of keys."""
+        return self.landmarks // self.landmark_rows
 
 
-def key_block(dtype: Dtype, block_d: int) -> int:
-    """BLOCK_N: keys per step of the landmark kernel; a split is a multiple of it."""
-    return 64 if dtype != "fp32" else 32 if block_d == 64 else 16
-
-
-def landmark_rows(dtype: Dtype, s_pad: int) -> int:
-    """BLOCK_S: landmark queries per program of the landmark kernel."""
-    return TILE if dtype == "fp32" else min(s_pad, 2 * TILE)
-
-
-def query_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
-    """BLOCK_M: queries per tile of the output kernel."""
-    return 64 if dtype == "fp32" or block_d > 64 else 128
-
-
-def landmark_block(dtype: Dtype, s_pad: int, block_d: int) -> int:
-    """TILE_S: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD."""
+def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
+    """Choose the blocks: as large as registers and shared memory allow."""
     if dtype == "fp32":
-        return 32 if block_d == 64 else 16
+        return Blocks(s_pad, block_d, 32 if block_d == 64 else 16, TILE, 64, 32 if block_d == 64 else 16, False)
     # At 256 landmarks tiles of 128 would spill beside the maximum and the sum that are carried from tile to tile.
-    return s_pad if s_pad <= 2 * TILE else TILE
+    held = s_pad if s_pad <= 2 * TILE else TILE
+    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), 128 if block_d == 64 else 64, held, s_pad == TILE)
+
+
+def all_blocks(dtype: Dtype) -> tuple[Blocks, ...]:
+    """Every choice for a type, smallest paddings first."""
+    return tuple(blocks_of(dtype, s_pad, block_d) for s_pad in LANDMARK_PADDINGS for block_d in HEAD_PADDINGS)
+
+
+def call_blocks(shape: AttentionShape) -> Blocks:
+    """Return the blocks for one call."""
+    return blocks_of(shape.dtype, padded_landmarks(shape.landmarks), padded_head_size(shape.head_size))
 
 
 def check_attention_shape(shape: AttentionShape) -> None:
@@ -188,14 +213,12 @@ def check_attention_shape(shape: AttentionShape) -> None:
 
 def split_keys(shape: AttentionShape, multiprocessors: int) -> tuple[int, int]:
     """(splits, tokens per split): enough programs to fill the GPU, every split holding at least one token."""
-    block = key_block(shape.dtype, padded_head_size(shape.head_size))
-    s_pad = padded_landmarks(shape.landmarks)
-    row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
-    blocks = -(-shape.tokens // block)
-    programs = shape.batch * shape.heads * row_tiles
+    blocks = call_blocks(shape)
+    key_blocks = -(-shape.tokens // blocks.key_block)
+    programs = shape.batch * shape.heads * blocks.row_tiles
     wanted = -(-WAVES * min(multiprocessors, MAX_MULTIPROCESSORS) // programs)
-    per_split = -(-blocks // min(blocks, max(1, wanted)))
-    return -(-blocks // per_split), per_split * block
+    per_split = -(-key_blocks // min(key_blocks, max(1, wanted)))
+    return -(-key_blocks // per_split), per_split * blocks.key_block
 
 
 def core_programs(s_pad: int, step: int) -> int:
@@ -206,9 +229,8 @@ def core_programs(s_pad: int, step: int) -> int:
 
 def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
     """Query tiles per program of the output kernel: more than one only when the GPU stays full."""
-    block = query_block(shape.dtype, padded_landmarks(shape.landmarks), padded_head_size(shape.head_size))
-    tiles = -(-shape.tokens // block)
-    return max(1, min(8, tiles * shape.batch * shape.heads // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
+    programs = -(-shape.tokens // call_blocks(shape).query_block) * shape.batch * shape.heads
+    return max(1, min(MAX_QUERY_TILES, programs // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
 
 
 def attention_buffers(shape: AttentionShape, splits: int) -> dict[str, Buffer]:
@@ -221,20 +243,19 @@ def workspace_bound(shape: AttentionShape) -> int:
 
     B * H * splits is at most WAVES * MAX_MULTIPROCESSORS / (row tiles) + B * H, however B * H is made up.
     """
-    s_pad = padded_landmarks(shape.landmarks)
-    row_tiles = s_pad // landmark_rows(shape.dtype, s_pad)
-    most = -(-WAVES * MAX_MULTIPROCESSORS // row_tiles) + shape.batch * shape.heads
+    most = -(-WAVES * MAX_MULTIPROCESSORS // call_blocks(shape).row_tiles) + shape.batch * shape.heads
     buffers = _attention_buffers(shape, most)
     return max(aligned(b.offset + b.size) for b in buffers.values())
 
 
 def _attention_buffers(shape: AttentionShape, head_splits: int) -> dict[str, Buffer]:
-    s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
+    blocks = call_blocks(shape)
+    s_pad, block_d = blocks.landmarks, blocks.head_size
     rows = shape.batch * shape.heads * s_pad
     sizes = {
         "partial": head_splits * s_pad * block_d * 4,
         "stats": head_splits * s_pad * 2 * 4,
-        "matrices": rows * (2 if in_registers(shape.dtype, s_pad) else 5) * s_pad * 4,
+        "matrices": rows * (2 if blocks.in_registers else 5) * s_pad * 4,
         "colsum": rows * (s_pad // TILE) * 4,
         "exact": rows * block_d * 4,
         "mixed": rows * block_d * ELEMENT_BYTES[shape.dtype],
@@ -272,7 +293,8 @@ def attention_plan(
         raise InvalidArgumentError(f"iterations is {iterations}, but the kernels take 1 to {MAX_ITERATIONS}")
     linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
     taken, written = strides or linear, out_strides or linear
-    s_pad, block_d = padded_landmarks(shape.landmarks), padded_head_size(shape.head_size)
+    blocks = call_blocks(shape)
+    s_pad, block_d = blocks.landmarks, blocks.head_size
     bh = shape.batch * shape.heads
     splits, split_tokens = split_keys(shape, multiprocessors)
     landmark_stride = 0 if shape.shared_landmarks else shape.landmarks
@@ -281,7 +303,7 @@ def attention_plan(
     mask_mode = (MASK_BUT_SINKS if sink else MASK_ALL) if shape.masked else NO_MASK
     sizes = (shape.heads, shape.tokens, shape.landmarks, shape.head_size, taken.batch, taken.head, taken.token)
 
-    jobs = splits * (s_pad // landmark_rows(shape.dtype, s_pad))
+    jobs = splits * blocks.row_tiles
     steps = 3 * (iterations - 1) + 2 if s_pad > 2 * TILE else 1
     launches = []
     for step in range(steps):
@@ -304,7 +326,7 @@ def attention_plan(
         )
     )
     tiles = query_tiles(shape, multiprocessors)
-    per_program = tiles * query_block(shape.dtype, s_pad, block_d)
+    per_program = tiles * blocks.query_block
     # Sinks: all rows without the masked keys, then the rows of the masked queries with them.
     for mode in (MASK_ALL, MASK_BUT_SINKS) if mask_mode == MASK_BUT_SINKS else (mask_mode,):
         launches.append(
@@ -383,13 +405,13 @@ def norm_grid_plan(
 
 def all_variants() -> tuple[Variant, ...]:
     """Every variant that a plan can name: what the ahead-of-time build compiles."""
-    paddings, heads = (TILE, 2 * TILE, 4 * TILE), (64, 128)
-    found = [Variant("landmark", t, s, d) for t in DTYPES for s in paddings for d in heads]
-    found += [Variant("finish", t, s) for t in DTYPES for s in paddings]
-    found += [Variant("output", t, s, d) for t in DTYPES for s in paddings for d in heads]
-    found += [Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)]
-    found.append(Variant("norm_grid", "fp32"))
-    return tuple(found)
+    return (
+        *(Variant("landmark", t, s, d) for t in DTYPES for s in LANDMARK_PADDINGS for d in HEAD_PADDINGS),
+        *(Variant("finish", t, s) for t in DTYPES for s in LANDMARK_PADDINGS),
+        *(Variant("output", t, s, d) for t in DTYPES for s in LANDMARK_PADDINGS for d in HEAD_PADDINGS),
+        *(Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)),
+        Variant("norm_grid", "fp32"),
+    )
 
 
 def _lay_out(sizes: dict[str, int]) -> dict[str, Buffer]:

@@ -1,6 +1,6 @@
 # The goals of the TensorRT plugin; included by the Makefile.
 ARCH ?= $(shell uname -m)
-SM   ?= 80,86,87,89,90,100,110,120,0
+SM   ?= # every chip of plugins/table/chips.py
 
 PLUGIN_TABLE := $(BUILD)/plugin
 PLUGIN_OUT   := $(BUILD)/plugin/$(ARCH)
@@ -9,7 +9,7 @@ PLUGIN_CROSS := $(if $(filter $(ARCH),$(shell uname -m)),,-DCMAKE_TOOLCHAIN_FILE
 .PHONY: plugin test-gpu
 
 plugin: $(STAMP) ## Compile the kernels for every chip, and the TensorRT plugin library (ARCH=aarch64 to cross-compile)
-	$(BIN)/python -m fna.plugins.aot --output $(PLUGIN_TABLE) --sm $(SM)
+	$(BIN)/python -m fna.plugins.aot --output $(PLUGIN_TABLE) $(if $(SM),--sm $(SM))
 	cmake -S plugins -B $(PLUGIN_OUT) -DFNA_TABLE_DIR=$(CURDIR)/$(PLUGIN_TABLE) -DFNA_PYTHON=$(CURDIR)/$(BIN)/python \
 	    -DFNA_HEADER_CACHE=$(CURDIR)/$(BUILD)/headers -DFNA_BUILD_TESTS=ON $(PLUGIN_CROSS)
 	cmake --build $(PLUGIN_OUT) --parallel 2

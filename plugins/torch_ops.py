@@ -23,6 +23,7 @@ from fna.plugins.launch_plan import (
     MAX_ITERATIONS,
     MAX_LANDMARKS,
     NORM_GRID_TOKENS,
+    POINTER_ALIGNMENT,
     AttentionShape,
     Dtype,
     Plan,
@@ -31,13 +32,12 @@ from fna.plugins.launch_plan import (
     norm_grid_plan,
     sampling_plan,
 )
-from fna.plugins.table import Table, find_table
+from fna.plugins.table.chips import OLDEST_CHIP
+from fna.plugins.table.read import Table, find_table
 from fna.samplers.common.roles import norm_grid_count
 from fna.samplers.fps import farthest_points_reference
 from fna.samplers.norm_grid import norm_grid_reference
 
-OLDEST_CAPABILITY = (8, 0)
-POINTER_ALIGNMENT = 16
 DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 Run = Callable[[Plan, dict[str, Tensor]], None]
@@ -57,7 +57,7 @@ def register() -> bool:
 @functools.cache
 def choose_backend() -> str:
     """`table` where one is built, else `jit` where Triton is installed, else `twin`; also `twin` before compute capability 8.0."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < divmod(OLDEST_CHIP, 10):
         return "twin"
     if _table() is not None:
         return "table"
@@ -216,9 +216,7 @@ def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upc
     for launch in plan.launches:
         arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
         blocks = constants(launch.variant, upcast=upcast)
-        KERNELS[launch.variant.kernel][launch.grid](
-            *arguments, **blocks, **options(launch.variant), enable_fp_fusion=True
-        )
+        KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks, **options(launch.variant))
 
 
 def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

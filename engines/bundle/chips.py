@@ -15,16 +15,17 @@ from pathlib import Path
 
 from fna.engines.targets import Target, find_target
 from fna.errors import FnaError
-from fna.plugins.table import FALLBACK_SM, load_table
+from fna.plugins.table.chips import FALLBACK
+from fna.plugins.table.read import load_table
 
 
 def missing_libraries(target: Target, table: Path, machines: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (machine, chips as in `87,0`) for each plugin library that a bundle for the target would lack."""
     if target.lowering != "plugin":
         return
-    needed = {*target.capabilities, FALLBACK_SM}
+    needed = {*target.capabilities, FALLBACK}
     there = {sm for _, sm in load_table(table).kernels} if (table / "kernels.json").is_file() else set()
-    chips = ",".join(str(sm) for sm in (*sorted((needed | there) - {FALLBACK_SM}), FALLBACK_SM))
+    chips = ",".join(str(sm) for sm in (*sorted((needed | there) - {FALLBACK}), FALLBACK))
     for machine in machines:
         library = table / machine / "libfna_plugin.so"
         whole = needed <= there and library.is_file()

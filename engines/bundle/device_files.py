@@ -36,7 +36,7 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
     batch = f"{shapes.smallest[0]}:{shapes.usual[0]}:{shapes.largest[0]}"
     minimum = manifest.flavours.get("tensorrt", "10.3")
     major, minor = (int(part) for part in minimum.split("."))
-    sources = [f"plugin/src/{path.name}" for path in sorted((root / "plugin" / "src").glob("*.cpp"))]
+    sources = [path.relative_to(root).as_posix() for path in sorted((root / "plugin" / "src").rglob("*.cpp"))]
     precisions = tuple(dict.fromkeys(model.precision for model in manifest.models))
     inputs = [f"{name}={'x'.join(map(str, shape.usual[1:]))}" for name, shape in manifest.profiles.items()]
     check = manifest.check

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import fna.plugins
 from fna.engines.bundle.format import PluginLayer
 from fna.engines.targets import Target
 from fna.errors import MissingCapabilityError
-from fna.plugins.table import FALLBACK_SM, Kernel, load_table
+from fna.plugins.table.chips import FALLBACK, chip_name
+from fna.plugins.table.read import Kernel, load_table
+from fna.plugins.table.write import write_library_files
 
 PREBUILT_MACHINES = ("aarch64", "x86_64")
 PREBUILT_LIBRARIES = ("libfna_plugin.so", "libfna_plugin_register.so")
@@ -35,26 +38,25 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Kerne
     """
     if target.lowering != "plugin" or not has_layers:
         return None
-    chips = ",".join(map(str, (*target.capabilities, FALLBACK_SM)))
+    chips = ",".join(map(str, (*target.capabilities, FALLBACK)))
     how = f"compile the kernels first: make plugin SM={chips}"
     if not (folder / "kernels.json").is_file():
         raise MissingCapabilityError(f"{target.name} is built with the plugin, but {folder} has no kernels; {how}")
     table = load_table(folder)
-    chosen = [kernel for kernel in table.kernels.values() if kernel.sm in (*target.capabilities, FALLBACK_SM)]
-    for chip in (*target.capabilities, FALLBACK_SM):
+    chosen = [kernel for kernel in table.kernels.values() if kernel.sm in (*target.capabilities, FALLBACK)]
+    for chip in (*target.capabilities, FALLBACK):
         if not any(kernel.sm == chip for kernel in chosen):
-            chip_name = f"sm_{chip}" if chip else "the PTX fallback"
-            raise MissingCapabilityError(f"{folder} has no kernels for {chip_name} of {target.name}; {how}")
+            raise MissingCapabilityError(f"{folder} has no kernels for {chip_name(chip)} of {target.name}; {how}")
     return sorted(chosen, key=lambda kernel: (kernel.variant, kernel.sm))
 
 
 def write_plugin(folder: Path, table: Path, kernels: Sequence[Kernel]) -> tuple[str, ...]:
     """Copy the plugin: sources, the kernels chosen, and the libraries that were built. Returns the machines of those."""
-    (folder / "src").mkdir(parents=True)
-    for source in sorted((_PLUGIN_SOURCES / "src").iterdir()):
-        shutil.copyfile(source, folder / "src" / source.name)
+    shutil.copytree(_PLUGIN_SOURCES / "src", folder / "src")
     shutil.copyfile(_PLUGIN_SOURCES / "CMakeLists.txt", folder / "CMakeLists.txt")
-    _write_kernels(folder / "kernels", table, kernels)
+    (folder / "kernels").mkdir()
+    with (table / "kernels.bin").open("rb") as data:
+        write_library_files(((kernel, _packed(data, kernel)) for kernel in kernels), folder / "kernels")
     prebuilt = []
     for machine in PREBUILT_MACHINES:
         libraries = [table / machine / library for library in PREBUILT_LIBRARIES]
@@ -74,15 +76,6 @@ def write_plugin_layers(root: Path, layers: Sequence[PluginLayer], precisions: S
         (root / "check" / f"plugin_layers.{precision}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_kernels(folder: Path, table: Path, kernels: Sequence[Kernel]) -> None:
-    """Write kernels.bin and kernel_table.inc with the chosen kernels only; fields as `fna.plugins.aot.write_table` has them."""
-    folder.mkdir()
-    rows, offset = [], 0
-    with (table / "kernels.bin").open("rb") as data, (folder / "kernels.bin").open("wb") as output:
-        for kernel in kernels:
-            data.seek(kernel.offset)
-            output.write(data.read(kernel.packed))
-            numbers = f"{kernel.sm}, {offset}, {kernel.packed}, {kernel.size}, {kernel.shared}, {kernel.warps}"
-            rows.append(f'{{"{kernel.variant}", {numbers}, "{kernel.symbol}", "{kernel.layout}"}},\n')
-            offset += kernel.packed
-    (folder / "kernel_table.inc").write_text("".join(rows), encoding="utf-8")
+def _packed(data: BinaryIO, kernel: Kernel) -> bytes:
+    data.seek(kernel.offset)
+    return data.read(kernel.packed)

@@ -12,12 +12,9 @@ from fna.plugins.launch_plan import (
     MAX_LANDMARKS,
     NORM_GRID_BY_NORM,
     NORM_GRID_TOKENS,
+    TILE,
     Variant,
-    in_registers,
-    key_block,
-    landmark_block,
-    landmark_rows,
-    query_block,
+    blocks_of,
 )
 
 KERNELS = {
@@ -32,18 +29,8 @@ KERNELS = {
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
 _INT_POINTERS = {"landmarks", "key_mask", "best_index"}
 _FLOAT_POINTERS = {
-    "bias",
-    "partial",
-    "stats",
-    "matrices",
-    "colsum",
-    "exact",
-    "mixed_scale",
-    "between",
-    "distance",
-    "best",
-    "norms",
-}
+    "bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best", "norms",
+}  # fmt: skip
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias", "key_mask"}
 
@@ -51,23 +38,14 @@ _UNALIGNED = {"landmarks", "bias", "key_mask"}
 def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
     half = variant.dtype != "fp32"
-    s_pad, block_d = variant.landmarks, variant.head_size
-    if variant.kernel == "landmark":
-        blocks = {
-            "S_PAD": s_pad,
-            "BLOCK_S": landmark_rows(variant.dtype, s_pad),
-            "BLOCK_N": key_block(variant.dtype, block_d),
-        }
-        return {**blocks, "BLOCK_D": block_d, "HALF": half, "UPCAST": upcast}
     if variant.kernel == "finish":
-        return {"S_PAD": s_pad, "COLUMNS": FINISH_COLUMNS, "HALF": half}
-    if variant.kernel == "output":
-        blocks = {
-            "S_PAD": s_pad,
-            "TILE_S": landmark_block(variant.dtype, s_pad, block_d),
-            "BLOCK_M": query_block(variant.dtype, s_pad, block_d),
-        }
-        return {**blocks, "BLOCK_D": block_d, "UPCAST": upcast}
+        return {"S_PAD": variant.landmarks, "COLUMNS": FINISH_COLUMNS, "HALF": half}
+    if variant.kernel in ("landmark", "output"):
+        blocks = blocks_of(variant.dtype, variant.landmarks, variant.head_size)
+        padded = {"S_PAD": blocks.landmarks, "BLOCK_D": blocks.head_size, "UPCAST": upcast}
+        if variant.kernel == "landmark":
+            return {**padded, "BLOCK_S": blocks.landmark_rows, "BLOCK_N": blocks.key_block, "HALF": half}
+        return {**padded, "TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
@@ -75,17 +53,23 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
 
 
-def options(variant: Variant) -> dict[str, int]:
-    """Warps and pipeline stages, chosen by registers and shared memory: no spills, and at most 99 KB."""
+def options(variant: Variant) -> dict[str, int | bool]:
+    """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
+
+    Sums of squares that have to tie exactly are not contracted to fused multiply-adds: see `fna.plugins.kernels.sampling`.
+    """
     wide = variant.dtype == "fp32"
     if variant.kernel == "landmark":
-        return {"num_warps": 4 if in_registers(variant.dtype, variant.landmarks) else 8, "num_stages": 1 if wide else 2}
-    if variant.kernel == "finish":
-        return {"num_warps": 4, "num_stages": 1}
-    if variant.kernel == "output":
-        held = landmark_block(variant.dtype, variant.landmarks, variant.head_size) == variant.landmarks
-        return {"num_warps": 8, "num_stages": 2 if held else 1}
-    return {"num_warps": 16 if variant.kernel in ("fps", "norm_grid") else 4, "num_stages": 2}
+        warps = 4 if not wide and variant.landmarks == TILE else 8
+        stages = 1 if wide else 2
+    elif variant.kernel == "finish":
+        warps, stages = 4, 1
+    elif variant.kernel == "output":
+        held = blocks_of(variant.dtype, variant.landmarks, variant.head_size).landmark_block == variant.landmarks
+        warps, stages = 8, 2 if held else 1
+    else:
+        warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def signature(variant: Variant) -> dict[str, str]:

@@ -1,5 +1,5 @@
 // inflate_check SIZE < PACKED > UNPACKED: what the library does to its kernels; ends with 1 for a damaged stream.
-#include "inflate.hpp"
+#include "common/inflate.hpp"
 
 #include <cstdio>
 #include <cstdlib>

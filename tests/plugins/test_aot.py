@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
-from fna.plugins import aot
-from fna.plugins.aot import CHIPS, FALLBACK, MAX_SPILL_BYTES, Compiled, build_table, check_entry
 from fna.plugins.launch_plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import load_images
-from fna.plugins.table import find_table, load_table
+from fna.plugins.table import chips
+from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_entry
+from fna.plugins.table.chips import ALL_IMAGES, FALLBACK
+from fna.plugins.table.compile import Compiled
+from fna.plugins.table.read import find_table, load_table
 
-from .conftest import TEST_CHIPS, TEST_VARIANTS, needs_triton
+from .conftest import TEST_VARIANTS, needs_triton
 
 FINE = Compiled(
     variant="output-fp16-s64-d64", sm=86, symbol="output_kernel", shared=99 * 1024, static_shared=0, warps=8,
@@ -29,8 +31,7 @@ FINE = Compiled(
 
 def test_every_chip_compiles_within_the_gates(table: Path) -> None:
     found = {(kernel.variant, kernel.sm) for kernel in load_table(table).kernels.values()}
-    assert found == {(variant, sm) for variant in TEST_VARIANTS for sm in TEST_CHIPS}
-    assert set(TEST_CHIPS) == {*CHIPS, FALLBACK}
+    assert found == {(variant, sm) for variant in TEST_VARIANTS for sm in ALL_IMAGES}
 
 
 def test_images_are_cubins_and_the_fallback_is_ptx_for_old_drivers(table: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_kernel_with_too_much_shared_memory_fails_the_build_by_name() -> None:
 
 def test_the_gate_is_wired_into_the_build(table: Path, tmp_path: Path, monkeypatch) -> None:
     """A limit below what the kernels use stops a real build, before any table is written."""
-    monkeypatch.setitem(aot.SHARED_LIMIT, 87, 1)
+    monkeypatch.setitem(chips.SHARED_KIB, 87, 1)
     chosen = [variant for variant in all_variants() if variant.name == "output-fp16-s64-d64"]
     with pytest.raises(CheckFailedError, match="output-fp16-s64-d64 on sm_87"):
         build_table(tmp_path, chips=(87,), variants=chosen, jobs=1, cache=table / "cache")

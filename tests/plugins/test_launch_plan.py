@@ -16,10 +16,8 @@ from fna.plugins.launch_plan import (
     all_variants,
     attention_buffers,
     attention_plan,
+    call_blocks,
     core_programs,
-    key_block,
-    landmark_rows,
-    padded_head_size,
     sampling_plan,
     split_keys,
     workspace_bound,
@@ -44,7 +42,7 @@ def plan(shape: AttentionShape, **changes):
 @given(SHAPES, st.integers(1, 300))
 def test_splits_cover_every_key_once_and_none_is_empty(shape: AttentionShape, multiprocessors: int) -> None:
     splits, tokens = split_keys(shape, multiprocessors)
-    assert tokens % key_block(shape.dtype, padded_head_size(shape.head_size)) == 0
+    assert tokens % call_blocks(shape).key_block == 0
     assert (splits - 1) * tokens < shape.tokens <= splits * tokens
 
 
@@ -91,7 +89,7 @@ def test_the_launches_of_the_landmark_kernel_share_out_all_of_the_split(shape: A
         values = dict(zip(names, launch.arguments, strict=False))
         assert (values["first_job"], values["step"]) == (expected, step)
         expected += launch.grid[1] - core_programs(s_pad, step)
-    assert expected == values["splits"] * s_pad // landmark_rows(shape.dtype, s_pad)
+    assert expected == values["splits"] * call_blocks(shape).row_tiles
 
 
 @pytest.mark.parametrize(

@@ -212,11 +212,11 @@ make_plugin() {
   plugin=build/plugin/libfna_plugin.so
   compile "the plugin" "$plugin" -fPIC -shared -fvisibility=hidden -fvisibility-inlines-hidden -Iplugin/src -Iplugin/kernels \
     "-DFNA_KERNEL_DATA=\"$PWD/plugin/kernels/kernels.bin\"" "${PLUGIN_SOURCES[@]}" \
-    -Wl,-soname,libfna_plugin.so -Wl,--version-script=plugin/src/exports.map -Wl,--no-undefined -ldl
+    -Wl,-soname,libfna_plugin.so -Wl,--version-script=plugin/src/common/exports.map -Wl,--no-undefined -ldl
   said=$("$runner" --check-plugin "$plugin" 2>&1) || fail 3 "the plugin compiles, but does not load: $said"
   # For hosts that dlopen a plugin library and expect it to register itself, such as Triton Inference Server.
   compile "the self-registering library" build/plugin/libfna_plugin_register.so -fPIC -shared -fvisibility=hidden -Iplugin/src \
-    plugin/src/register.cpp plugin/src/host_version.cpp "$plugin" "-Wl,-rpath,\$ORIGIN" -ldl
+    plugin/src/common/register.cpp plugin/src/common/host_version.cpp "$plugin" "-Wl,-rpath,\$ORIGIN" -ldl
 }
 
 # What trtexec's --minShapes and the like take: every input as name:BATCHx3x518x518.

@@ -45,7 +45,8 @@ def test_it_holds_what_a_device_needs(bundle: Path) -> None:
     for name in (
         "README.md", "SHA256SUMS", "build_engine.sh", "check.sh", "check/input.npy", "check/expected.last_hidden_state.npy",
         "check/plugin_layers.fp32.txt", "manifest.json", "model.plugin.onnx", "model.portable.onnx", "model.weights",
-        "model.fp16.plugin.onnx", "plugin/kernels/kernels.bin", "plugin/kernels/kernel_table.inc", "plugin/src/exports.map",
+        "model.fp16.plugin.onnx", "plugin/kernels/kernels.bin", "plugin/kernels/kernel_table.inc",
+        "plugin/kernels/launch_constants.hpp", "plugin/src/common/exports.map",
         "plugin/prebuilt/aarch64/libfna_plugin.so", "runner/fna_runner.cpp", "settings.sh",
     ):  # fmt: skip
         assert name in names

@@ -1,8 +1,9 @@
 // The CUDA driver, found at run time, so that the library loads on a machine that has none.
 #pragma once
 
-#include "kernel_table.hpp"
+#include "common/kernel_table.hpp"
 
+#include <cstddef>
 #include <cstdint>
 
 // Handles of the driver's interface, as cuda.h declares them.
@@ -12,6 +13,9 @@ using CUstream = struct CUstream_st*;
 
 namespace fna
 {
+
+// Of one launch.
+constexpr size_t kMaxArguments = 40;
 
 struct Device
 {
@@ -33,7 +37,7 @@ bool currentDevice(Device& device) noexcept;
 // The same, silent: the build phase may run on a machine without a driver.
 bool probeDevice(Device& device) noexcept;
 
-// True from compute capability 8.0 on; otherwise logs what to do instead.
+// True from the oldest chip of the table on; otherwise logs what to do instead.
 bool checkDevice(Device const& device) noexcept;
 
 // The kernel of `variant` for the device, loaded once per context; the PTX where the table has nothing for the chip or the

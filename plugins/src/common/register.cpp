@@ -1,8 +1,8 @@
 // libfna_plugin_register.so: for hosts that dlopen a plugin library and expect it to register itself. It registers the creators of
 // libfna_plugin.so with the TensorRT that the process holds or, under LD_PRELOAD, will hold. Use it or IPluginRegistry::loadLibrary,
 // never both: a plugin that is registered already makes loadLibrary fail.
-#include "exports.hpp"
-#include "host_version.hpp"
+#include "common/exports.hpp"
+#include "common/host_version.hpp"
 
 #include <NvInferVersion.h>
 

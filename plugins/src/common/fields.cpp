@@ -1,6 +1,4 @@
-#include "fields.hpp"
-
-#include "logging.hpp"
+#include "common/fields.hpp"
 
 #include <cstring>
 
@@ -14,14 +12,15 @@ using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 
 template <typename Value>
-FieldStatus read(PluginFieldCollection const* fields, char const* name, PluginFieldType type, char const* typeName, Value& value)
+FieldStatus read(PluginFieldCollection const* fields, char const* name, Value& value)
 {
+    PluginFieldType const type = fieldType(value);
     if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr))
     {
         logError("the plugin's fields are null, but a field collection is needed");
         return FieldStatus::kBad;
     }
-    PluginField const* found = nullptr;
+    PluginField const* match = nullptr;
     for (int32_t i = 0; i < fields->nbFields; ++i)
     {
         PluginField const& field = fields->fields[i];
@@ -29,34 +28,34 @@ FieldStatus read(PluginFieldCollection const* fields, char const* name, PluginFi
         {
             continue;
         }
-        if (found != nullptr)
+        if (match != nullptr)
         {
             logError("field ", name, " is given more than once, but it is needed once");
             return FieldStatus::kBad;
         }
-        found = &field;
+        match = &field;
     }
-    if (found == nullptr)
+    if (match == nullptr)
     {
         return FieldStatus::kMissing;
     }
-    if (found->type != type)
+    if (match->type != type)
     {
-        logError("field ", name, " has type ", static_cast<int32_t>(found->type), ", but ", typeName, " (",
+        logError("field ", name, " has type ", static_cast<int32_t>(match->type), ", but ", typeName(type), " (",
             static_cast<int32_t>(type), ") is needed");
         return FieldStatus::kBad;
     }
-    if (found->length != 1)
+    if (match->length != 1)
     {
-        logError("field ", name, " has ", found->length, " values, but exactly 1 is needed");
+        logError("field ", name, " has ", match->length, " values, but exactly 1 is needed");
         return FieldStatus::kBad;
     }
-    if (found->data == nullptr)
+    if (match->data == nullptr)
     {
         logError("field ", name, " has no data, but one value is needed");
         return FieldStatus::kBad;
     }
-    std::memcpy(&value, found->data, sizeof value);
+    std::memcpy(&value, match->data, sizeof value);
     return FieldStatus::kFound;
 }
 
@@ -64,12 +63,12 @@ FieldStatus read(PluginFieldCollection const* fields, char const* name, PluginFi
 
 FieldStatus readField(PluginFieldCollection const* fields, char const* name, int32_t& value) noexcept
 {
-    return read(fields, name, PluginFieldType::kINT32, "kINT32", value);
+    return read(fields, name, value);
 }
 
 FieldStatus readField(PluginFieldCollection const* fields, char const* name, float& value) noexcept
 {
-    return read(fields, name, PluginFieldType::kFLOAT32, "kFLOAT32", value);
+    return read(fields, name, value);
 }
 
 } // namespace fna

@@ -1,4 +1,7 @@
 // Raw deflate (RFC 1951) decompression, for the kernels that are packed into the library.
+//
+// Own code, not zlib or zstd: the library builds on the device from TensorRT's and CUDA's headers alone, without a network, and a
+// device image need not have the development package of either. Unpacked, the kernels of all chips would quadruple the library.
 #pragma once
 
 #include <cstddef>

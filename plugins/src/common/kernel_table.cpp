@@ -1,4 +1,4 @@
-#include "kernel_table.hpp"
+#include "common/kernel_table.hpp"
 
 #include <cstring>
 

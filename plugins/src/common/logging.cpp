@@ -1,6 +1,6 @@
-#include "logging.hpp"
+#include "common/logging.hpp"
 
-#include "host_version.hpp"
+#include "common/host_version.hpp"
 
 #include <atomic>
 #include <cstdio>

@@ -1,53 +1,21 @@
-// Which kernels run, in which order, with which grids, arguments and scratch. The same arithmetic as fna/plugins/plan.py, which
-// explains it; a test compares every launch of the two.
+// What a launch plan is: which kernels run, in which order, with which grids, arguments and scratch; loading and running it.
+// The plans themselves are the same arithmetic as fna/plugins/launch_plan.py, which explains them; a test compares every launch of
+// the two. The numbers come from Python (launch_constants.hpp, written beside the kernel table).
 #pragma once
 
-#include "cuda_driver.hpp"
+#include "common/cuda_driver.hpp"
+#include "launch_constants.hpp"
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fna
 {
-
-constexpr int64_t kMaxLandmarks = 256;
-constexpr int64_t kMaxHeadSize = 128;
-constexpr int64_t kHeadSizeStep = 16;
-constexpr int64_t kMaxIterations = 64;
-constexpr int64_t kMaxGridY = 65535;
-
-enum class Dtype : int32_t
-{
-    kFp32,
-    kFp16,
-    kBf16,
-};
-
-struct AttentionShape
-{
-    Dtype dtype{Dtype::kFp32};
-    int64_t batch{0};
-    int64_t heads{0};
-    int64_t tokens{0};
-    int64_t headSize{0};
-    int64_t landmarks{0};
-    bool sharedLandmarks{false};
-    bool sharedBias{false};
-    bool masked{false};
-    bool sharedMask{false};
-};
-
-struct SamplingShape
-{
-    Dtype dtype{Dtype::kFp32};
-    int64_t batch{0};
-    int64_t tokens{0};
-    int64_t channels{0};
-    int64_t landmarks{0};
-};
 
 // Tensors and scratch buffers that a launch can name.
 enum Slot : uint8_t
@@ -118,19 +86,24 @@ struct Plan
     std::vector<Launch> launches;
     std::array<size_t, kSlots> offsets{}; // of scratch buffers, in bytes
     size_t workspace{0};
+
+    // A launch of `kernel` compiled for a type and, where not 0, for padded landmarks and a padded head size.
+    void add(char const* kernel, Dtype dtype, int64_t landmarks, int64_t headSize, int64_t x, int64_t y,
+        std::vector<Argument> arguments);
 };
 
-// False, and logged with the value that is wrong, for sizes that the kernels do not take.
-bool checkShape(AttentionShape const& shape) noexcept;
-bool checkShape(SamplingShape const& shape) noexcept;
+int64_t divideUp(int64_t value, int64_t by);
 
-Plan planAttention(
-    AttentionShape const& shape, float scale, int32_t iterations, bool exactRows, bool sink, int32_t multiprocessors);
-Plan planSampling(SamplingShape const& shape);
+// Bytes of one element.
+int64_t bytesOf(Dtype dtype);
 
-// Scratch that is enough for `shape`, everything smaller, and every GPU.
-size_t workspaceBound(AttentionShape const& shape);
-size_t workspaceBound(SamplingShape const& shape);
+// The offset of each buffer, aligned, one after the other; returns the size of all.
+size_t layOut(std::initializer_list<std::pair<Slot, int64_t>> sizes, std::array<size_t, kSlots>& offsets);
+
+// False, and logged with the value that is wrong.
+bool checkAtLeastOne(char const* name, int64_t value) noexcept;
+bool checkCount(int64_t landmarks, int64_t tokens) noexcept;
+bool checkStride(char const* what, int64_t elements) noexcept;
 
 // Load the plan's kernels. Not while a stream is captured.
 bool loadPlan(Plan& plan, Device const& device) noexcept;

@@ -1,4 +1,4 @@
-#include "host_version.hpp"
+#include "common/host_version.hpp"
 
 #include <NvInferVersion.h>
 

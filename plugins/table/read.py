@@ -8,11 +8,12 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import fna.plugins
 from fna.errors import InputFileError
+from fna.plugins.table.chips import FALLBACK
 
 ENVIRONMENT = "FNA_KERNEL_TABLE"
-_DEFAULT = Path(__file__).resolve().parent.parent / "build" / "plugin"
-FALLBACK_SM = 0
+_DEFAULT = Path(fna.plugins.__file__).resolve().parent.parent / "build" / "plugin"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Table:
 
     def find(self, variant: str, sm: int) -> list[Kernel]:
         """The images to try for a chip, best first: its own, then PTX."""
-        return [self.kernels[key] for key in ((variant, sm), (variant, FALLBACK_SM)) if key in self.kernels]
+        return [self.kernels[key] for key in ((variant, sm), (variant, FALLBACK)) if key in self.kernels]
 
     def image(self, kernel: Kernel) -> bytes:
         """Unpack a kernel."""

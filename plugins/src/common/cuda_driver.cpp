@@ -1,7 +1,8 @@
-#include "cuda_driver.hpp"
+#include "common/cuda_driver.hpp"
 
-#include "inflate.hpp"
-#include "logging.hpp"
+#include "common/inflate.hpp"
+#include "common/logging.hpp"
+#include "launch_constants.hpp"
 
 #include <cstring>
 #include <dlfcn.h>
@@ -25,8 +26,6 @@ constexpr int32_t kAttributeMajor = 75;            // CU_DEVICE_ATTRIBUTE_COMPUT
 constexpr int32_t kAttributeMinor = 76;            // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 constexpr int32_t kFunctionMaxDynamicShared = 8;   // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int32_t kDefaultSharedLimit = 48 * 1024; // above it a kernel has to ask
-constexpr int32_t kOldestSm = 80;
-constexpr size_t kMaxArguments = 40;
 
 struct Driver
 {
@@ -221,10 +220,10 @@ bool probeDevice(Device& device) noexcept
 
 bool checkDevice(Device const& device) noexcept
 {
-    if (device.sm < kOldestSm)
+    if (device.sm < kOldestChip)
     {
         logError("this GPU has compute capability ", device.sm / 10, ".", device.sm % 10,
-            ", but the plugin's kernels need 8.0 (Ampere) or later; build the engine from the portable lowering instead "
+            ", but the plugin's kernels need ", kOldestChip / 10, ".", kOldestChip % 10, " or later; build the engine from the portable lowering instead "
             "(fna build --lowering portable), which uses standard layers only");
         return false;
     }

@@ -1,4 +1,4 @@
-#include "inflate.hpp"
+#include "common/inflate.hpp"
 
 #include <array>
 

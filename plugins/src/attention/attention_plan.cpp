@@ -1,0 +1,169 @@
+#include "attention/attention_plan.hpp"
+
+#include "common/logging.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+namespace fna
+{
+namespace
+{
+
+// The smallest blocks of the type that hold the call.
+Blocks const& blocksOf(AttentionShape const& shape)
+{
+    return *std::find_if(std::begin(kBlocks), std::end(kBlocks), [&](Blocks const& blocks) {
+        return blocks.dtype == static_cast<int32_t>(shape.dtype) && blocks.landmarks >= shape.landmarks
+            && blocks.headSize >= shape.headSize;
+    });
+}
+
+int64_t rowTiles(Blocks const& blocks)
+{
+    return blocks.landmarks / blocks.landmarkRows;
+}
+
+std::pair<int64_t, int64_t> splitKeys(AttentionShape const& shape, int64_t multiprocessors)
+{
+    Blocks const& blocks = blocksOf(shape);
+    int64_t const keyBlocks = divideUp(shape.tokens, blocks.keyBlock);
+    int64_t const programs = shape.batch * shape.heads * rowTiles(blocks);
+    int64_t const wanted = divideUp(kWaves * std::min(multiprocessors, kMaxMultiprocessors), programs);
+    int64_t const perSplit = divideUp(keyBlocks, std::min(keyBlocks, std::max<int64_t>(1, wanted)));
+    return {divideUp(keyBlocks, perSplit), perSplit * blocks.keyBlock};
+}
+
+int64_t queryTiles(AttentionShape const& shape, int64_t multiprocessors)
+{
+    int64_t const programs = divideUp(shape.tokens, blocksOf(shape).queryBlock) * shape.batch * shape.heads;
+    int64_t const share = programs / (2 * kWaves * std::min(multiprocessors, kMaxMultiprocessors));
+    return std::max<int64_t>(1, std::min(kMaxQueryTiles, share));
+}
+
+size_t attentionBuffers(AttentionShape const& shape, int64_t headSplits, std::array<size_t, kSlots>& offsets)
+{
+    Blocks const& blocks = blocksOf(shape);
+    int64_t const sPad = blocks.landmarks;
+    int64_t const blockD = blocks.headSize;
+    int64_t const rows = shape.batch * shape.heads * sPad;
+    return layOut({{kPartial, headSplits * sPad * blockD * 4}, {kStats, headSplits * sPad * 2 * 4},
+                      {kMatrices, rows * (blocks.inRegisters != 0 ? 2 : 5) * sPad * 4}, {kColsum, rows * (sPad / kTile) * 4},
+                      {kExact, rows * blockD * 4}, {kMixed, rows * blockD * bytesOf(shape.dtype)},
+                      {kMixedScale, shape.batch * shape.heads * blockD * 4}, {kBetween, rows * 2 * blockD * 4}},
+        offsets);
+}
+
+} // namespace
+
+bool AttentionShape::operator==(AttentionShape const& other) const noexcept
+{
+    auto const all = [](AttentionShape const& s) {
+        return std::tie(s.dtype, s.batch, s.heads, s.tokens, s.headSize, s.landmarks, s.sharedLandmarks, s.sharedBias, s.masked,
+            s.sharedMask);
+    };
+    return all(*this) == all(other);
+}
+
+bool AttentionAttributes::check() const noexcept
+{
+    if (!std::isfinite(scale))
+    {
+        logError("field scale is ", scale, ", but a finite number is needed");
+        return false;
+    }
+    if (iterations < 1 || iterations > kMaxIterations)
+    {
+        logError("field iterations is ", iterations, ", but 1 to ", kMaxIterations, " are needed");
+        return false;
+    }
+    for (auto const& [name, value] : {std::pair{"exact_rows", exactRows}, std::pair{"sink", sink}})
+    {
+        if (value != 0 && value != 1)
+        {
+            logError("field ", name, " is ", value, ", but 0 or 1 is needed");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool checkShape(AttentionShape const& shape) noexcept
+{
+    if (!checkAtLeastOne("B", shape.batch) || !checkAtLeastOne("H", shape.heads) || !checkAtLeastOne("N", shape.tokens))
+    {
+        return false;
+    }
+    if (shape.headSize < 1 || shape.headSize > kMaxHeadSize || shape.headSize % kHeadSizeStep != 0)
+    {
+        logError("head size D is ", shape.headSize, ", but the kernels take multiples of ", kHeadSizeStep, " up to ", kMaxHeadSize);
+        return false;
+    }
+    if (!checkCount(shape.landmarks, shape.tokens) || !checkStride("N", shape.tokens) || !checkStride("H", shape.heads)
+        || !checkStride("H * N * D", shape.heads * shape.tokens * shape.headSize))
+    {
+        return false;
+    }
+    if (shape.batch > kMaxGridY || shape.batch * shape.heads > kMaxGridY)
+    {
+        logError("B * H is ", shape.batch, " * ", shape.heads, ", but the kernels take at most ", kMaxGridY);
+        return false;
+    }
+    return true;
+}
+
+Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attributes, int32_t multiprocessors)
+{
+    Blocks const& blocks = blocksOf(shape);
+    int64_t const sPad = blocks.landmarks;
+    int64_t const blockD = blocks.headSize;
+    int64_t const bh = shape.batch * shape.heads;
+    auto const [splits, splitTokens] = splitKeys(shape, multiprocessors);
+    int64_t const landmarkStride = shape.sharedLandmarks ? 0 : shape.landmarks;
+    int64_t const biasStride = shape.sharedBias ? 0 : shape.landmarks;
+    int64_t const maskStride = shape.masked && !shape.sharedMask ? shape.tokens : 0;
+    int64_t const maskMode = !shape.masked ? kNoMask : attributes.sink != 0 ? kMaskButSinks : kMaskAll;
+    int64_t const strideN = shape.headSize;
+    int64_t const strideH = shape.tokens * strideN;
+    int64_t const strideB = shape.heads * strideH;
+    int64_t const iterations = attributes.iterations;
+
+    Plan plan;
+    plan.workspace = attentionBuffers(shape, bh * splits, plan.offsets);
+    int64_t const jobs = splits * rowTiles(blocks);
+    int64_t const tilesOfS = sPad / kTile;
+    int64_t const steps = sPad > 2 * kTile ? 3 * (iterations - 1) + 2 : 1;
+    for (int64_t step = 0; step < steps; ++step)
+    {
+        int64_t const firstJob = jobs * step / steps;
+        int64_t const endJob = jobs * (step + 1) / steps;
+        int64_t const corePrograms = tilesOfS <= 2 ? 1 : step == 0 ? tilesOfS : tilesOfS * tilesOfS;
+        plan.add("landmark", shape.dtype, sPad, blockD, bh, corePrograms + endJob - firstJob,
+            {kQuery, kKey, kValue, kLandmarks, kBias, kKeyMask, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
+                shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, maskStride, maskMode,
+                splits, splitTokens, firstJob, step, iterations - 1, attributes.scale});
+    }
+    plan.add("finish", shape.dtype, sPad, 0, bh, blockD / kFinishColumns,
+        {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,
+            int64_t{iterations == 1}});
+    int64_t const tiles = queryTiles(shape, multiprocessors);
+    // Sinks: all rows without the masked keys, then the rows of the masked queries with them.
+    for (int64_t mode = std::min(maskMode, kMaskAll); mode <= maskMode; ++mode)
+    {
+        plan.add("output", shape.dtype, sPad, blockD, divideUp(shape.tokens, tiles * blocks.queryBlock), bh,
+            {kQuery, kKey, kLandmarks, kBias, kKeyMask, kExact, kMixed, kMixedScale, kOut, shape.heads, shape.tokens,
+                shape.landmarks, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN, landmarkStride, biasStride,
+                maskStride, mode, tiles, int64_t{attributes.exactRows}, attributes.scale});
+    }
+    return plan;
+}
+
+size_t workspaceBound(AttentionShape const& shape)
+{
+    int64_t const most = divideUp(kWaves * kMaxMultiprocessors, rowTiles(blocksOf(shape))) + shape.batch * shape.heads;
+    std::array<size_t, kSlots> offsets{};
+    return attentionBuffers(shape, most, offsets);
+}
+
+} // namespace fna

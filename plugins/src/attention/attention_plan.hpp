@@ -1,0 +1,64 @@
+// The launches of FastNystromAttention.
+#pragma once
+
+#include "common/launch_plan.hpp"
+
+namespace fna
+{
+
+struct AttentionShape
+{
+    Dtype dtype{Dtype::kFp32};
+    int64_t batch{0};
+    int64_t heads{0};
+    int64_t tokens{0};
+    int64_t headSize{0};
+    int64_t landmarks{0};
+    bool sharedLandmarks{false};
+    bool sharedBias{false};
+    bool masked{false};
+    bool sharedMask{false};
+
+    bool operator==(AttentionShape const& other) const noexcept;
+};
+
+// What the node asks for beside its tensors; `takesMask` is what tells version 2 from version 1.
+struct AttentionAttributes
+{
+    float scale{0.F};
+    int32_t iterations{kDefaultIterations};
+    int32_t exactRows{0};
+    int32_t sink{0};
+    bool takesMask{false};
+
+    // Every field of this version, in order: visit(name, value, whether it has to be given).
+    template <typename Self, typename Visit>
+    static void fields(Self& self, Visit&& visit)
+    {
+        visit("scale", self.scale, true);
+        visit("iterations", self.iterations, false);
+        visit("exact_rows", self.exactRows, false);
+        if (self.takesMask)
+        {
+            visit("sink", self.sink, false);
+        }
+    }
+
+    char const* version() const noexcept
+    {
+        return takesMask ? "2" : "1";
+    }
+
+    // False, and logged with the value that is wrong.
+    bool check() const noexcept;
+};
+
+// False, and logged with the value that is wrong, for sizes that the kernels do not take.
+bool checkShape(AttentionShape const& shape) noexcept;
+
+Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attributes, int32_t multiprocessors);
+
+// Scratch that is enough for `shape`, everything smaller, and every GPU.
+size_t workspaceBound(AttentionShape const& shape);
+
+} // namespace fna

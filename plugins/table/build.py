@@ -1,0 +1,136 @@
+"""Compile every kernel variant for every chip, in worker processes, and check what comes out.
+
+A kernel that spills more than `MAX_SPILL_BYTES` per thread or wants more shared memory than its chip has fails the build by name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError
+from fna.plugins.launch_plan import Variant, all_variants
+from fna.plugins.table.chips import ALL_IMAGES, CHIPS, FALLBACK, FALLBACK_TARGET, chip_name, shared_limit
+from fna.plugins.table.compile import Compiled, compile_variant
+from fna.plugins.table.write import write_table
+
+MAX_SPILL_BYTES = 64
+"""Largest stack frame per thread. Kernels here have no arrays, so a stack frame is spilled registers."""
+
+
+def build_table(
+    output: Path,
+    *,
+    chips: Sequence[int] = ALL_IMAGES,
+    variants: Iterable[Variant] | None = None,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> list[Compiled]:
+    """Compile and check the variants (all by default), write the table into `output`, and return its entries.
+
+    Raises:
+        MissingCapabilityError: Triton is not installed.
+        CheckFailedError: a kernel spills or wants too much shared memory; names kernel and chip.
+        BuildError: a compiler failed; names kernel and chip.
+    """
+    unknown = sorted(set(chips) - set(ALL_IMAGES))
+    if unknown:
+        raise InvalidArgumentError(
+            f"sm_{unknown[0]} is not a target; choose from {', '.join(map(str, CHIPS))} and 0 for PTX"
+        )
+    targets = sorted({FALLBACK_TARGET if sm == FALLBACK else sm for sm in chips})
+    tasks = [(v, target) for v in (all_variants() if variants is None else variants) for target in targets]
+    cache = cache or output / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    images = _compile_all(tasks, cache, jobs or os.cpu_count() or 1, progress)
+    compiled = [entry for entries in images for sm, entry in entries.items() if sm in chips]
+    for entry in compiled:
+        check_entry(entry)
+    write_table(compiled, output)
+    return compiled
+
+
+def check_entry(entry: Compiled) -> None:
+    """Refuse a kernel that spills or does not fit, naming kernel and chip."""
+    if entry.stack > MAX_SPILL_BYTES:
+        raise CheckFailedError(
+            f"{entry.variant} on {chip_name(entry.sm)} spills {entry.stack} bytes per thread, but at most {MAX_SPILL_BYTES} are "
+            "allowed; make its blocks smaller in plugins/launch_plan.py or change its warps in plugins/kernels/registry.py"
+        )
+    limit = shared_limit(entry.sm)
+    used = entry.shared + entry.static_shared
+    if used > limit:
+        raise CheckFailedError(
+            f"{entry.variant} on {chip_name(entry.sm)} needs {used} bytes of shared memory, but a block has {limit} there; "
+            "use fewer stages in plugins/kernels/registry.py or smaller blocks in plugins/launch_plan.py"
+        )
+
+
+def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progress: bool) -> list[dict[int, Compiled]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, quiet=not progress)
+    done: dict[tuple[Variant, int], dict[int, Compiled]] = {}
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=len(tasks))
+        for key, entry in _in_pool(tasks, cache, jobs):
+            done[key] = entry
+            bar.advance(task)
+    return [done[key] for key in tasks]
+
+
+def _in_pool(
+    tasks: list[tuple[Variant, int]], cache: Path, jobs: int
+) -> Iterable[tuple[tuple[Variant, int], dict[int, Compiled]]]:
+    """Yield results as they come. A worker that died is tried again alone, so that the kernel at fault can be named."""
+    unsure = []
+    with _pool(jobs, cache) as pool:
+        futures: dict[Future[dict[int, Compiled]], tuple[Variant, int]] = {
+            pool.submit(compile_variant, *t, cache): t for t in tasks
+        }
+        for future in as_completed(futures):
+            try:
+                yield futures[future], _result(future, *futures[future])
+            except BrokenProcessPool:
+                unsure.append(futures[future])
+            except FnaError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    for variant, sm in unsure:
+        with _pool(1, cache) as pool:
+            try:
+                yield (variant, sm), _result(pool.submit(compile_variant, variant, sm, cache), variant, sm)
+            except BrokenProcessPool as error:
+                raise BuildError(
+                    f"the compiler died on {variant.name} for sm_{sm}; run it alone to see its output"
+                ) from error
+
+
+def _result(future: Future[dict[int, Compiled]], variant: Variant, sm: int) -> dict[int, Compiled]:
+    try:
+        return future.result()
+    except (FnaError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise BuildError(f"{variant.name} for sm_{sm} does not compile: {type(error).__name__}: {first}") from error
+
+
+def _pool(jobs: int, cache: Path) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(str(cache),)
+    )
+
+
+def _prepare_worker(cache: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=cache, prefix="triton-")

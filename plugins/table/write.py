@@ -1,0 +1,129 @@
+"""Write the table: what the C++ library is built from, and what PyTorch reads.
+
+`kernels.bin` holds raw deflate streams, one after the other. `kernel_table.inc` says where each lies (fields as in
+`plugins/src/common/kernel_table.hpp`) and `launch_constants.hpp` holds the numbers of the launch plan, so that none is typed in
+C++; both are compiled into the library. `kernels.json` is the first of them for Python. Beside them, for `fna.plugins.ptx` and not
+shipped: `ptx/`, the PTX that the assembler turned into each chip's image, and `ptx.json`, with the image's SHA-256 for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.plugins import launch_plan
+from fna.plugins.table.chips import OLDEST_CHIP
+from fna.plugins.table.compile import Compiled, write_bytes
+from fna.plugins.table.read import Kernel
+
+
+def write_table(compiled: Sequence[Compiled], output: Path) -> None:
+    """Write all files of a table, each whole or not at all."""
+    packed = []
+    for entry in sorted(compiled, key=lambda e: (e.variant, e.sm)):
+        raw = Path(entry.image).read_bytes()
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        image = packer.compress(raw) + packer.flush()
+        kernel = Kernel(
+            entry.variant, entry.sm, 0, len(image), len(raw), entry.shared, entry.warps, entry.symbol, entry.layout
+        )
+        packed.append((kernel, image))
+    output.mkdir(parents=True, exist_ok=True)
+    kernels = write_library_files(packed, output)
+    write_bytes(output / "kernels.json", json.dumps({"kernels": [asdict(k) for k in kernels]}, indent=1).encode())
+    _write_ptx(compiled, output)
+
+
+def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
+    """Write the PTX of every chip's image, compressed, and what a launch of it needs."""
+    folder = output / "ptx"
+    folder.mkdir(exist_ok=True)
+    rows: list[dict[str, str | int]] = []
+    for entry in sorted((e for e in compiled if e.ptx), key=lambda e: (e.variant, e.sm)):
+        name = f"{entry.variant}-sm{entry.sm}.ptx.z"
+        write_bytes(folder / name, zlib.compress(Path(entry.ptx).read_bytes().rstrip(b"\0")))
+        image = hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()
+        rows.append(
+            {"variant": entry.variant, "sm": entry.sm, "file": f"ptx/{name}", "image_sha256": image}
+            | {"symbol": entry.symbol, "shared": entry.shared, "warps": entry.warps, "layout": entry.layout}
+        )
+    for stale in set(folder.glob("*.ptx.z")) - {output / str(row["file"]) for row in rows}:
+        stale.unlink()
+    write_bytes(output / "ptx.json", json.dumps({"kernels": rows}, indent=1).encode())
+
+
+def write_library_files(packed: Iterable[tuple[Kernel, bytes]], output: Path) -> list[Kernel]:
+    """Write what the library is compiled from; return the kernels with their offsets in the new kernels.bin."""
+    blob, kernels = bytearray(), []
+    for kernel, image in packed:
+        kernels.append(replace(kernel, offset=len(blob)))
+        blob += image
+    write_bytes(output / "kernels.bin", bytes(blob))
+    write_bytes(output / "kernel_table.inc", "".join(map(_table_row, kernels)).encode())
+    write_bytes(output / "launch_constants.hpp", launch_constants().encode())
+    return kernels
+
+
+def launch_constants() -> str:
+    """The C++ header of the launch plan's numbers: every one stands in Python only."""
+    numbers = {
+        "MaxLandmarks": launch_plan.MAX_LANDMARKS,
+        "MaxHeadSize": launch_plan.MAX_HEAD_SIZE,
+        "HeadSizeStep": launch_plan.HEAD_SIZE_STEP,
+        "MaxIterations": launch_plan.MAX_ITERATIONS,
+        "DefaultIterations": NEWTON_SCHULZ_ITERATIONS,
+        "MaxGridY": launch_plan.MAX_GRID_Y,
+        "MaxStride": launch_plan.MAX_STRIDE,
+        "Alignment": launch_plan.ALIGNMENT,
+        "PointerAlignment": launch_plan.POINTER_ALIGNMENT,
+        "Tile": launch_plan.TILE,
+        "FinishColumns": launch_plan.FINISH_COLUMNS,
+        "Waves": launch_plan.WAVES,
+        "MaxMultiprocessors": launch_plan.MAX_MULTIPROCESSORS,
+        "MaxQueryTiles": launch_plan.MAX_QUERY_TILES,
+        "FpsOneLaunchTokens": launch_plan.FPS_ONE_LAUNCH_TOKENS,
+        "FpsOneLaunchBytes": launch_plan.FPS_ONE_LAUNCH_BYTES,
+        "FpsTile": launch_plan.FPS_TILE,
+        "NoMask": launch_plan.NO_MASK,
+        "MaskAll": launch_plan.MASK_ALL,
+        "MaskButSinks": launch_plan.MASK_BUT_SINKS,
+        "OldestChip": OLDEST_CHIP,
+    }
+    constants = "".join(f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items())
+    dtypes = "".join(
+        f'    {{"{dtype}", {launch_plan.ELEMENT_BYTES[dtype]}}},\n' for dtype in launch_plan.DTYPES
+    )  # in the order of Dtype
+    blocks = "".join(
+        f"    {{{position}, {', '.join(str(int(value)) for value in asdict(blocks).values())}}},\n"
+        for position, dtype in enumerate(launch_plan.DTYPES)
+        for blocks in launch_plan.all_blocks(dtype)
+    )
+    members = "".join(f" int64_t {_camel(name)};" for name in launch_plan.Blocks.__dataclass_fields__)
+    return (
+        "// Written by fna.plugins.table from fna.plugins.launch_plan, which explains the numbers.\n#pragma once\n\n"
+        f"#include <cstdint>\n\nnamespace fna\n{{\n\n{constants}\n"
+        "enum class Dtype : int32_t\n{\n"
+        + "".join(f"    k{_title(dtype)},\n" for dtype in launch_plan.DTYPES)
+        + "};\n\n"
+        f"struct DtypeFacts {{ char const* name; int64_t bytes; }};\nconstexpr DtypeFacts kDtypes[] = {{\n{dtypes}}};\n\n"
+        f"struct Blocks {{ int32_t dtype;{members} }};\nconstexpr Blocks kBlocks[] = {{\n{blocks}}};\n\n}} // namespace fna\n"
+    )
+
+
+def _table_row(kernel: Kernel) -> str:
+    numbers = (kernel.sm, kernel.offset, kernel.packed, kernel.size, kernel.shared, kernel.warps)
+    return f'{{"{kernel.variant}", {", ".join(map(str, numbers))}, "{kernel.symbol}", "{kernel.layout}"}},\n'
+
+
+def _title(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(map(_title, rest))
