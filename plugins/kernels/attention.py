@@ -24,217 +24,31 @@ Scratch, per head (`bh` = batch item * heads + head):
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-MASKED = tl.constexpr(16384.0)
-MATRIX_Z = tl.constexpr(0)
-MATRIX_W = tl.constexpr(1)
-MATRIX_A = tl.constexpr(2)
-MATRIX_T = tl.constexpr(3)
-MATRIX_Y = tl.constexpr(4)
-TILE = tl.constexpr(64)
+from fna.plugins.kernels.core import core_scores, core_to_scratch, softmax_rows
+from fna.plugins.kernels.newton_schulz import (
+    inverse_scale,
+    last_iteration_in_registers,
+    last_iteration_through_scratch,
+    newton_blocked,
+    newton_registers,
+    newton_tile,
+)
+from fna.plugins.kernels.tiles import (
+    LOG2E,
+    MASKED,
+    TILE,
+    deep_scores,
+    dot_input,
+    gather_rows,
+    landmark_index,
+    mask_flags,
+)
 
 # Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
 _SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
 _PLAIN = [*_SIZES, "splits", "split_tokens", "first_job", "step", "full_iterations"]
 _PLAIN_FINISH = ["splits", "count", "one_iteration"]
 _PLAIN_OUTPUT = [*_SIZES, "tiles", "exact_rows"]
-
-
-@triton.jit
-def _dot_input(x, y, acc, UPCAST: tl.constexpr):
-    """Product of two tiles of the input type, added to `acc` in fp32. UPCAST: the interpreter has no bf16 product."""
-    if UPCAST:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc)
-    else:
-        return tl.dot(x, y, acc, input_precision="tf32x3")
-
-
-@triton.jit
-def _dot_matrix(x, y, acc, HALF: tl.constexpr):
-    """Product of two fp32 tiles of A, Z, W: fp16 operands where the inputs are 16 bits wide, else tf32x3."""
-    if HALF:
-        return tl.dot(x.to(tl.float16), y.to(tl.float16), acc)
-    else:
-        return tl.dot(x, y, acc, input_precision="tf32x3")
-
-
-@triton.jit
-def _gather_rows(base, stride_n, index, head_size, BLOCK_D: tl.constexpr):
-    """Rows `index` of one head, [len(index), BLOCK_D], zero beyond `head_size`."""
-    column = tl.arange(0, BLOCK_D)
-    pointer = base + index.to(tl.int64)[:, None] * stride_n + column[None, :]
-    return tl.load(pointer, mask=(column < head_size)[None, :], other=0.0)
-
-
-@triton.jit
-def _landmark_index(landmarks, row, count, tokens):
-    """Clamped token index of each landmark in `row`; padding repeats a valid token."""
-    index = tl.load(landmarks + row, mask=row < count, other=0)
-    return tl.minimum(tl.maximum(index, 0), tokens - 1)
-
-
-@triton.jit
-def _masked(key_mask, wanted, index, inside):
-    """1 for tokens `index` that are masked, 0 for the others and outside; 0 for all, unread, where `wanted` is false."""
-    flags = tl.load(key_mask + index, mask=tl.where(inside, wanted, 0) != 0, other=0)
-    return tl.where(flags != 0, 1.0, 0.0)
-
-
-@triton.jit
-def _taken_off(key_mask, mask_mode, queries, keys, in_queries, in_keys):
-    """What masking takes off the scores (base 2) of `queries` against `keys`: nothing, to the bit, where nothing is masked."""
-    hidden = _masked(key_mask, mask_mode, keys, in_keys) * (MASKED * LOG2E)
-    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, queries, in_queries)
-    return ordinary[:, None] * hidden[None, :]
-
-
-@triton.jit
-def _deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_size,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """query[row] @ key[column]^T for fp32, read in steps of 32 channels: tf32x3 holds every operand twice."""
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.range(0, BLOCK_D, 32, num_stages=1):
-        channel = start + tl.arange(0, 32)
-        inside = (channel < head_size)[None, :]
-        x = tl.load(query + row.to(tl.int64)[:, None] * stride_n + channel[None, :],
-                    mask=in_rows[:, None] & inside, other=0.0)  # fmt: skip
-        y = tl.load(key + column.to(tl.int64)[:, None] * stride_n + channel[None, :],
-                    mask=in_columns[:, None] & inside, other=0.0)  # fmt: skip
-        acc = tl.dot(x, tl.trans(y), acc, input_precision="tf32x3")
-    return acc
-
-
-@triton.jit
-def _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, left, tokens, count, head_size, scale,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Scores (base 2) of landmark rows from `first` on against columns from `left` on; -inf on padding columns."""
-    row, column = first + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    i = _landmark_index(landmarks, row, count, tokens)
-    j = _landmark_index(landmarks, column, count, tokens)
-    if query.dtype.element_ty == tl.float32:
-        scores = _deep_scores(query, key, i, j, row < count, column < count, stride_n, head_size,
-                              ROWS, COLUMNS, BLOCK_D)  # fmt: skip
-    else:
-        queries = _gather_rows(query, stride_n, i, head_size, BLOCK_D)
-        keys = _gather_rows(key, stride_n, j, head_size, BLOCK_D)
-        scores = _dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
-    scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
-    scores -= _taken_off(key_mask, mask_mode, i, j, row < count, column < count)
-    return tl.where((column < count)[None, :], scores, float("-inf"))
-
-
-@triton.jit
-def _softmax_rows(scores, first, count, ROWS: tl.constexpr):
-    """Softmax of scores in base 2; rows of padding are zero."""
-    weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    weight = weight / tl.sum(weight, 1)[:, None]
-    return tl.where((first + tl.arange(0, ROWS) < count)[:, None], weight, 0.0)
-
-
-@triton.jit
-def _matrix_tile(matrix, row, column, S_PAD: tl.constexpr):
-    """Pointers to the 64 x 64 tile of a scratch matrix that starts at (row, column)."""
-    return matrix + (row + tl.arange(0, TILE))[:, None] * S_PAD + (column + tl.arange(0, TILE))[None, :]
-
-
-@triton.jit
-def _matrix_product(left, right, row, column, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """Tile (row, column) of the product of two scratch matrices."""
-    depth: tl.constexpr = TILE if HALF else TILE // 2  # tf32x3 holds every operand twice
-    acc = tl.zeros([TILE, TILE], tl.float32)
-    i, j, inner = row + tl.arange(0, TILE), column + tl.arange(0, TILE), tl.arange(0, depth)
-    for k in tl.range(0, S_PAD, depth, num_stages=1):
-        x = tl.load(left + i[:, None] * S_PAD + (k + inner)[None, :])
-        y = tl.load(right + (k + inner)[:, None] * S_PAD + j[None, :])
-        acc = _dot_matrix(x, y, acc, HALF)
-    return acc
-
-
-@triton.jit
-def _inverse_scale(colsum, apply, S_PAD: tl.constexpr):
-    """1 / (largest column sum of A), which turns A^T into Z0; 1 when Z is past Z0 (`apply` false)."""
-    column = tl.arange(0, S_PAD)
-    total = tl.zeros([S_PAD], tl.float32)
-    for tile in tl.static_range(S_PAD // TILE):
-        total += tl.load(colsum + tile * S_PAD + column)
-    return tl.where(apply, 1.0 / tl.max(total, 0), 1.0)
-
-
-@triton.jit
-def _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
-                     tokens, count, head_size, scale,
-                     S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Write 64 rows of A, their transpose as the unscaled Z0, and their column sums."""
-    size = S_PAD * S_PAD
-    a, z = matrices + MATRIX_A * size, matrices + MATRIX_Z * size
-    for left in tl.range(0, S_PAD, TILE, num_stages=1):
-        scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
-                              TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
-        tl.store(_matrix_tile(a, row, left, S_PAD), scores)
-    tl.debug_barrier()
-    sums = tl.zeros([S_PAD], tl.float32)
-    column = tl.arange(0, S_PAD)
-    for first in tl.range(row, row + TILE, 16, num_stages=1):
-        r = first + tl.arange(0, 16)
-        cell = a + r[:, None] * S_PAD + column[None, :]
-        weight = _softmax_rows(tl.load(cell), first, count, 16)
-        # Threads hold the same cells as in the load, but the store must not overtake a neighbour's read.
-        tl.debug_barrier()
-        tl.store(cell, weight)
-        tl.store(z + column[None, :] * S_PAD + r[:, None], weight)
-        sums += tl.sum(weight, 0)
-    tl.store(colsum + (row // TILE) * S_PAD + column, sums)
-
-
-@triton.jit
-def _newton_tile(matrices, colsum, row, column, phase, first, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """One tile of one of the three dependent products of an iteration.
-
-    Z' = 1/4 Z (13 - 15 W + 7 W^2 - W^3) = 1/4 (13 Z - 15 Y + Y T), with W = A Z, Y = Z W and T = 7 W - W W:
-    phase 0 forms W, phase 1 forms T and Y, phase 2 overwrites Z (each tile reads no other tile of Z).
-    """
-    size = S_PAD * S_PAD
-    z, w, a = matrices + MATRIX_Z * size, matrices + MATRIX_W * size, matrices + MATRIX_A * size
-    t, y = matrices + MATRIX_T * size, matrices + MATRIX_Y * size
-    scale = _inverse_scale(colsum, first, S_PAD)
-    if phase == 0:
-        tl.store(_matrix_tile(w, row, column, S_PAD), _matrix_product(a, z, row, column, S_PAD, HALF) * scale)
-    elif phase == 1:
-        own = tl.load(_matrix_tile(w, row, column, S_PAD))
-        tl.store(_matrix_tile(t, row, column, S_PAD), 7.0 * own - _matrix_product(w, w, row, column, S_PAD, HALF))
-        tl.store(_matrix_tile(y, row, column, S_PAD), _matrix_product(z, w, row, column, S_PAD, HALF) * scale)
-    else:
-        acc = _matrix_product(y, t, row, column, S_PAD, HALF)
-        acc += 13.0 * scale * tl.load(_matrix_tile(z, row, column, S_PAD))
-        acc -= 15.0 * tl.load(_matrix_tile(y, row, column, S_PAD))
-        tl.store(_matrix_tile(z, row, column, S_PAD), 0.25 * acc)
-
-
-@triton.jit
-def _newton_registers(a, matrices, full_iterations, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """All iterations but the last on one head's A, [64, 64], held in registers; writes Z and W = A Z."""
-    zero = tl.zeros([S_PAD, S_PAD], tl.float32)
-    z = tl.trans(a) / tl.max(tl.sum(a, 0), 0)
-    for _ in tl.range(0, full_iterations, num_stages=1):
-        w = _dot_matrix(a, z, zero, HALF)
-        y = _dot_matrix(z, w, zero, HALF)
-        z = 13.0 * z - 15.0 * y
-        w = 7.0 * w - _dot_matrix(w, w, zero, HALF)
-        z = 0.25 * _dot_matrix(y, w, z, HALF)
-    w = _dot_matrix(a, z, zero, HALF)
-    cell = tl.arange(0, S_PAD)[:, None] * S_PAD + tl.arange(0, S_PAD)[None, :]
-    tl.store(matrices + MATRIX_Z * S_PAD * S_PAD + cell, z)
-    tl.store(matrices + MATRIX_W * S_PAD * S_PAD + cell, w)
-
-
-@triton.jit
-def _newton_blocked(matrices, colsum, full_iterations, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """All iterations but the last on one head by one program, tile after tile through scratch."""
-    for step in tl.range(0, 3 * full_iterations + 1, num_stages=1):
-        tl.debug_barrier()
-        for row in tl.range(0, S_PAD, TILE, num_stages=1):
-            for column in tl.range(0, S_PAD, TILE, num_stages=1):
-                _newton_tile(matrices, colsum, row, column, step % 3, step < 3, S_PAD, HALF)
 
 
 @triton.jit
@@ -246,11 +60,11 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     row = first + tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
     in_head = column < head_size
-    index = _landmark_index(landmarks, row, count, tokens)
+    index = landmark_index(landmarks, row, count, tokens)
     if query.dtype.element_ty != tl.float32:
-        queries = _gather_rows(query, stride_n, index, head_size, BLOCK_D)
+        queries = gather_rows(query, stride_n, index, head_size, BLOCK_D)
 
-    ordinary = 1.0 - _masked(key_mask, mask_mode // 2, index, row < count)
+    ordinary = 1.0 - mask_flags(key_mask, mask_mode // 2, index, row < count)
 
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
@@ -262,20 +76,20 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
         mask = (token < high)[:, None] & in_head[None, :]
         offset = token.to(tl.int64)[:, None] * stride_n + column[None, :]
         if query.dtype.element_ty == tl.float32:
-            scores = _deep_scores(query, key, index, token, row < count, token < high, stride_n, head_size,
+            scores = deep_scores(query, key, index, token, row < count, token < high, stride_n, head_size,
                                   BLOCK_S, BLOCK_N, BLOCK_D)  # fmt: skip
         else:
             keys = tl.load(key + offset, mask=mask, other=0.0)
-            scores = _dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
+            scores = dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
         values = tl.load(value + offset, mask=mask, other=0.0)
-        hidden = _masked(key_mask, mask_mode, token, token < high) * (MASKED * LOG2E)
+        hidden = mask_flags(key_mask, mask_mode, token, token < high) * (MASKED * LOG2E)
         scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
         scores = tl.where((token < high)[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         weight = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
         total = total * shrink + tl.sum(weight, 1)
-        acc = _dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
+        acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
         maximum = larger
 
     tl.store(partial + (split * S_PAD + row)[:, None] * BLOCK_D + column[None, :], acc)
@@ -317,20 +131,20 @@ def landmark_kernel(
     colsum += bh * (S_PAD // TILE) * S_PAD
     if job < core_programs:
         if matrix_count == 2:
-            scores = _core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
+            scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
                                   S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
-            a = _softmax_rows(scores, 0, count, S_PAD)
-            _newton_registers(a, matrices, full_iterations, S_PAD, HALF)
+            a = softmax_rows(scores, 0, count, S_PAD)
+            newton_registers(a, matrices, full_iterations, S_PAD, HALF)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
-                _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
+                core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
                                  tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
-            _newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
+            newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
         elif step == 0:
-            _core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
+            core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
                              tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
         else:
-            _newton_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, (step - 1) % 3, step <= 3,
+            newton_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, (step - 1) % 3, step <= 3,
                          S_PAD, HALF)  # fmt: skip
     else:
         row_tiles: tl.constexpr = S_PAD // BLOCK_S
@@ -363,17 +177,6 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
     return tl.where((row < count)[:, None], acc / total[:, None], 0.0)
 
 
-@triton.jit
-def _apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows `row` to `row + 64` of (scratch matrix @ scratch columns), [64, COLUMNS]."""
-    acc = tl.zeros([TILE, COLUMNS], tl.float32)
-    for k in tl.range(0, S_PAD, TILE, num_stages=1):
-        x = tl.load(_matrix_tile(matrix, row, k, S_PAD))
-        y = tl.load(source + (k + tl.arange(0, TILE))[:, None] * padded_d + column[None, :])
-        acc = tl.dot(x, y, acc, input_precision="tf32x3")
-    return acc
-
-
 @triton.jit(do_not_specialize=_PLAIN_FINISH)
 def finish_kernel(
     partial, stats, matrices, colsum, exact, mixed, mixed_scale, between,
@@ -386,12 +189,11 @@ def finish_kernel(
     type: 13 Bv + ... can pass the range of fp16. The result is divided by the largest magnitude of its column.
     """
     matrix_count: tl.constexpr = 2 if HALF and S_PAD == TILE else 5
-    size: tl.constexpr = S_PAD * S_PAD
     bh = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partial += bh * splits * S_PAD * padded_d
     stats += bh * splits * 2 * S_PAD
-    matrices += bh * matrix_count * size
+    matrices += bh * matrix_count * S_PAD * S_PAD
     exact += bh * S_PAD * padded_d
     mixed += bh * S_PAD * padded_d
     if matrix_count == 2:
@@ -399,61 +201,32 @@ def finish_kernel(
         cell = row[:, None] * padded_d + column[None, :]
         known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
         tl.store(exact + cell, known)
-        w = tl.load(_matrix_tile(matrices + MATRIX_W * size, 0, 0, S_PAD))
-        zero = tl.zeros([TILE, COLUMNS], tl.float32)
-        step = 7.0 * known - tl.dot(w, known, zero, input_precision="tf32x3")
-        step = 15.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
-        step = 13.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
-        z = tl.load(_matrix_tile(matrices + MATRIX_Z * size, 0, 0, S_PAD))
-        result = 0.25 * tl.dot(z, step, zero, input_precision="tf32x3")
+        result = last_iteration_in_registers(known, matrices, COLUMNS)
         largest = tl.max(tl.abs(result), 0)
         largest = tl.where(largest > 0.0, largest, 1.0)
         tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
-        tl.store(mixed_scale + bh * padded_d + column, largest)
     else:
         between += bh * 2 * S_PAD * padded_d
         even, odd = between, between + S_PAD * padded_d
-        z_scale = _inverse_scale(colsum + bh * (S_PAD // TILE) * S_PAD, one_iteration != 0, S_PAD)
+        z_scale = inverse_scale(colsum + bh * (S_PAD // TILE) * S_PAD, one_iteration != 0, S_PAD)
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)
             known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
             tl.store(exact + row[:, None] * padded_d + column[None, :], known)
-        for step in tl.static_range(3):
-            tl.debug_barrier()
-            for first in tl.range(0, S_PAD, TILE, num_stages=1):
-                cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
-                known = tl.load(exact + cell)
-                if step == 0:
-                    acc = _apply_rows(matrices + MATRIX_W * size, exact, first, column, padded_d, S_PAD, COLUMNS)
-                    tl.store(even + cell, 7.0 * known - acc)
-                elif step == 1:
-                    acc = _apply_rows(matrices + MATRIX_W * size, even, first, column, padded_d, S_PAD, COLUMNS)
-                    tl.store(odd + cell, 15.0 * known - acc)
-                else:
-                    acc = _apply_rows(matrices + MATRIX_W * size, odd, first, column, padded_d, S_PAD, COLUMNS)
-                    tl.store(even + cell, 13.0 * known - acc)
-        tl.debug_barrier()
-        largest = tl.zeros([COLUMNS], tl.float32)
-        for first in tl.range(0, S_PAD, TILE, num_stages=1):
-            cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
-            acc = _apply_rows(matrices + MATRIX_Z * size, even, first, column, padded_d, S_PAD, COLUMNS)
-            acc *= 0.25 * z_scale
-            tl.store(odd + cell, acc)
-            largest = tl.maximum(largest, tl.max(tl.abs(acc), 0))
+        largest = last_iteration_through_scratch(exact, even, odd, matrices, z_scale, column, padded_d, S_PAD, COLUMNS)
         largest = tl.where(largest > 0.0, largest, 1.0)
-        tl.debug_barrier()
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
             tl.store(mixed + cell, (tl.load(odd + cell) / largest[None, :]).to(mixed.dtype.element_ty))
-        tl.store(mixed_scale + bh * padded_d + column, largest)
+    tl.store(mixed_scale + bh * padded_d + column, largest)
 
 
 @triton.jit
 def _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size,
                    TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """kp^T of a tile of landmarks, [BLOCK_D, TILE_S]."""
-    index = _landmark_index(landmarks, first + tl.arange(0, TILE_S), count, tokens)
-    return tl.trans(_gather_rows(key, stride_n, index, head_size, BLOCK_D))
+    index = landmark_index(landmarks, first + tl.arange(0, TILE_S), count, tokens)
+    return tl.trans(gather_rows(key, stride_n, index, head_size, BLOCK_D))
 
 
 @triton.jit
@@ -463,8 +236,8 @@ def _landmark_values(bias, mixed, landmarks, key_mask, hides, first, tokens, cou
     slot = first + tl.arange(0, TILE_S)
     values = tl.load(mixed + slot[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
-    index = _landmark_index(landmarks, slot, count, tokens)
-    offset -= _masked(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
+    index = landmark_index(landmarks, slot, count, tokens)
+    offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
     return values, tl.where(slot < count, offset, float("-inf"))
 
 
@@ -510,11 +283,11 @@ def output_kernel(
         own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
         if S_PAD == TILE_S:
             queries = tl.load(own, mask=mask, other=0.0)
-            scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+            scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
             scores = scores * (scale * LOG2E) + offset[None, :]
             weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
             total = tl.sum(weight, 1)
-            acc = _dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
+            acc = dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
         else:
             maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -523,13 +296,13 @@ def output_kernel(
             for first in tl.range(0, count, TILE_S, num_stages=1):
                 if query.dtype.element_ty == tl.float32:
                     slot = first + tl.arange(0, TILE_S)
-                    index = _landmark_index(landmarks, slot, count, tokens)
-                    scores = _deep_scores(query, key, token, index, token < tokens, slot < count, stride_n, head_size,
+                    index = landmark_index(landmarks, slot, count, tokens)
+                    scores = deep_scores(query, key, token, index, token < tokens, slot < count, stride_n, head_size,
                                           BLOCK_M, TILE_S, BLOCK_D)  # fmt: skip
                 else:
                     keys = _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D)
                     queries = tl.load(own, mask=mask, other=0.0)
-                    scores = _dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+                    scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
                 values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, first, tokens, count,
                                                   TILE_S, BLOCK_D)  # fmt: skip
                 scores = scores * (scale * LOG2E) + offset[None, :]
@@ -537,17 +310,17 @@ def output_kernel(
                 weight = tl.exp2(scores - larger[:, None])
                 shrink = tl.exp2(maximum - larger)
                 total = total * shrink + tl.sum(weight, 1)
-                acc = _dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
+                acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
                 maximum = larger
         result = acc / total[:, None] * factor[None, :]
         pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
-        written = (token < tokens) & (_masked(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
+        written = (token < tokens) & (mask_flags(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
         tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])
     if exact_rows != 0:
         tl.debug_barrier()
         for first in tl.static_range(0, S_PAD, TILE):
             slot = first + tl.arange(0, TILE)
-            token = _landmark_index(landmarks, slot, count, tokens)
+            token = landmark_index(landmarks, slot, count, tokens)
             mine = ((slot < count) & (token >= low) & (token < high))[:, None] & in_head[None, :]
             rows = tl.load(exact + slot[:, None] * BLOCK_D + column[None, :], mask=mine, other=0.0)
             pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]

@@ -1,0 +1,122 @@
+"""The Newton-Schulz iterates of A, on one head, and the last iteration applied to Bv."""
+
+import triton
+import triton.language as tl
+
+from fna.plugins.kernels.core import MATRIX_A, MATRIX_T, MATRIX_W, MATRIX_Y, MATRIX_Z
+from fna.plugins.kernels.tiles import TILE, dot_matrix, matrix_product, matrix_tile
+
+
+@triton.jit
+def inverse_scale(colsum, apply, S_PAD: tl.constexpr):
+    """1 / (largest column sum of A), which turns A^T into Z0; 1 when Z is past Z0 (`apply` false)."""
+    column = tl.arange(0, S_PAD)
+    total = tl.zeros([S_PAD], tl.float32)
+    for tile in tl.static_range(S_PAD // TILE):
+        total += tl.load(colsum + tile * S_PAD + column)
+    return tl.where(apply, 1.0 / tl.max(total, 0), 1.0)
+
+
+@triton.jit
+def newton_tile(matrices, colsum, row, column, phase, first, S_PAD: tl.constexpr, HALF: tl.constexpr):
+    """One tile of one of the three dependent products of an iteration.
+
+    Z' = 1/4 Z (13 - 15 W + 7 W^2 - W^3) = 1/4 (13 Z - 15 Y + Y T), with W = A Z, Y = Z W and T = 7 W - W W:
+    phase 0 forms W, phase 1 forms T and Y, phase 2 overwrites Z (each tile reads no other tile of Z).
+    """
+    size = S_PAD * S_PAD
+    z, w, a = matrices + MATRIX_Z * size, matrices + MATRIX_W * size, matrices + MATRIX_A * size
+    t, y = matrices + MATRIX_T * size, matrices + MATRIX_Y * size
+    scale = inverse_scale(colsum, first, S_PAD)
+    if phase == 0:
+        tl.store(matrix_tile(w, row, column, S_PAD), matrix_product(a, z, row, column, S_PAD, HALF) * scale)
+    elif phase == 1:
+        own = tl.load(matrix_tile(w, row, column, S_PAD))
+        tl.store(matrix_tile(t, row, column, S_PAD), 7.0 * own - matrix_product(w, w, row, column, S_PAD, HALF))
+        tl.store(matrix_tile(y, row, column, S_PAD), matrix_product(z, w, row, column, S_PAD, HALF) * scale)
+    else:
+        acc = matrix_product(y, t, row, column, S_PAD, HALF)
+        acc += 13.0 * scale * tl.load(matrix_tile(z, row, column, S_PAD))
+        acc -= 15.0 * tl.load(matrix_tile(y, row, column, S_PAD))
+        tl.store(matrix_tile(z, row, column, S_PAD), 0.25 * acc)
+
+
+@triton.jit
+def newton_registers(a, matrices, full_iterations, S_PAD: tl.constexpr, HALF: tl.constexpr):
+    """All iterations but the last on one head's A, [64, 64], held in registers; writes Z and W = A Z."""
+    zero = tl.zeros([S_PAD, S_PAD], tl.float32)
+    z = tl.trans(a) / tl.max(tl.sum(a, 0), 0)
+    for _ in tl.range(0, full_iterations, num_stages=1):
+        w = dot_matrix(a, z, zero, HALF)
+        y = dot_matrix(z, w, zero, HALF)
+        z = 13.0 * z - 15.0 * y
+        w = 7.0 * w - dot_matrix(w, w, zero, HALF)
+        z = 0.25 * dot_matrix(y, w, z, HALF)
+    w = dot_matrix(a, z, zero, HALF)
+    cell = tl.arange(0, S_PAD)[:, None] * S_PAD + tl.arange(0, S_PAD)[None, :]
+    tl.store(matrices + MATRIX_Z * S_PAD * S_PAD + cell, z)
+    tl.store(matrices + MATRIX_W * S_PAD * S_PAD + cell, w)
+
+
+@triton.jit
+def newton_blocked(matrices, colsum, full_iterations, S_PAD: tl.constexpr, HALF: tl.constexpr):
+    """All iterations but the last on one head by one program, tile after tile through scratch."""
+    for step in tl.range(0, 3 * full_iterations + 1, num_stages=1):
+        tl.debug_barrier()
+        for row in tl.range(0, S_PAD, TILE, num_stages=1):
+            for column in tl.range(0, S_PAD, TILE, num_stages=1):
+                newton_tile(matrices, colsum, row, column, step % 3, step < 3, S_PAD, HALF)
+
+
+@triton.jit
+def apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `row` to `row + 64` of (scratch matrix @ scratch columns), [64, COLUMNS]."""
+    acc = tl.zeros([TILE, COLUMNS], tl.float32)
+    for k in tl.range(0, S_PAD, TILE, num_stages=1):
+        x = tl.load(matrix_tile(matrix, row, k, S_PAD))
+        y = tl.load(source + (k + tl.arange(0, TILE))[:, None] * padded_d + column[None, :])
+        acc = tl.dot(x, y, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def last_iteration_in_registers(known, matrices, COLUMNS: tl.constexpr):
+    """Z6 Bv of one tile of 64 rows, from Bv in registers."""
+    w = tl.load(matrix_tile(matrices + MATRIX_W * TILE * TILE, 0, 0, TILE))
+    zero = tl.zeros([TILE, COLUMNS], tl.float32)
+    step = 7.0 * known - tl.dot(w, known, zero, input_precision="tf32x3")
+    step = 15.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
+    step = 13.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
+    z = tl.load(matrix_tile(matrices + MATRIX_Z * TILE * TILE, 0, 0, TILE))
+    return 0.25 * tl.dot(z, step, zero, input_precision="tf32x3")
+
+
+@triton.jit
+def last_iteration_through_scratch(exact, even, odd, matrices, z_scale, column, padded_d,
+                                   S_PAD: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Write Z6 Bv to `odd`, tile after tile, and return the largest magnitude of each column."""
+    size: tl.constexpr = S_PAD * S_PAD
+    for step in tl.static_range(3):
+        tl.debug_barrier()
+        for first in tl.range(0, S_PAD, TILE, num_stages=1):
+            cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
+            known = tl.load(exact + cell)
+            if step == 0:
+                acc = apply_rows(matrices + MATRIX_W * size, exact, first, column, padded_d, S_PAD, COLUMNS)
+                tl.store(even + cell, 7.0 * known - acc)
+            elif step == 1:
+                acc = apply_rows(matrices + MATRIX_W * size, even, first, column, padded_d, S_PAD, COLUMNS)
+                tl.store(odd + cell, 15.0 * known - acc)
+            else:
+                acc = apply_rows(matrices + MATRIX_W * size, odd, first, column, padded_d, S_PAD, COLUMNS)
+                tl.store(even + cell, 13.0 * known - acc)
+    tl.debug_barrier()
+    largest = tl.zeros([COLUMNS], tl.float32)
+    for first in tl.range(0, S_PAD, TILE, num_stages=1):
+        cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
+        acc = apply_rows(matrices + MATRIX_Z * size, even, first, column, padded_d, S_PAD, COLUMNS)
+        acc *= 0.25 * z_scale
+        tl.store(odd + cell, acc)
+        largest = tl.maximum(largest, tl.max(tl.abs(acc), 0))
+    tl.debug_barrier()
+    return largest
