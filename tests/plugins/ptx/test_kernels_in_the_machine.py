@@ -11,6 +11,7 @@ from fna.plugins.ptx.check import body_digest, unmodelled_kernels
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.mutations import mutate, synchronisations, without
 from fna.plugins.ptx.reports import Fault
+from fna.plugins.table.build import build_table
 
 CASES = list(quick_cases())
 
