@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.plugins import launch_plan
 from fna.plugins.table.chips import OLDEST_CHIP
 from fna.plugins.table.compile import Compiled, write_bytes
@@ -48,10 +48,10 @@ def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
         name = f"{entry.variant}-sm{entry.sm}.ptx.z"
         write_bytes(folder / name, zlib.compress(Path(entry.ptx).read_bytes().rstrip(b"\0")))
         image = hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()
-        rows.append(
-            {"variant": entry.variant, "sm": entry.sm, "file": f"ptx/{name}", "image_sha256": image}
-            | {"symbol": entry.symbol, "shared": entry.shared, "warps": entry.warps, "layout": entry.layout}
-        )
+        row: dict[str, str | int] = {"variant": entry.variant, "sm": entry.sm}
+        row |= {"file": f"ptx/{name}", "image_sha256": image}
+        row |= {"symbol": entry.symbol, "shared": entry.shared, "warps": entry.warps, "layout": entry.layout}
+        rows.append(row)
     for stale in set(folder.glob("*.ptx.z")) - {output / str(row["file"]) for row in rows}:
         stale.unlink()
     write_bytes(output / "ptx.json", json.dumps({"kernels": rows}, indent=1).encode())
@@ -76,7 +76,7 @@ def launch_constants() -> str:
         "MaxHeadSize": launch_plan.MAX_HEAD_SIZE,
         "HeadSizeStep": launch_plan.HEAD_SIZE_STEP,
         "MaxIterations": launch_plan.MAX_ITERATIONS,
-        "DefaultIterations": NEWTON_SCHULZ_ITERATIONS,
+        "ImpliedIterations": ITERATIONS_OF_VERSION_1,
         "MaxGridY": launch_plan.MAX_GRID_Y,
         "MaxStride": launch_plan.MAX_STRIDE,
         "Alignment": launch_plan.ALIGNMENT,

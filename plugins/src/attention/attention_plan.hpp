@@ -26,7 +26,7 @@ struct AttentionShape
 struct AttentionAttributes
 {
     float scale{0.F};
-    int32_t iterations{kDefaultIterations};
+    int32_t iterations{kImpliedIterations};
     int32_t exactRows{0};
     int32_t sink{0};
     bool takesMask{false};
