@@ -56,7 +56,8 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
 def options(variant: Variant) -> dict[str, int | bool]:
     """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
 
-    Sums of squares that have to tie exactly are not contracted to fused multiply-adds: see `fna.plugins.kernels.sampling`.
+    Sums of squares that have to tie exactly are not contracted to fused multiply-adds: lanes that hold one sum twice would
+    round it differently (`fma(d, d, shuffled)`), and one of them is stored.
     """
     wide = variant.dtype == "fp32"
     if variant.kernel == "landmark":
@@ -69,7 +70,8 @@ def options(variant: Variant) -> dict[str, int | bool]:
         warps, stages = 8, 2 if held else 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    exact_ties = variant.kernel in ("fps", "fps_step", "norms")
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not exact_ties}
 
 
 def signature(variant: Variant) -> dict[str, str]:

@@ -11,22 +11,11 @@ from fna.plugins.ptx.check import body_digest, unmodelled_kernels
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.mutations import mutate, synchronisations, without
 from fna.plugins.ptx.reports import Fault
-from fna.plugins.table.build import build_table
 
 CASES = list(quick_cases())
 
 
-WRONG_TODAY = pytest.mark.xfail(
-    strict=True, reason="fps: equal tokens do not tie exactly where channels are no multiple of 16"
-)
-
-
-def marked(case: Case):
-    wrong = isinstance(case, SamplingCase) and case.sampler == "fps" and case.channels % 16 > 0
-    return pytest.param(case, id=case.name, marks=[WRONG_TODAY] if wrong else [])
-
-
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_a_call_is_right_and_without_a_fault(images: PtxImages, case: Case) -> None:
     outcome = judge(case, Chip(images))
     assert not outcome.faults
