@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fna.engines.device import Gpu, find_gpu
-from fna.engines.targets import TARGETS, Flavour, Lowering, Target
+from fna.engines.targets import TARGETS, Flavour, Lowering, Target, capability_text
 from fna.errors import InvalidArgumentError, MissingCapabilityError
 
 
@@ -94,8 +94,8 @@ def choose_targets(name: Flavour, targets: Sequence[Target]) -> tuple[Target, ..
     for target in targets:
         if gpu.capability not in target.capabilities:
             raise InvalidArgumentError(
-                f"TensorRT builds for the GPU it runs on, {gpu.name} (compute capability {gpu.capability / 10:.1f}), not for "
-                f"{target.name} ({target.capabilities[0] / 10:.1f}); make a bundle with fna bundle and build there"
+                f"TensorRT builds for the GPU it runs on, {gpu.name} (compute capability {capability_text(gpu.capability)}), not for "
+                f"{target.name} ({capability_text(*target.capabilities)}); make a bundle with fna bundle and build there"
             )
     return tuple(targets)
 
@@ -169,7 +169,7 @@ def _target_of(gpu: Gpu) -> Target:
     matching = [target for target in TARGETS if gpu.capability in target.capabilities and "tensorrt" in target.flavours]
     if not matching:
         raise MissingCapabilityError(
-            f"{gpu.name} has compute capability {gpu.capability / 10:.1f}, which is none of the targets'; "
+            f"{gpu.name} has compute capability {capability_text(gpu.capability)}, which is none of the targets'; "
             f"those are {', '.join(target.name for target in TARGETS)}"
         )
     return min(matching, key=lambda target: abs(target.memory_gib * 2**30 - gpu.memory_bytes))

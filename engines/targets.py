@@ -129,6 +129,11 @@ TARGETS = (
 TARGET_NAMES = (*(target.name for target in TARGETS), "all")
 
 
+def capability_text(*capabilities: int) -> str:
+    """Write compute capabilities, which are kept times ten, as people do: `8.6, 8.9`."""
+    return ", ".join(f"{capability / 10:.1f}" for capability in capabilities)
+
+
 def find_targets(name: str) -> tuple[Target, ...]:
     """Return the targets of one name, or of several as in `rtx-ampere,rtx-ada`; `all` is every one that TensorRT-RTX builds for.
 

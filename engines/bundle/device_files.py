@@ -13,7 +13,7 @@ from fna.engines.bundle.format import BundleManifest, list_files
 from fna.engines.bundle.models import has_open_batch
 from fna.engines.bundle.plugin_files import REGISTER_SOURCE
 from fna.engines.flavours import FLAVOURS
-from fna.engines.targets import Target
+from fna.engines.targets import Target, capability_text
 
 _HERE = Path(__file__).resolve().parent
 
@@ -84,7 +84,7 @@ def _readme(root: Path, manifest: BundleManifest, target: Target) -> str:
         "name": manifest.name,
         "target": manifest.target,
         "devices": target.devices,
-        "capabilities": ", ".join(f"{capability / 10:.1f}" for capability in manifest.capabilities),
+        "capabilities": capability_text(*manifest.capabilities),
         "flavours": " or ".join(f"{FLAVOURS[name].title} {low} or later" for name, low in manifest.flavours.items()),
         "source": manifest.metadata.source,
         "blocks": ", ".join(str(block.block) for block in plan.blocks) or "none",

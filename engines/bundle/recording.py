@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -15,7 +14,7 @@ from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError, ModelSourceError
 from fna.export.metadata import FileMetadata
 from fna.export.sources.loading import load_model
-from fna.patching import patch, unpatch
+from fna.export.sources.running import patched, run_torch
 from fna.runtime import Arrays, open_session, run_session
 
 TOLERANCES = {
@@ -66,17 +65,11 @@ def record_images(
 def _run_pytorch(metadata: FileMetadata, pixels: NDArray[np.float32]) -> Arrays:
     """Run FNA in PyTorch fp32 by the file's plan, an image at a time."""
     model = load_model(metadata.source)
-    patch(model.module, metadata.plan)
     try:
-        with torch.inference_mode():
-            parts = [[t.float().numpy() for t in model.module(torch.from_numpy(image[None]))] for image in pixels]
+        with patched(model, metadata):
+            return run_torch(model, pixels)
     except Exception as error:  # the model is the user's and may raise anything
         raise ModelSourceError(f"model {metadata.source!r} does not run: {str(error).splitlines()[0]}") from error
-    finally:
-        unpatch(model.module)
-    return {
-        name: np.concatenate(items) for name, items in zip(model.output_names, zip(*parts, strict=True), strict=True)
-    }
 
 
 def _run_onnxruntime(path: Path, name: str, pixels: NDArray[np.float32]) -> Arrays:

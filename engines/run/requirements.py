@@ -7,6 +7,7 @@ from pathlib import Path
 from fna.engines.device import find_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, import_flavour
 from fna.engines.manifest import Manifest, read_manifest
+from fna.engines.targets import capability_text
 from fna.errors import MissingCapabilityError
 from fna.files import file_sha256
 
@@ -28,14 +29,14 @@ def check_engine_can_run(path: Path, plugin: Path | None = None) -> Manifest:
     gpu = find_gpu()
     if gpu is None:
         raise MissingCapabilityError(
-            f"{path.name} needs an NVIDIA GPU of compute capability {_list(manifest.compute_capabilities)}, "
+            f"{path.name} needs an NVIDIA GPU of compute capability {capability_text(*manifest.compute_capabilities)}, "
             "but this machine has none (or no driver); copy it to such a machine, or run the ONNX file here"
         )
     portable = manifest.hardware_compatible and gpu.capability >= 80
     if gpu.capability not in manifest.compute_capabilities and not portable:
         raise MissingCapabilityError(
-            f"{path.name} was built for compute capability {_list(manifest.compute_capabilities)}, but this GPU has "
-            f"{gpu.capability / 10:.1f}; build it again with a matching --target"
+            f"{path.name} was built for compute capability {capability_text(*manifest.compute_capabilities)}, but this GPU has "
+            f"{capability_text(gpu.capability)}; build it again with a matching --target"
         )
     installed = str(import_flavour(manifest.backend).__version__)
     if not _version_fits(manifest, installed):
@@ -62,7 +63,3 @@ def _version_fits(manifest: Manifest, installed: str) -> bool:
         return True
     built, here = ([int(part) for part in text.split(".")[:3]] for text in (manifest.backend_version, installed))
     return manifest.version_compatible and here[0] == built[0] and here >= built
-
-
-def _list(capabilities: tuple[int, ...]) -> str:
-    return ", ".join(f"{capability / 10:.1f}" for capability in capabilities)

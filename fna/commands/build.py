@@ -95,11 +95,14 @@ def command(
 
 
 def _print(manifest: Manifest, output: Path, notes: list[str], quiet: bool) -> None:
+    from fna.engines.flavours import FLAVOURS
+    from fna.engines.targets import capability_text
+
     console = make_console(quiet)
-    capabilities = ", ".join(f"{capability / 10:.1f}" for capability in manifest.compute_capabilities)
-    title = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[manifest.backend]
+    title = FLAVOURS[manifest.backend].title
     console.print(
-        f"{output}: {manifest.engine_bytes / 1e6:.1f} MB, {title} {manifest.backend_version}, compute capability {capabilities}, "
+        f"{output}: {manifest.engine_bytes / 1e6:.1f} MB, {title} {manifest.backend_version}, compute capability "
+        f"{capability_text(*manifest.compute_capabilities)}, "
         f"{manifest.lowering} lowering, built in {manifest.seconds:.1f} s"
     )
     plugins = sum(layer.implementation == "plugin" for layer in manifest.layers)

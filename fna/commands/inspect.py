@@ -99,13 +99,14 @@ def print_engine(console: Console, file: Path, manifest: Manifest) -> None:
     from rich.text import Text
 
     from fna.engines.flavours import FLAVOURS
+    from fna.engines.targets import capability_text
 
     title = f"{FLAVOURS[manifest.backend].title} {manifest.backend_version}"
     kept = [
         title if not manifest.version_compatible else f"{title} and later of the same major version",
         "every chip from Ampere on" if manifest.hardware_compatible else "the chips named",
     ]
-    capabilities = ", ".join(f"{capability / 10:.1f}" for capability in manifest.compute_capabilities)
+    capabilities = capability_text(*manifest.compute_capabilities)
     plan = manifest.plan
     numbers = ", ".join(str(block.block) for block in plan.blocks) or "none"
     settings = sorted({f"S={block.landmarks} {block.sampler}" for block in plan.blocks})

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from fna.export.sources.running import patched, run_torch
 from fna.runtime import Arrays
 from fna.validate.budget.chain import EXACT, Chain, Say
 from fna.validate.budget.fna_nodes import (
     list_fna_nodes,
 )
-from fna.validate.budget.runners import OnnxRunner, patched, run_torch
+from fna.validate.budget.runners import OnnxRunner
 from fna.validate.budget.undoing import undo_nodes
 from fna.validate.metrics import ErrorMeter
 

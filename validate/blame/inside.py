@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
+from fna.export.sources.running import patched, run_torch
 from fna.validate.blame.effects import Pixels, fna_blocks
 from fna.validate.budget.block_parts import BlockPart, Capture, captured, find_block_parts
 from fna.validate.budget.chain import DEPLOYED, ENGINE, EXACT, FNA, PORTABLE, UNDONE, Chain, inspect_engine
@@ -20,7 +21,7 @@ from fna.validate.budget.fna_nodes import (
     planned_output,
 )
 from fna.validate.budget.rounding import has_low_types, round_everywhere
-from fna.validate.budget.runners import OnnxRunner, patched, run_torch
+from fna.validate.budget.runners import OnnxRunner
 from fna.validate.budget.undoing import undo_nodes
 from fna.validate.metrics import ErrorMeter
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fna.errors import InputFileError
 from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
+from fna.export.sources.running import patched, run_torch
 from fna.validate.budget.block_parts import block_of, layer_numbers
 from fna.validate.budget.chain import Chain, inspect_engine
 from fna.validate.budget.fna_nodes import mark_outputs
 from fna.validate.budget.rounding import has_low_types, round_everywhere
-from fna.validate.budget.runners import OnnxRunner, patched, run_torch
+from fna.validate.budget.runners import OnnxRunner
 
 _TENSORS_AT_ONCE = 24
 """Tensors handed out by one run; all of a model's would not fit into memory."""

@@ -16,13 +16,14 @@ from fna.engines.manifest import Manifest, read_manifest
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.sources.loading import LoadedModel, check_resolution, load_model
+from fna.export.sources.running import patched, run_torch
 from fna.export.trace import TraceOptions, trace_model
 from fna.export.types import PRECISION_OF, tensor_types
 from fna.files import file_sha256, load_onnx
 from fna.runtime import Arrays
 from fna.validate.budget.fna_nodes import list_fna_nodes
 from fna.validate.budget.rounding import has_low_types, round_everywhere
-from fna.validate.budget.runners import OnnxRunner, Run, patched, run_torch, with_functions
+from fna.validate.budget.runners import OnnxRunner, Run, with_functions
 from fna.validate.budget.undoing import undo_nodes
 
 Say = Callable[..., None]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata
+from fna.export.sources.running import patched, run_torch
 from fna.runtime import Arrays
 from fna.validate.blame.not_finite import NotFinite, find_not_finite
 from fna.validate.budget.block_parts import BlockPart, captured
@@ -31,7 +32,6 @@ from fna.validate.budget.chain import (
     open_validated_file,
 )
 from fna.validate.budget.fna_nodes import NodeProbe, planned_output
-from fna.validate.budget.runners import patched, run_torch
 from fna.validate.budget.tolerances import find_tolerance
 from fna.validate.metrics import JUDGED, METRICS, ErrorMeter, Measured, OutputError
 

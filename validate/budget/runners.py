@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.errors import InputFileError
-from fna.export.metadata import FileMetadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import attach_functions, fna_nodes
-from fna.export.sources.loading import LoadedModel
-from fna.patching import patch, unpatch
-from fna.plan import Plan
 from fna.runtime import Arrays, open_session, run_session
 
 Run = Callable[[NDArray[np.float32]], Arrays]
 """Takes pixels `[1, 3, H, W]`, returns arrays with a batch axis of 1."""
 
 _FLOAT_INPUTS = ("tensor(float)", "tensor(float16)", "tensor(double)")
-
-
-def run_torch(
-    model: LoadedModel,
-    pixels: NDArray[np.float32],  # [B, 3, H, W]
-) -> Arrays:
-    """Run a model in PyTorch fp32, an image at a time, and return its outputs by name."""
-    batches = []
-    with torch.inference_mode():
-        for image in pixels:
-            batches.append([tensor.float().numpy() for tensor in model.module(torch.from_numpy(image[None]))])
-    return {
-        name: np.concatenate(parts) for name, parts in zip(model.output_names, zip(*batches, strict=True), strict=True)
-    }
-
-
-@contextmanager
-def patched(model: LoadedModel, plan: FileMetadata | Plan) -> Iterator[None]:
-    """Have the model compute FNA by a plan (or a file's plan) within the block."""
-    patch(model.module, plan if isinstance(plan, Plan) else plan.plan)
-    try:
-        yield
-    finally:
-        unpatch(model.module)
 
 
 class OnnxRunner:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources.loading import LoadedModel, check_resolution
+from fna.export.sources.running import patched, run_torch
 from fna.observing import AttentionCall, observed
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
 from fna.runtime import Arrays
 from fna.special_tokens import detect_prefix_tokens
-from fna.validate.budget.runners import patched, run_torch
 from fna.validate.task.inputs import OutputKinds
 
 PROBES = 4

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fna.export.sources.loading import LoadedModel
+from fna.export.sources.running import patched
 from fna.plan import Plan
 from fna.validate.budget.chain import Chain
-from fna.validate.budget.runners import patched
 from fna.validate.task.inputs import TaskInputs, find_embedding, image_of, output_kinds
 from fna.validate.task.linear_probe import add_probe, hold_out, probe
 from fna.validate.task.results import Results

@@ -10,11 +10,11 @@ from broken_files import break_file, change_scale, change_weight, leave_out_an_i
 
 from fna.export.passes.lower import lower
 from fna.export.preprocessing import bundled_photographs
+from fna.export.sources.running import patched, run_torch
 from fna.files import load_onnx
 from fna.validate.blame.bisect import locate
 from fna.validate.blame.effects import block_effects
 from fna.validate.budget.chain import Chain, open_chain, open_validated_file
-from fna.validate.budget.runners import patched, run_torch
 from fna.validate.metrics import measure
 from fna.validate.photographs import Photographs
 from fna.validate.report.document import Extras, make_document

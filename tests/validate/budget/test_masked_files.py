@@ -12,6 +12,7 @@ from broken_files import break_file
 from onnx import ModelProto
 
 from fna.export.sources.loading import load_model, wrap_model
+from fna.export.sources.running import patched, run_torch
 from fna.export.surgery.graft import inspect_file
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import save_model
@@ -22,7 +23,6 @@ from fna.validate.blame.inside import compare_block_parts
 from fna.validate.budget.block_parts import BlockPart, captured
 from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.fna_nodes import NodeProbe, expected_output
-from fna.validate.budget.runners import patched, run_torch
 
 
 def test_nodes_with_a_mask_are_compared_under_it(tmp_path: Path) -> None:
