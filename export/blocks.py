@@ -58,7 +58,7 @@ def attention_block(node: NodeProto) -> int | None:
 
 def module_scopes(node: NodeProto) -> list[str]:
     """Return the paths of the modules that a node of a trace comes from, the outermost first; none where a tool dropped them."""
-    written = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+    written = next((noted.value for noted in node.metadata_props if noted.key == _SCOPES), "[]")
     try:
         return [str(scope) for scope in ast.literal_eval(written)]
     except (ValueError, SyntaxError):
@@ -107,8 +107,8 @@ def _borders(
     nodes: Sequence[NodeProto], consumers: Consumers, num_blocks: int
 ) -> tuple[list[int | None], list[int | None]]:
     """The nodes that write the residual stream that enters each block, and that leaves it."""
-    found = [_attention_end(node, index, nodes, consumers) for index, node in enumerate(nodes)]
-    anchors = sorted({index for index in found if index is not None})
+    attention_ends = [_attention_end(node, index, nodes, consumers) for index, node in enumerate(nodes)]
+    anchors = sorted({index for index in attention_ends if index is not None})
     if len(anchors) != num_blocks:
         raise InvalidArgumentError(
             f"the file's plan has {num_blocks} attention blocks, but {len(anchors)} attention operators are recognised in it, so "
@@ -140,12 +140,12 @@ def _attention_end(node: NodeProto, index: int, nodes: Sequence[NodeProto], cons
 
 def _consumers(graph: GraphProto) -> Consumers:
     """Indices of the nodes that use a tensor's values; those that use its shape alone do not count."""
-    found: Consumers = {}
+    consumers: Consumers = {}
     for index, node in enumerate(graph.node):
         if node.op_type not in _SHAPE_ONLY:
             for name in dict.fromkeys(node.input):
-                found.setdefault(name, []).append(index)
-    return found
+                consumers.setdefault(name, []).append(index)
+    return consumers
 
 
 def _next(nodes: Sequence[NodeProto], consumers: Consumers, index: int) -> list[int]:
@@ -153,36 +153,36 @@ def _next(nodes: Sequence[NodeProto], consumers: Consumers, index: int) -> list[
 
 
 def _reached(nodes: Sequence[NodeProto], consumers: Consumers, start: int, without: int | None = None) -> set[int]:
-    found, waiting = set(), [start]
+    reached, waiting = set(), [start]
     while waiting:
         for follower in _next(nodes, consumers, waiting.pop()):
-            if follower not in found and follower != without:
-                found.add(follower)
+            if follower not in reached and follower != without:
+                reached.add(follower)
                 waiting.append(follower)
-    return found
+    return reached
 
 
 def _leading_to(nodes: Sequence[NodeProto], consumers: Consumers, target: int) -> set[int]:
     producers = {name: index for index, node in enumerate(nodes) for name in node.output}
-    found, waiting = set(), [target]
+    leading, waiting = set(), [target]
     while waiting:
         node = nodes[waiting.pop()]
         for name in node.input:
             index = producers.get(name)
-            if index is not None and index not in found and nodes[index].op_type not in _SHAPE_ONLY:
-                found.add(index)
+            if index is not None and index not in leading and nodes[index].op_type not in _SHAPE_ONLY:
+                leading.add(index)
                 waiting.append(index)
-    return found
+    return leading
 
 
 def _bottlenecks(nodes: Sequence[NodeProto], consumers: Consumers, path: Sequence[int], target: int) -> list[int]:
     """Nodes of `path`, in order, that everything on it passes through on its way to `target`."""
-    inside, furthest, found = {*path, target}, -1, []
+    inside, furthest, bottlenecks = {*path, target}, -1, []
     for index in path:
         if furthest <= index:
-            found.append(index)
+            bottlenecks.append(index)
         furthest = max([furthest, *(follower for follower in _next(nodes, consumers, index) if follower in inside)])
-    return found
+    return bottlenecks
 
 
 def _stream_before(nodes: Sequence[NodeProto], consumers: Consumers, left: int | None, right: int) -> int | None:
@@ -214,9 +214,9 @@ def _stream_after(
 def _between(nodes: Sequence[NodeProto], consumers: Consumers, start: int | None, end: int | None) -> list[int]:
     """The nodes after the block's first tensor up to its last."""
     if start is None:
-        found = set(range(len(nodes)))
+        reached = set(range(len(nodes)))
     else:
-        found = _reached(nodes, consumers, start)
+        reached = _reached(nodes, consumers, start)
     if end is None:
-        return sorted(found)
-    return sorted((found & _leading_to(nodes, consumers, end)) | {end})
+        return sorted(reached)
+    return sorted((reached & _leading_to(nodes, consumers, end)) | {end})

@@ -60,7 +60,7 @@ class FileMetadata(BaseModel):
 
 def write_metadata(model: ModelProto, metadata: FileMetadata) -> None:
     """Replace the `fna.*` keys of `model`; other metadata stays. Strings are written as they are, the rest as JSON."""
-    kept = [entry for entry in model.metadata_props if not entry.key.startswith(PREFIX)]
+    kept = [written for written in model.metadata_props if not written.key.startswith(PREFIX)]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     for key, value in metadata.model_dump(mode="json", exclude_none=True).items():
@@ -75,7 +75,9 @@ def read_metadata(model: ModelProto, name: str) -> FileMetadata:
         InputFileError: if the file was not written by this project, or its metadata is damaged.
     """
     raw = {
-        entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)
+        written.key.removeprefix(PREFIX): written.value
+        for written in model.metadata_props
+        if written.key.startswith(PREFIX)
     }
     if not raw:
         raise InputFileError(f"{name} has no fna metadata; write it with fna export or fna graft")

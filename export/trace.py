@@ -243,24 +243,24 @@ def _number_of(node: NodeProto, numbers: dict[str, int]) -> int:
 def _drop_stack_traces(model: ModelProto) -> None:
     """The exporter notes in every node where in the Python files of this machine it came from: nobody else's business."""
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
-        kept = [entry for entry in node.metadata_props if entry.key != "pkg.torch.onnx.stack_trace"]
+        kept = [noted for noted in node.metadata_props if noted.key != "pkg.torch.onnx.stack_trace"]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
 
 
 def _check_landmark_counts(plan: Plan, num_tokens: int, prefix_tokens: int) -> None:
-    for entry in plan.blocks:
-        if entry.landmarks > num_tokens:
+    for block in plan.blocks:
+        if block.landmarks > num_tokens:
             raise InvalidLandmarksError(
-                f"block {entry.block} is planned with {entry.landmarks} landmarks, but at this resolution there are only "
+                f"block {block.block} is planned with {block.landmarks} landmarks, but at this resolution there are only "
                 f"{num_tokens} tokens; ask for at most that many, or a higher resolution"
             )
         check_rooms(
-            LandmarkRequest(num_tokens, entry.landmarks, prefix_tokens),
-            entry.sampler,
-            includes=plan.find_landmark_range("include", entry.block) is not None,
-            excludes=plan.find_landmark_range("exclude", entry.block) is not None,
-            name=f"block {entry.block}",
+            LandmarkRequest(num_tokens, block.landmarks, prefix_tokens),
+            block.sampler,
+            includes=plan.find_landmark_range("include", block.block) is not None,
+            excludes=plan.find_landmark_range("exclude", block.block) is not None,
+            name=f"block {block.block}",
         )
 
 

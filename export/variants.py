@@ -85,7 +85,11 @@ def make_variant(
         pixels = [metadata.preprocessing.apply(image, height, width)[None] for _, image in photographs]
     if variant.precision == "fp16" and variant.check:
         on_step(f"measuring ranges on {len(pixels)} photographs")
-        ranges = [entry for entry in measure_ranges(model, pixels, str(source)) if entry.block not in variant.keep_fp32]
+        ranges = [
+            measured
+            for measured in measure_ranges(model, pixels, str(source))
+            if measured.block not in variant.keep_fp32
+        ]
         notes = find_overflows(ranges)
     if variant.int8:
         on_step(f"quantising to int8 on {len(pixels)} photographs")
@@ -106,7 +110,7 @@ def image_size(model: ModelProto, metadata: FileMetadata, asked: tuple[int, int]
         InvalidArgumentError: if the file leaves them open and none are asked for.
     """
     constant = {tensor.name for tensor in model.graph.initializer}
-    value = next(entry for entry in model.graph.input if entry.name not in constant)
+    value = next(declared for declared in model.graph.input if declared.name not in constant)
     dimensions = value.type.tensor_type.shape.dim
     sides = [dimensions[axis].dim_value if len(dimensions) == 4 else 0 for axis in (2, 3)]
     height, width = sides[0] or metadata.height, sides[1] or metadata.width

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from fna.errors import InputFileError, InvalidPlanError
+from fna.errors import InputFileError, InvalidArgumentError, InvalidPlanError
 from fna.samplers import DEFAULT_SAMPLER, all_samplers, check_sampler_name, find_sampler
 
 SamplerName = Annotated[str, AfterValidator(check_sampler_name)]
@@ -396,20 +396,35 @@ def parse_layers(layers: str | None, num_blocks: int) -> list[int]:
     text = layers.strip()
     if text in ("all", "none"):
         return list(range(num_blocks)) if text == "all" else []
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise InvalidPlanError(
-                f"layers {layers!r} cannot be read; write block numbers as in '6-11' or '0-2,6-11', or 'all', or 'none'"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
+    spans = _parse_spans(text)
+    if spans is None:
+        raise InvalidPlanError(
+            f"layers {layers!r} cannot be read; write block numbers as in '6-11' or '0-2,6-11', or 'all', or 'none'"
+        )
+    for first, last in spans:
         if first > last or last >= num_blocks:
             raise InvalidPlanError(
                 f"layers {layers!r} name block {max(first, last)}, but the model has blocks 0 to {num_blocks - 1}"
             )
-        chosen.update(range(first, last + 1))
-    return sorted(chosen)
+    return sorted({number for first, last in spans for number in range(first, last + 1)})
+
+
+def parse_blocks(text: str | None) -> tuple[int, ...]:
+    """Turn `0,11` or `0-2,11` into block numbers of a model that is not known yet; None or nothing is none.
+
+    Raises:
+        InvalidArgumentError: for other text.
+    """
+    spans = _parse_spans(text) if text else []
+    if spans is None:
+        raise InvalidArgumentError(f"blocks {text!r} cannot be read; write numbers as in 0,11 or 0-2,11")
+    return tuple(sorted({number for first, last in spans for number in range(first, last + 1)}))
+
+
+def _parse_spans(text: str) -> list[tuple[int, int]] | None:
+    """First and last number of each part of `0-2,11`; None for other text."""
+    matches = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in text.split(",")]
+    return [(int(match[1]), int(match[2] or match[1])) for match in matches if match] if all(matches) else None
 
 
 def format_layers(numbers: Iterable[int]) -> str:

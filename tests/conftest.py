@@ -16,14 +16,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The path of a tiny FNA file, `traced`, `norm-grid`, `dense` or `grafted`; written once for all workers."""
+    """The path of a tiny FNA file, one of `writers` below; written once for all workers."""
     from filelock import FileLock
     from tiny_files import write_grafted, write_traced
+
+    from fna.export.operators.builder import HIGHEST_OPSET
 
     folder = tmp_path_factory.getbasetemp().parent
     writers = {
         "traced": write_traced,
         "norm-grid": lambda path: write_traced(path, layers="1,3", sampler="norm-grid"),
+        "highest-opset": lambda path: write_traced(path, opset=HIGHEST_OPSET),
         "dense": lambda path: write_traced(path, layers="none"),
         "dynamic": lambda path: write_traced(path, dynamic_size=True),
         "grafted": write_grafted,

@@ -84,7 +84,7 @@ def attach_functions(
     version = 0
     for _, variants in sorted(callers.items()):
         several = len(variants) > 1
-        for variant, nodes in sorted(variants.items(), key=lambda item: item[0].overload):
+        for variant, nodes in sorted(variants.items(), key=lambda pair: pair[0].overload):
             overload = variant.overload if several else ""
             model.functions.append(variant.make_function(opset, overload))
             version = max(version, variant.version)
@@ -185,8 +185,8 @@ def _add_plugin_fields(node: NodeProto, variant: FunctionVariant) -> None:
 
 
 def _import_domain(model: ModelProto, version: int) -> None:
-    imported = [entry for entry in model.opset_import if entry.domain == DOMAIN]
-    for entry in imported:
-        entry.version = max(entry.version, version)
-    if not imported:
+    own = [imported for imported in model.opset_import if imported.domain == DOMAIN]
+    for imported in own:
+        imported.version = max(imported.version, version)
+    if not own:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))

@@ -37,8 +37,8 @@ def fold_channel_scales(graph: GraphProto) -> int:
         How many factors were folded.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    found = _find(graph, constants)
-    for layer in found:
+    layers = _find(graph, constants)
+    for layer in layers:
         scale = numpy_helper.to_array(constants[layer.scale])
         last = layer.add or layer.product
         _scale_constant(graph, constants, layer.product, 1, scale)
@@ -46,15 +46,15 @@ def fold_channel_scales(graph: GraphProto) -> int:
             _scale_constant(graph, constants, layer.add, _constant_side(layer.add, constants), scale)
         last.output[0] = layer.multiply.output[0]
         graph.node.remove(layer.multiply)
-    _drop_unread(graph, {layer.scale for layer in found})
-    return len(found)
+    _drop_unread(graph, {layer.scale for layer in layers})
+    return len(layers)
 
 
 def _find(graph: GraphProto, constants: dict[str, TensorProto]) -> list[_ScaledLinear]:
     producers = {name: node for node in graph.node for name in node.output}
     readers = Counter(name for node in graph.node for name in node.input)
     readers.update(value.name for value in graph.output)
-    found = []
+    layers = []
     for multiply in graph.node:
         if multiply.op_type != "Mul" or (side := _constant_side(multiply, constants)) is None:
             continue
@@ -73,8 +73,8 @@ def _find(graph: GraphProto, constants: dict[str, TensorProto]) -> list[_ScaledL
         typed = {tensor.data_type for tensor in (weight, scale)} == {TensorProto.FLOAT}
         private = all(readers[node.output[0]] == 1 for node in (inner, add) if node is not None)
         if fits and typed and private:
-            found.append(_ScaledLinear(inner, add, multiply, scale.name))
-    return found
+            layers.append(_ScaledLinear(inner, add, multiply, scale.name))
+    return layers
 
 
 def _constant_side(node: NodeProto, constants: dict[str, TensorProto]) -> int | None:

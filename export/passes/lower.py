@@ -39,14 +39,14 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
                 f"node {node.name!r} is fna::{node.op_type}, but the file carries no function for it; "
                 "start from the file that fna export or fna graft wrote, not from a plugin-lowered one"
             )
-    bodies = {(item.domain, item.name, item.overload): item for item in model.functions}
+    bodies = {(body.domain, body.name, body.overload): body for body in model.functions}
     lowered = onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in kept], exclude=True)
     _name_inlined_nodes(model, lowered, kept, bodies)
     del lowered.functions[:]
     for node in fna_nodes(lowered.graph):
         node.ClearField("overload")
     if not any(True for _ in fna_nodes(lowered.graph)):
-        used = [entry for entry in lowered.opset_import if entry.domain != DOMAIN]
+        used = [imported for imported in lowered.opset_import if imported.domain != DOMAIN]
         del lowered.opset_import[:]
         lowered.opset_import.extend(used)
     return lowered

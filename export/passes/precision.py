@@ -9,7 +9,7 @@ that it made fp16 are made bf16 instead, from the fp32 values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import ml_dtypes
@@ -107,7 +107,7 @@ def norm_nodes(model: ModelProto) -> set[str]:
     for node in nodes:
         for value in node.input:
             consumers.setdefault(value, []).append(node)
-    found: set[str] = set()
+    names: set[str] = set()
     for node in nodes:
         if node.op_type != "ReduceMean":
             continue
@@ -123,8 +123,8 @@ def norm_nodes(model: ModelProto) -> set[str]:
                 waiting.append(follower)
                 whole = whole or follower.op_type == "Sqrt"
         if whole:
-            found |= steps
-    return found
+            names |= steps
+    return names
 
 
 def _blocks_of(model: ModelProto, keep: Sequence[int], num_blocks: int) -> set[str]:
@@ -141,36 +141,36 @@ def _blocks_of(model: ModelProto, keep: Sequence[int], num_blocks: int) -> set[s
 def _pixel_independent(model: ModelProto) -> set[str]:
     """Names of the nodes whose values follow from constants and shapes alone."""
     depends = {value.name for value in model.graph.input}
-    found = set()
+    independent = set()
     for node in model.graph.node:
         if node.op_type in ("Shape", "Size"):
             continue
         if any(value in depends for value in node.input):
             depends.update(node.output)
         else:
-            found.add(node.name)
-    return found
+            independent.add(node.name)
+    return independent
 
 
 def _quantized_nodes(model: ModelProto) -> set[str]:
     """Products of dequantised values, with their biases: TensorRT joins them to one int8 layer if no cast is between."""
     constant = {tensor.name for tensor in model.graph.initializer}
     values = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    found, products = set(), set()
+    names, products = set(), set()
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gemm") and any(value in values for value in node.input):
-            found.add(node.name)
+            names.add(node.name)
             products.add(node.output[0])
         elif node.op_type == "Add" and {*node.input} & products and {*node.input} & constant:
-            found.add(node.name)
-    return found
+            names.add(node.name)
+    return names
 
 
 def _without_half(model: ModelProto, precision: HalfPrecision) -> set[str]:
     """Operators of the file that take fp32, and in this opset no tensor of the 16-bit type."""
     opset = model_opset(model)
     wanted = "tensor(float16)" if precision == "fp16" else "tensor(bfloat16)"
-    found = set()
+    without = set()
     for op_type in {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")}:
         schema = onnx.defs.get_schema(op_type, opset, "")
         types = {
@@ -180,8 +180,8 @@ def _without_half(model: ModelProto, precision: HalfPrecision) -> set[str]:
         }
         floating = [allowed for allowed in types.values() if "tensor(float)" in allowed]
         if any(wanted not in allowed for allowed in floating):
-            found.add(op_type)
-    return found
+            without.add(op_type)
+    return without
 
 
 def _detach_biases(model: ModelProto) -> dict[str, str]:
@@ -217,7 +217,7 @@ def _move_constants_to_initializers(model: ModelProto) -> None:
     """So that the converter keeps those in fp32 that fp32 nodes use; it converts every Constant node."""
     kept = []
     for node in model.graph.node:
-        value = next((item for item in node.attribute if item.name == "value"), None)
+        value = next((attribute for attribute in node.attribute if attribute.name == "value"), None)
         if node.op_type != "Constant" or value is None:
             kept.append(node)
             continue
@@ -308,24 +308,3 @@ def _cast_target(node: NodeProto) -> int | None:
 
 def _is_float(tensor: TensorProto) -> bool:
     return bool(tensor.data_type == TensorProto.FLOAT)
-
-
-def parse_blocks(text: str | None) -> tuple[int, ...]:
-    """Parse `0,11` or `0-2,11` to block numbers; None is none.
-
-    Raises:
-        InvalidArgumentError: for other text.
-    """
-    numbers: set[int] = set()
-    for part in (text or "").split(","):
-        first, _, last = part.strip().partition("-")
-        if not part.strip():
-            continue
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise InvalidArgumentError(f"blocks {text!r} cannot be read; write numbers as in 0,11 or 0-2,11")
-        numbers.update(_span(int(first), int(last or first)))
-    return tuple(sorted(numbers))
-
-
-def _span(first: int, last: int) -> Iterable[int]:
-    return range(first, last + 1)

@@ -145,16 +145,18 @@ def find_overflows(ranges: Sequence[TensorRange]) -> list[str]:
         One line per block, ascending; empty where all fits.
     """
     worst: dict[int | None, TensorRange] = {}
-    for entry in ranges:
-        known = worst.get(entry.block)
-        if not entry.largest <= FP16_LARGEST and (known is None or not entry.largest <= known.largest):
-            worst[entry.block] = entry
+    for measured in ranges:
+        known = worst.get(measured.block)
+        if not measured.largest <= FP16_LARGEST and (known is None or not measured.largest <= known.largest):
+            worst[measured.block] = measured
     lines = []
     for block in sorted(worst, key=lambda number: -1 if number is None else number):
-        entry = worst[block]
+        measured = worst[block]
         where = "outside the blocks" if block is None else f"block {block}"
         mend = "" if block is None else f"; keep it with --keep-fp32 {block}"
-        lines.append(f"{where}: {entry.tensor} reaches {entry.largest:.3g}, beyond fp16's {FP16_LARGEST:.0f}{mend}")
+        lines.append(
+            f"{where}: {measured.tensor} reaches {measured.largest:.3g}, beyond fp16's {FP16_LARGEST:.0f}{mend}"
+        )
     return lines
 
 

@@ -89,7 +89,7 @@ def command(
             from fna.engines.bundle.plugin_files import DEFAULT_TABLE
             from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
-            from fna.export.passes.precision import parse_blocks
+            from fna.plan import parse_blocks
 
             device = find_target(target)
             photographs, skipped = options.load_photographs(images)

@@ -201,8 +201,8 @@ class PrecisionChoice:
         Raises:
             InvalidArgumentError: if the blocks cannot be read.
         """
-        from fna.export.passes.precision import parse_blocks
         from fna.export.variants import Variant
+        from fna.plan import parse_blocks
 
         return Variant(self.precision or "fp32", self.int8, parse_blocks(self.keep_fp32))  # type: ignore[arg-type]
 

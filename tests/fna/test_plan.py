@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from fna.arithmetic import saved_part
-from fna.errors import InputFileError, InvalidPlanError
+from fna.errors import InputFileError, InvalidArgumentError, InvalidPlanError
 from fna.export.metadata import read_metadata
 from fna.plan import (
     ITERATIONS_OF_VERSION_1,
@@ -21,6 +21,7 @@ from fna.plan import (
     TokenRange,
     format_layers,
     load_plan,
+    parse_blocks,
     parse_layers,
     parse_plan,
     uniform_plan,
@@ -231,3 +232,13 @@ def test_a_plan_with_focal_blocks_has_version_2_and_reads_back() -> None:
 def test_focal_blocks_that_cannot_be_are_refused_by_name(fields: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidPlanError, match=message):
         parse_plan(json.dumps({"num_blocks": 12, **fields}))
+
+
+@pytest.mark.parametrize(("text", "numbers"), [(None, ()), ("0,11", (0, 11)), ("2-4, 0", (0, 2, 3, 4))])
+def test_block_lists(text: str | None, numbers: tuple[int, ...]) -> None:
+    assert parse_blocks(text) == numbers
+
+
+def test_block_lists_that_cannot_be_read_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="0-2,11"):
+        parse_blocks("first")

@@ -27,15 +27,17 @@ def make_tiny_dinov2() -> nn.Module:
     return randomise(Dinov2Model(config))
 
 
-def write_traced(path: Path, *, layers: str = "2-3", sampler: str = "grid", dynamic_size: bool = False) -> Path:
-    """Traced at opset 18: norms as operators, a linear layer as MatMul and Add."""
+def write_traced(
+    path: Path, *, layers: str = "2-3", sampler: str = "grid", dynamic_size: bool = False, opset: int = 18
+) -> Path:
+    """Traced: norms as operators, a linear layer as MatMul and Add."""
     from fna.export.sources.loading import wrap_model
     from fna.export.trace import TraceOptions, export_onnx
     from fna.plan import uniform_plan
 
     model = wrap_model("tests:tiny_dinov2", make_tiny_dinov2())
     plan = uniform_plan(4, layers=layers, landmarks=5, sampler=sampler)
-    export_onnx(model, plan, TraceOptions(SIDE, SIDE, dynamic_size=dynamic_size), path)
+    export_onnx(model, plan, TraceOptions(SIDE, SIDE, opset, dynamic_size=dynamic_size), path)
     return path
 
 

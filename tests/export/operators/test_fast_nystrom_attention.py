@@ -11,12 +11,13 @@ import torch
 from onnx import ModelProto, TensorProto
 from operator_files import one_node_model, run
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, fast_nystrom_attention
+from fna.attention import fast_nystrom_attention
 from fna.errors import InvalidArgumentError
 from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import attach_functions, fna_nodes
 from fna.export.passes.lower import lower
+from fna.plan import ITERATIONS_OF_VERSION_1
 
 OPSETS = range(LOWEST_OPSET, HIGHEST_OPSET + 1)
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
@@ -73,7 +74,7 @@ def test_iterations_are_those_of_the_attribute(iterations: int) -> None:
     np.testing.assert_allclose(out, twin(inputs, exact_rows=True, iterations=iterations), rtol=0, atol=2e-5)
 
 
-def test_a_node_without_iterations_has_those_of_the_method() -> None:
+def test_a_node_without_iterations_has_those_of_the_first_files() -> None:
     model = attention_model(18)
     (node,) = fna_nodes(model.graph)
     kept = [attribute for attribute in node.attribute if attribute.name != "iterations"]
@@ -82,7 +83,7 @@ def test_a_node_without_iterations_has_those_of_the_method() -> None:
     node.attribute.extend(kept)
     attach_functions(model, TensorProto.FLOAT)
     inputs = attention_inputs(1)
-    expected = twin(inputs, exact_rows=True, iterations=NEWTON_SCHULZ_ITERATIONS)
+    expected = twin(inputs, exact_rows=True, iterations=ITERATIONS_OF_VERSION_1)
     np.testing.assert_allclose(run(model, inputs)[0], expected, rtol=0, atol=2e-5)
 
 

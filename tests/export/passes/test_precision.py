@@ -18,7 +18,7 @@ from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import fna_nodes
-from fna.export.passes.precision import cast_model, norm_nodes, parse_blocks
+from fna.export.passes.precision import cast_model, norm_nodes
 from fna.export.passes.quantize import TensorRange, find_overflows, measure_ranges, quantize_model
 from fna.export.preprocessing import bundled_photographs
 from fna.export.types import tensor_types
@@ -94,7 +94,7 @@ def test_weights_and_activations_change_type_and_sensitive_parts_do_not(
     assert (metadata.precision, metadata.fp32_blocks) == (precision, ())
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "highest-opset"])
 def test_an_fp16_file_computes_the_same_to_fp16s_precision(
     tiny_file: Find, tmp_path: Path, pixels: list[NDArray[np.float32]], name: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_an_fp16_file_computes_the_same_to_fp16s_precision(
 
 
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "highest-opset"])
 def test_kept_blocks_stay_fp32_attention_included(tiny_file: Find, name: str, precision: str) -> None:
     model = cast_model(load_onnx(tiny_file(name)), precision, keep_fp32=(0, 3))
     types, blocks = tensor_types(model), find_blocks(model, 4)
@@ -117,6 +117,15 @@ def test_kept_blocks_stay_fp32_attention_included(tiny_file: Find, name: str, pr
     last = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)][-1]
     assert types[last.input[0]] == TensorProto.FLOAT
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_attention_operators_keep_their_softmax_in_fp32(tiny_file: Find) -> None:
+    model = cast_model(load_onnx(tiny_file("highest-opset")), "fp16")
+    attention = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert len(attention) == 2
+    for node in attention:
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        assert settings["softmax_precision"] == TensorProto.FLOAT
 
 
 def test_bf16_weights_are_rounded_once_from_fp32(tiny_file: Find) -> None:
@@ -160,16 +169,6 @@ def test_a_file_that_is_not_fp32_is_refused(tiny_file: Find) -> None:
 def test_a_block_that_is_not_there_is_refused(tiny_file: Find) -> None:
     with pytest.raises(InvalidArgumentError, match="block 4 is to stay fp32, but the model has blocks 0 to 3"):
         cast_model(load_onnx(tiny_file("traced")), "fp16", keep_fp32=(4,))
-
-
-@pytest.mark.parametrize(("text", "numbers"), [(None, ()), ("0,11", (0, 11)), ("2-4, 0", (0, 2, 3, 4))])
-def test_block_lists(text: str | None, numbers: tuple[int, ...]) -> None:
-    assert parse_blocks(text) == numbers
-
-
-def test_block_lists_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="0-2,11"):
-        parse_blocks("first")
 
 
 @pytest.mark.parametrize("name", ["traced", "grafted"])
