@@ -115,7 +115,7 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     import torch
 
     from fna.attention import nystrom_attention_reference
-    from fna.block_steps import steps_of, wire_block
+    from fna.block_steps import wire_block
     from fna.composition import TorchWiring
     from fna.special_tokens import masked_attention
 
@@ -148,9 +148,9 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         if site is None:
             expected = exact(query, key, value)
         else:
-            plan, block_steps = site.plan, steps_of(site.plan, site.block.block)
-            wiring = TorchWiring(nystrom, exact, others[0], site.prefix_tokens, plan.patches, plan.exact_rows)
-            expected = wire_block(block_steps, query.shape[1], query, key, value, wiring)
+            step = site.step
+            wiring = TorchWiring(nystrom, exact, others[0], site.prefix_tokens, step.landmarks.patches, step.exact_rows)
+            expected = wire_block(site.steps, query.shape[1], query, key, value, wiring)
     error = relative_error(out.double().numpy(), expected.double().numpy())
     limit = TOLERANCE[attention.element_type]
     proof.fna_errors[block] = error

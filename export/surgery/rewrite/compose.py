@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
+from fna.block_steps import BlockSteps, NystromStep, wire_block
 from fna.errors import InvalidPlanError
 from fna.export.surgery.graph.fold import numpy_type
 from fna.export.surgery.recognise.rows import Attention
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import Correction
 from fna.samplers.common.spacing import patch_grid
 
 FAR_END = 2**62
@@ -33,11 +34,11 @@ class Names(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """One block that becomes FNA: what it is, what the plan says, and its tensors `[B, H, N, D]`."""
+    """One block that becomes FNA: what it is, its steps, and its tensors `[B, H, N, D]`."""
 
     attention: Attention
-    block: BlockPlan
-    plan: Plan
+    steps: BlockSteps
+    step: NystromStep
     prefix_tokens: int
     name: str
     query: str
@@ -46,54 +47,74 @@ class Site:
     landmarks: str
 
 
+@dataclass
+class OnnxWiring:
+    """How `fna.block_steps.wire_block` writes a block in ONNX; a tensor is its name.
+
+    Attributes:
+        names: for new names and constants.
+        site: the block.
+        make_fna: makes the FNA node from the names of query, key, value and output.
+        make_exact: makes a node of exact attention likewise; None writes it in standard operators.
+        nodes: what was written so far, the FNA node left out.
+        fna: the FNA node.
+    """
+
+    names: Names
+    site: Site
+    make_fna: MakeNode
+    make_exact: MakeNode | None
+    nodes: list[NodeProto] = field(default_factory=list)
+    fna: NodeProto | None = None
+
+    def take_heads(self, tensor: str, heads: Sequence[int], purpose: str) -> str:
+        """See `fna.block_steps.BlockWiring`."""
+        result = self.names.unique(f"{tensor}_{purpose}")
+        index = self.names.constant(f"fna/{purpose}_heads", np.asarray(heads, np.int64))
+        self.nodes.append(helper.make_node("Gather", [tensor, index], [result], name=result, axis=1))
+        return result
+
+    def join_heads(self, parts: Sequence[str], order: Sequence[int]) -> str:
+        """See `fna.block_steps.BlockWiring`."""
+        joined, ordered = (self.names.unique(f"{self.site.name}/{step}") for step in ("all_heads", "in_order"))
+        place = self.names.constant("fna/head_order", np.asarray(order, np.int64))
+        self.nodes.append(helper.make_node("Concat", parts, [joined], name=joined, axis=1))
+        self.nodes.append(helper.make_node("Gather", [joined, place], [ordered], name=ordered, axis=1))
+        return ordered
+
+    def nystrom(self, query: str, key: str, value: str) -> str:
+        """See `fna.block_steps.BlockWiring`."""
+        result = self.names.unique(f"{self.site.name}/fna")
+        self.fna = self.make_fna(query, key, value, result)
+        return result
+
+    def correct(self, out: str, value: str, correction: Correction) -> str:
+        """See `fna.block_steps.BlockWiring`."""
+        return _correction_nodes(self.names, self.site, correction, out, value, self.nodes)
+
+    def exact(self, query: str, key: str, value: str) -> str:
+        """See `fna.block_steps.BlockWiring`."""
+        if self.make_exact is None:
+            return _exact_attention(self.names, self.site, (query, key, value), self.nodes)
+        result = self.names.unique(f"{self.site.name}/exact_heads")
+        self.nodes.append(self.make_exact(query, key, value, result))
+        return result
+
+
 def compose(
     names: Names, site: Site, output: str, make_fna: MakeNode, make_exact: MakeNode | None = None
 ) -> tuple[NodeProto, list[NodeProto]]:
-    """Return the FNA node and all nodes around it that together write `output` `[B, H, N, D]`.
-
-    Args:
-        names: for new names and constants.
-        site: the block.
-        output: name of the tensor to be written.
-        make_fna: makes the FNA node from the names of query, key, value and output.
-        make_exact: makes a node of exact attention likewise; None writes it in standard operators.
+    """Return the FNA node and all nodes around it that together write `output` `[B, H, N, D]`; see `OnnxWiring`.
 
     Raises:
         InvalidPlanError: if the plan names a head that the block does not have, or where the patches lie is not known.
     """
-    heads = site.block.heads
-    count = site.attention.heads
-    if heads is not None and heads[-1] >= count:
-        raise InvalidPlanError(
-            f"the plan lists head {heads[-1]} of block {site.block.block}, but the block has heads 0 to {count - 1}"
-        )
-    nodes: list[NodeProto] = []
-    if heads is None or len(heads) == count:
-        return _corrected(names, site, (site.query, site.key, site.value), count, output, make_fna, nodes), nodes
-    others = [head for head in range(count) if head not in heads]
-    taken = [_take(names, site, tensor, heads, "fna", nodes) for tensor in (site.query, site.key, site.value)]
-    kept = [_take(names, site, tensor, others, "exact", nodes) for tensor in (site.query, site.key, site.value)]
-    approximate = names.unique(f"{site.name}/fna_heads")
-    fna = _corrected(names, site, (taken[0], taken[1], taken[2]), len(heads), approximate, make_fna, nodes)
-    if make_exact is None:
-        exact = _exact_attention(names, site, kept, nodes)
-    else:
-        exact = names.unique(f"{site.name}/exact_heads")
-        nodes.append(make_exact(kept[0], kept[1], kept[2], exact))
-    joined = names.unique(f"{site.name}/all_heads")
-    nodes.append(helper.make_node("Concat", [approximate, exact], [joined], name=joined, axis=1))
-    order = [*heads, *others]
-    index = np.asarray([order.index(head) for head in range(count)], np.int64)
-    place = names.constant("fna/head_order", index)
-    nodes.append(helper.make_node("Gather", [joined, place], [output], name=f"{site.name}/in_order", axis=1))
-    return fna, nodes
-
-
-def _take(names: Names, site: Site, tensor: str, heads: Sequence[int], which: str, nodes: list[NodeProto]) -> str:
-    result = names.unique(f"{tensor}_{which}")
-    index = names.constant(f"fna/{which}_heads", np.asarray(heads, np.int64))
-    nodes.append(helper.make_node("Gather", [tensor, index], [result], name=result, axis=1))
-    return result
+    wiring = OnnxWiring(names, site, make_fna, make_exact)
+    result = wire_block(site.steps, site.attention.heads, site.query, site.key, site.value, wiring)
+    assert wiring.fna is not None
+    last = next(node for node in (wiring.fna, *wiring.nodes) if result in node.output)
+    last.output[:] = [output]
+    return wiring.fna, wiring.nodes
 
 
 def _exact_attention(names: Names, site: Site, operands: Sequence[str], nodes: list[NodeProto]) -> str:
@@ -111,37 +132,15 @@ def _exact_attention(names: Names, site: Site, operands: Sequence[str], nodes: l
     return new["out"]
 
 
-def _corrected(
-    names: Names,
-    site: Site,
-    operands: tuple[str, str, str],
-    heads: int,
-    output: str,
-    make_fna: MakeNode,
-    nodes: list[NodeProto],
-) -> NodeProto:
-    correction = site.block.correction
-    if correction is None:
-        return make_fna(*operands, output)
-    if len(correction.gains) != heads:
-        raise InvalidPlanError(
-            f"the plan's correction of block {site.block.block} has kernels for {len(correction.gains)} heads, but {heads} are FNA"
-        )
-    plain = names.unique(f"{site.name}/fna")
-    fna = make_fna(*operands, plain)
-    _correction_nodes(names, site, correction, plain, operands[2], output, nodes)
-    return fna
-
-
 def _correction_nodes(
-    names: Names, site: Site, correction: Correction, plain: str, value: str, output: str, nodes: list[NodeProto]
-) -> None:
+    names: Names, site: Site, correction: Correction, plain: str, value: str, nodes: list[NodeProto]
+) -> str:
     tokens = _only_size(site)
-    rows, columns = patch_grid(tokens, site.prefix_tokens, site.plan.patches)
+    rows, columns = patch_grid(tokens, site.prefix_tokens, site.step.landmarks.patches)
     heads, size = len(correction.gains), site.attention.head_size
     dtype = numpy_type(site.attention.element_type)
     steps = (
-        "values", "turned", "image", "local_image", "local_turned", "local", "patches", "scaled", "sum", "prefix", "joined"
+        "values", "turned", "image", "local_image", "local_turned", "local", "patches", "scaled", "sum", "prefix", "joined", "kept"
     )  # fmt: skip
     new = {step: names.unique(f"{site.name}/correction_{step}") for step in steps}
 
@@ -165,14 +164,16 @@ def _correction_nodes(
     add("Transpose", [new["local_turned"]], new["local"], perm=(0, 1, 3, 2))
     add("Slice", [plain, first, end, axis], new["patches"])
     add("Mul", [new["patches"], gain], new["scaled"])
-    exact_rows = site.plan.exact_rows
-    whole = output if not exact_rows else new["joined"]
-    add("Add", [new["scaled"], new["local"]], new["sum"] if site.prefix_tokens else whole)
+    add("Add", [new["scaled"], new["local"]], new["sum"])
+    corrected = new["sum"]
     if site.prefix_tokens:
         add("Slice", [plain, ints([0]), first, axis], new["prefix"])
-        add("Concat", [new["prefix"], new["sum"]], whole, axis=2)
-    if exact_rows:
-        add("Where", [_known_rows(names, site, tokens, nodes), plain, whole], output)
+        add("Concat", [new["prefix"], corrected], new["joined"], axis=2)
+        corrected = new["joined"]
+    if not site.step.exact_rows:
+        return corrected
+    add("Where", [_known_rows(names, site, tokens, nodes), plain, corrected], new["kept"])
+    return new["kept"]
 
 
 def _known_rows(names: Names, site: Site, tokens: int, nodes: list[NodeProto]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from fna.block_steps import LandmarkChoice, NamedTokens, steps_of
 from fna.errors import InvalidPlanError
 from fna.export.blocks import grafted_node_name
 from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
@@ -26,9 +27,9 @@ from fna.export.surgery.recognise.rows import Attention, Dim, Operand, Result, R
 from fna.export.surgery.recognise.stream import Stream, count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.compose import Site, compose
 from fna.export.surgery.rewrite.insert import insert_nodes
-from fna.plan import BlockPlan, Plan, TokenRange
-from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
-from fna.samplers.common.roles import check_rooms, guided_landmarks_nodes
+from fna.plan import Plan
+from fna.samplers import landmark_bias
+from fna.samplers.common.roles import guided_landmarks_nodes
 from fna.samplers.common.weights import landmark_bias_nodes
 from fna.special_tokens import listed_tokens_mask
 
@@ -74,7 +75,6 @@ class _Writer:
     prefix: dict[int, int] = field(default_factory=dict)
     features: dict[int, str] = field(default_factory=dict)
     shared: dict[Any, tuple[str, str]] = field(default_factory=dict)
-    ranges: dict[Any, str] = field(default_factory=dict)
     found_tokens: dict[Any, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -152,20 +152,22 @@ def _operands(writer: _Writer, row: Row, prefix: str, nodes: list[NodeProto]) ->
 
 
 def _replace(writer: _Writer, row: Row) -> Replacement:
-    attention, block = row.attention, writer.plan.find(row.block)
+    attention, steps = row.attention, steps_of(writer.plan, row.block)
     assert attention is not None
     prefix = writer.unique(grafted_node_name(row.node, row.block))
     before: list[NodeProto] = []
     query, key, value = _operands(writer, row, prefix, before)
-    key_mask, sink = _key_mask(writer, row, attention, query, key, before)
+    masking, step = steps.key_masking, steps.nystrom
+    key_mask = [] if masking is None else [_tokens_mask(writer, masking.tokens, row, attention, query, key, before)]
+    sink = int(masking is not None and masking.sink)
     attributes: dict[str, Any]
-    if block is None:
-        inputs, attributes = [query, key, value, *key_mask], {"sink": int(sink)}
+    if step is None:
+        inputs, attributes = [query, key, value, *key_mask], {"sink": sink}
     else:
-        landmarks, bias = _landmarks(writer, row, block, attention, (query, key, value), before)
+        landmarks, bias = _landmarks(writer, row, step.landmarks, attention, (query, key, value), before)
         inputs = [query, key, value, landmarks, bias, *key_mask]
-        attributes = {"iterations": writer.plan.iterations_of(block), "exact_rows": int(writer.plan.exact_rows)}
-        attributes |= {"sink": int(sink)} if key_mask else {}
+        attributes = {"iterations": step.iterations, "exact_rows": int(step.exact_rows)}
+        attributes |= {"sink": sink} if key_mask else {}
     after: list[NodeProto] = []
     output = _result_nodes(writer, attention.result, prefix, after)
 
@@ -176,17 +178,17 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
 
     around: list[NodeProto] = []
     site = None
-    if block is None:
+    if step is None:
         fna = make_node(MASKED_ATTENTION, inputs, output, prefix, attributes)
     else:
-        site = Site(attention, block, writer.plan, writer.prefix[row.block], prefix, query, key, value, inputs[3])
+        site = Site(attention, steps, step, writer.prefix[row.block], prefix, query, key, value, inputs[3])
 
         def make_fna(query: str, key: str, value: str, result: str) -> NodeProto:
             return make_node(FAST_NYSTROM_ATTENTION, [query, key, value, *inputs[3:]], result, prefix, attributes)
 
         def make_masked(query: str, key: str, value: str, result: str) -> NodeProto:
             return make_node(
-                MASKED_ATTENTION, [query, key, value, *key_mask], result, f"{prefix}/exact", {"sink": int(sink)}
+                MASKED_ATTENTION, [query, key, value, *key_mask], result, f"{prefix}/exact", {"sink": sink}
             )
 
         fna, around = compose(writer, site, output, make_fna, make_masked if key_mask else None)
@@ -246,52 +248,30 @@ def _result_nodes(writer: _Writer, result: Result, prefix: str, nodes: list[Node
 # ---------------------------------------------------------------- masked keys
 
 
-def _key_mask(
-    writer: _Writer, row: Row, attention: Attention, query: str, key: str, nodes: list[NodeProto]
-) -> tuple[list[str], bool]:
-    """The name of the mask `[B or 1, N]` of one block, none where it has none, and whether it is a sink."""
-    planned = writer.plan.find_mask(row.block)
-    if planned is None:
-        return [], False
-    return [_tokens_mask(writer, "masks", planned, row, attention, query, key, nodes)], planned[1].sink
-
-
 def _tokens_mask(
-    writer: _Writer,
-    use: str,
-    planned: tuple[int, TokenRange],
-    row: Row,
-    attention: Attention,
-    query: str,
-    key: str,
-    nodes: list[NodeProto],
+    writer: _Writer, named: NamedTokens, row: Row, attention: Attention, query: str, key: str, nodes: list[NodeProto]
 ) -> str:
-    """The name of a mask `[B or 1, N]` of the tokens of a range, found at the first block of it that comes."""
-    first, entry = planned
+    """The name of a mask `[B or 1, N]` of tokens that the plan names, found at the first block that asks for them."""
     tower = (attention.tokens, _origin(writer, find_stream(writer.graph, writer.points, attention), attention))
-    shared, place = (use, first, tower), (entry.tokens, row.block, tower)
-    if shared not in writer.ranges:
-        if place not in writer.found_tokens:
-            writer.found_tokens[place] = _find_tokens(writer, row, entry, attention, query, key, nodes)
-        writer.ranges[shared] = writer.found_tokens[place]
-    return writer.ranges[shared]
+    if (named, tower) not in writer.found_tokens:
+        writer.found_tokens[named, tower] = _find_tokens(writer, row, named, attention, query, key, nodes)
+    return writer.found_tokens[named, tower]
 
 
 def _find_tokens(
-    writer: _Writer, row: Row, entry: TokenRange, attention: Attention, query: str, key: str, nodes: list[NodeProto]
+    writer: _Writer, row: Row, named: NamedTokens, attention: Attention, query: str, key: str, nodes: list[NodeProto]
 ) -> str:
-    kind = entry.tokens if isinstance(entry.tokens, str) else "listed"
-    name = writer.unique(f"{row.node}/fna_{kind}_tokens_{row.block}")
-    if isinstance(entry.tokens, tuple):
+    if isinstance(named.tokens, tuple):
         if len(set(attention.tokens)) > 1:
             raise InvalidPlanError("token indices in a plan need a fixed number of tokens; this file leaves it open")
-        mask = listed_tokens_mask(entry.tokens, attention.tokens[0])
+        mask = listed_tokens_mask(named.tokens, attention.tokens[0])
         return writer.constant(f"fna/listed_tokens_{row.block}", mask.numpy())
+    name = writer.unique(f"{row.node}/fna_{named.tokens}_tokens_{row.block}")
     stream = find_stream(writer.graph, writer.points, attention)
     prefix = writer.plan.prefix_tokens
     if prefix is None:
         prefix = _detect_prefix(writer, attention, stream)
-    if entry.tokens == "massive":
+    if named.tokens == "massive":
         if stream is None:
             raise InvalidPlanError(
                 f"massive tokens cannot be found in block {row.block}: its hidden states could not be found"
@@ -325,7 +305,7 @@ def _hidden_states(writer: _Writer, row: Row, stream: Stream, nodes: list[NodePr
 def _landmarks(
     writer: _Writer,
     row: Row,
-    block: BlockPlan,
+    choice: LandmarkChoice,
     attention: Attention,
     operands: tuple[str, str, str],
     nodes: list[NodeProto],
@@ -337,41 +317,31 @@ def _landmarks(
         prefix = _detect_prefix(writer, attention, stream)
     writer.prefix[row.block] = prefix
     static = len(set(attention.tokens)) == 1
-    ranges = {key: writer.plan.find_landmark_range(key, block.block) for key in ("include", "exclude")}
-    guided = any(planned is not None for planned in ranges.values())
-    sampler = find_sampler(block.sampler)
+    sampler, count = choice.sampler, choice.num_landmarks
     by_features = sampler.looks_at_features
-    origin = _origin(writer, stream, attention) if by_features or guided or not static else None
-    key = (
-        writer.plan.sharing_key(block),
-        attention.tokens,
-        prefix,
-        origin,
-        row.block if writer.plan.resamples(block) and by_features else -1,
-    )
+    origin = _origin(writer, stream, attention) if by_features or choice.is_guided or not static else None
+    key = (choice.group, attention.tokens, prefix, origin)
     if key in writer.shared:
         return writer.shared[key]
     if not static and not sampler.takes_open_size:
         raise InvalidPlanError(
-            f"{block.sampler} landmarks need a fixed number of tokens; this file leaves its input size open"
+            f"{sampler.name} landmarks need a fixed number of tokens; this file leaves its input size open"
         )
-    features = _features(writer, row, block, stream, operands, nodes) if by_features else ""
+    features = _features(writer, row, choice, stream, operands, nodes) if by_features else ""
     if by_features:
         writer.features[row.block] = features
     tokens = min(attention.tokens)
-    request = LandmarkRequest(tokens, block.landmarks, prefix, writer.plan.seed, writer.plan.patches)
+    request = choice.request(tokens, prefix)
     op = Builder(writer.graph.opset, prefix=f"{row.node}/fna_landmarks_{row.block}/", taken=writer.taken)
-    flat = writer.plan.method == "published"
-    if guided:
-        includes, excludes = (planned is not None for planned in ranges.values())
-        check_rooms(request, block.sampler, includes=includes, excludes=excludes, name=f"block {row.block}")
+    if choice.is_guided:
+        choice.check_rooms(tokens, prefix, f"block {row.block}")
         include, exclude = (
-            None if planned is None else _tokens_mask(writer, use, planned, row, attention, *operands[:2], nodes)
-            for use, planned in ranges.items()
+            None if named is None else _tokens_mask(writer, named, row, attention, *operands[:2], nodes)
+            for named in (choice.include, choice.exclude)
         )
-        landmarks, bias = guided_landmarks_nodes(op, request, block.sampler, features or None, include, exclude)
-        if flat or bias is None:
-            bias = writer.constant(f"fna/landmark_bias_0_{block.landmarks}", np.zeros((1, block.landmarks), np.float32))
+        landmarks, bias = guided_landmarks_nodes(op, request, sampler.name, features or None, include, exclude)
+        if not choice.weighted or bias is None:
+            bias = writer.constant(f"fna/landmark_bias_0_{count}", np.zeros((1, count), np.float32))
         _add_sampler_nodes(op, nodes)
         writer.shared[key] = (landmarks, bias)
         return landmarks, bias
@@ -379,20 +349,20 @@ def _landmarks(
         assert sampler.nodes is not None, f"{sampler.name} looks at features, so it has nodes"
         landmarks = sampler.nodes(op, features, request)
     elif static:
-        name = f"fna/landmarks_{block.sampler}_{block.landmarks}_of_{tokens}"
+        name = f"fna/landmarks_{sampler.name}_{count}_of_{tokens}"
         landmarks = writer.constant(name, sampler.select(request, None).numpy().astype(np.int32))
     else:
         assert sampler.open_size_nodes is not None
         landmarks = sampler.open_size_nodes(op, _token_count(op, operands[1]), request)
-    own = sampler.stand_alone(block.landmarks, prefix)
-    name = f"fna/landmark_bias_{block.sampler}_{block.landmarks}"
-    if flat or own == block.landmarks:
-        bias = writer.constant(name, np.zeros((1, block.landmarks), np.float32))
+    own = sampler.stand_alone(count, prefix)
+    name = f"fna/landmark_bias_{sampler.name}_{count}"
+    if not choice.weighted or own == count:
+        bias = writer.constant(name, np.zeros((1, count), np.float32))
     elif static:
-        weights = landmark_bias(tokens, block.landmarks, method=block.sampler, prefix_tokens=prefix)
+        weights = landmark_bias(tokens, count, method=sampler.name, prefix_tokens=prefix)
         bias = writer.constant(f"{name}_of_{tokens}", weights.numpy().astype(np.float32))
     else:
-        bias = landmark_bias_nodes(op, _token_count(op, operands[1]), block.landmarks, own)
+        bias = landmark_bias_nodes(op, _token_count(op, operands[1]), count, own)
     _add_sampler_nodes(op, nodes)
     writer.shared[key] = (landmarks, bias)
     return landmarks, bias
@@ -437,22 +407,22 @@ def _detect_prefix(writer: _Writer, attention: Attention, stream: Stream | None)
 def _features(
     writer: _Writer,
     row: Row,
-    block: BlockPlan,
+    choice: LandmarkChoice,
     stream: Stream | None,
     operands: tuple[str, str, str],
     nodes: list[NodeProto],
 ) -> str:
-    if block.feature == "input" and stream is not None:
+    if choice.feature == "input" and stream is not None:
         return _hidden_states(writer, row, stream, nodes)
-    if block.feature == "input":
+    if choice.feature == "input":
         writer.notes.append(
             f"block {row.block}: its hidden states could not be found, so landmarks are chosen from its queries, averaged over heads"
         )
-    choice = {"query": 0, "key": 1, "value": 2}.get(block.feature, 0)
+    operand = {"query": 0, "key": 1, "value": 2}.get(choice.feature, 0)
     mean = writer.unique(f"{row.node}/fna_features_{row.block}")
     if writer.graph.opset >= 18:
         axis = writer.constant("fna/heads_axis", np.asarray([1], np.int64))
-        nodes.append(helper.make_node("ReduceMean", [operands[choice], axis], [mean], name=mean, keepdims=0))
+        nodes.append(helper.make_node("ReduceMean", [operands[operand], axis], [mean], name=mean, keepdims=0))
     else:
-        nodes.append(helper.make_node("ReduceMean", [operands[choice]], [mean], name=mean, axes=[1], keepdims=0))
+        nodes.append(helper.make_node("ReduceMean", [operands[operand]], [mean], name=mean, axes=[1], keepdims=0))
     return mean
