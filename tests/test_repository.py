@@ -248,9 +248,11 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
     assert len(rows) == 8
     fidelities = (ROOT / "docs" / "notes" / "planning.md").read_text(encoding="utf-8").splitlines()
     speeds = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8")
+    cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8").splitlines()
     for setting, tokens, patches, class_token, speed, counted in rows:
         assert any(f"| {patches} |" in line and f"| {class_token} |" in line for line in fidelities), setting
         assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
-        for number in re.findall(r"\d\.\d+", counted):
-            assert re.search(rf"\| {tokens} \| .*{re.escape(number)}", cycles), setting
+        column = 3 if "S=64" in setting else 4  # the DINOv2-S of the table has six heads
+        row = next(line for line in cycles if line.startswith(f"| {tokens} | 6 |"))
+        numbers = {round(float(number), 1) for number in re.findall(r"\d\.\d+", row.split("|")[column])}
+        assert {round(float(number), 1) for number in re.findall(r"\d\.\d+", counted)} <= numbers, setting
