@@ -119,6 +119,9 @@ def test_links_into_a_page_lead_to_a_heading() -> None:
             assert anchor in headings(page), f"{path.name} links to {target}#{anchor}"
 
 
+NO_FILES = ("near_edges.py",)
+"""What a document names as an example."""
+
 FOLDERS = ("fna", "export", "plugins", "engines", "validate", "studies", "tests", "examples", "docs")
 
 
@@ -127,6 +130,8 @@ def test_files_that_the_documents_name_are_there() -> None:
         for name in re.findall(r"`([\w./-]+/[\w./-]*)`", path.read_text(encoding="utf-8")):
             if name.split("/")[0] in FOLDERS:
                 assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
+        for name in re.findall(r"`([\w.]+\.(?:py|cpp|hpp|mk))`", path.read_text(encoding="utf-8")):
+            assert name in NO_FILES or any(file.name == name for file in tracked_files()), f"{path.name} names {name}"
 
 
 def test_the_documents_prose_fits_a_screen() -> None:
@@ -256,3 +261,26 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
         row = next(line for line in cycles if line.startswith(f"| {tokens} | 6 |"))
         numbers = {round(float(number), 1) for number in re.findall(r"\d\.\d+", row.split("|")[column])}
         assert {round(float(number), 1) for number in re.findall(r"\d\.\d+", counted)} <= numbers, setting
+
+
+def test_the_default_number_of_iterations_is_written_once() -> None:
+    """In fna/attention.py; what a file means that does not say it stands in fna/plan.py, and is another number."""
+    default = re.compile(r"iterations.{0,24}?[=(,{] ?6\b", re.IGNORECASE)
+    places = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in LAYERS
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".cpp", ".hpp") and "tests" not in path.parts
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if default.search(line) and not line.lstrip().startswith(("//", "#"))
+    ]
+    assert places == ["fna/attention.py: NEWTON_SCHULZ_ITERATIONS = 6", "fna/plan.py: ITERATIONS_OF_VERSION_1 = 6"]
+
+
+def test_the_names_of_samplers_stand_in_their_files_alone() -> None:
+    """And in plugins/, whose kernels are those of single samplers."""
+    for folder in LAYERS.keys() - {"plugins"}:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "samplers" not in path.parts:
+                text = path.read_text(encoding="utf-8")
+                assert not re.search(r"""["'](?:lattice|norm-grid)["']""", text), path.relative_to(ROOT)

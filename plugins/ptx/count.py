@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import MissingCapabilityError
 from fna.plugins.launch_plan import Dtype, attention_plan
 from fna.plugins.ptx.calls import bytes_of, make_memory
@@ -99,7 +100,7 @@ class CallSize:
     multiprocessors: int
     dtype: Dtype = "fp16"
     head_size: int = 64
-    iterations: int = 6
+    iterations: int = NEWTON_SCHULZ_ITERATIONS
 
 
 def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCount]:

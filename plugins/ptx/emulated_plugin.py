@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import CheckFailedError
 from fna.plugins.host import DEFAULT_FOLDER, Plugin, PluginLibrary
 from fna.plugins.ptx.calls import bytes_of, make_memory
@@ -74,7 +75,7 @@ def emulate_attention(
     inputs: list[Tensor],
     *,
     scale: float,
-    iterations: int = 6,
+    iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
     sink: bool = False,
 ) -> Emulated:
