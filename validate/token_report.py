@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -150,10 +151,10 @@ def survey_photographs(
     for name, image in images:
         say(f"surveying {name}")
         pixels = torch.from_numpy(model.preprocessing.apply(image, height, width))[None]
-        found = survey_tokens(model.module, lambda pixels=pixels: model.module(pixels), prefix_tokens=prefix)  # type: ignore[misc]
-        reports.append(ImageReport(image=name, blocks=tuple(_report(entry, prefix, grid) for entry in found)))
+        blocks = survey_tokens(model.module, lambda pixels=pixels: model.module(pixels), prefix_tokens=prefix)  # type: ignore[misc]
+        reports.append(ImageReport(image=name, blocks=tuple(_report(block, prefix, grid) for block in blocks)))
         if picture_folder is not None:
-            draw_tokens(image, found, prefix, grid, picture_folder / f"tokens-{Path(name).stem}.png", name)
+            draw_tokens(image, blocks, prefix, grid, picture_folder / f"tokens-{Path(name).stem}.png", name)
     return TokenReport(
         model=model.name,
         height=height,
@@ -175,14 +176,14 @@ def propose(images: Sequence[ImageReport]) -> tuple[Proposal, ...]:
     massive: Counter[int] = Counter()
     artifacts: Counter[int] = Counter()
     for image in images:
-        numbers = [entry.block for entry in image.blocks]
-        for entry, following in zip(image.blocks, numbers[1:], strict=False):
-            massive[following] += any(token.row is not None for token in entry.massive)
-        for entry in image.blocks:
-            artifacts[entry.block] += bool(entry.artifacts)
+        numbers = [block.block for block in image.blocks]
+        for block, following in zip(image.blocks, numbers[1:], strict=False):
+            massive[following] += any(token.row is not None for token in block.massive)
+        for block in image.blocks:
+            artifacts[block.block] += bool(block.artifacts)
 
-    def often(found: Counter[int]) -> set[int]:
-        return {block for block, count in found.items() if count and 2 * count >= len(images)}
+    def often(counts: Counter[int]) -> set[int]:
+        return {block for block, count in counts.items() if count and 2 * count >= len(images)}
 
     entered = often(massive)
     masked = [TokenRange(blocks=format_layers(entered), tokens="massive")] if entered else []
@@ -208,7 +209,7 @@ def propose(images: Sequence[ImageReport]) -> tuple[Proposal, ...]:
 
 def draw_tokens(
     image: Image.Image,
-    found: Sequence[BlockTokens],
+    blocks: Sequence[BlockTokens],
     prefix_tokens: int,
     grid: tuple[int, int],
     path: Path,
@@ -218,48 +219,55 @@ def draw_tokens(
     rows, columns = grid
     height, width = _SIDE, max(1, round(_SIDE * columns / rows))
     photograph = np.asarray(image.convert("RGB").resize((width, height)).convert("L"))
-    across = min(4, len(found))
-    down = -(-len(found) // across)
+    across = min(4, len(blocks))
+    down = -(-len(blocks) // across)
     figure = Figure(figsize=(3 * across, 3.2 * down))
     axes = figure.subplots(down, across, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.24 / down, wspace=0.03, hspace=0.12)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, entry in zip(axes.flat, found, strict=False):
-        norms = entry.norms[0, prefix_tokens:].clamp(min=1e-12).log().reshape(rows, columns).numpy()
+    for axis, block in zip(axes.flat, blocks, strict=False):
         axis.imshow(photograph, cmap="gray", extent=(0, columns, rows, 0))
-        axis.imshow(norms, cmap="viridis", alpha=0.5, extent=(0, columns, rows, 0))
-        marked = [(entry.massive[0], _MASSIVE_COLOUR, 0.0)]
-        if entry.artifacts is not None:
-            marked.append((entry.artifacts[0], _ARTIFACT_COLOUR, 0.15))
-        counts = []
-        for tokens, colour, inset in marked:
-            places = (tokens[prefix_tokens:].nonzero().flatten()).tolist()
-            counts.append(int(tokens.sum()))
-            for place in places:
-                corner = (place % columns + inset, place // columns + inset)
-                side = 1 - 2 * inset
-                axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.5))
-        artifacts = f", {counts[1]} artifact" if len(counts) > 1 else ""
-        axis.set_title(f"block {entry.block}: {counts[0]} massive{artifacts}", fontsize=9)
+        _draw_block(axis, block, prefix_tokens, grid)
     figure.suptitle(f"{title}: log norms, massive tokens (red), artifact tokens (blue)", fontsize=11)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=80, format="png")
 
 
-def _report(entry: BlockTokens, prefix: int, grid: tuple[int, int]) -> BlockReport:
-    attention = entry.class_attention
+def _draw_block(axis: Axes, block: BlockTokens, prefix_tokens: int, grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    norms = block.norms[0, prefix_tokens:].clamp(min=1e-12).log().reshape(rows, columns).numpy()
+    axis.imshow(norms, cmap="viridis", alpha=0.5, extent=(0, columns, rows, 0))
+    counts = []
+    for kind, tokens, colour, inset in (
+        ("massive", block.massive, _MASSIVE_COLOUR, 0.0),
+        ("artifact", block.artifacts, _ARTIFACT_COLOUR, 0.15),
+    ):
+        if tokens is None:
+            continue
+        counts.append(f"{int(tokens[0].sum())} {kind}")
+        side = 1 - 2 * inset
+        for patch in tokens[0, prefix_tokens:].nonzero().flatten().tolist():
+            corner = (patch % columns + inset, patch // columns + inset)
+            axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.5))
+    axis.set_title(f"block {block.block}: {', '.join(counts)}", fontsize=9)
+
+
+def _report(block: BlockTokens, prefix: int, grid: tuple[int, int]) -> BlockReport:
+    attention = block.class_attention
     return BlockReport(
-        block=entry.block,
-        name=entry.name,
-        median_norm=float(entry.norms[0].median()),
-        largest_norm=float(entry.norms[0].max()),
-        gap=float(entry.gap[0].exp()),
-        massive=_tokens(entry.massive[0], entry.norms[0], prefix, grid),
+        block=block.block,
+        name=block.name,
+        median_norm=float(block.norms[0].median()),
+        largest_norm=float(block.norms[0].max()),
+        gap=float(block.gap[0].exp()),
+        massive=_tokens(block.massive[0], block.norms[0], prefix, grid),
         class_attention_to_itself=None if attention is None else float(attention[0, 0]),
-        artifacts=None
-        if attention is None or entry.artifacts is None
-        else _tokens(entry.artifacts[0], attention[0], prefix, grid),
+        artifacts=(
+            None
+            if attention is None or block.artifacts is None
+            else _tokens(block.artifacts[0], attention[0], prefix, grid)
+        ),
     )
 
 

@@ -65,15 +65,15 @@ class AttentionRow:
     def missed(self) -> list[str]:
         """The targets that this row misses, in words."""
         at = f"B={self.batch} H={self.heads} N={self.tokens} S={self.landmarks}"
-        found = []
+        misses = []
         wanted = TARGET_EXACT.get(self.tokens) if (self.batch, self.heads, self.landmarks) == (1, 12, 64) else None
         if wanted is not None and self.exact / self.plugin < wanted:
-            found.append(f"{at}: {self.exact / self.plugin:.2f} times as fast as exact attention (target {wanted})")
+            misses.append(f"{at}: {self.exact / self.plugin:.2f} times as fast as exact attention (target {wanted})")
         if self.plain / self.plugin < TARGET_PLAIN:
-            found.append(f"{at}: {self.plain / self.plugin:.2f} times as fast as plain FNA (target {TARGET_PLAIN})")
+            misses.append(f"{at}: {self.plain / self.plugin:.2f} times as fast as plain FNA (target {TARGET_PLAIN})")
         if self.tokens >= FLOOR_TOKENS and self.plugin / self.floor > TARGET_FLOOR:
-            found.append(f"{at}: {self.plugin / self.floor:.2f} times the floor (target {TARGET_FLOOR})")
-        return found
+            misses.append(f"{at}: {self.plugin / self.floor:.2f} times the floor (target {TARGET_FLOOR})")
+        return misses
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ def time_exact(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, str]:
     """Microseconds of scaled_dot_product_attention by its fastest backend, and that backend's name."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    found = []
+    times = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(backend):
                 elapsed = time_graph(lambda: functional.scaled_dot_product_attention(query, key, value))
         except RuntimeError:
             continue  # not available for this GPU
-        found.append((elapsed, backend.name.lower()))
-    if not found:
+        times.append((elapsed, backend.name.lower()))
+    if not times:
         raise MissingCapabilityError("no fused backend of scaled_dot_product_attention runs on this GPU")
-    return min(found)
+    return min(times)
 
 
 def copy_bandwidth() -> float:

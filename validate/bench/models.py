@@ -220,11 +220,11 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 def find_break_even(rows: Sequence[BenchRow]) -> tuple[BreakEven, ...]:
     """Return for each S where the two curves meet, between two measured sizes."""
-    found = []
+    crossings = []
     for landmarks in sorted({row.landmarks for row in rows}):
         chosen = sorted((row for row in rows if row.landmarks == landmarks), key=lambda row: row.tokens)
-        found.append(_break_even(landmarks, [(row.tokens, row.speedup) for row in chosen]))
-    return tuple(found)
+        crossings.append(_break_even(landmarks, [(row.tokens, row.speedup) for row in chosen]))
+    return tuple(crossings)
 
 
 def _break_even(landmarks: int, points: Sequence[tuple[int, float]]) -> BreakEven:

@@ -65,20 +65,20 @@ def find_block_parts(model: ModelProto, module: nn.Module) -> dict[BlockPart, st
     A node says in its metadata which modules it comes from; a module's result is the last tensor written within it.
     Places that cannot be found, because a tool dropped the metadata, are left out.
     """
-    found: dict[BlockPart, str] = {}
+    tensors: dict[BlockPart, str] = {}
     wanted = {path: BlockPart(number, "output") for path, number in layer_numbers(module).items()}
     for node in model.graph.node:
         number = attention_block(node)
         if number is not None:
-            found.pop(BlockPart(number, "fna"), None)
-            found[BlockPart(number, "fna")] = node.output[0]
+            tensors.pop(BlockPart(number, "fna"), None)
+            tensors[BlockPart(number, "fna")] = node.output[0]
         for scope in module_scopes(node):
             part = wanted.get(scope)
             if part is not None:
-                found.pop(part, None)
-                found[part] = node.output[0]
+                tensors.pop(part, None)
+                tensors[part] = node.output[0]
     order = {node.output[0]: index for index, node in enumerate(model.graph.node) if node.output}
-    return dict(sorted(found.items(), key=lambda item: order[item[1]]))
+    return dict(sorted(tensors.items(), key=lambda part: order[part[1]]))
 
 
 def layer_numbers(module: nn.Module) -> dict[str, int]:

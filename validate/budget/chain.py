@@ -179,20 +179,20 @@ def _onnx_of_engine(engine: Path) -> Path:
 
 def _find_original(path: Path, metadata: FileMetadata, given: Path | None) -> Path:
     places = [given] if given is not None else [path.parent / metadata.source, Path(metadata.source)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    original = next((place for place in places if place.is_file()), None)
+    if original is None:
         missing = f"{given} does not exist" if given is not None else f"{metadata.source} is not beside it"
         raise InputFileError(
             f"{path.name} was grafted from {metadata.source} and is compared with it, but {missing}; "
             "give the original as --original FILE"
         )
-    digest = file_sha256(found)
+    digest = file_sha256(original)
     if metadata.original_sha256 is not None and digest != metadata.original_sha256:
         raise InputFileError(
-            f"{found} is not the file that {path.name} was grafted from: its SHA-256 begins with {digest[:12]}, but "
+            f"{original} is not the file that {path.name} was grafted from: its SHA-256 begins with {digest[:12]}, but "
             f"{metadata.original_sha256[:12]} is needed; give the original as --original FILE"
         )
-    return found
+    return original
 
 
 def open_chain(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:

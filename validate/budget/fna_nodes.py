@@ -54,17 +54,17 @@ def list_fna_nodes(model: ModelProto) -> list[FnaNode]:
 
 
 def _describe(node: NodeProto, index: int) -> FnaNode:
-    given = node_attributes(node)
+    attributes = node_attributes(node)
     number = attention_block(node)
     return FnaNode(
         block=index if number is None else number,
         name=node.name,
         inputs={name: tensor for name, tensor in zip(_INPUTS, node.input, strict=False) if tensor},
         output=node.output[0],
-        scale=float(given["scale"]),
-        iterations=int(given.get("iterations", ITERATIONS_OF_VERSION_1)),
-        exact_rows=bool(given.get("exact_rows", 0)),
-        sink=bool(given.get("sink", 0)),
+        scale=float(attributes["scale"]),
+        iterations=int(attributes.get("iterations", ITERATIONS_OF_VERSION_1)),
+        exact_rows=bool(attributes.get("exact_rows", 0)),
+        sink=bool(attributes.get("sink", 0)),
     )
 
 
@@ -146,11 +146,11 @@ def planned_settings(node: FnaNode, metadata: FileMetadata) -> dict[str, float]:
     plan = metadata.plan
     rows = [row for row in metadata.attention_table or [] if row.get("block") == node.block]
     scale = rows[0].get("scale") if rows else None
-    entry = plan.find(node.block)
-    own = entry.iterations if entry is not None else None
+    block_plan = plan.find(node.block)
+    iterations = block_plan.iterations if block_plan is not None else None
     return {
         "scale": node.scale if scale is None else float(scale),
-        "iterations": plan.iterations if own is None else own,
+        "iterations": plan.iterations if iterations is None else iterations,
         "exact_rows": int(plan.exact_rows),
     }
 

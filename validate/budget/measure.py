@@ -395,6 +395,6 @@ def _locate_not_finite(
         name, image = images[bad.worst_item]
         say(f"looking for the first tensor that is not finite on {name}")
         pixels = chain.metadata.preprocessing.apply(image, chain.height, chain.width)[None]
-        found = find_not_finite(chain, step.step, pixels, name)
-        return (found,) if found is not None else ()
+        first = find_not_finite(chain, step.step, pixels, name)
+        return (first,) if first is not None else ()
     return ()

@@ -35,7 +35,7 @@ def parse_tolerances(texts: Iterable[str]) -> dict[str, float]:
     Raises:
         InvalidArgumentError: for another step, or what is no positive number.
     """
-    found: dict[str, float] = {}
+    tolerances: dict[str, float] = {}
     for text in texts:
         step, separator, number = text.rpartition("=")
         step = step.strip() if separator else "export"
@@ -51,5 +51,5 @@ def parse_tolerances(texts: Iterable[str]) -> dict[str, float]:
             raise InvalidArgumentError(
                 f"tolerance {text!r} cannot be read; a positive number is needed, as in {step}=1e-3"
             )
-        found[step] = value
-    return found
+        tolerances[step] = value
+    return tolerances

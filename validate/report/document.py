@@ -177,8 +177,8 @@ def _find_blame(
 
     if extras.bisect:
         images = [(names[index], pixels(index)) for index in range(min(BISECT_IMAGES, len(names)))]
-        found = bisect(chain, images, failing, on_step)
-        return found, found.divergences, not_located
+        bisection = bisect(chain, images, failing, on_step)
+        return bisection, bisection.divergences, not_located
     divergences = []
     for step in validation.steps:
         if step.step in failing and step.step != "approximation":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from fna.files import write_text
-from fna.validate.budget.measure import Outputs, Validation
+from fna.validate.budget.measure import Outputs, StepError, Validation
 from fna.validate.metrics import JUDGED, METRICS
 from fna.validate.report.charts import block_chart, share_chart, time_chart
 from fna.validate.report.document import Document, dump_compactly
@@ -67,7 +67,7 @@ def _count_tokens(validation: Validation) -> int | None:
 
 def _bars(validation: Validation) -> dict[str, Any]:
     steps = []
-    for step in (*validation.steps, validation.total):
+    for _, step in _steps(validation):
         bars = [
             {
                 "output": error.output,
@@ -161,16 +161,22 @@ def _text_writer(data: dict[str, Any]) -> Any:
     return write
 
 
+def _steps(validation: Validation) -> Iterator[tuple[str, StepError]]:
+    """Each step and the total, with the path of its place in the document."""
+    for number, step in enumerate(validation.steps):
+        yield f"validation.steps.{number}", step
+    yield "validation.total", validation.total
+
+
 def _rows(validation: Validation) -> list[dict[str, str]]:
     rows = []
-    for number, step in enumerate((*validation.steps, validation.total)):
-        base = f"validation.steps.{number}" if number < len(validation.steps) else "validation.total"
+    for path, step in _steps(validation):
         for index, error in enumerate(step.errors):
             failed = step.failure_of(error) is not None
             judged = step.tolerance is not None or failed
             rows.append(
                 {
-                    "path": f"{base}.errors.{index}",
+                    "path": f"{path}.errors.{index}",
                     "step": step.step if index == 0 else "",
                     "output": error.output,
                     "worst": validation.images[error.worst_item],
@@ -182,53 +188,56 @@ def _rows(validation: Validation) -> list[dict[str, str]]:
 
 
 def _block_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
+    """Charts over the blocks, each with its caption: what was measured of them."""
+    blocks, bisection = data["validation"]["blocks"], data.get("bisection")
     charts = []
-    blocks = data["validation"]["blocks"]
     if blocks:
-        numbers = [item["block"] for item in blocks]
-        curve = ("hidden states", numbers, [item[JUDGED.name] for item in blocks])
-        title = f"{JUDGED.title} error of the hidden states that leave each block, FNA against exact attention"
-        charts.append(
-            (
-                block_chart([curve], title=title, name="chart-build-up"),
-                "How the approximation error builds up: the hidden states that leave each block, FNA against exact attention.",
-            )
-        )
-    bisection = data.get("bisection")
+        charts.append(_build_up_chart(blocks))
     if bisection and bisection["effects"]:
-        output = bisection["effects"][-1]["output"]
-        chosen = [item for item in bisection["effects"] if item["output"] == output]
-        numbers = [item["block"] for item in chosen]
-        curves = [
-            ("this block alone", numbers, [item["alone"] for item in chosen]),
-            ("all but this block", numbers, [item["all_but"] for item in chosen]),
-            ("whole plan", numbers, [item["everything"] for item in chosen]),
-        ]
-        title = f"{JUDGED.title} error of {output} with one block FNA, and with all FNA blocks but one"
-        charts.append(
-            (block_chart(curves, title=title, name="chart-effects"), f"What each FNA block costs, on {output}.")
-        )
+        charts.append(_effects_chart(bisection["effects"]))
     if bisection and bisection["places"]:
-        part = "output" if any(item["part"] == "output" for item in _all_places(bisection)) else "fna"
-        curves = [
-            (step, [item["block"] for item in places if item["part"] == part],
-             [item["relative_l2"] for item in places if item["part"] == part])
-            for step, places in bisection["places"].items() if step != "approximation" or not blocks
-        ]  # fmt: skip
-        curves = [curve for curve in curves if curve[1] and any(value for value in curve[2])]
-        if curves:
-            what = "the hidden states that leave each block" if part == "output" else "what each FNA operator returns"
-            charts.append(
-                (
-                    block_chart(curves, title=f"{JUDGED.title} error of {what}, by step", name="chart-places"),
-                    f"Each step's own error of {what}.",
-                )
-            )
+        # the approximation is drawn already where its build-up is
+        places = {step: rows for step, rows in bisection["places"].items() if step != "approximation" or not blocks}
+        charts += _places_charts(places)
     return charts
 
 
-def _all_places(bisection: dict[str, Any]) -> list[dict[str, Any]]:
-    return [item for places in bisection["places"].values() for item in places]
+def _build_up_chart(blocks: list[dict[str, Any]]) -> tuple[Markup, str]:
+    what = "the hidden states that leave each block, FNA against exact attention"
+    curve = ("hidden states", [row["block"] for row in blocks], [row[JUDGED.name] for row in blocks])
+    chart = block_chart([curve], title=f"{JUDGED.title} error of {what}", name="chart-build-up")
+    return chart, f"How the approximation error builds up: {what}."
+
+
+def _effects_chart(effects: list[dict[str, Any]]) -> tuple[Markup, str]:
+    output = effects[-1]["output"]
+    rows = [row for row in effects if row["output"] == output]
+    numbers = [row["block"] for row in rows]
+    curves = [
+        (label, numbers, [row[key] for row in rows])
+        for label, key in (
+            ("this block alone", "alone"),
+            ("all but this block", "all_but"),
+            ("whole plan", "everything"),
+        )
+    ]
+    title = f"{JUDGED.title} error of {output} with one block FNA, and with all FNA blocks but one"
+    return block_chart(curves, title=title, name="chart-effects"), f"What each FNA block costs, on {output}."
+
+
+def _places_charts(places: dict[str, list[dict[str, Any]]]) -> list[tuple[Markup, str]]:
+    """One chart of the hidden states where they were looked at, else of the FNA operators; none where nothing differs."""
+    part = "output" if any(row["part"] == "output" for rows in places.values() for row in rows) else "fna"
+    curves = []
+    for step, rows in places.items():
+        chosen = [row for row in rows if row["part"] == part]
+        if any(row["relative_l2"] for row in chosen):
+            curves.append((step, [row["block"] for row in chosen], [row["relative_l2"] for row in chosen]))
+    if not curves:
+        return []
+    what = "the hidden states that leave each block" if part == "output" else "what each FNA operator returns"
+    chart = block_chart(curves, title=f"{JUDGED.title} error of {what}, by step", name="chart-places")
+    return [(chart, f"Each step's own error of {what}.")]
 
 
 def _bench_charts(data: dict[str, Any]) -> list[tuple[Markup, str]]:
@@ -257,9 +266,8 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
     """The error of each patch position over all images, per step with token outputs."""
     grid = patch_grid(validation)
     prefix = validation.metadata.plan.prefix_tokens or 0
-    found = []
-    for number, step in enumerate((*validation.steps, validation.total)):
-        base = f"validation.steps.{number}" if number < len(validation.steps) else "validation.total"
+    maps = []
+    for path, step in _steps(validation):
         for index, error in enumerate(step.errors):
             if error.tokens is None or grid is None:
                 continue
@@ -272,5 +280,5 @@ def _token_maps(validation: Validation, images: Sequence[tuple[str, Image.Image]
             top = int(np.argmax(values)) + first
             title = f"{step.step}: {error.output}, {JUDGED.title} error of each patch over all images"
             uri = colour_map(values)
-            found.append(Panel(title, f"{title}, as a map", uri, f"{base}.errors.{index}.tokens.{JUDGED.name}.{top}"))
-    return found
+            maps.append(Panel(title, f"{title}, as a map", uri, f"{path}.errors.{index}.tokens.{JUDGED.name}.{top}"))
+    return maps

@@ -67,15 +67,15 @@ def patch_grid(validation: Validation) -> tuple[int, int] | None:
 
 
 def _landmark_panel(validation: Validation, name: str, photograph: Image.Image) -> Panel:
-    found = next((item for item in validation.landmarks if item.image == name), None)
+    landmarks = next((chosen for chosen in validation.landmarks if chosen.image == name), None)
     grid = patch_grid(validation)
-    if found is None or grid is None:
+    if landmarks is None or grid is None:
         return Panel("photograph", f"photograph {name}", encode(photograph))
     prefix = validation.metadata.plan.prefix_tokens or 0
     picture = photograph.copy()
     draw = ImageDraw.Draw(picture)
     rows, columns = grid
-    for token in found.tokens:
+    for token in landmarks.tokens:
         if token < prefix:
             continue
         row, column = divmod(token - prefix, columns)

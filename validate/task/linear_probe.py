@@ -69,12 +69,12 @@ def probe(
         )
 
     first = fit(exact)
-    expected, given = first.predict(exact[test]), first.predict(fna[test])
+    expected, predicted = first.predict(exact[test]), first.predict(fna[test])
     return ProbeScores(
         exact=float((expected == truth[test]).mean()),
-        fna=float((given == truth[test]).mean()),
+        fna=float((predicted == truth[test]).mean()),
         retrained=float(fit(fna).score(fna[test], truth[test])),
-        agreement=float((expected == given).mean()),
+        agreement=float((expected == predicted).mean()),
     )
 
 
