@@ -53,6 +53,10 @@ DIGIT_LANDMARKS = 16
 Photograph = tuple[str, Image.Image]
 
 
+def quietly(_text: str) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True)
 class Smoothness:
     """One condition on one photograph.
@@ -211,7 +215,7 @@ def describe(plan: str, mask: str, is_planted: bool) -> str:
 
 
 def measure_photographs(
-    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None]
+    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None] = quietly
 ) -> list[Smoothness]:
     """Segmentation smoothness, saliency change and token cosine of every condition on every photograph."""
     prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
@@ -247,9 +251,9 @@ def masked_plan(model: LoadedModel, attention: str, mask: str, landmarks: int) -
 def measure_digits(
     model: LoadedModel,
     count: int,
-    attentions: Sequence[str],
-    only_masks: Sequence[str] | None,
-    say: Callable[[str], None],
+    attentions: Sequence[str] = ATTENTIONS,
+    only_masks: Sequence[str] | None = None,
+    say: Callable[[str], None] = quietly,
 ) -> list[Probe]:
     """Accuracy of a logistic regression on the class token, half of the digits held out.
 
@@ -333,7 +337,7 @@ def _error_of_choice(call: AttentionCall, landmarks: int, prefix: int, masks: di
 
 
 def measure_guided(
-    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None]
+    model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int, say: Callable[[str], None] = quietly
 ) -> list[GuidedPlan]:
     """The final tokens of the whole model, the later half of the blocks FNA, under every condition of `guided_plans`."""
     layers = f"{model.num_blocks // 2}-{model.num_blocks - 1}"
@@ -376,7 +380,7 @@ def write_report(
     smoothness: Sequence[Smoothness],
     probes: Sequence[Probe],
     choices: Sequence[LandmarkChoice],
-    guided: Sequence[GuidedPlan],
+    guided: Sequence[GuidedPlan] = (),
 ) -> str:
     """The results as Markdown tables, means over the photographs."""
     which = {False: "as they are", True: "planted"}

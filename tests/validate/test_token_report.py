@@ -1,4 +1,4 @@
-"""`fna inspect --tokens`: what it prints, writes and draws; and the measurement of what masking changes."""
+"""`fna inspect --tokens`: what it prints, writes and draws."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fna.cli import main
 from fna.commands.console import make_console
 from fna.commands.inspect import print_tokens
-from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.plan import TokenRange, parse_plan, uniform_plan
-from fna.validate.token_report import BlockReport, FoundToken, ImageReport, TokenReport, propose, survey_photographs
-from studies import masking
-from studies.masking import (
-    measure_digits,
-    measure_guided,
-    measure_landmarks,
-    measure_photographs,
-    planted,
-    segmentation_smoothness,
-    write_report,
-)
+from fna.validate.token_report import BlockReport, FoundToken, ImageReport, TokenReport, propose
 
 FACTORY = """
 import torch
@@ -54,17 +42,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def load(name: str) -> LoadedModel:
-    space: dict = {}
-    exec(FACTORY, space)
-    return wrap_model(name, space[name]())
-
-
-def photographs() -> list[tuple[str, Image.Image]]:
-    generator = np.random.default_rng(1)
-    return [(name, Image.fromarray(generator.integers(0, 255, (70, 70, 3), dtype=np.uint8))) for name in ("a", "b")]
 
 
 def test_planted_massive_tokens_are_printed_written_and_drawn(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,75 +125,3 @@ def test_what_is_found_on_few_photographs_is_not_proposed(capsys: pytest.Capture
     assert "in no block on half of the photographs" in capsys.readouterr().out
     (artifacts,) = propose([image((False, True), (False, True), nothing)])
     assert artifacts.plan["masks"] == (TokenRange(blocks="0-1", tokens="artifact"),)
-
-
-def test_smoothness_is_the_share_of_neighbours_in_one_segment() -> None:
-    left_right = np.zeros((4, 6, 2), np.float32)
-    left_right[:, :3, 0], left_right[:, 3:, 1] = 1, 1
-    pairs = 3 * 6 + 4 * 5
-    assert segmentation_smoothness(left_right.reshape(24, 2), (4, 6), 2) == pytest.approx((pairs - 4) / pairs)
-    chequered = np.eye(2, dtype=np.float32)[np.indices((4, 6)).sum(0) % 2]
-    assert segmentation_smoothness(chequered.reshape(24, 2), (4, 6), 2) == 0.0
-
-
-def test_planting_ends_with_its_context() -> None:
-    model = load("plain")
-    before = survey_photographs(model, photographs()[:1], (56, 56))
-    with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(masking, "PLANTED_BLOCK", 1)
-        patcher.setattr(masking, "PLANTED_TOKENS", 2)
-        patcher.setattr(masking, "PLANTED_CHANNELS", (7,))
-        with planted(model, True):
-            during = survey_photographs(model, photographs()[:1], (56, 56))
-    assert [len(block.massive) for block in during.images[0].blocks] == [0, 2, 2, 2]
-    assert survey_photographs(model, photographs()[:1], (56, 56)) == before
-
-
-def test_the_measurement_of_masking_runs_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
-    monkeypatch.setattr(masking, "PLANTED_TOKENS", 2)
-    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
-    model = load("plain")
-    results = measure_photographs(model, photographs(), 56, 4)
-    choices = measure_landmarks(model, photographs(), 56, 4)
-    assert len(results) == 2 * 2 * 2 * 5
-    first = results[0]
-    assert (first.attention, first.mask, first.planted, first.masked_tokens) == ("exact", "none", False, 0)
-    assert first.patch_cosine == pytest.approx(1.0)
-    by_condition = {(r.attention, r.mask, r.planted): r for r in results if r.image == "a"}
-    assert by_condition["exact", "massive", True].masked_tokens == 4  # two tokens in the two blocks after the planting
-    assert by_condition["exact", "massive", False].patch_cosine == pytest.approx(1.0)
-    guaranteed = next(c for c in choices if c.planted and c.landmarks == "massive guaranteed")
-    assert guaranteed.artifacts_or_massive == 2 * 2 * 2  # images, blocks, tokens
-    report = write_report(results, [], choices)
-    assert "| planted | exact | massive, sinks |" in report
-    assert torch.isfinite(torch.tensor([c.error for c in choices])).all()
-
-
-def test_the_digits_are_probed_with_planted_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """84 pixels are 37 tokens, of which 4 can be massive: planted after block 1, masked in blocks 2 and 3 of 4."""
-    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
-    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
-    results = measure_digits(load("plain"), 40, attentions=["FNA"], only_masks=["none", "massive, sinks"])
-    assert [(r.planted, r.mask, r.masked_tokens) for r in results] == [
-        (False, "none", 0.0),
-        (False, "massive, sinks", 0.0),
-        (True, "none", 0.0),
-        (True, "massive, sinks", 2.0),
-    ]
-    assert results[0].accuracy == results[1].accuracy
-    assert all((r.train, r.test) == (20, 20) for r in results)
-
-
-def test_the_measurement_of_guided_landmarks_runs_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masking, "PLANTED_BLOCK", 1)
-    monkeypatch.setattr(masking, "PLANTED_TOKENS", 2)
-    monkeypatch.setattr(masking, "PLANTED_CHANNELS", (7,))
-    results = measure_guided(load("plain"), photographs()[:1], 56, 6)
-    by_condition = {(r.planted, r.sampler, r.landmarks): r for r in results}
-    assert len(by_condition) == len(results) == 2 * (6 + 3 + 6 + 6)
-    for planting in (False, True):
-        plain, included = (by_condition[planting, "grid", name] for name in ("none", "massive included"))
-        assert (plain.patch_cosine == included.patch_cosine) is not planting
-        assert plain.patch_cosine == plain.same_cosine or planting
-    assert "| planted | fps | massive masked and excluded |" in write_report([], [], [], results)
