@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from fna.export.surgery.graph.view import MICROSOFT, STANDARD_DOMAINS, GraphView, input_names
 from fna.export.surgery.recognise.context import PRODUCTS, Context, axis_through_view, describe, dropout_is_off
-from fna.export.surgery.recognise.layout import is_view, scalar_factor, scalar_of
+from fna.export.surgery.recognise.layout import is_view, scalar_factor, scalar_of, widens
 from fna.export.surgery.recognise.masks import constant_mask_kind
 from fna.export.surgery.recognise.products import mixes_heads, reaches_product
 from fna.export.surgery.recognise.rows import RefusedError
@@ -131,14 +131,10 @@ def _through_addition(context: Context, node: gs.Node) -> str:
         if other == main:
             continue
         bounds = context.bounds.find(other)
-        if bounds.single is not None and not _widens(context, main, node.outputs[0].name):
+        if bounds.single is not None and not widens(context.points, main, node.outputs[0].name):
             continue
         raise RefusedError(_mask_reason(context, other, node))
     return main
-
-
-def _widens(context: Context, data: str, result: str) -> bool:
-    return any(point.shapes.get(data) != point.shapes.get(result) for point in context.points)
 
 
 def _mask_reason(context: Context, mask: str, node: gs.Node) -> str:
@@ -157,7 +153,7 @@ def _through_where(context: Context, node: gs.Node) -> str:
     condition, yes, no = input_names(node)
     bounds = context.bounds.find(condition)
     chosen = yes if bounds.low > 0 else no if bounds.high == 0 else None
-    if chosen is not None and not _widens(context, chosen, node.outputs[0].name):
+    if chosen is not None and not widens(context.points, chosen, node.outputs[0].name):
         return chosen
     fills = [name for name in (yes, no) if name not in graph.data]
     if fills and condition not in graph.data:
@@ -185,6 +181,6 @@ def _through_clip(context: Context, node: gs.Node) -> str:
             "Min": all(item.low >= largest for item in limits),
             "Clip": all(item.high <= -largest or item.low >= largest for item in limits),
         }
-        if harmless[node.op] and not _widens(context, data[0], node.outputs[0].name):
+        if harmless[node.op] and not widens(context.points, data[0], node.outputs[0].name):
             return data[0]
     raise RefusedError(f"{NOT_A_MASK} {describe(node)}")
