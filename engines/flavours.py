@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from fna.engines.device import Gpu, find_gpu
 from fna.engines.targets import TARGETS, Flavour, Lowering, Target, capability_text
 from fna.errors import InvalidArgumentError, MissingCapabilityError
+from fna.plugins.built import LIBRARY, LIBRARY_FOLDER
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def capabilities_of(targets: Sequence[Target]) -> tuple[int, ...]:
 
 def default_plugin() -> Path:
     """Return where `make plugin` puts the library for this machine."""
-    return Path(__file__).resolve().parent.parent / "build" / "plugin" / platform.machine() / "libfna_plugin.so"
+    return LIBRARY_FOLDER / LIBRARY
 
 
 def load_plugins(trt: Any, library: Path, operators: Sequence[tuple[str, str]]) -> None:

@@ -6,7 +6,6 @@ For checks and benchmarks of the library itself where there is a GPU but no Tens
 from __future__ import annotations
 
 import ctypes
-import platform
 from pathlib import Path
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import CheckFailedError, MissingCapabilityError
-
-DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "build" / "plugin" / platform.machine()
+from fna.plugins.built import LIBRARY_FOLDER
 
 _TENSORRT_TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bfloat16: 7}  # nvinfer1::DataType
 _MAX_DIMS = 8
@@ -33,7 +31,7 @@ class _Tensor(ctypes.Structure):
 class PluginLibrary:
     """libfna_plugin.so, opened as TensorRT opens it."""
 
-    def __init__(self, folder: Path = DEFAULT_FOLDER) -> None:
+    def __init__(self, folder: Path = LIBRARY_FOLDER) -> None:
         paths = folder / "libfna_plugin_host.so", folder / "libfna_plugin.so"
         missing = [path for path in paths if not path.exists()]
         if missing:

@@ -21,8 +21,6 @@ REGISTER_SOURCE = "register.cpp"
 """The source that is not part of libfna_plugin.so, but of the self-registering library."""
 
 _PLUGIN_SOURCES = Path(fna.plugins.__file__).resolve().parent
-DEFAULT_TABLE = _PLUGIN_SOURCES.parent / "build" / "plugin"
-"""Where `make plugin` puts the kernel table, and the libraries in a folder for each kind of machine."""
 
 
 def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Kernel] | None:

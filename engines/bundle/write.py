@@ -30,7 +30,7 @@ from fna.engines.bundle.format import (
     safe_name,
 )
 from fna.engines.bundle.models import has_open_dimension, join_layers, plugin_layers, write_models
-from fna.engines.bundle.plugin_files import DEFAULT_TABLE, choose_kernels, write_plugin, write_plugin_layers
+from fna.engines.bundle.plugin_files import choose_kernels, write_plugin, write_plugin_layers
 from fna.engines.bundle.recording import record_images
 from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError
@@ -39,6 +39,7 @@ from fna.export.operators.registry import fna_nodes, has_plugin
 from fna.export.variants import Variant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
 from fna.machine import tool_versions
+from fna.plugins.built import TABLE_FOLDER
 from fna.precision import Precision
 
 
@@ -62,7 +63,7 @@ class BundleOptions:
     precisions: tuple[Precision, ...] = ()
     keep_fp32: tuple[int, ...] = ()
     resolution: tuple[int, int] | None = None
-    table: Path = DEFAULT_TABLE
+    table: Path = TABLE_FOLDER
 
 
 def write_bundle(

@@ -86,10 +86,10 @@ def command(
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
-            from fna.engines.bundle.plugin_files import DEFAULT_TABLE
             from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
             from fna.plan import parse_blocks
+            from fna.plugins.built import TABLE_FOLDER
 
             device = find_target(target)
             photographs, skipped = options.load_photographs(images)
@@ -100,7 +100,7 @@ def command(
                 _parse_precisions(precisions),
                 parse_blocks(keep_fp32),
                 resolution,
-                table or DEFAULT_TABLE,
+                table or TABLE_FOLDER,
             )
             manifest, notes = write_bundle(file, output, bundle_options, say)
             lines += [_describe(manifest, output), *notes]

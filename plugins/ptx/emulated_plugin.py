@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import CheckFailedError
-from fna.plugins.host import DEFAULT_FOLDER, Plugin, PluginLibrary
+from fna.plugins.built import LIBRARY_FOLDER, TABLE_FOLDER
+from fna.plugins.host import Plugin, PluginLibrary
 from fna.plugins.ptx.calls import bytes_of, make_memory
 from fna.plugins.ptx.cases import PLAIN
 from fna.plugins.ptx.driver import MachineDriver
@@ -33,8 +34,8 @@ ALIGNMENT = 256
 class EmulatedGpu:
     """Where the library and its table were built, and the GPU that the driver plays."""
 
-    folder: Path = DEFAULT_FOLDER
-    table: Path = DEFAULT_FOLDER.parent
+    folder: Path = LIBRARY_FOLDER
+    table: Path = TABLE_FOLDER
     sm: int = 87
     multiprocessors: int = 16
 

@@ -8,12 +8,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import fna.plugins
 from fna.errors import InputFileError
+from fna.plugins.built import TABLE_FOLDER
 from fna.plugins.table.chips import FALLBACK
 
 ENVIRONMENT = "FNA_KERNEL_TABLE"
-_DEFAULT = Path(fna.plugins.__file__).resolve().parent.parent / "build" / "plugin"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Table:
 def find_table() -> Table | None:
     """The table in the folder that FNA_KERNEL_TABLE names, else the one that `make plugin` built, else None."""
     named = os.environ.get(ENVIRONMENT)
-    folder = Path(named) if named else _DEFAULT
+    folder = Path(named) if named else TABLE_FOLDER
     if (folder / "kernels.json").exists() and (folder / "kernels.bin").exists():
         return load_table(folder)
     if named:

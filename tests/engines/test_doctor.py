@@ -14,6 +14,7 @@ from fna import machine
 from fna.cli import main
 from fna.engines import device, doctor
 from fna.engines.targets import TARGETS
+from fna.plugins import built
 
 
 def test_every_target_gets_a_verdict_for_both_flavours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +74,7 @@ def test_it_imports_the_standard_library_alone() -> None:
     """In an interpreter that has no site-packages at all."""
     folder = Path(doctor.__file__).parent
     files = [folder / f"{name}.py" for name in ("doctor", "device", "flavours", "targets")]
-    for path in (*files, Path(machine.__file__)):
+    for path in (*files, Path(machine.__file__), Path(built.__file__)):
         tree = ast.parse(path.read_text())
         tree.body = [
             node for node in tree.body if not isinstance(node, ast.FunctionDef) or node.name != "describe_machine"
@@ -87,6 +88,7 @@ def test_it_imports_the_standard_library_alone() -> None:
             "fna",
             "fna.errors",
             "fna.machine",
+            "fna.plugins.built",
             "fna.engines.device",
             "fna.engines.flavours",
             "fna.engines.targets",
