@@ -17,6 +17,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18
 
+from fna.block_steps import steps_of
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError, first_line
 from fna.export.blocks import module_scopes, traced_node_name
 from fna.export.metadata import FileMetadata, write_metadata
@@ -30,8 +31,7 @@ from fna.machine import tool_versions
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.precision import Precision
-from fna.samplers import DEFAULT_SAMPLER, LandmarkRequest, find_sampler
-from fna.samplers.common.roles import check_rooms
+from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.special_tokens import detect_prefix_tokens
 
 TORCH_TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -255,13 +255,9 @@ def _check_landmark_counts(plan: Plan, num_tokens: int, prefix_tokens: int) -> N
                 f"block {block.block} is planned with {block.landmarks} landmarks, but at this resolution there are only "
                 f"{num_tokens} tokens; ask for at most that many, or a higher resolution"
             )
-        check_rooms(
-            LandmarkRequest(num_tokens, block.landmarks, prefix_tokens),
-            block.sampler,
-            includes=plan.find_landmark_range("include", block.block) is not None,
-            excludes=plan.find_landmark_range("exclude", block.block) is not None,
-            name=f"block {block.block}",
-        )
+        step = steps_of(plan, block.block).nystrom
+        assert step is not None
+        step.landmarks.check_rooms(num_tokens, prefix_tokens, f"block {block.block}")
 
 
 @contextmanager
