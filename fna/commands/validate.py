@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "tolerances",
     multiple=True,
     metavar="STEP=NUMBER",
-    help="Largest relative L2 error of a step: approximation, export, precision or engine (repeatable).",
+    help="Largest relative L2 error of a step: approximation, export, precision, plugin or engine (repeatable).",
 )
 @options.resolution()
 @click.option("--bisect", "with_bisect", is_flag=True, help="Measure every block, and name the one to blame.")
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     "--bench",
     metavar="FILE|quick",
     help="Show times: of a JSON file of fna bench, or measured now in PyTorch, a few runs each.",
+)
+@click.option(
+    "--emulate-plugin",
+    is_flag=True,
+    help="Also run the FNA nodes of the first photograph in the plugin library, its kernels emulated; after make plugin.",
 )
 @click.option("--report", type=options.PATH, help="Write one HTML page, and a JSON file beside it.")
 @options.json_file()
@@ -49,6 +54,7 @@ def command(
     with_bisect: bool,
     with_task: bool,
     bench: str | None,
+    emulate_plugin: bool,
     report: Path | None,
     json_file: Path | None,
     quiet: bool,
@@ -56,7 +62,8 @@ def command(
     """Compare FILE with PyTorch on photographs. FILE is an .onnx file, an .engine with its .onnx beside it, or a bundle.
 
     Separate errors, each measured by changing one thing: approximation (FNA against exact attention), export (the ONNX file in
-    fp32 against FNA in PyTorch), precision (fp16, bf16 or int8 against fp32) and engine (where this machine can run one). A
+    fp32 against FNA in PyTorch), precision (fp16, bf16 or int8 against fp32), plugin (its compiled kernels, emulated, if asked
+    for) and engine (where this machine can run one). A
     grafted file is compared with the file that it was made from. Exit code 1 when a step is out of tolerance; the block to blame is
     named, in engines that were built with --debug-tensors.
     """
@@ -76,7 +83,9 @@ def command(
 
         limits = parse_tolerances(tolerances)
         photographs = load_labelled(images)
-        extras = Extras(bisect=with_bisect, task=with_task, bench=bench, command=_command_line())
+        extras = Extras(
+            bisect=with_bisect, task=with_task, bench=bench, command=_command_line(), emulate_plugin=emulate_plugin
+        )
         document, outputs = make_document(file, photographs, limits, resolution, original, extras, say)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
-from fna.errors import CheckFailedError
+from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.built import LIBRARY_FOLDER, TABLE_FOLDER
 from fna.plugins.host import Plugin, PluginLibrary
 from fna.plugins.ptx.calls import bytes_of, make_memory
@@ -25,6 +25,8 @@ from fna.plugins.ptx.cases import PLAIN
 from fna.plugins.ptx.driver import MachineDriver
 from fna.plugins.ptx.images import load_images
 from fna.plugins.ptx.memory import GlobalMemory
+
+_STAND_IN = "fake/libcuda.so.1"
 
 ALIGNMENT = 256
 """Of TensorRT's tensors and workspace."""
@@ -58,17 +60,19 @@ class _Process:
 def emulated_plugin(gpu: EmulatedGpu | None = None, workers: int = 1) -> ProcessPoolExecutor:
     """A pool of processes with the library and the machine in them.
 
-    Raises (from the first call): MissingCapabilityError: the library, the stand-in driver or the PTX is not built.
+    Raises:
+        MissingCapabilityError: the library, the stand-in driver or the PTX is not built.
     """
-    return ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(gpu or EmulatedGpu(),)
-    )
+    gpu = gpu or EmulatedGpu()
+    for needed in (gpu.folder / "libfna_plugin.so", gpu.folder / _STAND_IN, gpu.table / "ptx.json"):
+        if not needed.exists():
+            raise MissingCapabilityError(f"{needed} is not built, and the plugin is emulated with it; run: make plugin")
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=(gpu,))
 
 
 def _start(gpu: EmulatedGpu) -> None:
     torch.set_num_threads(1)
-    stand_in = gpu.folder / "fake" / "libcuda.so.1"
-    _Process.driver = MachineDriver(stand_in, load_images(gpu.table), gpu.sm, gpu.multiprocessors)
+    _Process.driver = MachineDriver(gpu.folder / _STAND_IN, load_images(gpu.table), gpu.sm, gpu.multiprocessors)
     _Process.library = PluginLibrary(gpu.folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,12 @@ Say = Callable[..., None]
 """Called with what is being done, and where it is known with how much of it is done and how much there is."""
 
 EXACT, FNA, PORTABLE, DEPLOYED, ENGINE = "exact", "fna", "portable", "deployed", "engine"
+PLUGIN = "plugin"
+"""The file with the real plugin library in its FNA nodes, emulated. It stands beside the chain, not in it: nothing follows from it."""
+
+EMULATED_IMAGES = 1
+"""An emulated image takes minutes."""
+
 UNDONE = "undone"
 """A grafted file with exact attention in the place of its FNA nodes: what the original is, if the graft took it apart rightly."""
 
@@ -195,17 +202,27 @@ def _find_original(path: Path, metadata: FileMetadata, given: Path | None) -> Pa
     return original
 
 
-def open_chain(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:
+def open_chain(
+    file: ValidatedFile, resolution: tuple[int, int] | None, say: Say, emulation: ProcessPoolExecutor | None = None
+) -> Chain:
     """Load every model of the chain.
+
+    Args:
+        file: what is validated.
+        resolution: of the images, where the file leaves it open.
+        say: called with what is being done.
+        emulation: the plugin library in the PTX machine, for a step of its own; see `fna.plugins.ptx.emulated_plugin`.
 
     Raises:
         InputFileError: if a file cannot be run, or has other inputs or outputs than its model.
         ModelSourceError: if the model cannot be loaded from its metadata.
     """
     chain = _open_traced(file, resolution, say) if file.original is None else _open_grafted(file, resolution, say)
+    reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
+    if emulation is not None:
+        _add_plugin(chain, reference, emulation, say)
     if file.engine is not None:
         say("opening the engine")
-        reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
         compares = "engine against the ONNX file" if reference == DEPLOYED else "engine against the fp32 ONNX file"
         try:
             engine = _open_engine(file.engine)
@@ -217,6 +234,19 @@ def open_chain(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say
             chain.stages[ENGINE] = lambda pixels: engine.run({name: pixels})
             chain.comparisons.append(Comparison("engine", compares, reference, ENGINE))
     return chain
+
+
+def _add_plugin(chain: Chain, reference: str, emulation: ProcessPoolExecutor, say: Say) -> None:
+    from fna.validate.budget.emulated import EmulatedFile
+
+    say("cutting the file at its FNA nodes")
+    emulated = EmulatedFile(chain.proto, chain.folder, chain.file.onnx.name, emulation, say)
+    chain.stages[PLUGIN] = emulated.run
+    compares = "the file with its FNA nodes in the plugin library, kernels emulated, against the ONNX file"
+    chain.comparisons.append(Comparison(PLUGIN, compares, reference, PLUGIN))
+    chain.notes.append(
+        f"the plugin step: {len(emulated.nodes)} nodes, on the first {EMULATED_IMAGES} of the photographs"
+    )
 
 
 def _open_traced(file: ValidatedFile, resolution: tuple[int, int] | None, say: Say) -> Chain:

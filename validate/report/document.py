@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fna.errors import InvalidArgumentError
 from fna.machine import describe_machine, tool_versions
+from fna.plugins.ptx.emulated_plugin import emulated_plugin
 from fna.validate.bench.models import bench_quickly, read_bench
 from fna.validate.blame.bisect import Bisection, Divergence, bisect, locate, why_not_located
 from fna.validate.budget.chain import Chain, Say, open_chain, open_validated_file
@@ -34,12 +36,14 @@ class Extras:
         task: retrieval, classification, segmentation, saliency.
         bench: a JSON file of `fna bench`, `quick` to measure now, or None.
         command: the command line, for the record.
+        emulate_plugin: a step with the plugin library in the PTX machine.
     """
 
     bisect: bool = False
     task: bool = False
     bench: str | None = None
     command: str = ""
+    emulate_plugin: bool = False
 
 
 class Document(BaseModel):
@@ -137,7 +141,20 @@ def make_document(
         InputFileError, ModelSourceError: see `fna.validate.budget.measure.validate_file`.
     """
     bench_file = None if extras.bench in (None, "quick") else read_bench(Path(str(extras.bench)))
-    chain = open_chain(open_validated_file(file, original), resolution, on_step)
+    with ExitStack() as stack:
+        emulation = stack.enter_context(emulated_plugin()) if extras.emulate_plugin else None
+        chain = open_chain(open_validated_file(file, original), resolution, on_step, emulation)
+        return _measure_document(chain, bench_file, photographs, tolerances, extras, on_step)
+
+
+def _measure_document(
+    chain: Chain,
+    bench_file: dict[str, Any] | None,
+    photographs: Photographs,
+    tolerances: Mapping[str, float],
+    extras: Extras,
+    on_step: Say,
+) -> tuple[Document, Outputs]:
     if extras.bench == "quick" and chain.model is None:
         raise InvalidArgumentError(
             "--bench quick times the PyTorch model, which a grafted file has not; give a JSON file"
