@@ -335,7 +335,7 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
             continue
         block = plan.find(row.block)
         if block is None:
-            if plan.find_mask(row.block) is None:
+            if plan.find_mask(row.block) is None and plan.find_focal(row.block) is None:
                 row.decision, row.reason = Decision.KEPT, "not among the layers asked for"
         elif min(row.tokens) <= block.landmarks:
             row.decision = Decision.REFUSED

@@ -38,6 +38,7 @@ def describe_graft(
         update={
             "num_blocks": len(rows),
             "blocks": tuple(block for block in plan.blocks if block.block in numbers),
+            "focal": tuple(block for block in plan.focal if block.block in numbers),
             "prefix_tokens": plan.prefix_tokens if plan.prefix_tokens is not None else prefix_tokens,
         }
     )

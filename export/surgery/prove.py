@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.masked_attention import MASKED_ATTENTION
 from fna.export.surgery.graph.files import names_read, node_proto, tensor_proto
 from fna.export.surgery.graph.fold import numpy_type
@@ -117,10 +118,14 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     from fna.attention import nystrom_attention_reference
     from fna.block_steps import wire_block
     from fna.composition import TorchWiring
+    from fna.focal import focal_attention_reference
     from fna.special_tokens import masked_attention
 
     # the last image is enough: a mistake that spared it would have to know how many there are
-    query, key, value, *others, out = (torch.from_numpy(np.array(array[-1:])) for array in values)
+    arrays = [torch.from_numpy(np.array(array)) for array in values]
+    query, key, value, out = (tensor[-1:] for tensor in (*arrays[:3], arrays[-1]))
+    lists = arrays[3:7] if FOCAL_ATTENTION.is_called_by(item.fna) else []
+    others = [tensor[-1:] for tensor in arrays[3 + len(lists) : -1]]
     attention, block = item.row.attention, item.row.block
     assert attention is not None
     if not all(np.isfinite(tensor.double().numpy()).all() for tensor in (query, key, value)):
@@ -129,7 +134,8 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     site, scale = item.site, float(np.float32(attention.scale))
     settings = {setting.name: helper.get_attribute_value(setting) for setting in item.fna.attribute}
     sink = bool(settings.get("sink", 0))
-    key_mask = others[-1] if MASKED_ATTENTION.is_called_by(item.fna) or others[2:] else None
+    masked = others if FOCAL_ATTENTION.is_called_by(item.fna) or MASKED_ATTENTION.is_called_by(item.fna) else others[2:]
+    key_mask = masked[-1] if masked else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         landmarks, bias = others[:2]
@@ -145,7 +151,13 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         return torch.nn.functional.scaled_dot_product_attention(*operands, scale=scale).to(query.dtype)
 
     with _one_thread():
-        if site is None:
+        if lists:
+            tile_queries, tile_keys, tile_bias, places = lists
+            expected = focal_attention_reference(
+                query, key, value, tile_queries, tile_keys, tile_bias, places, key_mask,
+                int(settings["prefix_tokens"]), int(settings["hot"]), scale,
+            )  # fmt: skip
+        elif site is None:
             expected = exact(query, key, value)
         else:
             step = site.step

@@ -16,6 +16,7 @@ from fna.export.blocks import grafted_node_name
 from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
 from fna.export.operators.builder import Builder
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.masked_attention import MASKED_ATTENTION
 from fna.export.operators.massive_tokens import MASSIVE_TOKENS
 from fna.export.operators.record import Operator
@@ -26,6 +27,7 @@ from fna.export.surgery.graph.view import GraphView, all_inputs, input_names, ou
 from fna.export.surgery.recognise.rows import Attention, Dim, Operand, Result, Row
 from fna.export.surgery.recognise.stream import Stream, count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.compose import Site, compose
+from fna.export.surgery.rewrite.focal import focal_lists
 from fna.export.surgery.rewrite.insert import insert_nodes
 from fna.plan import Plan
 from fna.samplers import landmark_bias
@@ -161,7 +163,12 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     key_mask = [] if masking is None else [_tokens_mask(writer, masking.tokens, row, attention, query, key, before)]
     sink = int(masking is not None and masking.sink)
     attributes: dict[str, Any]
-    if step is None:
+    if steps.focal is not None:
+        prefix_tokens = _prefix_tokens(writer, row, attention)
+        lists = focal_lists(writer, attention, steps.focal, prefix_tokens, row.block)
+        inputs = [query, key, value, *lists, *key_mask]
+        attributes = {"prefix_tokens": prefix_tokens, "hot": steps.focal.hot}
+    elif step is None:
         inputs, attributes = [query, key, value, *key_mask], {"sink": sink}
     else:
         landmarks, bias = _landmarks(writer, row, step.landmarks, attention, (query, key, value), before)
@@ -179,7 +186,8 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     around: list[NodeProto] = []
     site = None
     if step is None:
-        fna = make_node(MASKED_ATTENTION, inputs, output, prefix, attributes)
+        whole = MASKED_ATTENTION if steps.focal is None else FOCAL_ATTENTION
+        fna = make_node(whole, inputs, output, prefix, attributes)
     else:
         site = Site(attention, steps, step, writer.prefix[row.block], prefix, query, key, value, inputs[3])
 
@@ -302,6 +310,15 @@ def _hidden_states(writer: _Writer, row: Row, stream: Stream, nodes: list[NodePr
 # ---------------------------------------------------------------- landmarks
 
 
+def _prefix_tokens(writer: _Writer, row: Row, attention: Attention) -> int:
+    """The class and register tokens of one block's tower, noted for the proof."""
+    prefix = writer.plan.prefix_tokens
+    if prefix is None:
+        prefix = _detect_prefix(writer, attention, find_stream(writer.graph, writer.points, attention))
+    writer.prefix[row.block] = prefix
+    return prefix
+
+
 def _landmarks(
     writer: _Writer,
     row: Row,
@@ -312,10 +329,7 @@ def _landmarks(
 ) -> tuple[str, str]:
     """Names of the landmarks `[B or 1, S]` and of their bias `[1, S]` for one block."""
     stream = find_stream(writer.graph, writer.points, attention)
-    prefix = writer.plan.prefix_tokens
-    if prefix is None:
-        prefix = _detect_prefix(writer, attention, stream)
-    writer.prefix[row.block] = prefix
+    prefix = _prefix_tokens(writer, row, attention)
     static = len(set(attention.tokens)) == 1
     sampler, count = choice.sampler, choice.num_landmarks
     by_features = sampler.looks_at_features

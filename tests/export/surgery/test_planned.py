@@ -23,7 +23,7 @@ from fna.export.surgery.graph.view import GraphView
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import load_onnx, save_model
 from fna.patching import patch, unpatch
-from fna.plan import BlockPlan, Correction, Plan, uniform_plan
+from fna.plan import BlockPlan, Correction, FocalBlockPlan, Plan, uniform_plan
 
 
 def correction(heads: int) -> Correction:
@@ -37,6 +37,7 @@ PLANS = {
     "neighbouring heads": BlockPlan(block=1, landmarks=5, heads=(1, 2), iterations=3),
     "all heads, corrected": BlockPlan(block=1, landmarks=6, sampler="lattice", correction=correction(4)),
     "landmarks of the image": BlockPlan(block=1, landmarks=5, sampler="norm-grid", correction=correction(4)),
+    "focal": FocalBlockPlan(block=1, tile=2, levels=((1, 0), (2, 1)), hot=3, seed=9),
 }
 
 
@@ -62,9 +63,10 @@ def dense(source: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("entry", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("method", ["weighted", "published"])
 def test_a_grafted_plan_computes_what_the_patched_model_computes(
-    source: LoadedModel, dense: Path, entry: BlockPlan, method: str, tmp_path: Path
+    source: LoadedModel, dense: Path, entry: BlockPlan | FocalBlockPlan, method: str, tmp_path: Path
 ) -> None:
-    plan = Plan(num_blocks=3, blocks=(entry,), method=method, prefix_tokens=1, patches=(4, 6))
+    blocks = {"focal" if isinstance(entry, FocalBlockPlan) else "blocks": (entry,)}
+    plan = Plan(num_blocks=3, **blocks, method=method, prefix_tokens=1, patches=(4, 6))
     output = tmp_path / "planned.onnx"
     result = graft(dense, output, GraftOptions(plan=plan))
     assert result.replaced == 1
@@ -92,6 +94,21 @@ def test_heads_that_a_block_does_not_have_are_named(dense: Path, tmp_path: Path)
         graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
 
 
+@pytest.mark.parametrize(
+    ("focal", "message"),
+    [
+        (FocalBlockPlan(block=1, tile=2, hot=25), "block 1 cannot be focal attention: hot is 25"),
+        (FocalBlockPlan(block=1, tile=7, hot=3), "block 1 cannot be focal attention: tile is 7"),
+    ],
+)
+def test_focal_blocks_that_do_not_fit_the_file_are_named(
+    dense: Path, focal: FocalBlockPlan, message: str, tmp_path: Path
+) -> None:
+    plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1, patches=(4, 6))
+    with pytest.raises(InvalidPlanError, match=message):
+        graft(dense, tmp_path / "out.onnx", GraftOptions(plan=plan))
+
+
 def test_a_plan_for_another_size_is_refused_by_both(dense: Path, tmp_path: Path) -> None:
     plan = Plan(num_blocks=3, blocks=(BlockPlan(block=1, landmarks=5),), resolution=(518, 518))
     with pytest.raises(InvalidPlanError, match="518x518 images, but the resolution is 56x84"):
@@ -110,7 +127,7 @@ def test_the_command_takes_the_size_from_the_plan(source: LoadedModel, tmp_path:
     assert session.get_inputs()[0].shape[2:] == [56, 84]
 
 
-@pytest.mark.parametrize("operator", ["FastNystromAttention", "MaskedAttention"])
+@pytest.mark.parametrize("operator", ["FastNystromAttention", "FocalAttention", "MaskedAttention"])
 def test_an_operator_of_ours_has_the_shape_of_its_query(operator: str) -> None:
     """A plugin file has no function bodies that would say so."""
     model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 18, "fna" : 1]>
