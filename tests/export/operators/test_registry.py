@@ -82,8 +82,7 @@ def test_every_torch_operator_of_ours_has_a_translation() -> None:
     written = {operator.name() for operator in translation_table()}  # type: ignore[attr-defined]
     assert written == {f"fna::{name}" for operator in OPERATORS.values() for name in operator.torch_operators}
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fna::")}
-    without_onnx_form = {"fna::focal_attention"}
-    assert {name.split(".")[0] for name in ours} - {name.split(".")[0] for name in written} <= without_onnx_form
+    assert {name.split(".")[0] for name in ours} - {name.split(".")[0] for name in written} == set()
 
 
 def test_plugins_are_those_whose_records_say_so() -> None:
