@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -122,6 +123,9 @@ def test_links_into_a_page_lead_to_a_heading() -> None:
 NO_FILES = ("near_edges.py",)
 """What a document names as an example."""
 
+NOT_IN_PYTHON = {"fna.landmarks", "fna.guided"}
+"""Names that CHANGELOG.md says are gone."""
+
 FOLDERS = ("fna", "export", "plugins", "engines", "validate", "studies", "tests", "examples", "docs")
 
 
@@ -132,6 +136,19 @@ def test_files_that_the_documents_name_are_there() -> None:
                 assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
         for name in re.findall(r"`([\w.]+\.(?:py|cpp|hpp|mk))`", path.read_text(encoding="utf-8")):
             assert name in NO_FILES or any(file.name == name for file in tracked_files()), f"{path.name} names {name}"
+
+
+def test_python_names_that_the_documents_name_can_be_imported() -> None:
+    names = {
+        name for path in documents() for name in re.findall(r"`(fna(?:\.\w+)+)", path.read_text(encoding="utf-8"))
+    } - NOT_IN_PYTHON
+    assert len(names) > 5
+    for name in sorted(names):
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_the_documents_prose_fits_a_screen() -> None:
