@@ -13,8 +13,10 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
     model_validator,
 )
 
@@ -216,6 +218,13 @@ class Plan(BaseModel):
         if info.mode == "json":
             return {"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values}
         return {"version": 2 if values.get("focal") else 1, **values}
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_version_1_has_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if not self.focal:
+            fields.pop("focal", None)
+        return fields
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Plan:

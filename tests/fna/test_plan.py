@@ -214,7 +214,12 @@ def test_a_plan_with_focal_blocks_has_version_2_and_reads_back() -> None:
     assert plan.version == 2
     assert parse_plan(plan.dump_json()) == plan
     assert plan.replaced_blocks == [3]
-    assert Plan(num_blocks=12).version == 1
+
+
+def test_a_plan_without_focal_blocks_is_written_as_version_1_has_it() -> None:
+    fields = json.loads(uniform_plan(12).dump_json())
+    assert fields["version"] == 1
+    assert "focal" not in fields
 
 
 @pytest.mark.parametrize(
