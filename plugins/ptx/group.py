@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fna.errors import CheckFailedError
+from fna.plugins.ptx import warpgroups
 from fna.plugins.ptx.accesses import LAST_EPOCH, Access, first, make_identities, make_stamps
 from fna.plugins.ptx.memory import GlobalMemory, SharedMemory
 from fna.plugins.ptx.number_types import Array, s64, u16, u32
@@ -54,6 +55,8 @@ class Group:
         self.epoch = 0
         self.copies: list[Copy] = []
         self.copy_groups: list[list[Copy]] = []
+        self.reads: list[Copy] = []  # of matrix products in flight, which bring nothing
+        self.read_groups: list[list[Copy]] = []
         self._index_lanes()
         # A register that is read but never written is LLVM's undef; all ones is as good as any and shows.
         undefined = {i: np.full(self.lanes, -1, s64).astype(kernel.widths[i]) for i in kernel.undefined}
@@ -76,8 +79,11 @@ class Group:
         made.shared, made.epoch = self.shared.part(kept), self.epoch
         made.registers = [None if r is None else r.reshape(len(kept), -1)[kept].reshape(-1) for r in self.registers]
         new_slot = np.cumsum(kept) - 1
-        made.copies = [self._moved(copy, kept, new_slot) for copy in self.copies]
-        made.copy_groups = [[self._moved(copy, kept, new_slot) for copy in group] for group in self.copy_groups]
+        for flying in ("copies", "reads"):
+            setattr(made, flying, [self._moved(copy, kept, new_slot) for copy in getattr(self, flying)])
+        for flying in ("copy_groups", "read_groups"):
+            groups = getattr(self, flying)
+            setattr(made, flying, [[self._moved(copy, kept, new_slot) for copy in group] for group in groups])
         made._index_lanes()
         return made
 
@@ -268,6 +274,62 @@ class Group:
                 access = copy.access
                 landed = self._access(access.instruction, access.size, access.lanes, access.offsets)
                 self.shared.land_copy(landed, copy.brought)
+
+    # Matrix products of warpgroups
+
+    def multiply_warpgroups(
+        self,
+        instruction: int,
+        kind: str,
+        left: Array | list[Array],
+        right: Array,
+        added: Array | bool,
+        transposed: tuple[bool, bool],
+        into: list[int],
+    ) -> None:
+        """wgmma.mma_async: `left` by descriptors or in registers, `right` by descriptors; `added`: onto what `into` holds."""
+        factors = []
+        for factor, rows, turned in ((left, warpgroups.ROWS, transposed[0]), (right, 2 * len(into), transposed[1])):
+            if isinstance(factor, list):
+                factors.append(warpgroups.factor_of_registers(factor, kind))
+            else:
+                chunks = self._load_chunks(instruction, warpgroups.Descriptors.read(factor).chunks(rows, turned))
+                factors.append(warpgroups.factor_of_chunks(chunks, rows, kind, turned))
+        onto = np.broadcast_to(np.asarray(added), self.lanes)
+        if onto.any() != onto.all():
+            raise CheckFailedError(
+                f"{self.kernel.name}: warpgroups differ in what they add to: {self._text(instruction)}"
+            )
+        held = [self.registers[register] for register in into] if onto.all() else []
+        product = warpgroups.multiply(factors[0], factors[1], held, self.kernel.truncate)  # type: ignore[arg-type]
+        for register, bits in zip(into, product, strict=True):
+            self.registers[register] = bits
+
+    def _load_chunks(self, instruction: int, addresses: Array) -> Array:
+        """16 bytes at each address [warpgroups, ..]; read on behalf of all four warps, and until they are waited for."""
+        groups = len(addresses)
+        flat = addresses.reshape(groups, 1, -1)
+        first_lanes = self.every_lane.reshape(groups, 4, 32)[:, :, :1]
+        lanes = np.broadcast_to(first_lanes, (groups, 4, flat.shape[2])).reshape(-1)
+        everywhere = np.broadcast_to(flat, (groups, 4, flat.shape[2])).reshape(-1)
+        access = self._shared_access(instruction, everywhere, None, warpgroups.CHUNK, lanes)
+        if access.lanes.size != lanes.size:
+            raise CheckFailedError(f"{self.kernel.name}: a factor out of bounds: {self._text(instruction)}")
+        loaded = self.shared.load(access)
+        self.reads.append(Copy(access, np.zeros((lanes.size, 0), "u1")))
+        return np.ascontiguousarray(loaded.reshape(groups, 4, *addresses.shape[1:], warpgroups.CHUNK)[:, 0])
+
+    def commit_products(self) -> None:
+        """wgmma.commit_group."""
+        self.read_groups.append(self.reads)
+        self.reads = []
+
+    def wait_products(self, left: int) -> None:
+        """wgmma.wait_group: until now the factors of all but the last `left` groups were read."""
+        while len(self.read_groups) > left:
+            for read in self.read_groups.pop(0):
+                access = read.access
+                self.shared.note_read(self._access(access.instruction, access.size, access.lanes, access.offsets))
 
     # Global memory
 

@@ -52,6 +52,7 @@ class Kernel:
         """
         self.program = parse_program(text)
         self.name, self.shared_bytes, self.profile = name or self.program.symbol, shared_bytes, profile
+        self.truncate = tensor_cores_truncate
         self.listing = Listing(self.name, self.program.instructions)
         self.shared_granule = _smallest_shared_access(self.program)
         self.shared_stride = max(16, -(-shared_bytes // 16) * 16)

@@ -163,6 +163,36 @@ def _multiply_matrices(operands: Operands, made: Instruction, position: int) -> 
     return [f"{found} = multiply_matrices({shape!r}, {kind!r}, {', '.join(lists)}, {operands.truncate})"]
 
 
+def _warpgroup(operands: Operands, made: Instruction, position: int) -> list[str]:
+    what = made.parts[1]
+    if what == "fence":
+        return []
+    if what == "commit_group":
+        return ["S.commit_products()"]
+    if what == "wait_group":
+        return [f"S.wait_products({int(made.operands[0], 0)})"]
+    kind = made.parts[-1]
+    targets, left, right, added, *options = made.operands
+    if what != "mma_async" or made.parts[5] != "f32" or kind not in ("f16", "bf16", "tf32") or made.guard:
+        return _unmodelled(made)
+    if options[:2] != ["1", "1"]:
+        return _unmodelled(made)
+    turned = [option == "1" for option in options[2:]] or [False]
+    transposed = (turned[0], turned[1]) if len(turned) == 2 else (False, turned[0])
+    factor = "" if left.startswith("{") else operands.bits(left)
+    if left.startswith("{"):
+        factor = "[" + ", ".join(operands.uniform(element, "b32") for element in elements(left)) + "]"
+    onto = operands.bits(added) if added.startswith("%") else str(added != "0")
+    into = operands.indices(targets)
+    return [
+        f"S.multiply_warpgroups({position}, {kind!r}, {factor}, {operands.bits(right)}, {onto}, {transposed}, {into})"
+    ]
+
+
+def _fence(operands: Operands, made: Instruction, position: int) -> list[str]:
+    return [] if made.operation == "fence.proxy.async.shared::cta" else _unmodelled(made)
+
+
 def _shuffle(operands: Operands, made: Instruction, position: int) -> list[str]:
     target, source, lane, clamp, members = made.operands
     if clamp != "31" or members != "-1" or made.guard:
@@ -192,6 +222,7 @@ def _unmodelled(made: Instruction) -> list[str]:
 
 _PLACED: dict[str, Callable[[Operands, Instruction, int], list[str]]] = {
     "ret": _return, "bar": _barrier, "ld": _load, "st": _store, "cp": _copy, "ldmatrix": _load_matrix,
-    "stmatrix": _store_matrix, "mma": _multiply_matrices, "shfl": _shuffle, "redux": _reduce,
+    "stmatrix": _store_matrix, "mma": _multiply_matrices, "shfl": _shuffle, "redux": _reduce, "wgmma": _warpgroup,
+    "fence": _fence,
 }  # fmt: skip
 """Emitters of the instructions that name their own position, or that touch memory or other lanes."""

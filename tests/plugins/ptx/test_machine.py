@@ -298,8 +298,8 @@ def test_arithmetic(operation: str, wanted) -> None:
 
 
 def test_an_unknown_instruction_is_named_with_its_line() -> None:
-    with pytest.raises(UnmodelledInstructionError, match=r"line 18, wgmma\.fence"):
-        make_kernel(" wgmma.fence.sync.aligned;")
+    with pytest.raises(UnmodelledInstructionError, match=r"line 18, tcgen05\.fence"):
+        make_kernel(" tcgen05.fence::before_thread_sync;")
 
 
 def test_arguments_have_to_fit_the_parameters() -> None:
