@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ NEWTON_SCHULZ_ITERATIONS = 6
 
 CHEBYSHEV_COLUMN_FLOOR = 0.1
 """A landmark that the others hardly attend to has a small column sum; without a floor its row would be weighted without bound."""
+
+
+@dataclass(frozen=True)
+class ChebyshevSteps:
+    """The cheaper core, `chebyshev_core`: how many steps, and the lowest eigenvalue that they aim at."""
+
+    steps: int
+    low: float
 
 
 def fast_nystrom_attention(
@@ -103,10 +112,24 @@ def nystrom_attention_reference(
     exact_rows: bool,
     key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
     sink: bool = False,
+    chebyshev: ChebyshevSteps | None = None,
 ) -> Tensor:  # [B, H, N, D]
-    """Compute FNA from checked arguments; the formula of `fast_nystrom_attention`, nothing else."""
+    """Compute FNA from checked arguments; the formula of `fast_nystrom_attention`, nothing else.
+
+    With `chebyshev` the core is `chebyshev_core`, and `iterations` means nothing.
+    """
     return nystrom_attention_iterates(
-        query, key, value, landmarks, landmark_bias, scale, [iterations], exact_rows, key_mask, sink
+        query,
+        key,
+        value,
+        landmarks,
+        landmark_bias,
+        scale,
+        [iterations],
+        exact_rows,
+        key_mask,
+        sink,
+        chebyshev=chebyshev,
     )[0]
 
 
@@ -122,10 +145,12 @@ def nystrom_attention_iterates(
     key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
     sink: bool = False,
     known_rows: Tensor | None = None,  # [B, H, S, D]
+    chebyshev: ChebyshevSteps | None = None,
 ) -> list[Tensor]:  # each [B, H, N, D]
     """Compute FNA for several numbers of iterations, at little more than the price of the largest.
 
-    `known_rows` is exact attention's output at the landmarks, where it is known; it is computed otherwise.
+    `known_rows` is exact attention's output at the landmarks, where it is known; it is computed otherwise. With `chebyshev` there
+    is one result, and `iterations` means nothing.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query_full, key_full, value_full = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -149,7 +174,10 @@ def nystrom_attention_iterates(
         exact = torch.softmax(exact_scores, dim=-1) @ value_full  # Bv: [B, H, S, D]
     else:
         exact = known_rows.to(dtype)
-    mixed = newton_schulz_iterates(core, exact, iterations)
+    if chebyshev is None:
+        mixed = newton_schulz_iterates(core, exact, iterations)
+    else:
+        mixed = [chebyshev_core(core, exact, value_full.gather(2, index), chebyshev.steps, chebyshev.low)]
     weights = torch.softmax(mask(query_full @ key_landmarks.mT + bias, at_landmarks, whole), dim=-1)  # [B, H, N, S]
     outputs = [weights @ rows for rows in mixed]
     if exact_rows:
@@ -225,13 +253,8 @@ def chebyshev_core(
 
 
 def chebyshev_coefficients(steps: int, low: float) -> list[tuple[float, float]]:
-    """Return (alpha, beta) of each step `x = beta * x + alpha * residual` on the spectrum [low, high].
-
-    `high` is chosen so that the residual polynomial is zero at exactly 1: an eigenvalue of 1 is solved exactly, whatever the steps.
-    """
-    cosine = math.cos(math.pi / (2 * steps))
-    high = (2 - low * (1 - cosine)) / (1 + cosine)
-    middle, half = (high + low) / 2, (high - low) / 2
+    """Return (alpha, beta) of each step `x = beta * x + alpha * residual` on the spectrum of `chebyshev_interval`."""
+    middle, half = chebyshev_interval(steps, low)
     ratio = middle / half
     rho = 1 / ratio
     coefficients = [(1 / middle, 0.0)]
@@ -240,6 +263,16 @@ def chebyshev_coefficients(steps: int, low: float) -> list[tuple[float, float]]:
         coefficients.append((2 * following / half, following * rho))
         rho = following
     return coefficients
+
+
+def chebyshev_interval(steps: int, low: float) -> tuple[float, float]:
+    """Return the middle and half the width of the spectrum [low, high] that the steps are for.
+
+    `high` is chosen so that the residual polynomial is zero at exactly 1: an eigenvalue of 1 is solved exactly, whatever the steps.
+    """
+    cosine = math.cos(math.pi / (2 * steps))
+    high = (2 - low * (1 - cosine)) / (1 + cosine)
+    return (high + low) / 2, (high - low) / 2
 
 
 @torch.library.custom_op("fna::attention", mutates_args=())

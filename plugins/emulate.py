@@ -16,7 +16,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
 from fna.plugins.launch_plan import Plan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 
@@ -46,13 +46,14 @@ def run_attention(
     iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
     multiprocessors: int = 4,
+    chebyshev: ChebyshevSteps | None = None,
 ) -> dict[str, Tensor]:
     """Run FastNystromAttention; return `out [B, H, N, D]` and every scratch buffer, flat, by name."""
     bias = torch.zeros(1, landmarks.shape[1]) if bias is None else bias
     shape = attention_shape(query, landmarks, bias, key_mask)
     plan = attention_plan(
         shape, scale=shape.head_size**-0.5, iterations=iterations, exact_rows=exact_rows, multiprocessors=multiprocessors,
-        strides=Strides(*query.stride()[:3]), sink=sink,
+        strides=Strides(*query.stride()[:3]), sink=sink, chebyshev=chebyshev,
     )  # fmt: skip
     out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
     # Without a mask nothing may read it: the stand-in is too short for that.

@@ -44,6 +44,7 @@ class PluginLibrary:
             ("messages", ctypes.c_char_p, (pointer,)),
             ("attention", pointer, (pointer, ctypes.c_float, numbers, numbers)),
             ("masked_attention", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers)),
+            ("chebyshev_attention", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers, ctypes.c_float)),
             ("sampling", pointer, (pointer, numbers)),
             ("free", None, (pointer,)),
             ("workspace", ctypes.c_size_t, tensors),
@@ -68,6 +69,13 @@ class PluginLibrary:
         """A FastNystromAttention of version 2, whose sixth input is a key mask."""
         options = scale, iterations, int(exact_rows), int(sink)
         return self._plugin(self._host.fna_host_masked_attention(self._library, *options))
+
+    def chebyshev_attention(
+        self, *, scale: float, steps: int, low: float, exact_rows: bool = False, sink: bool = False
+    ) -> Plugin:
+        """A FastNystromAttention of version 3 with the cheaper core; its sixth input, a key mask, may be left out."""
+        options = scale, int(exact_rows), int(sink), steps, low
+        return self._plugin(self._host.fna_host_chebyshev_attention(self._library, *options))
 
     def sampling(self, num_landmarks: int) -> Plugin:
         """A FarthestPointSampling likewise."""

@@ -7,9 +7,11 @@ every launch). The numbers stand here only: the build of the table writes them i
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fna.attention import ChebyshevSteps, chebyshev_interval
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -29,9 +31,12 @@ TILE = 64
 LANDMARK_PADDINGS = (TILE, 2 * TILE, 4 * TILE)
 HEAD_PADDINGS = (64, 128)
 FINISH_COLUMNS = 32
+CHEBYSHEV_COLUMNS = 16
+"""Columns of the values per program of the last launch before the output: fewer are more programs that each read the matrices."""
 MAX_QUERY_TILES = 8
 
 MAX_ITERATIONS = 64
+MAX_CHEBYSHEV_STEPS = 64
 
 NO_MASK, MASK_ALL, MASK_BUT_SINKS = 0, 1, 2
 """The kernels' `mask_mode`; without a mask they do not read `key_mask`, so any address stands for it."""
@@ -126,6 +131,19 @@ class AttentionShape:
     shared_mask: bool = False
 
 
+def chebyshev_arguments(chebyshev: ChebyshevSteps) -> tuple[int, float, float, float]:
+    """What the kernel takes: the steps; middle of the spectrum, its ratio to half the width, and half the width.
+
+    `low` counts as a file holds it, in fp32.
+    """
+    middle, half_width = chebyshev_interval(chebyshev.steps, _as_fp32(chebyshev.low))
+    return chebyshev.steps, _as_fp32(middle), _as_fp32(middle / half_width), _as_fp32(half_width)
+
+
+def _as_fp32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
 def aligned(size: int) -> int:
     """Round up to the alignment of the scratch buffers."""
     return -(-size // ALIGNMENT) * ALIGNMENT
@@ -142,6 +160,16 @@ def padded_head_size(head_size: int) -> int:
 
 
 @dataclass(frozen=True)
+class CoreBlocks:
+    """How a core is kept: fp32 matrices [S_PAD, S_PAD] of scratch for a head (two of fp16 count as one), and whether it is worked
+    on in registers, where it fits, or through that scratch.
+    """
+
+    matrices: int
+    in_registers: bool
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Block sizes of the attention kernels for one type, padded number of landmarks and padded head size.
 
@@ -152,7 +180,8 @@ class Blocks:
         landmark_rows: landmark queries per program of the landmark kernel.
         query_block: queries per tile of the output kernel.
         landmark_block: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD.
-        in_registers: whether one program iterates with A and Z in registers; fp32 would spill, so it goes through scratch.
+        newton_schulz: Z and W, and through scratch also A, T and Y.
+        chebyshev: A and T.
     """
 
     landmarks: int
@@ -161,7 +190,8 @@ class Blocks:
     landmark_rows: int
     query_block: int
     landmark_block: int
-    in_registers: bool
+    newton_schulz: CoreBlocks
+    chebyshev: CoreBlocks
 
     @property
     def row_tiles(self) -> int:
@@ -172,10 +202,14 @@ class Blocks:
 def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
     """Choose the blocks: as large as registers and shared memory allow."""
     if dtype == "fp32":
-        return Blocks(s_pad, block_d, 32 if block_d == 64 else 16, TILE, 64, 32 if block_d == 64 else 16, False)
+        step = 32 if block_d == 64 else 16
+        return Blocks(s_pad, block_d, step, TILE, 64, step, CoreBlocks(5, False), CoreBlocks(2, False))
     # At 256 landmarks tiles of 128 would spill beside the maximum and the sum that are carried from tile to tile.
     held = s_pad if s_pad <= 2 * TILE else TILE
-    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), 128 if block_d == 64 else 64, held, s_pad == TILE)
+    newton_schulz = CoreBlocks(2, True) if s_pad == TILE else CoreBlocks(5, False)
+    chebyshev = CoreBlocks(1, True) if s_pad <= 2 * TILE else CoreBlocks(2, False)
+    queries = 128 if block_d == 64 else 64
+    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, held, newton_schulz, chebyshev)
 
 
 def all_blocks(dtype: Dtype) -> tuple[Blocks, ...]:
@@ -233,34 +267,35 @@ def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
     return max(1, min(MAX_QUERY_TILES, programs // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
 
 
-def attention_buffers(shape: AttentionShape, splits: int) -> dict[str, Buffer]:
+def attention_buffers(shape: AttentionShape, splits: int, *, chebyshev: bool = False) -> dict[str, Buffer]:
     """Scratch of one call, each buffer aligned to 256 bytes; see `fna.plugins.kernels.attention` for the layouts."""
-    return _attention_buffers(shape, shape.batch * shape.heads * splits)
+    return _attention_buffers(shape, shape.batch * shape.heads * splits, chebyshev)
 
 
-def workspace_bound(shape: AttentionShape) -> int:
+def workspace_bound(shape: AttentionShape, *, chebyshev: bool = False) -> int:
     """Scratch that is enough for `shape`, every smaller B, H, N, D and S of it, and every GPU, in bytes.
 
     B * H * splits is at most WAVES * MAX_MULTIPROCESSORS / (row tiles) + B * H, however B * H is made up.
     """
     most = -(-WAVES * MAX_MULTIPROCESSORS // call_blocks(shape).row_tiles) + shape.batch * shape.heads
-    buffers = _attention_buffers(shape, most)
+    buffers = _attention_buffers(shape, most, chebyshev)
     return max(aligned(b.offset + b.size) for b in buffers.values())
 
 
-def _attention_buffers(shape: AttentionShape, head_splits: int) -> dict[str, Buffer]:
+def _attention_buffers(shape: AttentionShape, head_splits: int, chebyshev: bool) -> dict[str, Buffer]:
     blocks = call_blocks(shape)
+    core = blocks.chebyshev if chebyshev else blocks.newton_schulz
     s_pad, block_d = blocks.landmarks, blocks.head_size
     rows = shape.batch * shape.heads * s_pad
     sizes = {
         "partial": head_splits * s_pad * block_d * 4,
         "stats": head_splits * s_pad * 2 * 4,
-        "matrices": rows * (2 if blocks.in_registers else 5) * s_pad * 4,
+        "matrices": rows * core.matrices * s_pad * 4,
         "colsum": rows * (s_pad // TILE) * 4,
         "exact": rows * block_d * 4,
         "mixed": rows * block_d * ELEMENT_BYTES[shape.dtype],
         "mixed_scale": shape.batch * shape.heads * block_d * 4,
-        "between": rows * 2 * block_d * 4,
+        "between": rows * (3 if chebyshev else 2) * block_d * 4,
     }
     return _lay_out(sizes)
 
@@ -275,22 +310,29 @@ def attention_plan(
     strides: Strides | None = None,
     out_strides: Strides | None = None,
     sink: bool = False,
+    chebyshev: ChebyshevSteps | None = None,
 ) -> Plan:
     """Plan one call of FastNystromAttention.
 
     Args:
         shape: the sizes; checked.
         scale: factor on the scores.
-        iterations: Newton-Schulz iterations, at least 1.
+        iterations: Newton-Schulz iterations, at least 1; without meaning where `chebyshev` is given.
         exact_rows: write Bv over the landmarks' rows.
         multiprocessors: of the GPU, which decides the split of the keys.
         strides: of query, key and value (one for all three); linear `[B, H, N, D]` if None.
         out_strides: of the output; linear if None.
         sink: masked queries see masked keys; means nothing without a mask.
+        chebyshev: the cheaper core instead of Newton-Schulz.
     """
     check_attention_shape(shape)
     if iterations < 1 or iterations > MAX_ITERATIONS:
         raise InvalidArgumentError(f"iterations is {iterations}, but the kernels take 1 to {MAX_ITERATIONS}")
+    if chebyshev is not None and not (1 <= chebyshev.steps <= MAX_CHEBYSHEV_STEPS and 0 < chebyshev.low < 1):
+        raise InvalidArgumentError(
+            f"the core is chebyshev with steps {chebyshev.steps} and low {chebyshev.low}, but the kernels take 1 to "
+            f"{MAX_CHEBYSHEV_STEPS} steps and a low above 0 and below 1"
+        )
     linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
     taken, written = strides or linear, out_strides or linear
     blocks = call_blocks(shape)
@@ -304,27 +346,30 @@ def attention_plan(
     sizes = (shape.heads, shape.tokens, shape.landmarks, shape.head_size, taken.batch, taken.head, taken.token)
 
     jobs = splits * blocks.row_tiles
-    steps = 3 * (iterations - 1) + 2 if s_pad > 2 * TILE else 1
+    core = "" if chebyshev is None else "_chebyshev"
+    dependent_products = 3 * (iterations - 1) + 1 if chebyshev is None else 1
+    steps = 1 + dependent_products if s_pad > 2 * TILE else 1
     launches = []
     for step in range(steps):
         first_job, end_job = jobs * step // steps, jobs * (step + 1) // steps
         launches.append(
             Launch(
-                Variant("landmark", shape.dtype, s_pad, block_d),
+                Variant("landmark" + core, shape.dtype, s_pad, block_d),
                 (bh, core_programs(s_pad, step) + end_job - first_job, 1),
                 ("query", "key", "value", "landmarks", "bias", "key_mask", "partial", "stats", "matrices", "colsum")
                 + (*sizes, landmark_stride, bias_stride, mask_stride, mask_mode)
                 + (splits, split_tokens, first_job, step, iterations - 1, scale),
             )
         )
-    launches.append(
-        Launch(
-            Variant("finish", shape.dtype, s_pad),
-            (bh, block_d // FINISH_COLUMNS, 1),
-            ("partial", "stats", "matrices", "colsum", "exact", "mixed", "mixed_scale", "between")
-            + (splits, shape.landmarks, block_d, int(iterations == 1)),
-        )
-    )
+    joined = ("partial", "stats", "matrices", "colsum", "exact", "mixed", "mixed_scale", "between")
+    columns = FINISH_COLUMNS if chebyshev is None else CHEBYSHEV_COLUMNS
+    joining: tuple[str | int | float, ...]
+    if chebyshev is None:
+        joining = (*joined, splits, shape.landmarks, block_d, int(iterations == 1))
+    else:
+        sizes_and_strides = (*sizes[:4], block_d, *sizes[4:], landmark_stride)
+        joining = (*joined, "value", "landmarks", *sizes_and_strides, splits, *chebyshev_arguments(chebyshev))
+    launches.append(Launch(Variant("finish" + core, shape.dtype, s_pad), (bh, block_d // columns, 1), joining))
     tiles = query_tiles(shape, multiprocessors)
     per_program = tiles * blocks.query_block
     # Sinks: all rows without the masked keys, then the rows of the masked queries with them.
@@ -338,7 +383,7 @@ def attention_plan(
                 + (tiles, int(exact_rows), scale),
             )
         )
-    return Plan(tuple(launches), attention_buffers(shape, splits))
+    return Plan(tuple(launches), attention_buffers(shape, splits, chebyshev=chebyshev is not None))
 
 
 def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int) -> Plan:
@@ -406,9 +451,14 @@ def norm_grid_plan(
 def all_variants() -> tuple[Variant, ...]:
     """Every variant that a plan can name: what the ahead-of-time build compiles."""
     return (
-        *(Variant("landmark", t, s, d) for t in DTYPES for s in LANDMARK_PADDINGS for d in HEAD_PADDINGS),
-        *(Variant("finish", t, s) for t in DTYPES for s in LANDMARK_PADDINGS),
-        *(Variant("output", t, s, d) for t in DTYPES for s in LANDMARK_PADDINGS for d in HEAD_PADDINGS),
+        *(
+            Variant(kernel, dtype, s_pad, block_d)
+            for kernel in ("landmark", "landmark_chebyshev", "output")
+            for dtype in DTYPES
+            for s_pad in LANDMARK_PADDINGS
+            for block_d in HEAD_PADDINGS
+        ),
+        *(Variant(k, t, s) for k in ("finish", "finish_chebyshev") for t in DTYPES for s in LANDMARK_PADDINGS),
         *(Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)),
         Variant("norm_grid", "fp32"),
     )

@@ -1,9 +1,10 @@
 """Triton kernels of `FastNystromAttention`. Launches: `landmark` (once, or once a step at S > 128), `finish`, `output`.
 
 Names follow docs/design.md: A (`core`) is the softmax among landmarks, Z the Newton-Schulz iterate, W = A Z, and Bv the exact
-attention output of the landmark tokens. All scratch is fp32 except `mixed`, the values of the last product, which has
-the type of the inputs. Everything is padded inside: S to S_PAD (64, 128 or 256), D to BLOCK_D (64 or 128); padded
-rows and columns of A are zero, which keeps those of Z, W and every product zero.
+attention output of the landmark tokens. M is what takes the place of Z Bv: the core is Newton-Schulz, or with `_chebyshev` in a
+launch's name `fna.plugins.kernels.chebyshev`. All scratch is fp32 except `mixed`, the values of the last product, which has the
+type of the inputs, and Chebyshev's matrices. Everything is padded inside: S to S_PAD (64, 128 or 256), D to BLOCK_D (64 or 128);
+padded rows and columns of A are zero, which keeps those of every product zero.
 
 Masked keys (`key_mask`, int32 [B or 1, N], with `mask_mode`: 0 none and the pointer is not read, 1 for all queries, 2 for queries
 that are not masked themselves) have MASKED taken off their scores, as in `fna.special_tokens`: finite, so that no row is empty.
@@ -13,17 +14,26 @@ Landmark indices are clamped to the tokens that exist, so wrong indices give wro
 Scratch, per head (`bh` = batch item * heads + head):
     partial   [bh, splits, S_PAD, BLOCK_D]    unnormalised sums of exp(score) * value over one stretch of keys
     stats     [bh, splits, 2, S_PAD]          the running maximum (base 2) and the sum of exponentials of that stretch
-    matrices  [bh, 2 or 5, S_PAD, S_PAD]      Z, W; and where they do not fit registers also A, T = 7 W - W W, Y = Z W
-    colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (with 5 matrices only)
-    between   [bh, 2, S_PAD, BLOCK_D]         between the products of the last iteration (with 5 matrices only)
+    matrices  Newton-Schulz: [bh, 2 or 5, S_PAD, S_PAD], Z, W; and where they do not fit registers also A, T = 7 W - W W, Y = Z W.
+              Chebyshev: [bh, 2, S_PAD, S_PAD], A and T = w A^T A, as fp16 where they fit registers
+    colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (w itself for Chebyshev in registers)
+    between   [bh, 2 or 3, S_PAD, BLOCK_D]    between the products of the last launch (where they do not fit registers)
     exact     [bh, S_PAD, BLOCK_D]            Bv
-    mixed     [bh, S_PAD, BLOCK_D]            Z6 Bv / mixed_scale, in the type of the inputs
-    mixed_scale [bh, BLOCK_D]                 largest magnitude of each column of Z6 Bv, so that fp16 cannot overflow
+    mixed     [bh, S_PAD, BLOCK_D]            M (Z6 Bv) / mixed_scale, in the type of the inputs
+    mixed_scale [bh, BLOCK_D]                 largest magnitude of each column of M, so that fp16 cannot overflow
 """
 
 import triton
 import triton.language as tl
 
+from fna.plugins.kernels.chebyshev import (
+    chebyshev_in_registers,
+    chebyshev_through_scratch,
+    half_normal,
+    landmark_values,
+    normal_blocked,
+    normal_tile,
+)
 from fna.plugins.kernels.core import core_scores, core_to_scratch, softmax_rows
 from fna.plugins.kernels.newton_schulz import (
     inverse_scale,
@@ -48,6 +58,7 @@ from fna.plugins.kernels.tiles import (
 _SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
 _PLAIN = [*_SIZES, "splits", "split_tokens", "first_job", "step", "full_iterations"]
 _PLAIN_FINISH = ["splits", "count", "one_iteration"]
+_PLAIN_CHEBYSHEV = ["heads", "tokens", "count", "landmark_stride", "splits", "steps"]
 _PLAIN_OUTPUT = [*_SIZES, "tiles", "exact_rows"]
 
 
@@ -102,10 +113,10 @@ def landmark_kernel(
     query, key, value, landmarks, bias, key_mask, partial, stats, matrices, colsum,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride, mask_stride, mask_mode,
     splits, split_tokens, first_job, step, full_iterations, scale,
-    S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HALF: tl.constexpr, UPCAST: tl.constexpr,
+    S_PAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MATRICES: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, CHEBYSHEV: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A with Newton-Schulz, and at the same time the split-K part of Bv: one heterogeneous grid.
+    """A with Newton-Schulz, or A with T for Chebyshev, and at the same time the split-K part of Bv: one heterogeneous grid.
 
     Grid: (B * H, C + a number of split jobs), of splits * S_PAD / BLOCK_S jobs in all. Programs with y < C are the long ones, so
     they are numbered first: up to S_PAD = 128 one program per head (C = 1) forms A and iterates, beside all of the split jobs.
@@ -116,7 +127,6 @@ def landmark_kernel(
     core_programs = 1
     if S_PAD > 2 * TILE:
         core_programs = tl.where(step == 0, tiles, tiles * tiles)
-    matrix_count: tl.constexpr = 2 if HALF and S_PAD == TILE else 5
     bh = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
     item = bh // heads
@@ -127,25 +137,33 @@ def landmark_kernel(
     landmarks += item * landmark_stride
     bias += item * bias_stride
     key_mask += item * mask_stride
-    matrices += bh * matrix_count * S_PAD * S_PAD
+    matrices += bh * MATRICES * S_PAD * S_PAD
     colsum += bh * (S_PAD // TILE) * S_PAD
     if job < core_programs:
-        if matrix_count == 2:
+        if IN_REGISTERS and CHEBYSHEV:
+            half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, tokens, count, head_size, scale,
+                        S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+        elif IN_REGISTERS:
             scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
-                                  S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+                                 S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             a = softmax_rows(scores, 0, count, S_PAD)
             newton_registers(a, matrices, full_iterations, S_PAD, HALF)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
                 core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
-                                 tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
-            newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
+                                tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, UPCAST)  # fmt: skip
+            if CHEBYSHEV:
+                normal_blocked(matrices, colsum, S_PAD, HALF)
+            else:
+                newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
         elif step == 0:
             core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
-                             tokens, count, head_size, scale, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+                            tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, UPCAST)  # fmt: skip
+        elif CHEBYSHEV:
+            normal_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, S_PAD, HALF)
         else:
             newton_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, (step - 1) % 3, step <= 3,
-                         S_PAD, HALF)  # fmt: skip
+                        S_PAD, HALF)  # fmt: skip
     else:
         row_tiles: tl.constexpr = S_PAD // BLOCK_S
         job += first_job - core_programs
@@ -181,22 +199,21 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
 def finish_kernel(
     partial, stats, matrices, colsum, exact, mixed, mixed_scale, between,
     splits, count, padded_d, one_iteration,
-    S_PAD: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    S_PAD: tl.constexpr, COLUMNS: tl.constexpr, MATRICES: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits into Bv, and apply the last iteration to it: Z6 Bv = 1/4 Z5 (13 Bv - W (15 Bv - W (7 Bv - W Bv))).
 
     Grid: (B * H, BLOCK_D / COLUMNS): columns of Bv do not depend on one another. fp32 with tf32x3 products for every input
     type: 13 Bv + ... can pass the range of fp16. The result is divided by the largest magnitude of its column.
     """
-    matrix_count: tl.constexpr = 2 if HALF and S_PAD == TILE else 5
     bh = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     partial += bh * splits * S_PAD * padded_d
     stats += bh * splits * 2 * S_PAD
-    matrices += bh * matrix_count * S_PAD * S_PAD
+    matrices += bh * MATRICES * S_PAD * S_PAD
     exact += bh * S_PAD * padded_d
     mixed += bh * S_PAD * padded_d
-    if matrix_count == 2:
+    if IN_REGISTERS:
         row = tl.arange(0, TILE)
         cell = row[:, None] * padded_d + column[None, :]
         known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
@@ -219,6 +236,59 @@ def finish_kernel(
             cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
             tl.store(mixed + cell, (tl.load(odd + cell) / largest[None, :]).to(mixed.dtype.element_ty))
     tl.store(mixed_scale + bh * padded_d + column, largest)
+
+
+@triton.jit(do_not_specialize=_PLAIN_CHEBYSHEV)
+def finish_chebyshev_kernel(
+    partial, stats, matrices, colsum, exact, mixed, mixed_scale, between, value, landmarks,
+    heads, tokens, count, head_size, padded_d, stride_b, stride_h, stride_n, landmark_stride,
+    splits, steps, middle, ratio, half_width,
+    S_PAD: tl.constexpr, COLUMNS: tl.constexpr, MATRICES: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Join the splits into Bv, and step towards the values that A turns into it: `fna.attention.chebyshev_core`.
+
+    Grid: (B * H, BLOCK_D / COLUMNS): columns of the values do not depend on one another. The spectrum [low, high] of the steps
+    is given by its middle, half its width, and their ratio.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    item = bh // heads
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value += item * stride_b + (bh % heads) * stride_h
+    landmarks += item * landmark_stride
+    partial += bh * splits * S_PAD * padded_d
+    stats += bh * splits * 2 * S_PAD
+    matrices += bh * MATRICES * S_PAD * S_PAD
+    colsum += bh * (S_PAD // TILE) * S_PAD
+    exact += bh * S_PAD * padded_d
+    mixed += bh * S_PAD * padded_d
+    if IN_REGISTERS:
+        row = tl.arange(0, S_PAD)
+        cell = row[:, None] * padded_d + column[None, :]
+        known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
+        tl.store(exact + cell, known)
+        own = landmark_values(value, stride_n, landmarks, row, column, tokens, count, head_size)
+        correction, unit = chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, middle, ratio, half_width,
+                                                  S_PAD, COLUMNS)  # fmt: skip
+        # Read again rather than held in registers through the steps.
+        own = landmark_values(value, stride_n, landmarks, row, column, tokens, count, head_size)
+        result = tl.where((row < count)[:, None], own / unit[None, :] + correction, 0.0)
+        largest = tl.max(tl.abs(result), 0)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
+        tl.store(mixed_scale + bh * padded_d + column, largest * unit)
+    else:
+        between += bh * 3 * S_PAD * padded_d
+        for first in tl.range(0, S_PAD, TILE, num_stages=1):
+            row = first + tl.arange(0, TILE)
+            known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
+            tl.store(exact + row[:, None] * padded_d + column[None, :], known)
+        largest = chebyshev_through_scratch(value, stride_n, landmarks, exact, between, matrices, colsum, column, tokens, count,
+                                            head_size, padded_d, steps, middle, ratio, half_width, S_PAD, COLUMNS)  # fmt: skip
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        for first in tl.range(0, S_PAD, TILE, num_stages=1):
+            cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
+            tl.store(mixed + cell, (tl.load(between + cell) / largest[None, :]).to(mixed.dtype.element_ty))
+        tl.store(mixed_scale + bh * padded_d + column, largest)
 
 
 @triton.jit

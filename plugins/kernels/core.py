@@ -50,11 +50,10 @@ def softmax_rows(scores, first, count, ROWS: tl.constexpr):
 
 @triton.jit
 def core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
-                     tokens, count, head_size, scale,
-                     S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Write 64 rows of A, their transpose as the unscaled Z0, and their column sums."""
-    size = S_PAD * S_PAD
-    a, z = matrices + MATRIX_A * size, matrices + MATRIX_Z * size
+                    tokens, count, head_size, scale, S_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
+                    CHEBYSHEV: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Write 64 rows of A and their column sums; for Newton-Schulz also their transpose as the unscaled Z0."""
+    a = matrices if CHEBYSHEV else matrices + MATRIX_A * S_PAD * S_PAD
     for left in tl.range(0, S_PAD, TILE, num_stages=1):
         scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
                               TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
@@ -69,6 +68,7 @@ def core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 
         # Threads hold the same cells as in the load, but the store must not overtake a neighbour's read.
         tl.debug_barrier()
         tl.store(cell, weight)
-        tl.store(z + column[None, :] * S_PAD + r[:, None], weight)
+        if not CHEBYSHEV:
+            tl.store(matrices + MATRIX_Z * S_PAD * S_PAD + column[None, :] * S_PAD + r[:, None], weight)
         sums += tl.sum(weight, 0)
     tl.store(colsum + (row // TILE) * S_PAD + column, sums)

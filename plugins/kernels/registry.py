@@ -6,9 +6,11 @@ from typing import Any
 
 from fna.plugins.kernels import attention, norms, sampling
 from fna.plugins.launch_plan import (
+    CHEBYSHEV_COLUMNS,
     FINISH_COLUMNS,
     FPS_ONE_LAUNCH_TOKENS,
     FPS_TILE,
+    HEAD_PADDINGS,
     MAX_LANDMARKS,
     NORM_GRID_BY_NORM,
     NORM_GRID_TOKENS,
@@ -19,7 +21,9 @@ from fna.plugins.launch_plan import (
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
+    "landmark_chebyshev": attention.landmark_kernel,
     "finish": attention.finish_kernel,
+    "finish_chebyshev": attention.finish_chebyshev_kernel,
     "output": attention.output_kernel,
     "fps": sampling.fps_kernel,
     "fps_step": sampling.fps_step_kernel,
@@ -38,14 +42,18 @@ _UNALIGNED = {"landmarks", "bias", "key_mask"}
 def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
     half = variant.dtype != "fp32"
-    if variant.kernel == "finish":
-        return {"S_PAD": variant.landmarks, "COLUMNS": FINISH_COLUMNS, "HALF": half}
-    if variant.kernel in ("landmark", "output"):
-        blocks = blocks_of(variant.dtype, variant.landmarks, variant.head_size)
-        padded = {"S_PAD": blocks.landmarks, "BLOCK_D": blocks.head_size, "UPCAST": upcast}
-        if variant.kernel == "landmark":
-            return {**padded, "BLOCK_S": blocks.landmark_rows, "BLOCK_N": blocks.key_block, "HALF": half}
-        return {**padded, "TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block}
+    if variant.landmarks:
+        blocks = blocks_of(variant.dtype, variant.landmarks, variant.head_size or HEAD_PADDINGS[0])
+        chebyshev = variant.kernel.endswith("_chebyshev")
+        core = blocks.chebyshev if chebyshev else blocks.newton_schulz
+        kept = {"S_PAD": blocks.landmarks, "MATRICES": core.matrices, "IN_REGISTERS": core.in_registers}
+        if variant.kernel.startswith("finish"):
+            return {**kept, "COLUMNS": CHEBYSHEV_COLUMNS if chebyshev else FINISH_COLUMNS}
+        padded = {"BLOCK_D": blocks.head_size, "UPCAST": upcast}
+        if variant.kernel.startswith("landmark"):
+            rows = {"BLOCK_S": blocks.landmark_rows, "BLOCK_N": blocks.key_block}
+            return {**kept, **padded, **rows, "CHEBYSHEV": chebyshev, "HALF": half}
+        return {**padded, "S_PAD": blocks.landmarks, "TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
@@ -60,10 +68,12 @@ def options(variant: Variant) -> dict[str, int | bool]:
     round it differently (`fma(d, d, shuffled)`), and one of them is stored.
     """
     wide = variant.dtype == "fp32"
-    if variant.kernel == "landmark":
-        warps = 4 if not wide and variant.landmarks == TILE else 8
+    if variant.kernel.startswith("landmark"):
+        # Fewer warps read fewer keys and values twice: a warp reads them for its own landmarks.
+        narrow = variant.landmarks == TILE or (variant.landmarks == 2 * TILE and variant.head_size == HEAD_PADDINGS[0])
+        warps = 4 if not wide and narrow else 8
         stages = 1 if wide else 2
-    elif variant.kernel == "finish":
+    elif variant.kernel.startswith("finish"):
         warps, stages = 4, 1
     elif variant.kernel == "output":
         held = blocks_of(variant.dtype, variant.landmarks, variant.head_size).landmark_block == variant.landmarks
@@ -78,7 +88,7 @@ def signature(variant: Variant) -> dict[str, str]:
     """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
     kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
-    kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | {"scale": "fp32"}
+    kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | dict.fromkeys(("scale", "middle", "ratio", "half_width"), "fp32")
     parameters = KERNELS[variant.kernel].params
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 

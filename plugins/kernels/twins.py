@@ -1,14 +1,16 @@
 """The same steps as the attention kernels in plain PyTorch, one function a launch, for tests to compare each kernel with.
 
-The whole of them is `fna.attention.nystrom_attention_reference`; the twins of the sampling kernels are
-`fna.samplers.fps.farthest_points_reference` and `norm_grid_reference`. Everything is computed in the type of the inputs: pass fp64
-for a reference.
+The whole of them is `fna.attention.nystrom_attention_reference`, and what `finish_chebyshev` does is `chebyshev_core` there; the
+twins of the sampling kernels are `fna.samplers.fps.farthest_points_reference` and `norm_grid_reference`. Everything is computed in
+the type of the inputs: pass fp64 for a reference.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fna.attention import CHEBYSHEV_COLUMN_FLOOR
 
 
 def gather_landmarks(
@@ -18,6 +20,20 @@ def gather_landmarks(
     """Rows at the landmarks, the same for all heads."""
     index = landmarks.long()[:, None, :, None].expand(tensor.shape[0], tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)
+
+
+def core_twin(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    landmarks: Tensor,  # [B, S] or [1, S]
+    bias: Tensor,  # [B, S] or [1, S]
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A, and T = w A^T A of the Chebyshev core, both `[B, H, S, S]`."""
+    scores = scale * gather_landmarks(query, landmarks) @ gather_landmarks(key, landmarks).mT
+    core = torch.softmax(scores + bias[:, None, None, :], dim=-1)
+    return core, core.mT @ core / core.sum(dim=-2).clamp_min(CHEBYSHEV_COLUMN_FLOOR)[..., None]
 
 
 def landmark_twin(

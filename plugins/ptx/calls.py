@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
 from fna.plugins.launch_plan import Plan, Strides, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory
@@ -89,6 +89,7 @@ def run_attention(
     scale: float | None = None,
     iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
+    chebyshev: ChebyshevSteps | None = None,
     surroundings: Surroundings | None = None,
 ) -> Call:
     """FastNystromAttention; `scale` is `D ** -0.5` if None."""
@@ -99,7 +100,7 @@ def run_attention(
     plan = attention_plan(
         attention_shape(query, landmarks, bias, key_mask), scale=head_size**-0.5 if scale is None else scale,
         iterations=iterations, exact_rows=exact_rows, multiprocessors=chip.multiprocessors,
-        strides=packed if surroundings.packed else None, sink=sink,
+        strides=packed if surroundings.packed else None, sink=sink, chebyshev=chebyshev,
     )  # fmt: skip
     size = query.numel() * query.element_size()
     small = [t.numel() * 4 + 64 for t in (landmarks, bias, *([] if key_mask is None else [key_mask]))]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_reference
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps, nystrom_attention_reference
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
 from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES
@@ -58,6 +58,7 @@ class AttentionCase:
     mask: Literal["none", "keys", "sinks"] = "none"
     exact_rows: bool = True
     iterations: int = NEWTON_SCHULZ_ITERATIONS
+    chebyshev: ChebyshevSteps | None = None
     hostile_landmarks: bool = False
     """Indices that are no token's, in the places where padding would be read; they are clamped, so what they give is known."""
     surroundings: Surroundings = PLAIN
@@ -67,14 +68,15 @@ class AttentionCase:
         """Readable."""
         size = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_size}"
         marks = ["packed"] * self.surroundings.packed + ["hostile"] * self.hostile_landmarks
+        marks += ["chebyshev"] * (self.chebyshev is not None)
         return " ".join([f"attention {self.dtype} {size} S={self.landmarks} mask={self.mask}", *marks])
 
     @property
     def variants(self) -> list[str]:
         """The kernels that it runs."""
         s_pad, block_d = padded_landmarks(self.landmarks), padded_head_size(self.head_size)
-        sizes = f"{self.dtype}-s{s_pad}"
-        return [f"landmark-{sizes}-d{block_d}", f"finish-{sizes}", f"output-{sizes}-d{block_d}"]
+        sizes, core = f"{self.dtype}-s{s_pad}", "" if self.chebyshev is None else "_chebyshev"
+        return [f"landmark{core}-{sizes}-d{block_d}", f"finish{core}-{sizes}", f"output-{sizes}-d{block_d}"]
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key, value, landmarks, bias and mask, the same at every call."""
@@ -94,7 +96,7 @@ class AttentionCase:
         query, key, value, landmarks, bias, mask = self.inputs()
         return run_attention(
             chip, query, key, value, landmarks, bias, key_mask=mask, sink=self.mask == "sinks", iterations=self.iterations,
-            exact_rows=self.exact_rows, surroundings=self.surroundings,
+            exact_rows=self.exact_rows, chebyshev=self.chebyshev, surroundings=self.surroundings,
         )  # fmt: skip
 
     def error(self, call: Call) -> float:
@@ -102,7 +104,7 @@ class AttentionCase:
         query, key, value, landmarks, bias, mask = self.inputs()
         wanted = nystrom_attention_reference(
             query.double(), key.double(), value.double(), landmarks.clamp(0, self.tokens - 1), bias.double(),
-            self.head_size**-0.5, self.iterations, self.exact_rows, mask, self.mask == "sinks",
+            self.head_size**-0.5, self.iterations, self.exact_rows, mask, self.mask == "sinks", self.chebyshev,
         )  # fmt: skip
         found = call.out.double()
         return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
@@ -192,7 +194,15 @@ def all_cases() -> Iterator[Case]:
                     dtype, small, head_size, tokens + 64, mask="keys", exact_rows=False, iterations=3, hostile_landmarks=True,
                     surroundings=UNUSUAL,
                 )  # fmt: skip
+                yield AttentionCase(
+                    dtype, large, head_size, tokens, batch=2, chebyshev=ChebyshevSteps(8, 0.05), surroundings=ZEROS
+                )
+                yield AttentionCase(
+                    dtype, small, wide, tokens, heads=2, mask="sinks", chebyshev=ChebyshevSteps(3, 0.1),
+                    hostile_landmarks=True, surroundings=UNUSUAL,
+                )  # fmt: skip
         yield AttentionCase(dtype, 1, 16, 1, iterations=1)
+        yield AttentionCase(dtype, 1, 16, 1, chebyshev=ChebyshevSteps(1, 0.3))
         for channels in (37, 48):
             yield SamplingCase("fps", dtype, 261, channels, surroundings=SHUFFLED)
             yield SamplingCase("fps", dtype, 1100, channels, surroundings=SHUFFLED)
@@ -206,6 +216,18 @@ def quick_cases() -> Iterator[Case]:
     yield AttentionCase("bf16", 128, 64, 131, iterations=2, mask="keys", surroundings=UNUSUAL)
     yield AttentionCase("fp32", 33, 64, 131, mask="keys", hostile_landmarks=True, surroundings=UNUSUAL)
     yield AttentionCase("fp16", 200, 64, 203, iterations=1, exact_rows=False)
+    yield AttentionCase("fp16", 128, 64, 331, heads=2, chebyshev=ChebyshevSteps(8, 0.05), surroundings=ZEROS)
+    yield AttentionCase("bf16", 96, 64, 131, mask="keys", chebyshev=ChebyshevSteps(10, 0.03), surroundings=UNUSUAL)
+    yield AttentionCase(
+        "fp32",
+        33,
+        64,
+        131,
+        mask="sinks",
+        chebyshev=ChebyshevSteps(8, 0.05),
+        hostile_landmarks=True,
+        surroundings=UNUSUAL,
+    )
     for channels in (37, 48):
         yield SamplingCase("fps", "fp32", 261, channels, surroundings=SHUFFLED)
         yield SamplingCase("fps", "fp16", 1100, channels, landmarks=4, surroundings=SHUFFLED)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
 from fna.errors import MissingCapabilityError
 from fna.plugins.launch_plan import Dtype, attention_plan
 from fna.plugins.ptx.calls import bytes_of, make_memory
@@ -101,6 +101,7 @@ class CallSize:
     dtype: Dtype = "fp16"
     head_size: int = 64
     iterations: int = NEWTON_SCHULZ_ITERATIONS
+    chebyshev: ChebyshevSteps | None = None
 
 
 def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCount]:
@@ -114,7 +115,7 @@ def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCo
     bias = torch.zeros(1, size.landmarks)
     plan = attention_plan(
         attention_shape(tensors["query"], landmarks, bias, None), scale=size.head_size**-0.5, iterations=size.iterations,
-        exact_rows=True, multiprocessors=size.multiprocessors,
+        exact_rows=True, multiprocessors=size.multiprocessors, chebyshev=size.chebyshev,
     )  # fmt: skip
     every = {**tensors, "landmarks": landmarks, "bias": bias}
     out_bytes = bytes_of(tensors["query"]).size

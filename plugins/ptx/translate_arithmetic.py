@@ -262,7 +262,7 @@ def _extract_bits(operands: Operands, made: Instruction) -> list[str]:
 
 def _permute_bytes(operands: Operands, made: Instruction) -> list[str]:
     target, low, high, selector = made.operands
-    chosen = int(selector, 0)
+    chosen = int(selector.removesuffix("U"), 0)
     both = f"({operands.typed(low, 'b32')}.astype(u64) | ({operands.typed(high, 'b32')}.astype(u64) << {operands.number(32, 'u64')}))"
     picked = (
         f"((({both} >> {operands.number(8 * (chosen >> 4 * i & 7), 'u64')}) & {operands.number(255, 'u64')})"

@@ -12,8 +12,9 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.plugins import launch_plan
@@ -77,12 +78,14 @@ def launch_constants() -> str:
         "HeadSizeStep": launch_plan.HEAD_SIZE_STEP,
         "MaxIterations": launch_plan.MAX_ITERATIONS,
         "ImpliedIterations": ITERATIONS_OF_VERSION_1,
+        "MaxChebyshevSteps": launch_plan.MAX_CHEBYSHEV_STEPS,
         "MaxGridY": launch_plan.MAX_GRID_Y,
         "MaxStride": launch_plan.MAX_STRIDE,
         "Alignment": launch_plan.ALIGNMENT,
         "PointerAlignment": launch_plan.POINTER_ALIGNMENT,
         "Tile": launch_plan.TILE,
         "FinishColumns": launch_plan.FINISH_COLUMNS,
+        "ChebyshevColumns": launch_plan.CHEBYSHEV_COLUMNS,
         "Waves": launch_plan.WAVES,
         "MaxMultiprocessors": launch_plan.MAX_MULTIPROCESSORS,
         "MaxQueryTiles": launch_plan.MAX_QUERY_TILES,
@@ -99,11 +102,10 @@ def launch_constants() -> str:
         f'    {{"{dtype}", {launch_plan.ELEMENT_BYTES[dtype]}}},\n' for dtype in launch_plan.DTYPES
     )  # in the order of Dtype
     blocks = "".join(
-        f"    {{{position}, {', '.join(str(int(value)) for value in asdict(blocks).values())}}},\n"
+        f"    {{{position}, {_initialiser(blocks)}}},\n"
         for position, dtype in enumerate(launch_plan.DTYPES)
         for blocks in launch_plan.all_blocks(dtype)
     )
-    members = "".join(f" int64_t {_camel(name)};" for name in launch_plan.Blocks.__dataclass_fields__)
     return (
         "// Written by fna.plugins.table from fna.plugins.launch_plan, which explains the numbers.\n#pragma once\n\n"
         f"#include <cstdint>\n\nnamespace fna\n{{\n\n{constants}\n"
@@ -111,13 +113,27 @@ def launch_constants() -> str:
         + "".join(f"    k{_title(dtype)},\n" for dtype in launch_plan.DTYPES)
         + "};\n\n"
         f"struct DtypeFacts {{ char const* name; int64_t bytes; }};\nconstexpr DtypeFacts kDtypes[] = {{\n{dtypes}}};\n\n"
-        f"struct Blocks {{ int32_t dtype;{members} }};\nconstexpr Blocks kBlocks[] = {{\n{blocks}}};\n\n}} // namespace fna\n"
+        f"struct CoreBlocks {{{_members(launch_plan.CoreBlocks)} }};\n"
+        f"struct Blocks {{ int32_t dtype;{_members(launch_plan.Blocks)} }};\n"
+        f"constexpr Blocks kBlocks[] = {{\n{blocks}}};\n\n}} // namespace fna\n"
     )
 
 
 def _table_row(kernel: Kernel) -> str:
     numbers = (kernel.sm, kernel.offset, kernel.packed, kernel.size, kernel.shared, kernel.warps)
     return f'{{"{kernel.variant}", {", ".join(map(str, numbers))}, "{kernel.symbol}", "{kernel.layout}"}},\n'
+
+
+def _members(kind: type) -> str:
+    kinds = {"int": "int64_t", "bool": "bool"}
+    return "".join(f" {kinds.get(str(each.type), each.type)} {_camel(each.name)};" for each in fields(kind))
+
+
+def _initialiser(value: Any) -> str:
+    if is_dataclass(value):
+        inner = ", ".join(_initialiser(getattr(value, each.name)) for each in fields(value))
+        return f"{{{inner}}}" if isinstance(value, launch_plan.CoreBlocks) else inner
+    return str(value).lower()
 
 
 def _title(name: str) -> str:

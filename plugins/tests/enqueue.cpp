@@ -1,7 +1,7 @@
 // Run one enqueue with made-up addresses, for the stand-in driver to record (fake_cuda.cpp).
-//   enqueue LIBRARY attention TYPE B H N D S LANDMARK_ROWS BIAS_ROWS SCALE ITERATIONS EXACT_ROWS [MASK_ROWS SINK]
+//   enqueue LIBRARY attention TYPE B H N D S LANDMARK_ROWS BIAS_ROWS SCALE ITERATIONS EXACT_ROWS [MASK_ROWS SINK [STEPS LOW]]
 //   enqueue LIBRARY sampling TYPE B N C S
-// With MASK_ROWS the plugin is of version 2; 0 rows leave its key_mask out. TYPE is TensorRT's DataType as a number. Input i lies at (i + 1) << 32, the output at 100 << 32, the workspace at 200 << 32.
+// With MASK_ROWS the plugin is of version 2, with STEPS of version 3 and its core chebyshev; 0 rows leave its key_mask out. TYPE is TensorRT's DataType as a number. Input i lies at (i + 1) << 32, the output at 100 << 32, the workspace at 200 << 32.
 // Prints the workspace size, then the log; ends with the plugin's status.
 #include "check.hpp"
 #include "host.hpp"
@@ -57,7 +57,7 @@ int main(int argc, char** argv)
     auto number = [&](int i) { return std::atoll(argv[i]); };
     if (std::strcmp(argv[2], "attention") == 0)
     {
-        CHECK(argc == 14 || argc == 16);
+        CHECK(argc == 14 || argc == 16 || argc == 18);
         std::vector<int64_t> const linear{number(4), number(5), number(6), number(7)};
         std::vector<host::Tensor> inputs{tensor(type, linear, 1), tensor(type, linear, 2), tensor(type, linear, 3),
             tensor(DataType::kINT32, {number(9), number(8)}, 4), tensor(DataType::kFLOAT, {number(10), number(8)}, 5)};
@@ -72,8 +72,11 @@ int main(int argc, char** argv)
         {
             inputs.push_back(tensor(DataType::kINT32, {number(14), number(6)}, 6));
         }
-        IPluginV3* const plugin
-            = fna_host_masked_attention(&library, scale, iterations, exactRows, static_cast<int32_t>(number(15)));
+        auto const sink = static_cast<int32_t>(number(15));
+        IPluginV3* const plugin = argc == 16
+            ? fna_host_masked_attention(&library, scale, iterations, exactRows, sink)
+            : fna_host_chebyshev_attention(
+                &library, scale, exactRows, sink, static_cast<int32_t>(number(16)), std::strtof(argv[17], nullptr));
         return run(library, plugin, inputs, tensor(type, linear, 100));
     }
     CHECK(argc == 8);

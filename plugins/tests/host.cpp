@@ -187,6 +187,17 @@ extern "C"
         return host::deploy(*library, "FastNystromAttention", fields, "2").release();
     }
 
+    IPluginV3* fna_host_chebyshev_attention(
+        host::Library* library, float scale, int32_t exactRows, int32_t sink, int32_t steps, float low)
+    {
+        std::string const core = "chebyshev";
+        std::vector<PluginField> const fields{{"scale", &scale, PluginFieldType::kFLOAT32, 1},
+            {"exact_rows", &exactRows, PluginFieldType::kINT32, 1}, {"sink", &sink, PluginFieldType::kINT32, 1},
+            {"core", core.data(), PluginFieldType::kCHAR, static_cast<int32_t>(core.size())},
+            {"steps", &steps, PluginFieldType::kINT32, 1}, {"low", &low, PluginFieldType::kFLOAT32, 1}};
+        return host::deploy(*library, "FastNystromAttention", fields, "3").release();
+    }
+
     IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks)
     {
         std::vector<PluginField> const fields{{"num_landmarks", &numLandmarks, PluginFieldType::kINT32, 1}};

@@ -92,6 +92,8 @@ extern "C"
     host::Library* fna_host_open(char const* path);
     char const* fna_host_messages(host::Library* library);
     nvinfer1::IPluginV3* fna_host_attention(host::Library* library, float scale, int32_t iterations, int32_t exactRows);
+    nvinfer1::IPluginV3* fna_host_chebyshev_attention(
+        host::Library* library, float scale, int32_t exactRows, int32_t sink, int32_t steps, float low);
     nvinfer1::IPluginV3* fna_host_masked_attention(
         host::Library* library, float scale, int32_t iterations, int32_t exactRows, int32_t sink);
     nvinfer1::IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks);

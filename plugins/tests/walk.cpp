@@ -114,7 +114,7 @@ bool mentions(host::Library& library, char const* text)
 
 void walkCreators(host::Library& library)
 {
-    CHECK(library.count() == 3);
+    CHECK(library.count() == 4);
     IPluginCreatorV3One* const second = library.creator("FastNystromAttention", "2");
     CHECK(second != nullptr && second != library.creator("FastNystromAttention"));
     CHECK(second->getFieldNames()->nbFields == 4);
@@ -324,6 +324,47 @@ void walkMask(host::Library& library)
     CHECK(mentions(library, "6 inputs and 1 outputs were given, but 5 and 1 are needed"));
 }
 
+// Version 3: the core, its steps and its lowest eigenvalue, all of which survive serialization and cloning.
+void walkCore(host::Library& library)
+{
+    float const scale = 0.5F;
+    int32_t const steps = 8;
+    float const low = 0.05F;
+    PluginField const common{"scale", &scale, PluginFieldType::kFLOAT32, 1};
+    PluginField const core{"core", "chebyshev", PluginFieldType::kCHAR, 9};
+    PluginField const count{"steps", &steps, PluginFieldType::kINT32, 1};
+    PluginField const lowest{"low", &low, PluginFieldType::kFLOAT32, 1};
+    host::PluginPointer const plugin = host::deploy(library, "FastNystromAttention", {common, core, count, lowest}, "3");
+    CHECK(plugin != nullptr);
+    CHECK(std::strcmp(host::core(*plugin)->getPluginVersion(), "3") == 0);
+    CHECK(std::strcmp(host::build(*plugin)->getTimingCacheID(),
+              "FastNystromAttention-3:scale=0.5,iterations=6,exact_rows=0,sink=0,core=chebyshev,steps=8,low=0.0500000007")
+        == 0);
+    host::PluginPointer const plain = host::deploy(library, "FastNystromAttention", {common}, "3");
+    CHECK(std::strstr(host::build(*plain)->getTimingCacheID(), "core=newton_schulz") != nullptr);
+    // A text whose length counts its final zero is the same text.
+    PluginField const ended{"core", "chebyshev", PluginFieldType::kCHAR, 10};
+    host::PluginPointer const same = host::deploy(library, "FastNystromAttention", {common, ended, count, lowest}, "3");
+    CHECK(std::strcmp(host::build(*same)->getTimingCacheID(), host::build(*plugin)->getTimingCacheID()) == 0);
+
+    std::vector<DynamicPluginTensorDesc> const all = maskedInputs(DataType::kHALF, 2, 3, 200, 64, 128);
+    CHECK(host::build(*plugin)->configurePlugin(all.data(), 6, &all[0], 1) == 0);
+    size_t const less = host::build(*plugin)->getWorkspaceSize(all.data(), 5, &all[0], 1);
+    CHECK(less > 0 && less < host::build(*plain)->getWorkspaceSize(all.data(), 5, &all[0], 1));
+
+    CHECK(host::deploy(library, "FastNystromAttention", {common, core, lowest}, "3") == nullptr);
+    CHECK(mentions(library, "field steps is 0"));
+    CHECK(host::deploy(library, "FastNystromAttention", {common, core, count}, "3") == nullptr);
+    CHECK(mentions(library, "field low is 0"));
+    PluginField const other{"core", "cholesky", PluginFieldType::kCHAR, 8};
+    CHECK(host::deploy(library, "FastNystromAttention", {common, other}, "3") == nullptr);
+    CHECK(mentions(library, "field core is cholesky"));
+    CHECK(host::deploy(library, "FastNystromAttention", {common, {"core", &steps, PluginFieldType::kINT32, 1}}, "3") == nullptr);
+    CHECK(mentions(library, "field core has type"));
+    CHECK(host::deploy(library, "FastNystromAttention", {common, {"core", "chebyshev", PluginFieldType::kCHAR, 99}}, "3") == nullptr);
+    CHECK(mentions(library, "field core has 99 values, but 1 to 64 are needed"));
+}
+
 // Without a driver an execution is refused, with a reason, and nothing crashes.
 void walkRuntimeWithoutDriver(host::Library& library)
 {
@@ -380,6 +421,7 @@ int main(int argc, char** argv)
         walkFormats(library);
         walkShapes(library);
         walkMask(library);
+        walkCore(library);
         walkSampling(library);
         walkRuntimeWithoutDriver(library);
         CHECK(library.logger().take().empty());

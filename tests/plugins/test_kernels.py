@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fna.attention import nystrom_attention_reference
+from fna.attention import ChebyshevSteps, chebyshev_core, nystrom_attention_reference
 from fna.plugins.emulate import run_attention, run_sampling
-from fna.plugins.kernels.twins import finish_twin, landmark_twin, output_twin
+from fna.plugins.kernels.twins import core_twin, finish_twin, gather_landmarks, landmark_twin, output_twin
 from fna.plugins.launch_plan import padded_head_size, padded_landmarks, sampling_plan
 from fna.samplers.fps import farthest_points_reference
 
@@ -138,6 +138,78 @@ def test_each_launch_agrees_with_its_own_twin(attend, dtype, count) -> None:
         full[0], full[1], call.landmarks, call.bias.double(), known, stored.double(), scale=call.scale, exact_rows=False
     )
     assert relative_error(found["out"], out) < tolerance
+
+
+@pytest.mark.parametrize("steps", [ChebyshevSteps(8, 0.05), ChebyshevSteps(1, 0.3)])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "count", "head_size"),
+    [
+        pytest.param(torch.float16, 2, 33, 80, id="fp16, 64 landmarks"),
+        pytest.param(torch.float16, 1, 100, 64, id="fp16, 128 landmarks"),
+        pytest.param(torch.bfloat16, 1, 128, 64, id="bf16, 128 landmarks"),
+        pytest.param(torch.float16, 1, 200, 32, id="fp16 through scratch, several programs"),
+        pytest.param(torch.float32, 1, 33, 64, id="fp32, 64 landmarks"),
+        pytest.param(torch.float32, 1, 128, 32, id="fp32, 128 landmarks"),
+        pytest.param(torch.float32, 1, 200, 32, id="fp32, 256 landmarks"),
+    ],
+)
+def test_each_launch_with_the_chebyshev_core_agrees_with_its_own_twin(
+    attend, dtype, batch, count, head_size, steps
+) -> None:
+    call = make_call(dtype, batch, 1, 230, count, head_size)
+    found = attend(call, chebyshev=steps)
+    full = [tensor.double() for tensor in (call.query, call.key, call.value)]
+    core, normal = core_twin(full[0], full[1], call.landmarks, call.bias.double(), scale=call.scale)
+    exact, _, _ = landmark_twin(*full, call.landmarks, call.bias.double(), scale=call.scale, iterations=1)
+    pad, block, tolerance = padded_landmarks(count), padded_head_size(head_size), RELATIVE[dtype]
+    halves = dtype != torch.float32 and pad <= 128
+    stored = found["matrices"].view(torch.float16 if halves else torch.float32)
+    matrices = stored.view(batch, 1, 2, pad, pad)[..., :count, :count].double()
+    known = found["exact"].view(batch, 1, pad, block)[:, :, :count, :head_size].double()
+    assert relative_error(known, exact) < tolerance
+    assert relative_error(matrices[:, :, 0], core) < tolerance
+    assert relative_error(matrices[:, :, 1] * (-1 if halves else 1), normal) < tolerance
+    if halves:
+        weight = found["colsum"][: batch * pad * pad // 64].view(batch, -1)[:, :count]
+        assert relative_error(weight, 1 / core[:, 0].sum(-2).clamp_min(0.1)) < tolerance
+
+    # finish and output are given what the launches before them found, so that each answers for itself.
+    mixed = chebyshev_core(matrices[:, :, 0], known, gather_landmarks(full[2], call.landmarks), steps.steps, steps.low)
+    scale = found["mixed_scale"].view(batch, 1, 1, block)
+    kept = (found["mixed"].view(batch, 1, pad, block)[:, :, :count].double() * scale)[..., :head_size]
+    assert relative_error(kept, mixed) < tolerance
+    out = output_twin(
+        full[0], full[1], call.landmarks, call.bias.double(), known, kept, scale=call.scale, exact_rows=False
+    )
+    assert relative_error(found["out"], out) < tolerance
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 100), (torch.float32, 70)])
+def test_masked_keys_agree_with_the_twin_with_the_chebyshev_core(attend, dtype, count, sink) -> None:
+    """The core's own masks are the same code as Newton-Schulz's; A with a mask shows in what the steps reach."""
+    call = make_call(dtype, 1, 1, 140, count, 32)
+    mask = (torch.rand(1, 140) < 0.2).int()
+    mask[:, call.landmarks[0, :3].long()] = 1
+    found = attend(call, key_mask=mask, sink=sink, chebyshev=ChebyshevSteps(8, 0.05))
+    pad = padded_landmarks(count)
+    known = found["exact"].view(1, 1, pad, 64)[:, :, :count, :32].double()
+    hidden = mask[0].double() * 16384
+    at = call.landmarks[0].long()
+    ordinary = 1 - mask[0].double() if sink else torch.ones(140, dtype=torch.float64)
+    scores = call.scale * call.query[0, 0, at].double() @ call.key[0, 0, at].double().mT + call.bias.double()
+    core = torch.softmax(scores - ordinary[at][:, None] * hidden[at], -1)[None, None]
+    mixed = chebyshev_core(core, known, gather_landmarks(call.value.double(), call.landmarks), 8, 0.05)
+    kept = found["mixed"].view(1, 1, pad, 64)[:, :, :count].double() * found["mixed_scale"].view(1, 1, 1, 64)
+    assert relative_error(kept[..., :32], mixed) < RELATIVE[dtype]
+
+
+def test_values_beyond_the_range_of_fp16_step_in_their_own_units(attend) -> None:
+    call = make_call(torch.bfloat16, 1, 1, 90, 70, 32)
+    large = Call(call.query, call.key, call.value * 2.0**100, call.landmarks, call.bias)
+    found, plain = (attend(each, chebyshev=ChebyshevSteps(8, 0.05))["out"] for each in (large, call))
+    assert torch.isfinite(found).all()
+    assert relative_error(found.double() / 2.0**100, plain) < 1e-6  # the unit is a power of two
 
 
 @pytest.mark.parametrize("name", ["dinov2s_257_layer06_s32", "dinov2s_257_layer09_s64_masks"])

@@ -11,8 +11,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fna.attention import ChebyshevSteps
 from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
 from fna.plugins.launch_plan import (
@@ -243,6 +245,30 @@ def test_version_2_launches_what_the_plan_with_a_mask_says(all_variants_driver, 
     found = [{n: call[n] for n in ("grid", "arguments", "tail")} for call in calls if call["call"] == "launch"]
     inputs = (*INPUTS, "key_mask") if mask_rows else INPUTS
     assert found == expected_launches(plan, inputs, "out") * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [33, 96, 128, 200])
+@pytest.mark.parametrize(("steps", "low", "mask_rows"), [(8, 0.05, 0), (10, 0.03, 1), (1, 0.3, 3)])
+def test_version_3_launches_what_the_plan_with_chebyshev_steps_says(
+    all_variants_driver, dtype, count, steps, low, mask_rows
+) -> None:
+    shape = AttentionShape(dtype, 3, 6, 300, 80, count, True, True, masked=mask_rows > 0, shared_mask=mask_rows == 1)
+    plan = attention_plan(
+        shape, scale=0.125, iterations=6, exact_rows=True, multiprocessors=16, chebyshev=ChebyshevSteps(steps, low)
+    )
+    done, calls = all_variants_driver.run(
+        "attention", TENSORRT_TYPE[dtype], 3, 6, 300, 80, count, 1, 1, 0.125, 6, 1, mask_rows, 0, steps, low,
+        FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS="16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert workspace_of(done) == workspace_bound(shape, chebyshev=True)
+    expected = expected_launches(plan, (*INPUTS, "key_mask") if mask_rows else INPUTS, "out") * 2
+    launches = [call for call in calls if call["call"] == "launch"]
+    assert [call["grid"] for call in launches] == [launch["grid"] for launch in expected]
+    for call, launch in zip(launches, expected, strict=True):  # the stand-in writes an fp32 in nine digits
+        assert np.float32(call["arguments"]).tolist() == np.float32(launch["arguments"]).tolist()
+        assert [int(a) for a in call["arguments"]] == [int(a) for a in launch["arguments"]]
 
 
 def test_the_library_launches_sampling_as_planned(driver: FakeDriver) -> None:

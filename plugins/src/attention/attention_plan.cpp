@@ -35,6 +35,16 @@ std::pair<int64_t, int64_t> splitKeys(AttentionShape const& shape, int64_t multi
     return {divideUp(keyBlocks, perSplit), perSplit * blocks.keyBlock};
 }
 
+// The middle and half the width of the spectrum that the steps are for: fna.attention.chebyshev_interval.
+std::pair<double, double> chebyshevInterval(AttentionAttributes const& attributes)
+{
+    constexpr double pi = 3.14159265358979323846;
+    double const cosine = std::cos(pi / (2 * attributes.steps));
+    double const low = attributes.low;
+    double const high = (2 - low * (1 - cosine)) / (1 + cosine);
+    return {(high + low) / 2, (high - low) / 2};
+}
+
 int64_t queryTiles(AttentionShape const& shape, int64_t multiprocessors)
 {
     int64_t const programs = divideUp(shape.tokens, blocksOf(shape).queryBlock) * shape.batch * shape.heads;
@@ -42,16 +52,17 @@ int64_t queryTiles(AttentionShape const& shape, int64_t multiprocessors)
     return std::max<int64_t>(1, std::min(kMaxQueryTiles, share));
 }
 
-size_t attentionBuffers(AttentionShape const& shape, int64_t headSplits, std::array<size_t, kSlots>& offsets)
+size_t attentionBuffers(AttentionShape const& shape, bool chebyshev, int64_t headSplits, std::array<size_t, kSlots>& offsets)
 {
     Blocks const& blocks = blocksOf(shape);
+    CoreBlocks const& core = chebyshev ? blocks.chebyshev : blocks.newtonSchulz;
     int64_t const sPad = blocks.landmarks;
     int64_t const blockD = blocks.headSize;
     int64_t const rows = shape.batch * shape.heads * sPad;
     return layOut({{kPartial, headSplits * sPad * blockD * 4}, {kStats, headSplits * sPad * 2 * 4},
-                      {kMatrices, rows * (blocks.inRegisters != 0 ? 2 : 5) * sPad * 4}, {kColsum, rows * (sPad / kTile) * 4},
+                      {kMatrices, rows * core.matrices * sPad * 4}, {kColsum, rows * (sPad / kTile) * 4},
                       {kExact, rows * blockD * 4}, {kMixed, rows * blockD * bytesOf(shape.dtype)},
-                      {kMixedScale, shape.batch * shape.heads * blockD * 4}, {kBetween, rows * 2 * blockD * 4}},
+                      {kMixedScale, shape.batch * shape.heads * blockD * 4}, {kBetween, rows * (chebyshev ? 3 : 2) * blockD * 4}},
         offsets);
 }
 
@@ -76,6 +87,21 @@ bool AttentionAttributes::check() const noexcept
     if (iterations < 1 || iterations > kMaxIterations)
     {
         logError("field iterations is ", iterations, ", but 1 to ", kMaxIterations, " are needed");
+        return false;
+    }
+    if (core != kNewtonSchulz && core != kChebyshev)
+    {
+        logError("field core is ", core, ", but ", kNewtonSchulz, " or ", kChebyshev, " is needed");
+        return false;
+    }
+    if (chebyshev() && (steps < 1 || steps > kMaxChebyshevSteps))
+    {
+        logError("field steps is ", steps, ", but 1 to ", kMaxChebyshevSteps, " are needed");
+        return false;
+    }
+    if (chebyshev() && !(low > 0.F && low < 1.F))
+    {
+        logError("field low is ", low, ", but a number above 0 and below 1 is needed");
         return false;
     }
     for (auto const& [name, value] : {std::pair{"exact_rows", exactRows}, std::pair{"sink", sink}})
@@ -130,23 +156,37 @@ Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attrib
     int64_t const iterations = attributes.iterations;
 
     Plan plan;
-    plan.workspace = attentionBuffers(shape, bh * splits, plan.offsets);
+    bool const chebyshev = attributes.chebyshev();
+    plan.workspace = attentionBuffers(shape, chebyshev, bh * splits, plan.offsets);
     int64_t const jobs = splits * rowTiles(blocks);
     int64_t const tilesOfS = sPad / kTile;
-    int64_t const steps = sPad > 2 * kTile ? 3 * (iterations - 1) + 2 : 1;
+    int64_t const products = chebyshev ? 1 : 3 * (iterations - 1) + 1; // that depend on one another
+    int64_t const steps = sPad > 2 * kTile ? 1 + products : 1;
     for (int64_t step = 0; step < steps; ++step)
     {
         int64_t const firstJob = jobs * step / steps;
         int64_t const endJob = jobs * (step + 1) / steps;
         int64_t const corePrograms = tilesOfS <= 2 ? 1 : step == 0 ? tilesOfS : tilesOfS * tilesOfS;
-        plan.add("landmark", shape.dtype, sPad, blockD, bh, corePrograms + endJob - firstJob,
+        plan.add(chebyshev ? "landmark_chebyshev" : "landmark", shape.dtype, sPad, blockD, bh, corePrograms + endJob - firstJob,
             {kQuery, kKey, kValue, kLandmarks, kBias, kKeyMask, kPartial, kStats, kMatrices, kColsum, shape.heads, shape.tokens,
                 shape.landmarks, shape.headSize, strideB, strideH, strideN, landmarkStride, biasStride, maskStride, maskMode,
                 splits, splitTokens, firstJob, step, iterations - 1, attributes.scale});
     }
-    plan.add("finish", shape.dtype, sPad, 0, bh, blockD / kFinishColumns,
-        {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,
-            int64_t{iterations == 1}});
+    if (chebyshev)
+    {
+        auto const [middle, halfWidth] = chebyshevInterval(attributes);
+        plan.add("finish_chebyshev", shape.dtype, sPad, 0, bh, blockD / kChebyshevColumns,
+            {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, kValue, kLandmarks, shape.heads,
+                shape.tokens, shape.landmarks, shape.headSize, blockD, strideB, strideH, strideN, landmarkStride, splits,
+                int64_t{attributes.steps}, static_cast<float>(middle), static_cast<float>(middle / halfWidth),
+                static_cast<float>(halfWidth)});
+    }
+    else
+    {
+        plan.add("finish", shape.dtype, sPad, 0, bh, blockD / kFinishColumns,
+            {kPartial, kStats, kMatrices, kColsum, kExact, kMixed, kMixedScale, kBetween, splits, shape.landmarks, blockD,
+                int64_t{iterations == 1}});
+    }
     int64_t const tiles = queryTiles(shape, multiprocessors);
     // Sinks: all rows without the masked keys, then the rows of the masked queries with them.
     for (int64_t mode = std::min(maskMode, kMaskAll); mode <= maskMode; ++mode)
@@ -159,11 +199,11 @@ Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attrib
     return plan;
 }
 
-size_t workspaceBound(AttentionShape const& shape)
+size_t workspaceBound(AttentionShape const& shape, AttentionAttributes const& attributes)
 {
     int64_t const most = divideUp(kWaves * kMaxMultiprocessors, rowTiles(blocksOf(shape))) + shape.batch * shape.heads;
     std::array<size_t, kSlots> offsets{};
-    return attentionBuffers(shape, most, offsets);
+    return attentionBuffers(shape, attributes.chebyshev(), most, offsets);
 }
 
 } // namespace fna

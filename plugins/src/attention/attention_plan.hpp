@@ -22,14 +22,20 @@ struct AttentionShape
     bool operator==(AttentionShape const& other) const noexcept;
 };
 
-// What the node asks for beside its tensors; `takesMask` is what tells version 2 from version 1.
+constexpr char const* kNewtonSchulz = "newton_schulz";
+constexpr char const* kChebyshev = "chebyshev";
+
+// What the node asks for beside its tensors. Version 2 has a mask and what queries do with it, version 3 also a choice of the core.
 struct AttentionAttributes
 {
     float scale{0.F};
     int32_t iterations{kImpliedIterations};
     int32_t exactRows{0};
     int32_t sink{0};
-    bool takesMask{false};
+    std::string core{kNewtonSchulz};
+    int32_t steps{0}; // of Chebyshev
+    float low{0.F};
+    int32_t versionNumber{1};
 
     // Every field of this version, in order: visit(name, value, whether it has to be given).
     template <typename Self, typename Visit>
@@ -38,15 +44,26 @@ struct AttentionAttributes
         visit("scale", self.scale, true);
         visit("iterations", self.iterations, false);
         visit("exact_rows", self.exactRows, false);
-        if (self.takesMask)
+        if (self.versionNumber > 1)
         {
             visit("sink", self.sink, false);
+        }
+        if (self.versionNumber > 2)
+        {
+            visit("core", self.core, false);
+            visit("steps", self.steps, false);
+            visit("low", self.low, false);
         }
     }
 
     char const* version() const noexcept
     {
-        return takesMask ? "2" : "1";
+        return versionNumber > 2 ? "3" : versionNumber > 1 ? "2" : "1";
+    }
+
+    bool chebyshev() const noexcept
+    {
+        return core == kChebyshev;
     }
 
     // False, and logged with the value that is wrong.
@@ -59,6 +76,6 @@ bool checkShape(AttentionShape const& shape) noexcept;
 Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attributes, int32_t multiprocessors);
 
 // Scratch that is enough for `shape`, everything smaller, and every GPU.
-size_t workspaceBound(AttentionShape const& shape);
+size_t workspaceBound(AttentionShape const& shape, AttentionAttributes const& attributes);
 
 } // namespace fna

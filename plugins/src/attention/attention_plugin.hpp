@@ -1,10 +1,10 @@
 // FastNystromAttention as a TensorRT plugin.
 //
 // Inputs: query, key, value [B, H, N, D] of one type (fp32, fp16, bf16); landmarks [B, S] or [1, S] int32; landmark_bias [B, S]
-// or [1, S] fp32; in version 2, optionally, key_mask [B, N] or [1, N] int32. Output: [B, H, N, D] of the query's type. All linear.
+// or [1, S] fp32; from version 2 on, optionally, key_mask [B, N] or [1, N] int32. Output: [B, H, N, D] of the query's type. All linear.
 //
-// Version 1 has no key_mask and no field sink; engines built with it keep finding it. Both versions run the same kernels, whose
-// scratch fna/plugins/kernels/attention.py describes.
+// Version 1 has no key_mask and no field sink, version 2 no core, steps and low; engines built with them keep finding them. All
+// versions run the same kernels, whose scratch fna/plugins/kernels/attention.py describes.
 #pragma once
 
 #include "attention/attention_plan.hpp"
@@ -36,7 +36,7 @@ public:
 
     static constexpr int32_t mostInputs(AttentionAttributes const& attributes) noexcept
     {
-        return attributes.takesMask ? 6 : 5;
+        return attributes.versionNumber > 1 ? 6 : 5;
     }
 
     bool readShape(nvinfer1::Dims const* dims, int32_t count, AttentionShape& shape) const noexcept;

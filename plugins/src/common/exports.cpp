@@ -6,15 +6,17 @@
 
 nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
 {
-    static fna::PluginCreator<fna::AttentionPlugin> attention{{}};
-    static fna::PluginCreator<fna::AttentionPlugin> maskedAttention{[] {
+    auto const version = [](int32_t number) {
         fna::AttentionAttributes attributes;
-        attributes.takesMask = true;
+        attributes.versionNumber = number;
         return attributes;
-    }()};
+    };
+    static fna::PluginCreator<fna::AttentionPlugin> attention{version(1)};
+    static fna::PluginCreator<fna::AttentionPlugin> maskedAttention{version(2)};
+    static fna::PluginCreator<fna::AttentionPlugin> attentionWithCore{version(3)};
     static fna::PluginCreator<fna::SamplingPlugin> sampling{{}};
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &sampling, &maskedAttention};
-    nbCreators = 3;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &sampling, &maskedAttention, &attentionWithCore};
+    nbCreators = 4;
     return creators;
 }
 

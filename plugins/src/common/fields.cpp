@@ -11,16 +11,17 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
 
-template <typename Value>
-FieldStatus read(PluginFieldCollection const* fields, char const* name, Value& value)
+constexpr int32_t kLongestText = 64;
+
+// The one field `name` of a type, with data; in `match` where it is found.
+FieldStatus find(PluginFieldCollection const* fields, char const* name, PluginFieldType type, PluginField const*& match)
 {
-    PluginFieldType const type = fieldType(value);
     if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr))
     {
         logError("the plugin's fields are null, but a field collection is needed");
         return FieldStatus::kBad;
     }
-    PluginField const* match = nullptr;
+    match = nullptr;
     for (int32_t i = 0; i < fields->nbFields; ++i)
     {
         PluginField const& field = fields->fields[i];
@@ -45,9 +46,11 @@ FieldStatus read(PluginFieldCollection const* fields, char const* name, Value& v
             static_cast<int32_t>(type), ") is needed");
         return FieldStatus::kBad;
     }
-    if (match->length != 1)
+    int32_t const most = type == PluginFieldType::kCHAR ? kLongestText : 1;
+    if (match->length < 1 || match->length > most)
     {
-        logError("field ", name, " has ", match->length, " values, but exactly 1 is needed");
+        logError("field ", name, " has ", match->length, " values, but ", most == 1 ? "exactly " : "1 to ", most, most == 1 ? " is" : " are",
+            " needed");
         return FieldStatus::kBad;
     }
     if (match->data == nullptr)
@@ -55,20 +58,44 @@ FieldStatus read(PluginFieldCollection const* fields, char const* name, Value& v
         logError("field ", name, " has no data, but one value is needed");
         return FieldStatus::kBad;
     }
-    std::memcpy(&value, match->data, sizeof value);
     return FieldStatus::kFound;
+}
+
+template <typename Number>
+FieldStatus readNumber(PluginFieldCollection const* fields, char const* name, Number& value)
+{
+    PluginField const* match = nullptr;
+    FieldStatus const status = find(fields, name, fieldType(value), match);
+    if (status == FieldStatus::kFound)
+    {
+        std::memcpy(&value, match->data, sizeof value);
+    }
+    return status;
 }
 
 } // namespace
 
 FieldStatus readField(PluginFieldCollection const* fields, char const* name, int32_t& value) noexcept
 {
-    return read(fields, name, value);
+    return readNumber(fields, name, value);
 }
 
 FieldStatus readField(PluginFieldCollection const* fields, char const* name, float& value) noexcept
 {
-    return read(fields, name, value);
+    return readNumber(fields, name, value);
+}
+
+// Some hosts count the zero that ends a text, others do not.
+FieldStatus readField(PluginFieldCollection const* fields, char const* name, std::string& value) noexcept
+{
+    PluginField const* match = nullptr;
+    FieldStatus const status = find(fields, name, PluginFieldType::kCHAR, match);
+    if (status == FieldStatus::kFound)
+    {
+        char const* const text = static_cast<char const*>(match->data);
+        value.assign(text, strnlen(text, static_cast<size_t>(match->length)));
+    }
+    return status;
 }
 
 } // namespace fna

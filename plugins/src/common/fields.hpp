@@ -21,23 +21,43 @@ enum class FieldStatus
     kBad, // logged
 };
 
-// The field `name` of exactly one int32 or float. Wrong type, wrong length, null data and duplicates are bad.
+// The field `name` of exactly one int32 or float, or of a text. Wrong type, wrong length, null data and duplicates are bad.
 FieldStatus readField(nvinfer1::PluginFieldCollection const* fields, char const* name, int32_t& value) noexcept;
 FieldStatus readField(nvinfer1::PluginFieldCollection const* fields, char const* name, float& value) noexcept;
+FieldStatus readField(nvinfer1::PluginFieldCollection const* fields, char const* name, std::string& value) noexcept;
 
-constexpr nvinfer1::PluginFieldType fieldType(int32_t) noexcept
+inline nvinfer1::PluginFieldType fieldType(int32_t) noexcept
 {
     return nvinfer1::PluginFieldType::kINT32;
 }
 
-constexpr nvinfer1::PluginFieldType fieldType(float) noexcept
+inline nvinfer1::PluginFieldType fieldType(float) noexcept
 {
     return nvinfer1::PluginFieldType::kFLOAT32;
 }
 
-constexpr char const* typeName(nvinfer1::PluginFieldType type) noexcept
+inline nvinfer1::PluginFieldType fieldType(std::string const&) noexcept
 {
-    return type == nvinfer1::PluginFieldType::kINT32 ? "kINT32" : "kFLOAT32";
+    return nvinfer1::PluginFieldType::kCHAR;
+}
+
+inline char const* typeName(nvinfer1::PluginFieldType type) noexcept
+{
+    return type == nvinfer1::PluginFieldType::kINT32 ? "kINT32"
+        : type == nvinfer1::PluginFieldType::kCHAR   ? "kCHAR"
+                                                     : "kFLOAT32";
+}
+
+template <typename Value>
+nvinfer1::PluginField describeField(char const* name, Value const& value)
+{
+    return nvinfer1::PluginField{name, &value, fieldType(value), 1};
+}
+
+inline nvinfer1::PluginField describeField(char const* name, std::string const& value)
+{
+    return nvinfer1::PluginField{
+        name, value.data(), nvinfer1::PluginFieldType::kCHAR, static_cast<int32_t>(value.size())};
 }
 
 // Fill the attributes of operator `name`. False, and logged, where a field is bad or one that is needed is missing.
@@ -62,7 +82,7 @@ std::vector<nvinfer1::PluginField> describeFields(Attributes const& attributes)
 {
     std::vector<nvinfer1::PluginField> fields;
     Attributes::fields(attributes, [&](char const* field, auto const& value, bool) {
-        fields.emplace_back(field, &value, fieldType(value), 1);
+        fields.push_back(describeField(field, value));
     });
     return fields;
 }

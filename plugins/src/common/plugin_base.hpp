@@ -171,7 +171,7 @@ public:
             Shape shape;
             bool const good
                 = takes(nbInputs) && sizes(inputs[0].desc.type, nbInputs, shape, [&](int32_t i) { return inputs[i].max; });
-            return good ? workspaceBound(shape) : size_t{0};
+            return good ? workspaceBound(shape, mAttributes) : size_t{0};
         });
     }
 

@@ -67,7 +67,7 @@ Plan planLaunches(SamplingShape const& shape, SamplingAttributes const&, int32_t
     return plan;
 }
 
-size_t workspaceBound(SamplingShape const& shape)
+size_t workspaceBound(SamplingShape const& shape, SamplingAttributes const&)
 {
     // At its largest where every image takes the path of many launches.
     std::array<size_t, kSlots> offsets{};

@@ -43,6 +43,6 @@ bool checkShape(SamplingShape const& shape) noexcept;
 Plan planLaunches(SamplingShape const& shape, SamplingAttributes const& attributes, int32_t multiprocessors);
 
 // Scratch that is enough for `shape` and everything smaller.
-size_t workspaceBound(SamplingShape const& shape);
+size_t workspaceBound(SamplingShape const& shape, SamplingAttributes const& attributes);
 
 } // namespace fna
