@@ -7,7 +7,7 @@ no plugin layers and builds for all its GPUs on a machine that has none.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ from fna.engines.flavours import (
     make_logger,
 )
 from fna.engines.look_inside.debug_tensors import find_places
-from fna.engines.look_inside.layers import FnaLayer, RequestedLayer, check_layers, describe_layers, requested_layers
-from fna.engines.manifest import Manifest, write_manifest
+from fna.engines.look_inside.layers import (
+    FnaLayer,
+    RequestedLayer,
+    check_layers,
+    describe_layers,
+    requested_layers,
+    with_network_types,
+)
+from fna.engines.manifest import Manifest, ShapeRange, write_manifest
 from fna.engines.targets import Lowering
-from fna.errors import BuildError
+from fna.errors import BuildError, InvalidArgumentError
 from fna.export.metadata import read_metadata
 from fna.export.operators.registry import fna_nodes, node_attributes
 from fna.export.passes.lower import lower
@@ -68,6 +75,11 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     lowered = lower(model, lowering)
     del model
     plugin = _plugin_of(lowered, options)
+    if plugin is not None and options.version_compatible:
+        raise InvalidArgumentError(
+            f"--version-compatible was asked for, but the engine needs {plugin.name}, and such an engine with a plugin has not been "
+            "proven on a later version; leave it out, or build with --lowering portable"
+        )
     messages: list[str] = []
     logger = make_logger(trt, messages)
     if plugin is not None:
@@ -79,7 +91,13 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
         serialized = work.build(lowered, profiles, requested if lowering == "plugin" else (), on_progress)
         temporary.write_bytes(serialized)
         seconds = time.perf_counter() - started
-        layers, inspection = _inspect(trt, logger, serialized, requested, lowering, has_gpu=gpu is not None)
+        if gpu is None:
+            layers = describe_layers(requested, lowering, None)
+            inspection = "not read: this machine has no GPU to deserialise the engine on"
+        else:
+            layers, inspection = _inspect(
+                trt, logger, serialized, requested, lowering, options, profiles[0], work.types
+            )
         manifest = Manifest(
             backend=options.backend,
             backend_version=trt.__version__,
@@ -118,24 +136,35 @@ def _inspect(
     serialized: bytes,
     requested: Sequence[RequestedLayer],
     lowering: Lowering,
-    *,
-    has_gpu: bool,
+    options: BuildOptions,
+    shapes: Mapping[str, ShapeRange],
+    network_types: Mapping[str, str],
 ) -> tuple[tuple[FnaLayer, ...], str]:
-    """Read what became of the FNA nodes; an engine is deserialised for it, which takes a GPU."""
-    if not has_gpu:
-        return describe_layers(
-            requested, lowering, None
-        ), "not read: this machine has no GPU to deserialise the engine on"
+    """Read what became of the FNA nodes; an engine is deserialised for it, which takes a GPU.
+
+    Returns:
+        The layers, and how they were read.
+    """
     runtime = trt.Runtime(logger)
+    if options.version_compatible:
+        runtime.engine_host_code_allowed = True  # the lean runtime that such an engine carries
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         if lowering == "plugin":
             raise BuildError("the engine that was built cannot be deserialised here, so its layers are not known")
         return describe_layers(requested, lowering, None), "not read: the engine is for another GPU than this machine's"
     inspector = engine.create_engine_inspector()
-    layers = describe_layers(requested, lowering, inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    context = engine.create_execution_context()
+    if context is not None:
+        # without shapes the inspector gives no formats of layers whose size is open
+        for name, range_ in shapes.items():
+            context.set_input_shape(name, range_.usual)
+        inspector.execution_context = context
+    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    layers, mute = with_network_types(describe_layers(requested, lowering, information), network_types)
     check_layers(layers)
-    return layers, "read from the engine"
+    said = f"; the inspector gives no type of {', '.join(mute)}, which have the network's" if mute else ""
+    return layers, f"read from the engine{said}"
 
 
 def _plugin_of(lowered: ModelProto, options: BuildOptions) -> Path | None:

@@ -15,7 +15,13 @@ from fna.engines.builder.progress import Progress, make_monitor, run_interruptib
 from fna.engines.device import Gpu
 from fna.engines.flavours import FLAVOURS, set_devices, timing_cache_name
 from fna.engines.look_inside.debug_tensors import Place, mark_debug_tensors
-from fna.engines.look_inside.layers import RequestedLayer
+from fna.engines.look_inside.layers import (
+    RequestedLayer,
+    check_layers,
+    describe_layers,
+    has_typed_output,
+    read_type,
+)
 from fna.engines.manifest import ShapeRange
 from fna.engines.targets import Target
 from fna.errors import BuildError
@@ -39,6 +45,7 @@ class Builder:
         self._gpu = gpu
         self._trt, self._messages, self._options, self._targets = trt, messages, options, targets
         self.places = places
+        self.types: dict[str, str] = {}
         self._logger = logger
         self._title = FLAVOURS[options.backend].title
         self._cache: Any = None
@@ -101,15 +108,31 @@ class Builder:
         )
 
     def _check_network(self, network: Any, plugin_layers: Sequence[RequestedLayer]) -> None:
-        """Refuse, before the minutes of a build, a network in which the parser put something else in a plugin's place."""
-        wanted = {layer.name for layer in plugin_layers if layer.op_type in plugin_operators()}
+        """Refuse, before the minutes of a build, a network in which a plugin's layer is missing or has another type."""
+        wanted = [layer for layer in plugin_layers if layer.op_type in plugin_operators()]
         if not wanted:
             return
-        layers = [network.get_layer(index) for index in range(network.num_layers)]
-        plugins = [layer.name for layer in layers if layer.type == self._trt.LayerType.PLUGIN_V3]
-        missing = sorted(name for name in wanted if not any(_is_layer_of(plugin, name) for plugin in plugins))
+        plugins = {}
+        for index in range(network.num_layers):
+            network_layer = network.get_layer(index)
+            if network_layer.type == self._trt.LayerType.PLUGIN_V3:
+                plugins[network_layer.name] = network_layer
+        missing = []
+        for layer in wanted:
+            names = [name for name in plugins if _is_layer_of(name, layer.name)]
+            if not names:
+                missing.append(layer.name)
+                continue
+            network_layer = plugins[names[0]]
+            typed_output = has_typed_output(layer.op_type)
+            network_tensor = network_layer.get_output(0) if typed_output else network_layer.get_input(0)
+            self.types[layer.name] = read_type({"DataType": network_tensor.dtype.name})
         if missing:
-            raise BuildError(f"{self._title}'s parser made no plugin layer of {', '.join(missing)}: {self._reason()}")
+            raise BuildError(
+                f"{self._title}'s parser made no plugin layer of {', '.join(sorted(missing))}: {self._reason()}"
+            )
+        layers = describe_layers(wanted, "plugin", None)
+        check_layers([layer.model_copy(update={"precision": self.types[layer.name]}) for layer in layers])
 
     def _configure(self, config: Any) -> None:
         trt, options = self._trt, self._options

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,8 +47,9 @@ class FnaLayer(BaseModel):
         op_type: its operator.
         implementation: the plugin's kernels, or TensorRT's own for standard operators.
         requested: type of its inputs and output in the file; inside, softmax and sums are fp32 whatever this is.
-        precision: type that the engine inspector gives; of standard operators all that their layers give, as in fp16+fp32. None where
-            it was not asked, or names no such layer.
+        precision: the type it runs in: by the engine inspector, else by the strongly typed network; of standard operators all that
+            their layers give, as in fp16+fp32. None where the engine was not inspected, or names no such layer; `unknown` where
+            neither gives a type.
         plugin_version: of the operator's plugin, where one implements it.
     """
 
@@ -93,8 +94,30 @@ def describe_layers(
     return tuple(_describe(layer, lowering, layers) for layer in requested)
 
 
+def with_network_types(
+    layers: Sequence[FnaLayer], types: Mapping[str, str]
+) -> tuple[tuple[FnaLayer, ...], tuple[str, ...]]:
+    """Give layers whose type the inspector does not say the type that they have in the network.
+
+    Args:
+        layers: from `describe_layers`.
+        types: of the network's plugin layers, by name. The network is strongly typed, so the builder changes none.
+
+    Returns:
+        The layers, and the names of those of which the inspector gave no type.
+    """
+    mute = tuple(layer.name for layer in layers if layer.precision == "unknown")
+    typed = (
+        layer.model_copy(update={"precision": types.get(layer.name, "unknown")}) if layer.name in mute else layer
+        for layer in layers
+    )
+    return tuple(typed), mute
+
+
 def check_layers(layers: Sequence[FnaLayer]) -> None:
     """Refuse an engine in which a requested plugin layer is missing, or runs in another type than was asked.
+
+    A type that nothing gives is no reason to refuse.
 
     Raises:
         BuildError: naming the layers.
@@ -105,7 +128,7 @@ def check_layers(layers: Sequence[FnaLayer]) -> None:
             continue
         if layer.precision is None:
             problems.append(f"{layer.name} is not a plugin layer of the engine")
-        elif layer.requested in PRECISION_OF.values() and layer.precision != layer.requested:
+        elif layer.requested in PRECISION_OF.values() and layer.precision not in (layer.requested, "unknown"):
             problems.append(f"{layer.name} runs in {layer.precision}, but {layer.requested} was asked for")
     if problems:
         raise BuildError(
@@ -123,9 +146,7 @@ def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str
             engine_layer for engine_layer in named if str(engine_layer.get("LayerType", "")).startswith("Plugin")
         ]
         if plugins:
-            side = (
-                "Outputs" if layer.op_type == FAST_NYSTROM_ATTENTION.name else "Inputs"
-            )  # landmarks are integers whatever comes in
+            side = "Outputs" if has_typed_output(layer.op_type) else "Inputs"
             precision = read_type((plugins[0].get(side) or [{}])[0])
     else:
         inside = [engine_layer for engine_layer in inspected if _names_inside(engine_layer, layer.name)]
@@ -139,6 +160,11 @@ def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str
         precision=precision,
         plugin_version=layer.plugin_version,
     )
+
+
+def has_typed_output(op_type: str) -> bool:
+    """Whether a plugin's output has the type it computes in; landmarks are integers whatever comes in."""
+    return op_type == FAST_NYSTROM_ATTENTION.name
 
 
 def read_type(tensor: dict[str, Any]) -> str:

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     help="File or folder for measured kernel times (TensorRT).  [default: ~/.cache/fna/timing]",
 )
 @click.option("--hardware-compatible", is_flag=True, help="One engine for all chips from Ampere on, slower (TensorRT).")
-@click.option("--version-compatible", is_flag=True, help="Runs on later TensorRT of the same major version (TensorRT).")
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="Runs on later TensorRT of the same major version (TensorRT, without the plugin).",
+)
 @click.option("--tf32", is_flag=True, help="Let fp32 products be TF32: faster, with 10 bits of mantissa.")
 @click.option(
     "--debug-tensors",

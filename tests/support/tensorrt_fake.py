@@ -16,15 +16,34 @@ from tensorrt_surface import Surface
 
 
 class FakeTensorRT:
-    """The module. `layer_type` is what the engine inspector says that plugin layers run in; `lost` names layers that vanish."""
+    """The module.
+
+    Args:
+        surface: what exists in this version.
+        version: of TensorRT.
+        layer_type: what the engine inspector says that plugin layers run in.
+        network_type: name of the type that the network's plugin layers have.
+        lost: a layer that vanishes.
+        parsed_away: a node that the parser does not give to the plugin.
+        mute: whether the inspector gives no types even where it has an execution context with all shapes.
+    """
 
     def __init__(
-        self, surface: Surface, version: str, *, layer_type: str = "Half", lost: str = "", parsed_away: str = ""
+        self,
+        surface: Surface,
+        version: str,
+        *,
+        layer_type: str = "Half",
+        network_type: str = "HALF",
+        lost: str = "",
+        parsed_away: str = "",
+        mute: bool = False,
     ) -> None:
         self.__version__ = version
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.settings: dict[str, Any] = {}
-        self.layer_type, self.lost, self.parsed_away = layer_type, lost, parsed_away
+        self.layer_type, self.network_type, self.lost, self.parsed_away = layer_type, network_type, lost, parsed_away
+        self.mute = mute
         self.nodes: list[onnx.NodeProto] = []
         self.loaded: list[str] = []
         self._surface = surface
@@ -61,7 +80,10 @@ class FakeTensorRT:
             "IBuilderConfig.get_timing_cache": "ITimingCache",
             "Runtime.deserialize_cuda_engine": "ICudaEngine",
             "ICudaEngine.create_engine_inspector": "EngineInspector",
+            "ICudaEngine.create_execution_context": "IExecutionContext",
         }
+        if key == "Runtime.deserialize_cuda_engine" and not self._may_deserialise():
+            return None
         if key in made:
             return self._object(made[key])
         if key == "OnnxParser.parse":
@@ -70,9 +92,16 @@ class FakeTensorRT:
             return True
         if key == "INetworkDefinition.get_layer":
             node = self.nodes[arguments[0]]
-            outputs = [SimpleNamespace(name=name) for name in node.output]
+            dtype = getattr(self.DataType, self.network_type)
+            outputs, inputs = (
+                [SimpleNamespace(name=name, dtype=dtype) for name in names] for names in (node.output, node.input)
+            )
             return SimpleNamespace(
-                name=node.name, type=self.LayerType.PLUGIN_V3, num_outputs=len(outputs), get_output=outputs.__getitem__
+                name=node.name,
+                type=self.LayerType.PLUGIN_V3,
+                num_outputs=len(outputs),
+                get_output=outputs.__getitem__,
+                get_input=inputs.__getitem__,
             )
         if key == "IPluginRegistry.load_library":
             self.loaded.append(arguments[0])
@@ -105,14 +134,32 @@ class FakeTensorRT:
             monitor.phase_finish("Building")
         return b"engine"
 
+    def arguments_of(self, key: str) -> list[tuple[Any, ...]]:
+        """The arguments of every call of a function."""
+        return [arguments for name, arguments in self.calls if name == key]
+
+    def _may_deserialise(self) -> bool:
+        """A version compatible engine carries host code, which a runtime runs only where that was allowed before."""
+        compatible = (self.BuilderFlag.VERSION_COMPATIBLE,) in self.arguments_of("IBuilderConfig.set_flag")
+        return not compatible or self.settings.get("Runtime.engine_host_code_allowed") is True
+
+    def _knows_formats(self) -> bool:
+        """NvInferRuntime.h on setExecutionContext: without one that has all shapes, dynamic layers have no format."""
+        profiles = self.arguments_of("IOptimizationProfile.set_shape")
+        dynamic = any(smallest != largest for _, smallest, _, largest in profiles)
+        shaped = {name for name, _ in self.arguments_of("IExecutionContext.set_input_shape")}
+        has_context = self.settings.get("EngineInspector.execution_context") is not None
+        return not self.mute and (not dynamic or (has_context and shaped >= {name for name, *_ in profiles}))
+
     def _inspect(self) -> str:
+        said = f"Row major linear {self.layer_type} format" if self._knows_formats() else "N/A due to dynamic shapes"
         layers: list[dict[str, Any]] = [
             {"Name": "patches", "LayerType": "CaskConvolution", "Inputs": [], "Outputs": []}
         ]
         for node in self.nodes:
             if node.name == self.lost:
                 continue
-            tensor = {"Name": "x", "Format/Datatype": f"Row major linear {self.layer_type} format"}
+            tensor = {"Name": "x", "Format/Datatype": said}
             layers.append({"Name": node.name, "LayerType": "PluginV3", "Inputs": [tensor], "Outputs": [tensor]})
         return json.dumps({"Layers": layers, "Bindings": []})
 
@@ -122,7 +169,7 @@ class _Member(int):
 
     def __new__(cls, enumeration: str, name: str, value: int) -> _Member:
         made = super().__new__(cls, value)
-        made.text = f"{enumeration}.{name}"
+        made.text, made.name = f"{enumeration}.{name}", name
         return made
 
     def __repr__(self) -> str:

@@ -49,6 +49,8 @@ ROLES = {
     "creator": "IPluginCreatorV3One",
     "settings": "IRuntimeConfig",
     "layer": "ILayer",
+    "network_layer": "ILayer",
+    "network_tensor": "ITensor",
 }
 MODULE = ("trt", "_trt")
 
@@ -219,7 +221,6 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
         fake,
         workspace_mib=64,
         optimization_level=4,
-        version_compatible=True,
         hardware_compatible=True,
     )
     assert manifest.targets == ("jetson-agx-orin",)
@@ -234,7 +235,6 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
     calls = dict(fake.calls)
     assert calls["IOptimizationProfile.set_shape"][1:] == ((1, 3, 32, 32), (4, 3, 32, 32), (8, 3, 32, 32))
     assert calls["IBuilderConfig.set_memory_pool_limit"] == (fake.MemoryPoolType.WORKSPACE, 64 * 2**20)
-    assert calls["IBuilderConfig.set_flag"] == (fake.BuilderFlag.VERSION_COMPATIBLE,)
     assert calls["IBuilderConfig.clear_flag"] == (fake.BuilderFlag.TF32,)
     assert calls["Builder.create_network"] == (1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
     assert fake.settings["IBuilderConfig.builder_optimization_level"] == 4
@@ -265,6 +265,52 @@ def test_a_plugin_layer_in_another_precision_fails_the_build_by_name(
     fake = FakeTensorRT(oldest, "10.3.0", layer_type="FP32")
     with pytest.raises(BuildError, match=r"/blocks\.0/fna runs in fp32, but fp16 was asked for"):
         fake_build(tmp_path, monkeypatch, fake)
+
+
+def test_a_version_compatible_engine_may_run_its_own_host_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surface: Surface
+) -> None:
+    fake = FakeTensorRT(surface, "10.3.0")
+    manifest = fake_build(tmp_path, monkeypatch, fake, version_compatible=True, lowering="portable")
+    assert fake.arguments_of("IBuilderConfig.set_flag") == [(fake.BuilderFlag.VERSION_COMPATIBLE,)]
+    assert (manifest.version_compatible, manifest.inspection) == (True, "read from the engine")
+
+
+def test_a_version_compatible_engine_with_the_plugin_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface
+) -> None:
+    fake = FakeTensorRT(oldest, "10.3.0")
+    with pytest.raises(InvalidArgumentError, match="--version-compatible.*libfna_plugin.so.*--lowering portable"):
+        fake_build(tmp_path, monkeypatch, fake, version_compatible=True)
+    assert not fake.arguments_of("Builder.build_serialized_network")
+
+
+def test_the_inspector_is_asked_with_the_profiles_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface
+) -> None:
+    fake = FakeTensorRT(oldest, "10.3.0")
+    manifest = fake_build(tmp_path, monkeypatch, fake)
+    assert fake.arguments_of("IExecutionContext.set_input_shape") == [("pixel_values", (4, 3, 32, 32))]
+    assert {layer.precision for layer in manifest.layers} == {"fp16"}
+
+
+def test_a_type_that_the_inspector_does_not_give_is_the_networks_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface
+) -> None:
+    manifest = fake_build(tmp_path, monkeypatch, FakeTensorRT(oldest, "10.3.0", mute=True))
+    assert [layer.precision for layer in manifest.layers] == ["fp16", "fp16"]
+    assert manifest.inspection == (
+        "read from the engine; the inspector gives no type of /blocks.0/sampler, /blocks.0/fna, which have the network's"
+    )
+
+
+def test_a_plugin_layer_of_another_type_in_the_network_fails_before_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oldest: Surface
+) -> None:
+    fake = FakeTensorRT(oldest, "10.3.0", network_type="FLOAT")
+    with pytest.raises(BuildError, match=r"/blocks\.0/fna runs in fp32, but fp16 was asked for"):
+        fake_build(tmp_path, monkeypatch, fake)
+    assert not fake.arguments_of("Builder.build_serialized_network")
 
 
 def test_timings_are_kept_per_device_and_version(

@@ -160,7 +160,7 @@ def test_tensorrt_10_3_marks_blocks_and_refuses_to_mark_what_is_unfused(
     oldest, tiny_file: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the recorded fake, whose parser knows the plugin's nodes only."""
-    fake = FakeTensorRT(oldest, "10.3.0", layer_type="FP32")
+    fake = FakeTensorRT(oldest, "10.3.0", layer_type="FP32", network_type="FLOAT")
     orin = Gpu("Orin", 87, 61 * 2**30, 16, "12.6")
     monkeypatch.setattr(build, "import_flavour", lambda _name: fake)
     monkeypatch.setattr(build, "find_gpu", lambda: orin)
