@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from onnx import GraphProto, ModelProto, NodeProto
 
 from fna.errors import InvalidArgumentError
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.record import DOMAIN
-from fna.export.operators.registry import is_attention
+from fna.export.operators.registry import approximating_operators, is_attention
 
 _SHAPE_ONLY = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
@@ -48,12 +47,13 @@ def block_of_name(name: str) -> int | None:
 
 
 def attention_block(node: NodeProto) -> int | None:
-    """Return the block number of an FNA attention node, or of a node inlined from one of a traced file. None for others."""
+    """Return the block number of an FNA or focal node, or of a node inlined from one of a traced file. None for others."""
     match = _BLOCK_IN_NAME.search(node.name)
     if match is None:
         return None
     step = node.name[match.end() :].partition("/")[0]
-    return block_of_name(node.name) if step == (FAST_NYSTROM_ATTENTION.name if match[1] else "") else None
+    wanted = approximating_operators() if match[1] else ("",)
+    return block_of_name(node.name) if step in wanted else None
 
 
 def module_scopes(node: NodeProto) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,27 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class FocalCall:
+    """A focal attention operator of a patched model, as it runs; the fields are the operator's arguments, see `fna.focal`."""
+
+    block: int
+    out: Tensor  # [B, H, N, D]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tile_keys: Tensor  # [T, K]
+    prefix_tokens: int
+    hot: int
+    scale: float
+    key_mask: Tensor | None = None  # [B, N] or [1, N]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """The operator's attributes besides the scale."""
+        return {"prefix_tokens": self.prefix_tokens, "hot": self.hot}
+
+
+@dataclass(frozen=True)
 class NystromCall:
     """An FNA operator of a patched model, as it runs; the fields are the operator's arguments, see `fna.attention`."""
 
@@ -58,6 +79,14 @@ class NystromCall:
     key_mask: Tensor | None = None  # [B, N] or [1, N]
     sink: bool = False
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """The operator's attributes besides the scale."""
+        return {"iterations": self.iterations, "exact_rows": int(self.exact_rows)}
+
+
+ReplacedCall = NystromCall | FocalCall
+"""An operator that takes the place of exact attention."""
 
 AttentionObserver = Callable[[AttentionCall], Tensor | None]
 """Returns what takes the place of the attention's output; None leaves it."""
@@ -73,7 +102,7 @@ def observed(
     *,
     entering: HiddenObserver | None = None,
     leaving: HiddenObserver | None = None,
-    nystrom: Callable[[NystromCall], object] | None = None,
+    replaced: Callable[[ReplacedCall], object] | None = None,
 ) -> Iterator[list[AttentionBlock]]:
     """Call observers in every attention block that runs within the context, in the order in which they run.
 
@@ -82,7 +111,7 @@ def observed(
         attention: of exact attention; the model must not be patched then.
         entering: of the hidden states that enter a block.
         leaving: of those that leave it.
-        nystrom: of the FNA operators of a patched model.
+        replaced: of the FNA and focal operators of a patched model.
 
     Raises:
         InvalidPlanError: if exact attention is to be observed in a patched model.
@@ -100,8 +129,8 @@ def observed(
             stack.callback(block.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if leaving is not None:
                 stack.callback(block.layer.register_forward_hook(_after_layer(block.number, leaving)).remove)
-        if nystrom is not None:
-            stack.enter_context(_NystromMode(nystrom, running))
+        if replaced is not None:
+            stack.enter_context(_OperatorMode(replaced, running))
         yield blocks
 
 
@@ -123,20 +152,25 @@ def _after_layer(number: int, observer: HiddenObserver) -> Callable[..., None]:
     return hook
 
 
-class _NystromMode(TorchDispatchMode):
-    """Sees every operator that PyTorch runs, and hands on the calls of ours that have landmarks."""
+class _OperatorMode(TorchDispatchMode):
+    """Sees every operator that PyTorch runs, and hands on the calls of ours that take the place of exact attention."""
 
-    def __init__(self, observer: Callable[[NystromCall], object], running: list[int]) -> None:
+    def __init__(self, observer: Callable[[ReplacedCall], object], running: list[int]) -> None:
         super().__init__()
         self.observer, self.running = observer, running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.fna.attention.default, torch.ops.fna.attention_with_key_mask.default):
+        call: type[NystromCall] | type[FocalCall] | None = {
+            torch.ops.fna.attention.default: NystromCall,
+            torch.ops.fna.attention_with_key_mask.default: NystromCall,
+            torch.ops.fna.focal_attention.default: FocalCall,
+        }.get(func)
+        if call is not None:
             names = [argument.name for argument in func._schema.arguments]
             arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            known = {name: arguments[name] for name in NystromCall.__dataclass_fields__ if name in arguments}
-            self.observer(NystromCall(block=self.running[0], out=result, **known))
+            known = {field.name: arguments[field.name] for field in fields(call) if field.name in arguments}
+            self.observer(call(block=self.running[0], out=result, **known))
         return result
 
 

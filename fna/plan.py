@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -333,6 +333,29 @@ class Plan(BaseModel):
     def replaced_blocks(self) -> list[int]:
         """The blocks whose attention is FNA or focal, ascending."""
         return sorted([block.block for block in self.blocks] + [block.block for block in self.focal])
+
+    def only(self, numbers: Collection[int]) -> Plan:
+        """Return the plan with some of its blocks replaced, and the others exact."""
+        return self.model_copy(
+            update={
+                "blocks": tuple(block for block in self.blocks if block.block in numbers),
+                "focal": tuple(block for block in self.focal if block.block in numbers),
+            }
+        )
+
+    def describe_blocks(self) -> str:
+        """Say in a line which blocks are what: `FNA blocks 6-11 of 12, S=64, grid, weighted; focal blocks 1-3, ...`."""
+        counts = "/".join(str(count) for count in sorted({block.landmarks for block in self.blocks}))
+        samplers = "/".join(sorted({block.sampler for block in self.blocks}))
+        settings = f", S={counts}, {samplers}, {self.method}" if self.blocks else ""
+        numbers = format_layers(block.block for block in self.blocks)
+        parts = [f"FNA blocks {numbers} of {self.num_blocks}{settings}"]
+        if self.focal:
+            sides = "/".join(str(side) for side in sorted({block.tile for block in self.focal}))
+            hot = "/".join(str(count) for count in sorted({block.hot for block in self.focal}))
+            numbers = format_layers(block.block for block in self.focal)
+            parts.append(f"focal blocks {numbers}, tiles of {sides}, {hot} hot keys")
+        return "; ".join(parts)
 
     @property
     def masked_blocks(self) -> set[int]:

@@ -164,5 +164,6 @@ FAST_NYSTROM_ATTENTION = Operator(
     torch_operators={"attention": _from_torch, "attention_with_key_mask": _masked_from_torch},
     plugin=True,
     attends=True,
+    approximates=True,
     typed=True,
 )

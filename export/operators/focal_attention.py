@@ -138,6 +138,7 @@ FOCAL_ATTENTION = Operator(
     body=_body,
     torch_operators={"focal_attention": _from_torch},
     attends=True,
+    approximates=True,
     typed=True,
     since=FOCAL_DOMAIN_VERSION,
 )

@@ -76,6 +76,7 @@ class Operator:
             then the attributes.
         plugin: whether a TensorRT plugin implements it; other operators are always inlined.
         attends: whether it is a block's attention; every other operator chooses what attention looks at.
+        approximates: whether it takes the place of exact attention.
         typed: whether the body is written for one type of `T`, where that is known.
         since: the version of the domain that it came with.
     """
@@ -88,6 +89,7 @@ class Operator:
     torch_operators: Mapping[str, Translation | None] = field(default_factory=dict)
     plugin: bool = False
     attends: bool = False
+    approximates: bool = False
     typed: bool = False
     since: int = DOMAIN_VERSION
 

@@ -120,6 +120,11 @@ def is_attention(domain: str, op_type: str) -> bool:
     return domain == DOMAIN and op_type in OPERATORS and OPERATORS[op_type].attends
 
 
+def approximating_operators() -> tuple[str, ...]:
+    """Return the op types that take the place of exact attention."""
+    return tuple(operator.name for operator in OPERATORS.values() if operator.approximates)
+
+
 def plugin_operators() -> tuple[str, ...]:
     """Return the op types that a TensorRT plugin implements."""
     return tuple(operator.name for operator in OPERATORS.values() if operator.plugin)
@@ -172,9 +177,10 @@ def node_attributes(node: NodeProto) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
-def has_key_mask(node: NodeProto) -> bool:
-    """Whether a FastNystromAttention node has its optional sixth input."""
-    return len(node.input) > 5 and bool(node.input[5])
+def node_inputs(node: NodeProto) -> dict[str, str]:
+    """Return the tensors that a node of ours reads, by the operator's own names for them; absent ones are left out."""
+    names = (formal.name for formal in OPERATORS[node.op_type].inputs)
+    return {name: tensor for name, tensor in zip(names, node.input, strict=False) if tensor}
 
 
 def _add_plugin_fields(node: NodeProto, variant: FunctionVariant) -> None:

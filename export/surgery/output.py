@@ -34,11 +34,9 @@ def describe_graft(
 ) -> None:
     """Say in a model what was done to it: the plan, the table, what it was made from and that file's SHA-256."""
     numbers = {row.block for row in rows if row.decision is Decision.REPLACED}
-    kept = plan.model_copy(
+    kept = plan.only(numbers).model_copy(
         update={
             "num_blocks": len(rows),
-            "blocks": tuple(block for block in plan.blocks if block.block in numbers),
-            "focal": tuple(block for block in plan.focal if block.block in numbers),
             "prefix_tokens": plan.prefix_tokens if plan.prefix_tokens is not None else prefix_tokens,
         }
     )

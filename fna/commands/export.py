@@ -84,10 +84,9 @@ def command(
     opset = next(
         opset_id.version for opset_id in load_onnx(output, tensors=False).opset_import if opset_id.domain == ""
     )
-    numbers = ", ".join(str(block.block) for block in metadata.plan.blocks) or "none"
     make_console(quiet).print(
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {opset}, {variant.label}, "
-        f"FNA blocks {numbers} of {metadata.plan.num_blocks}"
+        f"{metadata.plan.describe_blocks()}"
     )
     for note in notes:
         make_console(quiet).print(f"fp16 overflow: {note}")

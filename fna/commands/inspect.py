@@ -108,8 +108,6 @@ def print_engine(console: Console, file: Path, manifest: Manifest) -> None:
     ]
     capabilities = capability_text(*manifest.compute_capabilities)
     plan = manifest.plan
-    numbers = ", ".join(str(block.block) for block in plan.blocks) or "none"
-    settings = sorted({f"S={block.landmarks} {block.sampler}" for block in plan.blocks})
     facts = {
         "file": f"{file}, {manifest.engine_bytes / 1e6:.1f} MB",
         "built by": f"{title} in {manifest.seconds:.1f} s" + (f" on {manifest.device}" if manifest.device else ""),
@@ -117,7 +115,7 @@ def print_engine(console: Console, file: Path, manifest: Manifest) -> None:
         "targets": f"{', '.join(manifest.targets)} (compute capability {capabilities})",
         "runs on": ", ".join(kept),
         "precision": f"{manifest.precision}, TF32 {'on' if manifest.tf32 else 'off'}",
-        "FNA blocks": ", ".join([f"{numbers} of {plan.num_blocks}", *settings, plan.method]),
+        "attention": plan.describe_blocks(),
         "plugin": f"{manifest.plugin_name}, SHA-256 {manifest.plugin_sha256}"
         if manifest.plugin_name
         else "none needed",

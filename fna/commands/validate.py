@@ -118,12 +118,9 @@ def _print(document: Document, folder: Path, picture: Path | None, report: Path 
     console = make_console(quiet)
     result = document.validation
     plan = result.metadata.plan
-    counts = sorted({block.landmarks for block in plan.blocks})
-    samplers = sorted({block.sampler for block in plan.blocks})
-    numbers = [block.block for block in plan.blocks]
     console.print(
-        f"{result.file}: {result.metadata.source}, {len(result.images)} photographs, FNA blocks {numbers} of {plan.num_blocks}, "
-        f"S={'/'.join(map(str, counts))}, {'/'.join(samplers)}, {plan.method}, {result.metadata.precision}"
+        f"{result.file}: {result.metadata.source}, {len(result.images)} photographs, {result.metadata.precision}, "
+        f"{plan.describe_blocks()}"
     )
     for place in result.not_finite:
         console.print(place.describe(), markup=False)

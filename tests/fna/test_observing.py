@@ -56,7 +56,7 @@ def test_fna_operators_are_seen_with_their_blocks_and_arguments(model: nn.Module
     plan = plan.model_copy(update={"blocks": (plan.blocks[0], BlockPlan(block=2, landmarks=9, heads=(1,)))})
     patch(model, plan)
     try:
-        with torch.inference_mode(), observed(model, nystrom=calls.append):
+        with torch.inference_mode(), observed(model, replaced=calls.append):
             model(sample_pixels())
             model(sample_pixels())
         with pytest.raises(InvalidPlanError, match=r"call fna.unpatch\(model\) to look into"), observed(model, print):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from fna.observing import NystromCall
+from fna.observing import FocalCall, NystromCall, ReplacedCall
 from fna.runtime import Arrays
 from fna.validate.blame.effects import Pixels, fna_blocks
 from fna.validate.blame.inside import BlockPartError, capture, part_names, run_marked
@@ -105,14 +105,14 @@ def _exchange_inputs(model: ModelProto, node: FnaNode, order: Sequence[str]) -> 
 
 
 def _setting_causes(node: FnaNode, needed: Mapping[str, float], whose: str) -> Iterator[str]:
-    settings = {"scale": node.scale, "iterations": node.iterations, "exact_rows": int(node.exact_rows)}
+    settings = {"scale": node.scale, **node.settings}
     for name, value in needed.items():
         if abs(settings[name] - value) > 1e-6 * abs(value):
             yield f"node {node.name} has {name} {settings[name]:g}, but {whose} {value:g}"
 
 
-def _causes(node: FnaNode, call: NystromCall, arrays: Arrays) -> Iterator[str]:
-    needed = {"scale": call.scale, "iterations": call.iterations, "exact_rows": int(call.exact_rows)}
+def _causes(node: FnaNode, call: ReplacedCall, arrays: Arrays) -> Iterator[str]:
+    needed = {"scale": call.scale, **call.settings}
     yield from _setting_causes(node, needed, "the model has")
     own = expected_output(node, arrays)
     out = arrays[node.output]
@@ -122,9 +122,10 @@ def _causes(node: FnaNode, call: NystromCall, arrays: Arrays) -> Iterator[str]:
     for order, text in _ORDERS.items():
         if _error(wanted, expected_output(node, arrays, order=order)) <= 10 * _SAME:
             yield f"node {node.name}: {text}"
-    landmarks = arrays[node.inputs["landmarks"]]
-    if landmarks.shape[-1] != call.landmarks.shape[-1] or (landmarks[0] != call.landmarks[0].numpy()).any():
-        yield f"node {node.name} has other landmarks than the model"
+    chosen, kind = (call.tile_keys, "keys") if isinstance(call, FocalCall) else (call.landmarks, "landmarks")
+    own_choice = arrays[node.inputs["tile_keys" if isinstance(call, FocalCall) else "landmarks"]]
+    if own_choice.shape[-1] != chosen.shape[-1] or (own_choice[0] != chosen[0].numpy()).any():
+        yield f"node {node.name} has other {kind} than the model"
     if not _same_mask(node, call, arrays):
         yield f"node {node.name} has another key mask than the model"
     errors = {
@@ -134,12 +135,13 @@ def _causes(node: FnaNode, call: NystromCall, arrays: Arrays) -> Iterator[str]:
     yield f"what node {node.name} is given differs, most of all its {worst} (relative L2 error {errors[worst]:.1e})"
 
 
-def _same_mask(node: FnaNode, call: NystromCall, arrays: Arrays) -> bool:
+def _same_mask(node: FnaNode, call: ReplacedCall, arrays: Arrays) -> bool:
     name = node.inputs.get("key_mask")
     if name is None or call.key_mask is None:
         return (name is None) == (call.key_mask is None)
     mask, needed = np.atleast_2d(arrays[name])[0], np.atleast_2d(call.key_mask.numpy())[0]
-    return node.sink == call.sink and mask.shape == needed.shape and bool((mask == needed).all())
+    sink = isinstance(call, NystromCall) and call.sink
+    return node.sink == sink and mask.shape == needed.shape and bool((mask == needed).all())
 
 
 def _error(reference: NDArray[np.float32], actual: NDArray[np.float32]) -> float:

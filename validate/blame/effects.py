@@ -71,9 +71,9 @@ def block_effects(chain: Chain, images: Sequence[Pixels], on_step: Say) -> tuple
 
 
 def fna_blocks(chain: Chain) -> list[int]:
-    """Return the numbers of the blocks that are FNA, in order."""
+    """Return the numbers of the blocks that are FNA or focal attention, in order."""
     if chain.model is not None:
-        return [entry.block for entry in chain.metadata.plan.blocks]
+        return chain.metadata.plan.replaced_blocks
     return [node.block for node in list_fna_nodes(chain.proto)]
 
 
@@ -82,9 +82,7 @@ def _run_with_fna_in(chain: Chain, blocks: Collection[int], images: Sequence[Pix
         others = set(fna_blocks(chain)) - set(blocks)
         run = OnnxRunner(undo_nodes(chain.proto, others), chain.folder, chain.file.onnx.name).run
         return [run(pixels, chain.outputs) for pixels in images]
-    plan = chain.metadata.plan
-    part = plan.model_copy(update={"blocks": tuple(entry for entry in plan.blocks if entry.block in blocks)})
-    with patched(chain.model, part):
+    with patched(chain.model, chain.metadata.plan.only(blocks)):
         return [run_torch(chain.model, pixels) for pixels in images]
 
 

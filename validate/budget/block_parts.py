@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
 from fna.export.blocks import attention_block, block_of_name, module_scopes
-from fna.observing import NystromCall, observed
+from fna.observing import ReplacedCall, observed
 from fna.patching import find_attention_blocks, is_patched
 
 
@@ -40,7 +40,7 @@ class Capture:
     """What was seen in a run: arrays by place, and the FNA operators' calls in order."""
 
     arrays: dict[BlockPart, NDArray[np.float32]] = field(default_factory=dict)
-    calls: list[NystromCall] = field(default_factory=list)
+    calls: list[ReplacedCall] = field(default_factory=list)
 
 
 @contextmanager
@@ -51,11 +51,11 @@ def captured(model: nn.Module) -> Iterator[Capture]:
     def leaving(block: int, hidden: Tensor) -> None:
         capture.arrays[BlockPart(block, "output")] = hidden.float().numpy()
 
-    def nystrom(call: NystromCall) -> None:
+    def replaced(call: ReplacedCall) -> None:
         capture.calls.append(call)
         capture.arrays[BlockPart(call.block, "fna")] = call.out.float().numpy()
 
-    with observed(model, leaving=leaving, nystrom=nystrom if is_patched(model) else None):
+    with observed(model, leaving=leaving, replaced=replaced if is_patched(model) else None):
         yield capture
 
 

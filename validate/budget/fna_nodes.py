@@ -1,7 +1,8 @@
-"""The FNA nodes of a file, each compared with FNA in PyTorch on the very tensors that it was given."""
+"""The FNA and focal nodes of a file, each compared with its twin in PyTorch on the very tensors that it was given."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +14,17 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from fna.attention import nystrom_attention_reference
 from fna.export.blocks import attention_block
 from fna.export.metadata import FileMetadata
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
-from fna.export.operators.registry import fna_nodes, node_attributes
-from fna.plan import ITERATIONS_OF_VERSION_1
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
+from fna.export.operators.registry import approximating_operators, fna_nodes, node_attributes, node_inputs
+from fna.focal import focal_attention_reference
+from fna.plan import ITERATIONS_OF_VERSION_1, Plan
 from fna.runtime import Arrays
 from fna.validate.budget.runners import OnnxRunner
-
-_INPUTS = ("query", "key", "value", "landmarks", "landmark_bias", "key_mask")
 
 
 @dataclass(frozen=True)
 class FnaNode:
-    """An FNA attention node of a graph.
+    """A node of a graph that takes the place of exact attention.
 
     Attributes:
         block: its number.
@@ -32,9 +32,9 @@ class FnaNode:
         inputs: tensor names by the operator's own names for them.
         output: the tensor it writes.
         scale: factor on the scores.
-        iterations: of Newton-Schulz.
-        exact_rows: whether landmark rows are written exactly.
+        settings: the operator's other attributes: `iterations` and `exact_rows`, or `prefix_tokens` and `hot`.
         sink: whether masked tokens attend to themselves; see `fna.attention`.
+        is_focal: whether it is focal attention.
     """
 
     block: int
@@ -42,29 +42,31 @@ class FnaNode:
     inputs: dict[str, str]
     output: str
     scale: float
-    iterations: int
-    exact_rows: bool
+    settings: dict[str, int]
     sink: bool = False
+    is_focal: bool = False
 
 
 def list_fna_nodes(model: ModelProto) -> list[FnaNode]:
-    """Return the FNA attention nodes, in the graph's order; none in a portable file, where they are inlined."""
-    nodes = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)]
+    """Return the FNA and focal nodes, in the graph's order; none in a portable file, where they are inlined."""
+    nodes = [node for node in fna_nodes(model.graph) if node.op_type in approximating_operators()]
     return [_describe(node, index) for index, node in enumerate(nodes)]
 
 
 def _describe(node: NodeProto, index: int) -> FnaNode:
-    attributes = node_attributes(node)
+    attributes = {"iterations": ITERATIONS_OF_VERSION_1, "exact_rows": 0, **node_attributes(node)}
+    is_focal = FOCAL_ATTENTION.is_called_by(node)
+    names = ("prefix_tokens", "hot") if is_focal else ("iterations", "exact_rows")
     number = attention_block(node)
     return FnaNode(
         block=index if number is None else number,
         name=node.name,
-        inputs={name: tensor for name, tensor in zip(_INPUTS, node.input, strict=False) if tensor},
+        inputs=node_inputs(node),
         output=node.output[0],
         scale=float(attributes["scale"]),
-        iterations=int(attributes.get("iterations", ITERATIONS_OF_VERSION_1)),
-        exact_rows=bool(attributes.get("exact_rows", 0)),
+        settings={name: int(attributes[name]) for name in names},
         sink=bool(attributes.get("sink", 0)),
+        is_focal=is_focal,
     )
 
 
@@ -109,59 +111,56 @@ def expected_output(
     *,
     order: tuple[str, str, str] = ("query", "key", "value"),
     scale: float | None = None,
-    iterations: int | None = None,
-    exact_rows: bool | None = None,
+    settings: Mapping[str, int] | None = None,
 ) -> NDArray[np.float32]:  # [B, H, N, D]
-    """FNA in PyTorch fp32 on what a node was given, as the node says or as the arguments say.
+    """FNA or focal attention in PyTorch fp32 on what a node was given, as the node says or as the arguments say.
 
     Args:
         node: which one.
         arrays: tensors by name, from `NodeProbe.run`.
         order: which of the node's inputs take the part of query, key and value.
         scale: instead of the node's.
-        iterations: instead of the node's.
-        exact_rows: instead of the node's.
+        settings: instead of the node's, by name.
     """
-    query, key, value, landmarks, bias = (
-        torch.from_numpy(np.array(arrays[node.inputs[name]])) for name in (*order, "landmarks", "landmark_bias")
-    )
-    mask = node.inputs.get("key_mask")
+    tensors = {name: torch.from_numpy(np.array(arrays[tensor])) for name, tensor in node.inputs.items()}
+    query, key, value = (tensors[name].float() for name in order)
+    factor = node.scale if scale is None else scale
+    chosen = {**node.settings, **(settings or {})}
     with torch.inference_mode():
-        out = nystrom_attention_reference(
-            query.float(), key.float(), value.float(), landmarks, bias.float(),
-            node.scale if scale is None else scale,
-            node.iterations if iterations is None else iterations,
-            node.exact_rows if exact_rows is None else exact_rows,
-            key_mask=None if mask is None else torch.from_numpy(np.array(arrays[mask])),
-            sink=node.sink,
-        )  # fmt: skip
+        if node.is_focal:
+            lists = [tensors[name] for name in ("tile_queries", "tile_keys", "tile_bias", "places")]
+            out = focal_attention_reference(
+                query, key, value, lists[0], lists[1], lists[2], lists[3],
+                tensors.get("key_mask"), chosen["prefix_tokens"], chosen["hot"], factor,
+            )  # fmt: skip
+        else:
+            out = nystrom_attention_reference(
+                query, key, value, tensors["landmarks"], tensors["landmark_bias"].float(), factor,
+                chosen["iterations"], bool(chosen["exact_rows"]), tensors.get("key_mask"), node.sink,
+            )  # fmt: skip
     return out.numpy()
 
 
 def planned_settings(node: FnaNode, metadata: FileMetadata) -> dict[str, float]:
-    """Return the scale, iterations and exact_rows that a node of a grafted file should have.
+    """Return the scale and the settings that a node of a grafted file should have.
 
     The scale is the one that graft found in the original; where it noted none, the node's own.
     """
-    plan = metadata.plan
     rows = [row for row in metadata.attention_table or [] if row.get("block") == node.block]
     scale = rows[0].get("scale") if rows else None
-    block_plan = plan.find(node.block)
-    iterations = block_plan.iterations if block_plan is not None else None
-    return {
-        "scale": node.scale if scale is None else float(scale),
-        "iterations": plan.iterations if iterations is None else iterations,
-        "exact_rows": int(plan.exact_rows),
-    }
+    return {"scale": node.scale if scale is None else float(scale), **_planned_by_block(node, metadata.plan)}
+
+
+def _planned_by_block(node: FnaNode, plan: Plan) -> dict[str, int]:
+    nystrom, focal = plan.find(node.block), plan.find_focal(node.block)
+    if node.is_focal:
+        return {} if focal is None else {"hot": focal.hot}
+    iterations = plan.iterations if nystrom is None else plan.iterations_of(nystrom)
+    return {"iterations": iterations, "exact_rows": int(plan.exact_rows)}
 
 
 def planned_output(node: FnaNode, arrays: Arrays, metadata: FileMetadata) -> NDArray[np.float32]:  # [B, H, N, D]
     """As `expected_output`, with the settings that a grafted file's node should have."""
     needed = planned_settings(node, metadata)
-    return expected_output(
-        node,
-        arrays,
-        scale=needed["scale"],
-        iterations=int(needed["iterations"]),
-        exact_rows=bool(needed["exact_rows"]),
-    )
+    scale = needed.pop("scale")
+    return expected_output(node, arrays, scale=scale, settings={name: int(value) for name, value in needed.items()})

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata
 from fna.export.sources.running import patched, run_torch
+from fna.observing import NystromCall
 from fna.runtime import Arrays
 from fna.validate.blame.not_finite import NotFinite, find_not_finite
 from fna.validate.budget.block_parts import BlockPart, captured
@@ -291,8 +292,9 @@ class _Gauge:
             if part in seen.arrays and part.part == "output" and array.ndim == 3:
                 meter = self.blocks.setdefault(part, ErrorMeter(str(part), 0))
                 meter.add(array, seen.arrays[part])
-        if seen.calls and len(self.landmarks) < MOST_PICTURES:
-            first = seen.calls[0]
+        with_landmarks = [call for call in seen.calls if isinstance(call, NystromCall)]
+        if with_landmarks and len(self.landmarks) < MOST_PICTURES:
+            first = with_landmarks[0]
             self.landmarks.append(
                 ImageLandmarks(image=name, block=first.block, tokens=tuple(first.landmarks[0].tolist()))
             )
@@ -311,9 +313,11 @@ class _Gauge:
 
     def _compare_nodes(self, probe: NodeProbe, image: str, pixels: NDArray[np.float32]) -> None:
         arrays = probe.run(pixels)
-        if probe.nodes and len(self.landmarks) < MOST_PICTURES:
-            tokens = tuple(int(index) for index in arrays[probe.nodes[0].inputs["landmarks"]][0])
-            self.landmarks.append(ImageLandmarks(image=image, block=probe.nodes[0].block, tokens=tokens))
+        with_landmarks = [node for node in probe.nodes if not node.is_focal]
+        if with_landmarks and len(self.landmarks) < MOST_PICTURES:
+            first = with_landmarks[0]
+            tokens = tuple(int(index) for index in arrays[first.inputs["landmarks"]][0])
+            self.landmarks.append(ImageLandmarks(image=image, block=first.block, tokens=tokens))
         meters = self.meters.setdefault("export", {})
         for node in probe.nodes:
             meter = meters.setdefault(node.name, ErrorMeter(node.name))
@@ -348,7 +352,7 @@ class _Gauge:
             for block, error in errors.items()
         }
         return tuple(
-            BlockError(block=block, fna=plan.find(block) is not None, **numbers) for block, numbers in values.items()
+            BlockError(block=block, fna=block in plan.replaced_blocks, **numbers) for block, numbers in values.items()
         )
 
     def outputs(self) -> Outputs:

@@ -8,14 +8,14 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from fna.export.blocks import attention_block
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.masked_attention import MASKED_ATTENTION
 from fna.export.operators.registry import (
     OVERLOAD_IR_VERSION,
     fna_nodes,
-    has_key_mask,
+    is_attention,
     model_opset,
     node_attributes,
+    node_inputs,
     variant_of,
 )
 from fna.export.types import tensor_types
@@ -58,11 +58,11 @@ def undo_nodes(model: ModelProto, blocks: Collection[int], *, keep_masks: bool =
 def _is_undone(node: NodeProto, blocks: Collection[int], keep_masks: bool) -> bool:
     if MASKED_ATTENTION.is_called_by(node):
         return not keep_masks
-    return FAST_NYSTROM_ATTENTION.is_called_by(node) and attention_block(node) in blocks
+    return is_attention(node.domain, node.op_type) and attention_block(node) in blocks
 
 
 def _mask_of(node: NodeProto) -> str | None:
-    return node.input[5] if has_key_mask(node) else None
+    return node_inputs(node).get("key_mask")
 
 
 def _exact_node(node: NodeProto, mask: str, sink: bool) -> NodeProto:

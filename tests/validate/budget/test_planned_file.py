@@ -9,8 +9,11 @@ import pytest
 
 from fna.cli import main
 from fna.errors import InvalidPlanError
+from fna.export.blocks import attention_block
+from fna.export.operators.registry import fna_nodes
 from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, export_onnx
+from fna.files import load_onnx, save_model
 from fna.plan import BlockPlan, Correction, Plan
 from fna.validate.bench.models import bench
 from fna.validate.task.digits_probe import shrink_plan
@@ -42,6 +45,37 @@ def test_every_part_of_the_validation_takes_it(tiny: Tiny, tmp_path: Path, monke
     assert {effect["block"] for effect in found["bisection"]["effects"]} == {1, 2}
     assert {row["resolution"] for row in found["bench"]["rows"]} - {TINY_SIDE}
     assert "digits probe" in {measure["task"] for measure in found["task"]["measures"]}
+
+
+def mixed_plan() -> Plan:
+    return Plan.model_validate({
+        "num_blocks": 3,
+        "blocks": [{"block": 2, "landmarks": 12}],
+        "focal": [{"block": 0, "tile": 4, "hot": 4, "seed": 3}, {"block": 1, "tile": 2, "levels": [[1, 0], [2, 1]], "hot": 0}],
+    })  # fmt: skip
+
+
+def test_focal_and_fna_blocks_are_validated_alike(tiny: Tiny, tmp_path: Path) -> None:
+    path, record = tmp_path / "mixed.onnx", tmp_path / "record.json"
+    export_onnx(load_model("validate_tiny:tiny"), mixed_plan(), TraceOptions(TINY_SIDE, TINY_SIDE), path)
+    assert main(["validate", str(path), "--images", "images", "--bisect", "--json", str(record), "--quiet"]) == 0
+    document = json.loads(record.read_text())
+    assert {effect["block"] for effect in document["bisection"]["effects"]} == {0, 1, 2}
+    export = next(step for step in document["validation"]["steps"] if step["step"] == "export")
+    assert all(error["relative_l2"] < 1e-4 for error in export["errors"])
+
+
+def test_a_broken_focal_node_is_named_with_its_cause(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.onnx"
+    export_onnx(load_model("validate_tiny:tiny"), mixed_plan(), TraceOptions(TINY_SIDE, TINY_SIDE), path)
+    model = load_onnx(path)
+    node = next(node for node in fna_nodes(model.graph) if attention_block(node) == 1)
+    node.input[1], node.input[2] = node.input[2], node.input[1]
+    save_model(model, path)
+    assert main(["validate", str(path), "--images", "images", "--bisect", "--quiet"]) == 1
+    assert "its key and value are exchanged" in capsys.readouterr().err
 
 
 def test_a_bench_at_another_size_than_the_plans_is_refused(tiny: Tiny) -> None:
