@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,12 @@ from fna.validate.bench import Backend
 from fna.validate.bench.backends import OPENERS, Setting
 from fna.validate.bench.counts import Counts, count
 from fna.validate.bench.timing import Timing, time_in_turns
+from fna.validate.budget.chain import Say
 
 WARM_UP_RUNS = 2
 QUICK_RUNS = 3
 QUICK_SHARES = (0.43, 0.7, 1.0)
 """Of the native resolution, for `--bench quick`."""
-
-
-Say = Callable[..., None]
 
 
 class BenchRow(BaseModel):

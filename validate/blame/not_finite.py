@@ -67,20 +67,22 @@ class NotFinite(BaseModel):
 
 def find_not_finite(chain: Chain, step: str, pixels: NDArray[np.float32], image: str) -> NotFinite | None:
     """Return the first tensor of a step's own stage that is not finite, or None if it cannot be found out."""
+    first = _find_first(chain, step, pixels)
+    return first and first.model_copy(update={"step": step, "image": image})
+
+
+def _find_first(chain: Chain, step: str, pixels: NDArray[np.float32]) -> NotFinite | None:
     if step == "approximation" and chain.model is not None:
         with patched(chain.model, chain.metadata.plan):
-            found = _first_in_torch(chain.model, pixels)
-        return found and found.model_copy(update={"step": step, "image": image})
+            return _first_in_torch(chain.model, pixels)
     if step == "engine":
-        found = first_in_engine(chain, pixels)
-        return found and found.model_copy(update={"image": image})
+        return first_in_engine(chain, pixels)
     proto = chain.portable if step == "export" and chain.portable is not None else chain.proto
     layers = layer_numbers(chain.model.module) if chain.model is not None else {}
     try:
-        found = first_in_onnx(proto, chain, pixels, layers)
+        return first_in_onnx(proto, chain, pixels, layers)
     except InputFileError:
         return None
-    return found and found.model_copy(update={"step": step, "image": image})
 
 
 def first_in_engine(chain: Chain, pixels: NDArray[np.float32]) -> NotFinite | None:

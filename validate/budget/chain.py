@@ -184,11 +184,11 @@ def _onnx_of_engine(engine: Path) -> Path:
     return path
 
 
-def _find_original(path: Path, metadata: FileMetadata, given: Path | None) -> Path:
-    places = [given] if given is not None else [path.parent / metadata.source, Path(metadata.source)]
+def _find_original(path: Path, metadata: FileMetadata, named: Path | None) -> Path:
+    places = [named] if named is not None else [path.parent / metadata.source, Path(metadata.source)]
     original = next((place for place in places if place.is_file()), None)
     if original is None:
-        missing = f"{given} does not exist" if given is not None else f"{metadata.source} is not beside it"
+        missing = f"{named} does not exist" if named is not None else f"{metadata.source} is not beside it"
         raise InputFileError(
             f"{path.name} was grafted from {metadata.source} and is compared with it, but {missing}; "
             "give the original as --original FILE"
@@ -346,10 +346,10 @@ def _add_precision(chain: Chain, reference: str, say: Say) -> None:
 
 def _checked(runner: OnnxRunner, chain: Chain, name: str) -> OnnxRunner:
     """Refuse a file whose input or outputs are not those of the model that it is compared with."""
-    for side, given, needed in (("height", runner.height, chain.height), ("width", runner.width, chain.width)):
-        if given is not None and given != needed:
+    for side, taken, needed in (("height", runner.height, chain.height), ("width", runner.width, chain.width)):
+        if taken is not None and taken != needed:
             raise InputFileError(
-                f"{name} takes images of {side} {given}, but its metadata says {needed}; export it again"
+                f"{name} takes images of {side} {taken}, but its metadata says {needed}; export it again"
             )
     missing = [output for output in chain.outputs if output not in runner.outputs]
     if missing:
