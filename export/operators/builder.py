@@ -84,6 +84,10 @@ class Builder:
         )
         return str(self._add(node, name).output[0])
 
+    def reference(self, name: str, kind: str = "FLOAT") -> AttributeProto:
+        """Return an attribute of the function whose body this is, for a node's attribute: `op.Selu(x, alpha=op.reference("a"))`."""
+        return AttributeProto(type=AttributeProto.AttributeType.Value(kind), ref_attr_name=name)
+
     def as_float(self, value: str) -> str:
         """Return an input as fp32: itself where it is known to be that."""
         if self._types.get(value) == TensorProto.FLOAT:
@@ -149,7 +153,14 @@ class Builder:
         values = [
             "" if value is None else value if isinstance(value, str) else self._constant(value) for value in inputs
         ]
-        node = self._add(helper.make_node(op_type, values, [""] * outputs, **attributes), name or op_type)
+        references = {
+            key: attributes.pop(key) for key in list(attributes) if isinstance(attributes[key], AttributeProto)
+        }
+        made = helper.make_node(op_type, values, [""] * outputs, **attributes)
+        for key, reference in references.items():
+            made.attribute.append(reference)
+            made.attribute[-1].name = key
+        node = self._add(made, name or op_type)
         return str(node.output[0]) if outputs == 1 else tuple(node.output)
 
     def _axes_opset(self, op_type: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fna.export.operators.builder import Builder
+from fna.export.operators.onnx_attention import attention
 from fna.export.operators.record import MASKED_DOMAIN_VERSION, FormalAttribute, FormalParameter, Operator
 from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.special_tokens import MASKED_SCORE
@@ -68,6 +69,45 @@ def _body(
     if exact_rows:
         out = op.ScatterND(out, _places(op, size, count, column), exact, name="with_exact_rows")
     return op.as_type_of(out, query)
+
+
+def _fused_body(
+    op: Builder,
+    query: str,
+    key: str,
+    value: str,
+    landmarks: str,
+    landmark_bias: str,
+    key_mask: str | None,
+    *,
+    iterations: int,
+    exact_rows: int,
+    sink: int = 0,
+) -> str:
+    """Write FNA with two ONNX Attentions in the type of its inputs; between them, over S rows, all is fp32. Shapes as in `_body`."""
+    size, count = op.Shape(query), op.Gather(op.Shape(landmarks), [1])
+    rows_shape = op.Concat(op.Gather(size, [0, 1]), count, op.Gather(size, [3]), axis=0)
+    column = op.Unsqueeze(landmarks, axes=[1, 3])  # [B, 1, S, 1]
+    rows = op.Expand(column, rows_shape)  # [B, H, S, D] indices into axis 2
+    query_landmarks = op.GatherElements(query, rows, axis=2, name="query_landmarks")
+    key_landmarks = op.GatherElements(key, rows, axis=2, name="key_landmarks")
+    core_bias = output_bias = op.Unsqueeze(landmark_bias, axes=[1, 2])
+    exact_bias = None
+    if key_mask is not None:
+        drops = _drops(op, size, count, landmarks, key_mask, bool(sink))
+        core_bias, output_bias = op.Sub(core_bias, drops.core), op.Sub(output_bias, drops.output)
+        exact_bias = op.as_type_of(op.Neg(drops.exact), query)
+    scale = op.reference("scale")
+    exact = attention(op, query_landmarks, key, value, exact_bias, scale=scale, name="exact")  # Bv
+    key_columns = op.Transpose(op.Mul(op.as_float(key_landmarks), op.attribute("scale")), perm=_SWAP_LAST)
+    core_scores = op.MatMul(op.as_float(query_landmarks), key_columns, name="core_scores")
+    core = op.Softmax(op.Add(core_scores, core_bias), axis=-1, name="core")  # A
+    projected = op.as_type_of(_newton_schulz(op, core, op.as_float(exact), count, iterations), query)
+    output_bias = op.as_type_of(output_bias, query)
+    out = attention(op, query, key_landmarks, projected, output_bias, scale=scale, name="mixed")
+    if exact_rows:
+        out = str(op.ScatterND(out, _places(op, size, count, column), exact, name="with_exact_rows"))
+    return out
 
 
 def _newton_schulz(op: Builder, core: str, exact: str, count: str, iterations: int) -> str:
@@ -161,6 +201,7 @@ FAST_NYSTROM_ATTENTION = Operator(
         FormalAttribute("sink", default=0, since=MASKED_DOMAIN_VERSION),
     ),
     body=_body,
+    fused_body=_fused_body,
     torch_operators={"attention": _from_torch, "attention_with_key_mask": _masked_from_torch},
     plugin=True,
     attends=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fna.export.operators.builder import Builder
+from fna.export.operators.onnx_attention import attention
 from fna.export.operators.record import (
     FOCAL_DOMAIN_VERSION,
     MASKED_FOCAL_DOMAIN_VERSION,
@@ -16,6 +17,8 @@ from fna.focal_keys import FAR_BELOW
 from fna.special_tokens import MASKED_SCORE
 
 _SWAP_LAST = (0, 1, 3, 2)
+_LOWEST_BIAS = -60000.0
+"""Of the fused form, whose bias may be fp16; it hides a key as well as `FAR_BELOW`."""
 
 
 def _body(
@@ -78,6 +81,73 @@ def _body(
     return op.as_type_of(op.Concat(prefix, patches, axis=2), query)
 
 
+def _fused_body(
+    op: Builder,
+    query: str,
+    key: str,
+    value: str,
+    tile_queries: str,
+    tile_keys: str,
+    tile_bias: str,
+    places: str,
+    key_mask: str | None,
+    *,
+    prefix_tokens: int,
+    hot: int,
+) -> str:
+    """Write focal attention as one ONNX Attention in which each tile is a head, and one for the prefix. Shapes as in `_body`."""
+    taken_off = None
+    if key_mask is not None:
+        flags = op.Cast(op.Cast(key_mask, to="BOOL"), to="FLOAT")
+        taken_off = op.Unsqueeze(op.Mul(flags, MASKED_SCORE), axes=[1])  # [B, 1, N]
+    size = op.Shape(query)
+    batch_heads, width = op.Gather(size, [0, 1]), op.Gather(size, [3])
+    tile_count, key_count = (op.Gather(op.Shape(tile_keys), [axis]) for axis in (0, 1))
+    query_tiles = op.Gather(query, tile_queries, axis=2, name="query_tiles")  # [B, H, T, Q, D]
+    keys = op.Gather(key, tile_keys, axis=2, name="key_tiles")  # [B, H, T, K, D]
+    values = op.Gather(value, tile_keys, axis=2, name="value_tiles")
+    bias = op.Unsqueeze(tile_bias, axes=[0, 1])  # [1, 1, T, K]
+    if taken_off is not None:
+        bias = op.Sub(bias, op.Gather(taken_off, tile_keys, axis=2))
+    if hot:
+        query_float, key_float = op.as_float(query), op.as_float(key)
+        scaled = op.Mul(query_float, op.attribute("scale"))
+        tokens = _hot_tokens(op, scaled, key_float, taken_off, prefix_tokens, hot)  # [B, H, hot]
+        bias = op.Add(bias, op.Gather(_once(op, key_float, tokens), tile_keys, axis=2))
+        rows = op.Expand(op.Unsqueeze(tokens, axes=[3]), op.Concat([1, 1, 1], width, axis=0))
+        every_tile = op.Concat(batch_heads, tile_count, [hot], width, axis=0)
+
+        def with_hot(tiles: str, tensor: str) -> Any:
+            taken = op.Unsqueeze(op.GatherElements(tensor, rows, axis=2), axes=[2])
+            return op.Concat(tiles, op.Expand(taken, every_tile), axis=3)
+
+        keys, values = with_hot(keys, key), with_hot(values, value)
+        hot_bias = op.Expand(0.0, op.Shape(tokens))
+        if taken_off is not None:
+            spread = op.Expand(taken_off, op.Gather(op.Shape(key), [0, 1, 2]))
+            hot_bias = op.Neg(op.GatherElements(spread, tokens, axis=2))
+        hot_bias = op.Expand(op.Unsqueeze(hot_bias, axes=[2]), op.Concat(batch_heads, tile_count, [hot], axis=0))
+        bias = op.Concat(bias, hot_bias, axis=3)
+        key_count = op.Add(key_count, hot)
+    one_bias_each = op.Expand(bias, op.Concat(batch_heads, tile_count, key_count, axis=0))
+    flat_bias = op.Reshape(one_bias_each, op.Concat(op.Gather(size, [0]), [-1, 1], key_count, axis=0))
+    flat_bias = op.as_type_of(op.Max(flat_bias, _LOWEST_BIAS), query)
+
+    def flat(tiles: str) -> Any:  # [B, H, T, X, D] to [B, H * T, X, D]
+        shape = op.Shape(tiles)
+        return op.Reshape(tiles, op.Concat(op.Gather(shape, [0]), [-1], op.Gather(shape, [3, 4]), axis=0))
+
+    scale = op.reference("scale")
+    mixed = attention(op, flat(query_tiles), flat(keys), flat(values), flat_bias, scale=scale, name="tiles")
+    patches = op.Gather(op.Reshape(mixed, op.Concat(batch_heads, [-1], width, axis=0)), places, axis=2, name="patches")
+    if not prefix_tokens:
+        return str(patches)
+    prefix_bias = None if taken_off is None else op.as_type_of(op.Neg(op.Unsqueeze(taken_off, axes=[2])), query)
+    prefix_queries = _slice(op, query, 0, prefix_tokens)
+    prefix = attention(op, prefix_queries, key, value, prefix_bias, scale=scale, name="prefix")
+    return str(op.Concat(prefix, patches, axis=2))
+
+
 def _hot_tokens(
     op: Builder, query: str, key: str, taken_off: str | None, prefix_tokens: int, hot: int
 ) -> str:  # [B, H, hot] int64
@@ -136,6 +206,7 @@ FOCAL_ATTENTION = Operator(
         FormalAttribute("hot", default=0),
     ),
     body=_body,
+    fused_body=_fused_body,
     torch_operators={"focal_attention": _from_torch},
     attends=True,
     approximates=True,

@@ -71,6 +71,8 @@ class Operator:
         inputs: in order.
         outputs: in order.
         body: takes a `Builder`, the inputs' values and the INT attributes by name, and returns the outputs' values.
+        fused_body: the same with ONNX Attention, which opset 23 brings, for every product with N rows, in the type of the inputs.
+            None: there is no such product.
         attributes: in order.
         torch_operators: how each torch operator of `torch.ops.fna` becomes a node, by its name. None: its arguments are the inputs,
             then the attributes.
@@ -85,6 +87,7 @@ class Operator:
     inputs: tuple[FormalParameter, ...]
     outputs: tuple[FormalParameter, ...]
     body: Callable[..., str | tuple[str, ...]]
+    fused_body: Callable[..., str | tuple[str, ...]] | None = None
     attributes: tuple[FormalAttribute, ...] = ()
     torch_operators: Mapping[str, Translation | None] = field(default_factory=dict)
     plugin: bool = False
@@ -210,8 +213,8 @@ class FunctionVariant:
         kind = "any" if self.element_type == TensorProto.UNDEFINED else TensorProto.DataType.Name(self.element_type)
         return "_".join([kind.lower(), f"v{self.version}", *(f"{name}{value}" for name, value in self.settings)])
 
-    def make_function(self, opset: int, overload: str = "") -> FunctionProto:
-        """Return the function for one opset.
+    def make_function(self, opset: int, overload: str = "", *, fused: bool = False) -> FunctionProto:
+        """Return the function for one opset, with the operator's fused body where it has one and `fused` is set.
 
         Raises:
             InvalidArgumentError: for an opset outside 14 to 24; for opset 14 without an element type (it has no CastLike).
@@ -226,7 +229,8 @@ class FunctionVariant:
         outputs = [formal.name for formal in operator.outputs]
         op = Builder(opset, types=types, taken=set(outputs))
         values = [formal.name if formal in present else None for formal in operator.inputs]
-        results = operator.body(op, *values, **dict(self.settings))
+        body = operator.fused_body if fused and operator.fused_body else operator.body
+        results = body(op, *values, **dict(self.settings))
         for value, name in zip([results] if isinstance(results, str) else results, outputs, strict=True):
             op.rename(value, name)
         function = onnx.helper.make_function(

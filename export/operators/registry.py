@@ -55,6 +55,8 @@ def attach_functions(
     model: ModelProto,
     element_type: int = TensorProto.UNDEFINED,
     element_types: Mapping[str, int] | None = None,
+    *,
+    fused: bool = False,
 ) -> None:
     """Add to `model`, in place, the functions that its `fna` nodes call, in the model's own opset.
 
@@ -67,6 +69,7 @@ def attach_functions(
         model: holds nodes of domain `fna` in its graph.
         element_type: the ONNX type of the nodes' floating-point inputs; undefined writes bodies that take any type.
         element_types: the same for single nodes, by node name, where they differ.
+        fused: with ONNX Attention inside, for a model of opset 23 or later.
 
     Raises:
         InvalidArgumentError: for an opset outside 14 to 24, or an operator that is not one of ours.
@@ -86,7 +89,7 @@ def attach_functions(
         several = len(variants) > 1
         for variant, nodes in sorted(variants.items(), key=lambda pair: pair[0].overload):
             overload = variant.overload if several else ""
-            model.functions.append(variant.make_function(opset, overload))
+            model.functions.append(variant.make_function(opset, overload, fused=fused))
             version = max(version, variant.version)
             for node in nodes:
                 node.overload = overload
@@ -128,6 +131,11 @@ def approximating_operators() -> tuple[str, ...]:
 def plugin_operators() -> tuple[str, ...]:
     """Return the op types that a TensorRT plugin implements."""
     return tuple(operator.name for operator in OPERATORS.values() if operator.plugin)
+
+
+def fused_operators() -> tuple[str, ...]:
+    """Return the op types that have a body with ONNX Attention inside."""
+    return tuple(operator.name for operator in OPERATORS.values() if operator.fused_body)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

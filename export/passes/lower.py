@@ -1,4 +1,5 @@
-"""Two forms of a file with `fna` nodes: `portable` (standard operators only) and `plugin` (custom nodes for TensorRT).
+"""Three forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (the same with ONNX Attention for every
+product with N rows) and `plugin` (custom nodes for TensorRT).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -6,16 +7,26 @@ of the same name is registered, from 10.7 on it takes the plugin.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx.inliner
-from onnx import FunctionProto, ModelProto
+from onnx import FunctionProto, ModelProto, TensorProto
 
 from fna.errors import InvalidArgumentError
+from fna.export.operators.onnx_attention import ATTENTION_OPSET
 from fna.export.operators.record import DOMAIN
-from fna.export.operators.registry import fna_nodes, plugin_operators
+from fna.export.operators.registry import (
+    attach_functions,
+    fna_nodes,
+    fused_operators,
+    model_opset,
+    plugin_operators,
+)
+from fna.export.passes.fuse_exact import fuse_exact_attention
+from fna.export.passes.raise_opset import raise_opset
+from fna.export.types import tensor_types
 
-Lowering = Literal["portable", "plugin"]
+Lowering = Literal["portable", "fused", "plugin"]
 
 
 def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
@@ -23,22 +34,44 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
 
     Args:
         model: with `fna` nodes and their functions. Load files with external data by `load_external_data=False`.
-        lowering: `portable` inlines every function; `plugin` keeps the nodes that a plugin implements and strips their
-            functions.
+        lowering: `portable` inlines every function; `fused` inlines bodies with ONNX Attention, raises the file to opset 23
+            where it is below, and fuses the exact attention of files that this project traced; `plugin` keeps the nodes that a
+            plugin implements and strips their functions.
 
     Raises:
         InvalidArgumentError: for another lowering, or for a model whose `fna` nodes have no functions to inline.
     """
-    if lowering not in ("portable", "plugin"):
-        raise InvalidArgumentError(f"lowering {lowering!r} is not known; choose portable or plugin")
-    kept = plugin_operators() if lowering == "plugin" else ()
+    if lowering not in get_args(Lowering):
+        raise InvalidArgumentError(f"lowering {lowering!r} is not known; choose portable, fused or plugin")
     known = {(function.domain, function.name) for function in model.functions}
     for node in fna_nodes(model.graph):
-        if node.op_type not in kept and (node.domain, node.op_type) not in known:
+        if (
+            not (lowering == "plugin" and node.op_type in plugin_operators())
+            and (node.domain, node.op_type) not in known
+        ):
             raise InvalidArgumentError(
                 f"node {node.name!r} is fna::{node.op_type}, but the file carries no function for it; "
                 "start from the file that fna export or fna graft wrote, not from a plugin-lowered one"
             )
+    if lowering == "fused":
+        return _fused(model)
+    return _inlined(model, plugin_operators() if lowering == "plugin" else ())
+
+
+def _fused(model: ModelProto) -> ModelProto:
+    types = tensor_types(model)
+    waiting = _inlined(model, fused_operators())
+    if model_opset(waiting) < ATTENTION_OPSET:
+        waiting = raise_opset(waiting, ATTENTION_OPSET)
+    kinds = {node.name: types.get(node.input[0], TensorProto.UNDEFINED) for node in fna_nodes(waiting.graph)}
+    attach_functions(waiting, element_types=kinds, fused=True)
+    fused = _inlined(waiting, ())
+    if any((entry.key, entry.value) == ("fna.origin", "trace") for entry in fused.metadata_props):
+        fuse_exact_attention(fused.graph)
+    return fused
+
+
+def _inlined(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:
     bodies = {(body.domain, body.name, body.overload): body for body in model.functions}
     lowered = onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in kept], exclude=True)
     _name_inlined_nodes(model, lowered, kept, bodies)

@@ -1,4 +1,4 @@
-"""The two lowerings of a file."""
+"""The lowerings of a file."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def test_portable_holds_standard_operators_only(model: onnx.ModelProto) -> None:
     assert [entry.domain for entry in lowered.opset_import] == [""]
 
 
+def test_fused_is_opset_23_with_two_attentions_for_each_fna_node(model: onnx.ModelProto) -> None:
+    lowered = lower(model, "fused")
+    onnx.checker.check_model(lowered, full_check=True)
+    assert not lowered.functions
+    assert [(entry.domain, entry.version) for entry in lowered.opset_import] == [("", 23)]
+    attentions = [node.name for node in lowered.graph.node if node.op_type == "Attention"]
+    assert attentions == ["/blocks.0/fna/exact", "/blocks.0/fna/mixed", "/blocks.1/fna/exact", "/blocks.1/fna/mixed"]
+    names = [node.name for node in lowered.graph.node if node.name]
+    assert len(set(names)) == len(names)
+
+
 def test_plugin_keeps_the_plugins_nodes_and_no_function(model: onnx.ModelProto) -> None:
     lowered = lower(model, "plugin")
     assert not lowered.functions
@@ -74,7 +85,7 @@ def test_inlined_nodes_are_named_after_their_block_and_no_name_occurs_twice(mode
 
 def test_lowering_keeps_metadata_and_leaves_its_input_alone(model: onnx.ModelProto) -> None:
     before = model.SerializeToString(deterministic=True)
-    for form in ("portable", "plugin"):
+    for form in ("portable", "fused", "plugin"):
         assert [entry.value for entry in lower(model, form).metadata_props] == ["test"]
     assert model.SerializeToString(deterministic=True) == before
 
@@ -85,5 +96,5 @@ def test_a_plugin_lowered_file_cannot_be_made_portable_again(model: onnx.ModelPr
 
 
 def test_an_unknown_lowering_is_refused(model: onnx.ModelProto) -> None:
-    with pytest.raises(InvalidArgumentError, match="'fast'.*portable or plugin"):
+    with pytest.raises(InvalidArgumentError, match="'fast'.*portable, fused or plugin"):
         lower(model, "fast")  # type: ignore[arg-type]

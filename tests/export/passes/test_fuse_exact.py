@@ -1,0 +1,86 @@
+"""Exact blocks of traced files as ONNX Attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto
+from operator_files import run
+
+from fna.export.passes.lower import lower
+from fna.export.passes.precision import cast_model
+from fna.export.sources.loading import LoadedModel
+from fna.export.trace import TraceOptions, trace_model
+from fna.plan import Plan, uniform_plan
+
+PIXELS = np.random.default_rng(0).standard_normal((2, 3, 56, 56)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def traced(tiny_model: LoadedModel) -> ModelProto:
+    """The tiny model of four blocks, FNA in the last two."""
+    model, _ = trace_model(tiny_model, uniform_plan(4, layers="2-3", landmarks=6), TraceOptions(56, 56))
+    return model
+
+
+def attentions(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "Attention"]
+
+
+def outputs(model: ModelProto) -> list[Any]:
+    return run(model, {model.graph.input[0].name: PIXELS})
+
+
+def test_every_attention_of_a_traced_file_is_one_or_two_nodes(traced: ModelProto) -> None:
+    fused = lower(traced, "fused")
+    onnx.checker.check_model(fused, full_check=True)
+    assert len(attentions(fused)) == 2 + 2 * 2
+    assert sum(node.op_type == "Softmax" for node in fused.graph.node) == 2  # the cores
+    for ours, portable in zip(outputs(fused), outputs(lower(traced, "portable")), strict=True):
+        np.testing.assert_allclose(ours, portable, rtol=0, atol=2e-5)
+
+
+def test_nothing_of_the_replaced_chain_is_left(traced: ModelProto) -> None:
+    graph = lower(traced, "fused").graph
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    assert [node.name for node in graph.node if not read & set(node.output)] == []
+
+
+def test_half_precision_attention_takes_half_and_its_error_is_that_of_the_islands(traced: ModelProto) -> None:
+    half = cast_model(traced, "fp16")
+    fused = lower(half, "fused")
+    made_by = {output: node for node in fused.graph.node for output in node.output}
+    for node in attentions(fused):
+        for name in node.input:
+            maker = made_by[name]
+            widened = maker.op_type == "Cast" and maker.attribute[0].i == TensorProto.FLOAT
+            assert not widened, f"{node.name} reads {name} in fp32"
+    for ours, islands, exact in zip(outputs(fused), outputs(lower(half, "portable")), outputs(traced), strict=True):
+        error, allowed = np.linalg.norm(ours - exact), np.linalg.norm(islands - exact)
+        assert error < 1.5 * allowed + 1e-6
+        assert error > 0
+
+
+def test_masked_blocks_and_mixed_heads_compute_the_same_fused(tiny_model: LoadedModel) -> None:
+    fields = {
+        "num_blocks": 4,
+        "blocks": [{"block": 2, "landmarks": 6, "heads": [0]}, {"block": 3, "landmarks": 6}],
+        "masks": [{"blocks": "1", "tokens": [2, 7]}],
+    }
+    model, _ = trace_model(tiny_model, Plan.model_validate(fields), TraceOptions(56, 56))
+    fused = lower(model, "fused")
+    assert len(attentions(fused)) == 1 + 1 + (1 + 2) + 2
+    for ours, portable in zip(outputs(fused), outputs(lower(model, "portable")), strict=True):
+        np.testing.assert_allclose(ours, portable, rtol=0, atol=2e-5)
+
+
+def test_the_exact_attention_of_grafted_files_is_left_alone(traced: ModelProto) -> None:
+    grafted = ModelProto()
+    grafted.CopyFrom(traced)
+    for entry in grafted.metadata_props:
+        if entry.key == "fna.origin":
+            entry.value = "graft"
+    assert len(attentions(lower(grafted, "fused"))) == 2 * 2
