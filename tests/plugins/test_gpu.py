@@ -1,4 +1,8 @@
-"""The library and PyTorch's operators on a real GPU, against the plain-torch twin in fp64. `make test-gpu` runs these."""
+"""The library and PyTorch's operators on a real GPU, against the plain-torch twin in fp64. `make test-gpu` runs these.
+
+With FNA_EMULATE_GPU=1, and no GPU, the tests that need only the library's results run in the PTX machine, marked `emulated`:
+`FNA_EMULATE_GPU=1 pytest -m emulated tests/plugins/test_gpu.py -k small`. All of them take hours.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from emulated_library import EmulatedLibrary
 from torch import Tensor
 
 import fna
@@ -16,13 +21,19 @@ from fna.attention import nystrom_attention_reference
 from fna.errors import MissingCapabilityError
 from fna.plugins import torch_ops
 from fna.plugins.host import PluginLibrary
+from fna.plugins.ptx.emulated_plugin import emulated_plugin
 from fna.samplers.fps import farthest_points_reference
 from fna.samplers.norm_grid import norm_grid_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EMULATED = DEVICE == "cpu" and os.environ.get("FNA_EMULATE_GPU") == "1"
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+    pytest.mark.skipif(DEVICE == "cpu" and not EMULATED, reason="this machine has no CUDA device"),
+    *([pytest.mark.emulated] if EMULATED else []),
 ]
+real = pytest.mark.skipif(EMULATED, reason="needs a GPU itself: graphs, streams, repetition or PyTorch's operators")
 
 RELATIVE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 DTYPES = list(RELATIVE)
@@ -37,10 +48,14 @@ class Call:
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[PluginLibrary]:
+def library() -> Iterator[PluginLibrary | EmulatedLibrary]:
     """The library that `make plugin` built; `make test-gpu` builds it first."""
     try:
-        yield PluginLibrary()
+        if EMULATED:
+            with emulated_plugin() as pool:
+                yield EmulatedLibrary(pool)
+        else:
+            yield PluginLibrary()
     except MissingCapabilityError as error:
         if os.environ.get("CI"):
             raise
@@ -51,9 +66,9 @@ def make_call(
     dtype: torch.dtype, batch: int, heads: int, tokens: int, count: int, head_size: int, *, shared: bool = False
 ) -> Call:
     rows = 1 if shared else batch
-    query, key, value = (torch.randn(batch, heads, tokens, head_size).to("cuda", dtype) for _ in range(3))
-    landmarks = torch.stack([torch.randperm(tokens)[:count] for _ in range(rows)]).int().cuda()
-    return Call([query, key, value, landmarks, torch.rand(rows, count).cuda()], head_size**-0.5)
+    query, key, value = (torch.randn(batch, heads, tokens, head_size).to(DEVICE, dtype) for _ in range(3))
+    landmarks = torch.stack([torch.randperm(tokens)[:count] for _ in range(rows)]).int().to(DEVICE)
+    return Call([query, key, value, landmarks, torch.rand(rows, count).to(DEVICE)], head_size**-0.5)
 
 
 def reference(call: Call, *, exact_rows: bool = True, iterations: int = 6) -> Tensor:
@@ -70,7 +85,7 @@ def assert_close(found: Tensor, wanted: Tensor, relative: float) -> None:
 
 def poisoned(size: int) -> Tensor:
     """Scratch or output in which every value is a NaN of its type, so that a read before a write shows."""
-    return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+    return torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
 
 
 def poisoned_like(tensor: Tensor) -> Tensor:
@@ -83,8 +98,13 @@ def run_plugin(library: PluginLibrary, call: Call, **options) -> Tensor:
     workspace = poisoned(plugin.workspace_bytes(call.inputs, out))
     plugin.prepare(call.inputs, out)
     plugin.enqueue(call.inputs, out, workspace)
-    torch.cuda.synchronize()
+    synchronize()
     return out
+
+
+def synchronize() -> None:
+    if not EMULATED:
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +129,7 @@ def test_small_and_odd_sizes(library, dtype, count) -> None:
 @pytest.mark.parametrize("count", [33, 128, 256])
 def test_small_and_odd_sizes_with_masked_keys(library, dtype, count, rows, sink) -> None:
     call = make_call(dtype, 2, 2, 261, count, 80)
-    mask = (torch.rand(rows, 261) < 0.2).int().cuda()
+    mask = (torch.rand(rows, 261) < 0.2).int().to(DEVICE)
     query, key, value, landmarks, bias = call.inputs
     full = (tensor.double() for tensor in (query, key, value))
     wanted = nystrom_attention_reference(*full, landmarks, bias.double(), call.scale, 6, True, mask, sink)
@@ -118,8 +138,10 @@ def test_small_and_odd_sizes_with_masked_keys(library, dtype, count, rows, sink)
     workspace = poisoned(plugin.workspace_bytes(inputs, out))
     plugin.prepare(inputs, out)
     plugin.enqueue(inputs, out, workspace)
-    torch.cuda.synchronize()
+    synchronize()
     assert_close(out, wanted, RELATIVE[dtype])
+    if EMULATED:
+        return
     found = torch_ops.attention_with_key_mask(query, key, value, landmarks, bias, mask, call.scale, 6, True, sink)
     assert_close(found, wanted, RELATIVE[dtype])
     plain = torch_ops.attention(query, key, value, landmarks, bias, call.scale, 6, True)
@@ -132,7 +154,7 @@ def test_small_and_odd_sizes_with_masked_keys(library, dtype, count, rows, sink)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("tokens", "channels"), [(130, 96), (1370, 100)])
 def test_small_and_odd_sampling(library, dtype, tokens, channels) -> None:
-    check_sampling(library, torch.randn(2, tokens, channels).to("cuda", dtype), 33)
+    check_sampling(library, torch.randn(2, tokens, channels).to(DEVICE, dtype), 33)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,6 +192,7 @@ def test_duplicates_and_massive_norms(library, dtype) -> None:
     assert_close(run_plugin(library, call, exact_rows=True), reference(call), RELATIVE[dtype])
 
 
+@real
 @pytest.mark.parametrize("count", [64, 128, 256])
 def test_runs_are_bitwise_repeatable(library, count) -> None:
     """A race would show as a difference sooner or later."""
@@ -179,6 +202,7 @@ def test_runs_are_bitwise_repeatable(library, count) -> None:
         assert torch.equal(run_plugin(library, call, exact_rows=True), first)
 
 
+@real
 @pytest.mark.parametrize("count", [64, 128, 256])
 def test_a_captured_graph_replays_on_new_inputs(library, count) -> None:
     call = make_call(torch.float16, 1, 6, 1370, count, 64)
@@ -198,6 +222,7 @@ def test_a_captured_graph_replays_on_new_inputs(library, count) -> None:
         assert_close(out, reference(call), RELATIVE[torch.float16])
 
 
+@real
 def test_two_contexts_on_two_streams_at_once(library) -> None:
     calls = [make_call(torch.float16, 2, 6, 1370, count, 64) for count in (64, 128)]
     plugins = [library.attention(scale=call.scale, exact_rows=True) for call in calls]
@@ -218,7 +243,7 @@ def test_two_contexts_on_two_streams_at_once(library) -> None:
 
 def check_sampling(library: PluginLibrary, features: Tensor, count: int) -> None:
     plugin = library.sampling(count)
-    landmarks = torch.full((features.shape[0], count), -1, dtype=torch.int32, device="cuda")
+    landmarks = torch.full((features.shape[0], count), -1, dtype=torch.int32, device=DEVICE)
     workspace = poisoned(plugin.workspace_bytes([features], landmarks))
     plugin.prepare([features], landmarks)
     plugin.enqueue([features], landmarks, workspace)
@@ -228,7 +253,7 @@ def check_sampling(library: PluginLibrary, features: Tensor, count: int) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "channels"), [(64, 7), (257, 384), (1024, 64), (1370, 384), (16384, 768)])
 def test_farthest_points_are_the_twins_exactly(library, dtype, tokens, channels) -> None:
-    features = torch.randn(3, tokens, channels).to("cuda", dtype)
+    features = torch.randn(3, tokens, channels).to(DEVICE, dtype)
     features[:, tokens // 2 : tokens // 2 + 9] = features[:, :9]
     check_sampling(library, features, min(64, tokens))
 
@@ -236,6 +261,8 @@ def test_farthest_points_are_the_twins_exactly(library, dtype, tokens, channels)
 @pytest.fixture(params=["table", "jit"])
 def backend(request, monkeypatch) -> str:
     """Both ways in which PyTorch launches the kernels."""
+    if EMULATED:
+        pytest.skip("PyTorch's operators launch on a GPU")
     if request.param == "table" and torch_ops._table() is None:
         pytest.skip("no kernel table is built; run: make plugin")
     monkeypatch.setattr(torch_ops, "choose_backend", lambda: request.param)
@@ -252,10 +279,10 @@ def test_pytorchs_operator_runs_the_kernels(backend, dtype, count) -> None:
 
 
 def test_pytorchs_operator_takes_a_packed_projection(backend) -> None:
-    packed = torch.randn(2, 577, 3, 6, 64, device="cuda", dtype=torch.float16)
+    packed = torch.randn(2, 577, 3, 6, 64, device=DEVICE, dtype=torch.float16)
     query, key, value = packed.permute(2, 0, 3, 1, 4)
     assert torch_ops.kernel_layout(query, key, value)[0] is query
-    call = Call([query, key, value, torch.arange(0, 577, 9).int().cuda()[None], torch.zeros(1, 65).cuda()], 0.125)
+    call = Call([query, key, value, torch.arange(0, 577, 9).int().to(DEVICE)[None], torch.zeros(1, 65).cuda()], 0.125)
     found = torch_ops.attention(query, key, value, call.inputs[3], None, 0.125, 6, True)
     assert_close(found, reference(call), RELATIVE[torch.float16])
 
@@ -277,7 +304,7 @@ def test_pytorchs_operator_is_found_captured_and_compiled(backend) -> None:
 
 
 def test_pytorchs_sampling_is_the_twins_exactly(backend) -> None:
-    features = torch.randn(2, 1370, 384, device="cuda", dtype=torch.float16)
+    features = torch.randn(2, 1370, 384, device=DEVICE, dtype=torch.float16)
     found = torch_ops.farthest_points(features, 64)
     assert torch.equal(found.cpu(), farthest_points_reference(features.cpu(), 64))
 
@@ -285,6 +312,6 @@ def test_pytorchs_sampling_is_the_twins_exactly(backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [257, 1370, 16384])
 def test_pytorchs_norm_grid_is_the_twins_exactly(backend, dtype, tokens) -> None:
-    features = torch.randn(2, tokens, 384, device="cuda").mul(torch.rand(2, tokens, 1, device="cuda")).to(dtype)
+    features = torch.randn(2, tokens, 384, device=DEVICE).mul(torch.rand(2, tokens, 1, device=DEVICE)).to(dtype)
     found = torch_ops.norm_grid(features, 64, 1)
     assert torch.equal(found.cpu(), norm_grid_reference(features.cpu(), 64, 1))
