@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--tokens", type=int, nargs="+", default=[1370], help="N (1370)")
     count.add_argument("--heads", type=int, nargs="+", default=[6, 12], help="H (6 12)")
     count.add_argument("--landmarks", type=int, nargs="+", default=[64, 128], help="S (64 128)")
+    count.add_argument(
+        "--chebyshev", nargs=2, metavar=("STEPS", "LOW"), help="the cheaper core instead of Newton-Schulz, as in 8 0.05"
+    )
     count.add_argument("--multiprocessors", type=int, default=16, help="of the GPU (16, as on Jetson AGX Orin)")
     count.add_argument("--clock", type=float, default=1.3, help="in GHz, for the time that the cycles imply (1.3)")
     for command in (check, barriers):
@@ -98,20 +101,25 @@ def _barriers(arguments: argparse.Namespace) -> int:
 def _count(arguments: argparse.Namespace) -> int:
     from itertools import product
 
+    from fna.attention import ChebyshevSteps
     from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
     from fna.plugins.ptx.yardstick import BLOCK_QUERIES
 
     images, chips = _images(arguments)
+    chosen = arguments.chebyshev
+    steps = ChebyshevSteps(int(chosen[0]), float(chosen[1])) if chosen else None
     exact = compile_exact(chips[0])
     for tokens, heads in product(arguments.tokens, arguments.heads):
-        sizes = [CallSize(tokens, heads, count, arguments.multiprocessors) for count in arguments.landmarks]
+        sizes = [
+            CallSize(tokens, heads, count, arguments.multiprocessors, chebyshev=steps) for count in arguments.landmarks
+        ]
         print(
             f"\nN = {tokens}, H = {heads}, D = 64, fp16, {arguments.multiprocessors} multiprocessors; cycles: overlapped to serial"
         )
         whole = count_exact(exact, sizes[0], BLOCK_QUERIES)
         _print_launches([whole], arguments.clock)
         for size in sizes:
-            print(f"FNA, S = {size.landmarks}")
+            print(f"FNA, S = {size.landmarks}, {'Newton-Schulz' if steps is None else steps}")
             launches = count_attention(images, chips[0], size)
             _print_launches(launches, arguments.clock)
             overlapped, serial = sum(x.overlapped for x in launches), sum(x.serial for x in launches)

@@ -219,15 +219,8 @@ def quick_cases() -> Iterator[Case]:
     yield AttentionCase("fp16", 128, 64, 331, heads=2, chebyshev=ChebyshevSteps(8, 0.05), surroundings=ZEROS)
     yield AttentionCase("bf16", 96, 64, 131, mask="keys", chebyshev=ChebyshevSteps(10, 0.03), surroundings=UNUSUAL)
     yield AttentionCase(
-        "fp32",
-        33,
-        64,
-        131,
-        mask="sinks",
-        chebyshev=ChebyshevSteps(8, 0.05),
-        hostile_landmarks=True,
-        surroundings=UNUSUAL,
-    )
+        "fp32", 33, 64, 131, mask="sinks", chebyshev=ChebyshevSteps(8, 0.05), hostile_landmarks=True, surroundings=UNUSUAL,
+    )  # fmt: skip
     for channels in (37, 48):
         yield SamplingCase("fps", "fp32", 261, channels, surroundings=SHUFFLED)
         yield SamplingCase("fps", "fp16", 1100, channels, landmarks=4, surroundings=SHUFFLED)

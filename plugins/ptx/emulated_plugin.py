@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
 from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.built import LIBRARY_FOLDER, TABLE_FOLDER
 from fna.plugins.host import Plugin, PluginLibrary
@@ -25,6 +25,9 @@ from fna.plugins.ptx.cases import PLAIN
 from fna.plugins.ptx.driver import MachineDriver
 from fna.plugins.ptx.images import load_images
 from fna.plugins.ptx.memory import GlobalMemory
+
+_PLAIN_INPUTS = 5
+"""Query, key, value, landmarks and bias; a sixth is the key mask."""
 
 _STAND_IN = "fake/libcuda.so.1"
 
@@ -83,15 +86,24 @@ def emulate_attention(
     iterations: int = NEWTON_SCHULZ_ITERATIONS,
     exact_rows: bool = False,
     sink: bool = False,
+    chebyshev: ChebyshevSteps | None = None,
 ) -> Emulated:
-    """FastNystromAttention of query, key, value `[B, H, N, D]`, landmarks, bias and, for version 2, a key mask.
+    """FastNystromAttention of query, key, value `[B, H, N, D]`, landmarks, bias and, where there is one, a key mask.
+
+    It is of version 3 with `chebyshev`, else of version 2 with a key mask, else of version 1.
 
     Raises:
         CheckFailedError: the plugin failed, or a kernel did what none may do; names it.
     """
-    common = {"scale": scale, "iterations": iterations, "exact_rows": exact_rows}
     library = _Process.library
-    plugin = library.masked_attention(**common, sink=sink) if len(inputs) > 5 else library.attention(**common)  # type: ignore[arg-type]
+    if chebyshev is not None:
+        plugin = library.chebyshev_attention(
+            scale=scale, steps=chebyshev.steps, low=chebyshev.low, exact_rows=exact_rows, sink=sink
+        )
+    elif len(inputs) > _PLAIN_INPUTS:
+        plugin = library.masked_attention(scale=scale, iterations=iterations, exact_rows=exact_rows, sink=sink)
+    else:
+        plugin = library.attention(scale=scale, iterations=iterations, exact_rows=exact_rows)
     return _enqueue(plugin, inputs, torch.empty_like(inputs[0]))
 
 

@@ -16,7 +16,14 @@ from shared_build import BUILD, ROOT, locked
 
 from fna.plugins.launch_plan import all_variants
 
-TEST_VARIANTS = ("landmark-fp16-s64-d64", "finish-fp16-s64", "output-fp16-s64-d64", "fps_step-fp16-d16")
+TEST_VARIANTS = (
+    "landmark-fp16-s64-d64",
+    "landmark_chebyshev-fp16-s64-d64",
+    "finish-fp16-s64",
+    "finish_chebyshev-fp16-s64",
+    "output-fp16-s64-d64",
+    "fps_step-fp16-d16",
+)
 """One variant of each kernel of the commonest case; `make plugin` compiles them all."""
 
 

@@ -8,7 +8,7 @@ compared with.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from torch import Tensor
 
 from fna.arithmetic import nystrom_products
+from fna.attention import ChebyshevSteps
 from fna.errors import InputFileError
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
@@ -140,9 +141,16 @@ class EmulatedFile:
         submitted = self._plugin.submit(
             emulate_attention, [*typed, landmarks.int(), bias.float(), *(m.int() for m in mask)],
             scale=float(given["scale"]), iterations=int(given.get("iterations", ITERATIONS_OF_VERSION_1)),
-            exact_rows=bool(given.get("exact_rows", 0)), sink=bool(given.get("sink", 0)),
+            exact_rows=bool(given.get("exact_rows", 0)), sink=bool(given.get("sink", 0)), chebyshev=_chebyshev(given),
         )  # fmt: skip
         return submitted.result().out.float().numpy()
+
+
+def _chebyshev(given: Mapping[str, Any]) -> ChebyshevSteps | None:
+    """The cheaper core, of nodes that name it."""
+    if given.get("core") != "chebyshev":
+        return None
+    return ChebyshevSteps(int(given["steps"]), float(given["low"]))
 
 
 def _element_types(model: ModelProto, nodes: list[NodeProto]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fna.attention import nystrom_attention_reference
+from fna.attention import ChebyshevSteps, nystrom_attention_reference
 from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.ptx.cases import TOLERANCES
 from fna.plugins.ptx.driver import elf_size
@@ -72,6 +72,20 @@ def test_version_2_takes_a_key_mask(plugin: ProcessPoolExecutor, rows: int, sink
     emulated = plugin.submit(emulate_attention, inputs, scale=0.125, exact_rows=True, iterations=3, sink=sink).result()
     assert emulated.launches == [*ATTENTION, *ATTENTION[2:] * sink]
     assert relative(emulated.out, reference(inputs, sink=sink, iterations=3)) < TOLERANCES["fp16"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_version_3_takes_the_cheaper_core(plugin: ProcessPoolExecutor, masked: bool) -> None:
+    inputs, steps = make_inputs(1, 2, 131, 60, 64), ChebyshevSteps(8, 0.05)
+    inputs += [(torch.rand(1, 131, generator=torch.Generator().manual_seed(0)) < 0.2).int()] * masked
+    emulated = plugin.submit(emulate_attention, inputs, scale=0.125, exact_rows=True, chebyshev=steps).result()
+    assert emulated.launches == ["landmark_chebyshev-fp16-s64-d64", "finish_chebyshev-fp16-s64", ATTENTION[2]]
+    query, key, value, landmarks, bias, *mask = inputs
+    wanted = nystrom_attention_reference(
+        query.double(), key.double(), value.double(), landmarks, bias.double(), 0.125, 6, True, mask[0] if mask else None,
+        False, steps,
+    )  # fmt: skip
+    assert relative(emulated.out, wanted) < TOLERANCES["fp16"]
 
 
 def test_one_plugin_after_another_in_one_process(plugin: ProcessPoolExecutor) -> None:
