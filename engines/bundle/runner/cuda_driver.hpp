@@ -54,8 +54,8 @@ public:
         bind("cuMemGetInfo_v2", mMemory);
         bind("cuMemAlloc_v2", mAllocate);
         bind("cuMemFree_v2", mFree);
-        bind("cuMemcpyHtoD_v2", mToDevice);
-        bind("cuMemcpyDtoH_v2", mToHost);
+        bind("cuMemcpyHtoDAsync_v2", mToDevice);
+        bind("cuMemcpyDtoHAsync_v2", mToHost);
         bind("cuStreamCreate", mStreamCreate);
         bind("cuStreamSynchronize", mSynchronize);
         bind("cuEventCreate", mEventCreate);
@@ -86,14 +86,17 @@ public:
         mFree(pointer);
     }
 
-    void toDevice(Pointer pointer, std::vector<char> const& bytes)
+    // On the stream that uses the data: a stream that does not block waits for no copy on another one, the legacy stream included.
+    void toDevice(Pointer pointer, std::vector<char> const& bytes, Handle stream)
     {
-        check("cuMemcpyHtoD", mToDevice(pointer, bytes.data(), bytes.size()));
+        check("cuMemcpyHtoDAsync", mToDevice(pointer, bytes.data(), bytes.size(), stream));
+        synchronize(stream);
     }
 
-    void toHost(std::vector<char>& bytes, Pointer pointer)
+    void toHost(std::vector<char>& bytes, Pointer pointer, Handle stream)
     {
-        check("cuMemcpyDtoH", mToHost(bytes.data(), pointer, bytes.size()));
+        check("cuMemcpyDtoHAsync", mToHost(bytes.data(), pointer, bytes.size(), stream));
+        synchronize(stream);
     }
 
     Handle stream()
@@ -207,8 +210,8 @@ private:
     int (*mMemory)(size_t*, size_t*){nullptr};
     int (*mAllocate)(Pointer*, size_t){nullptr};
     int (*mFree)(Pointer){nullptr};
-    int (*mToDevice)(Pointer, void const*, size_t){nullptr};
-    int (*mToHost)(void*, Pointer, size_t){nullptr};
+    int (*mToDevice)(Pointer, void const*, size_t, Handle){nullptr};
+    int (*mToHost)(void*, Pointer, size_t, Handle){nullptr};
     int (*mStreamCreate)(Handle*, unsigned){nullptr};
     int (*mSynchronize)(Handle){nullptr};
     int (*mEventCreate)(Handle*, unsigned){nullptr};

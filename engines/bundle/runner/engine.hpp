@@ -133,6 +133,7 @@ public:
         {
             throw Error(kMissing, options.plugin + " does not load: " + mLogger.last() + "; compile it on this device");
         }
+        mRuntime->setEngineHostCodeAllowed(options.allowHostCode);
         mEngine.reset(mRuntime->deserializeCudaEngine(plan.data(), plan.size()));
         if (!mEngine)
         {
@@ -260,7 +261,8 @@ public:
         {
             if (buffer.isInput)
             {
-                mDriver.toDevice(buffer.pointer, encode(takeItems(inputs.at(buffer.name), first, buffer.shape.front()), buffer.type));
+                std::vector<float> const batch = takeItems(inputs.at(buffer.name), first, buffer.shape.front());
+                mDriver.toDevice(buffer.pointer, encode(batch, buffer.type), mStream);
             }
         }
     }
@@ -296,7 +298,7 @@ public:
                 {
                     continue;
                 }
-                mDriver.toHost(buffer.host, buffer.pointer);
+                mDriver.toHost(buffer.host, buffer.pointer, mStream);
                 std::vector<float> const values = decode(buffer.host, buffer.type);
                 Array& all = outputs[buffer.name];
                 all.shape = buffer.shape;
@@ -365,9 +367,18 @@ public:
         return timing;
     }
 
-    void findLayers(std::vector<Layer>& layers) const
+    // Gives the context the usual shapes first: without them the inspector reports no types of layers whose size is open.
+    void findLayers(std::vector<Layer>& layers)
     {
+        for (std::string const& name : names(true))
+        {
+            mContext->setInputShape(name.c_str(), mEngine->getProfileShape(name.c_str(), 0, nvinfer1::OptProfileSelector::kOPT));
+        }
         std::unique_ptr<nvinfer1::IEngineInspector> const inspector(mEngine->createEngineInspector());
+        if (inspector)
+        {
+            inspector->setExecutionContext(mContext.get());
+        }
         for (int32_t i = 0; inspector && i < mEngine->getNbLayers(); ++i)
         {
             char const* const text = inspector->getLayerInformation(i, nvinfer1::LayerInformationFormat::kJSON);

@@ -25,6 +25,7 @@ constexpr char const* kUsage = R"(usage: fna_runner ENGINE [options]           r
   --batch N                 items at a time     (the engine's usual batch, or all items if they are fewer)
   --warm-up N               runs before timing  (20)
   --runs N                  timed runs; 0 for none (100)
+  --allow-host-code         run the code that a version compatible engine carries
   --graph                   time a CUDA graph instead of single launches
   --json FILE               write every number as JSON
 )";
@@ -48,6 +49,7 @@ struct Options
     int64_t warmUp{20};
     int64_t runs{100};
     bool graph{false};
+    bool allowHostCode{false};
 };
 
 inline std::pair<std::string, std::string> splitName(std::string const& text)
@@ -96,6 +98,7 @@ inline Options parse(std::vector<std::string> const& arguments)
         else if (option == "--warm-up") { options.warmUp = whole(0); }
         else if (option == "--runs") { options.runs = whole(0); }
         else if (option == "--graph") { options.graph = true; }
+        else if (option == "--allow-host-code") { options.allowHostCode = true; }
         else if (option.compare(0, 1, "-") == 0) { throw Error(kBadInput, "unknown option " + option + "; see fna_runner --help"); }
         else if (options.engine.empty()) { options.engine = option; }
         else { throw Error(kBadInput, "two engines were given, " + options.engine + " and " + option + "; give one"); }

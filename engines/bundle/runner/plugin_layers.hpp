@@ -18,6 +18,11 @@ struct Layer
     std::string wanted;
     std::string type;
     bool isPlugin{false};
+
+    std::string typeText() const
+    {
+        return type.empty() ? "type not reported" : type;
+    }
 };
 
 // The text of a string field of the inspector's JSON, or nothing.

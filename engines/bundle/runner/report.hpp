@@ -65,7 +65,7 @@ inline std::string toJson(Report const& report, Options const& options, Driver c
     for (size_t i = 0; i < report.layers.size(); ++i)
     {
         Layer const& layer = report.layers[i];
-        json += (i == 0 ? "" : ", ") + jsonText(layer.name) + ": " + (layer.isPlugin ? jsonText(layer.type) : "null");
+        json += (i == 0 ? "" : ", ") + jsonText(layer.name) + ": " + (layer.isPlugin ? jsonText(layer.typeText()) : "null");
     }
     json += "}";
     if (report.timed)
@@ -96,7 +96,7 @@ inline void printLayers(Report const& report)
         plugins += layer.isPlugin ? 1 : 0;
         if (layer.isPlugin)
         {
-            ++types[layer.type.empty() ? "a type that the engine does not record" : layer.type];
+            ++types[layer.typeText()];
         }
     }
     std::printf("plugin layers: %d of %zu", plugins, report.layers.size());

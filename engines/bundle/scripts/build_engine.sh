@@ -276,7 +276,8 @@ if [[ $DYNAMIC == 1 ]]; then
 fi
 # Precision is in the file. From TensorRT 11 on that is the only way, and the option does nothing.
 if knows stronglyTyped && ! grep -- --stronglyTyped <<< "$help" | grep -qi deprecated; then arguments+=(--stronglyTyped); fi
-if [[ $precision == fp32 && -z $tf32 ]] && knows noTF32; then arguments+=(--noTF32); fi
+# Whatever the precision: FNA computes in fp32 inside.
+if [[ -z $tf32 ]] && knows noTF32; then arguments+=(--noTF32); fi
 if [[ -n $workspace ]]; then
   needs memPoolSize
   arguments+=("--memPoolSize=workspace:$workspace")
@@ -291,6 +292,13 @@ if [[ $lowering == plugin ]]; then
   if [[ -z $dry_run ]]; then make_plugin; fi
   arguments+=("--dynamicPlugins=${plugin:-build/plugin/libfna_plugin.so}")
 fi
+host_code=
+for option in ${extra[@]+"${extra[@]}"}; do
+  if [[ $option == --versionCompatible || $option == --vc ]]; then
+    [[ $lowering != plugin ]] || fail 2 "$option has not been proven with a plugin inside the engine; add --lowering portable"
+    host_code=1 # such an engine carries a runtime of its own, which the runner has to allow
+  fi
+done
 arguments+=(${extra[@]+"${extra[@]}"})
 if [[ -n $dry_run ]]; then
   printf '%q ' "$tool" "${arguments[@]}" "--saveEngine=$engine"
@@ -319,4 +327,5 @@ if [[ -n $output ]]; then
   say "copied to $output"
 fi
 printf '%s=%q\n' ENGINE "$engine" PLUGIN "$plugin" PRECISION "$precision" LOWERING "$lowering" FLAVOUR "$flavour" RUNNER "$runner" \
+  HOST_CODE "$host_code" \
   > build/last.sh

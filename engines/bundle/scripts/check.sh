@@ -83,6 +83,7 @@ read -r relative_l2 cosine <<< "${!tolerance}"
 options+=(--relative-l2 "$relative_l2" --cosine "$cosine" --runs "$runs" --json build/check.json)
 for entry in "${CHECK_INPUTS[@]}"; do options+=(--input "$entry"); done
 for entry in "${CHECK_OUTPUTS[@]}"; do options+=(--expect "$entry"); done
+if [[ -n $HOST_CODE ]]; then options+=(--allow-host-code); fi
 if [[ -n $PLUGIN ]]; then options+=(--plugin "$PLUGIN" --plugin-layers "check/plugin_layers.$PRECISION.txt"); fi
 
 say "reference: $REFERENCE; tolerance at $PRECISION: relative L2 $relative_l2, cosine $cosine"

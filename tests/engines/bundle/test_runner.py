@@ -290,6 +290,24 @@ def test_plugin_layers_are_judged_by_name_and_type(device: StandInDevice) -> Non
     assert "layer /blocks.1/fna is not in the engine as a plugin layer" in done.stderr
 
 
+def test_host_code_of_an_engine_runs_only_where_it_is_allowed(device: StandInDevice) -> None:
+    (device.folder / "engine").write_text("compatible")
+    run = ["engine", "--input", "x.npy", "--expect", "doubled.npy", "--runs", 0]
+    assert device.run(*run, "--allow-host-code").returncode == 0
+    done = device.run(*run)
+    assert done.returncode == 3
+    assert "host code, which is not allowed" in done.stderr
+
+
+def test_a_type_that_the_engine_does_not_report_is_said(device: StandInDevice) -> None:
+    layers = ["--plugin-layers", "layers.txt", "--runs", 0, "--json", "check.json"]
+    for env, kind in (({}, "fp16"), ({"STAND_IN_MUTE": "1"}, "type not reported")):
+        done = device.run("engine", "--input", "x.npy", *layers, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"plugin layers: 1 of 1; 1 in {kind}" in done.stdout
+        assert json.loads((device.folder / "check.json").read_text())["plugin_layers"] == {"/blocks.0/fna": kind}
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "code", "said"),
     [

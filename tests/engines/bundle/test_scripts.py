@@ -118,8 +118,32 @@ def test_options_reach_trtexec(device: Device) -> None:
     assert call[0] == "--onnx=model.fp16.portable.onnx"
     assert {"--optShapes=pixel_values:4x3x56x56", "--maxShapes=pixel_values:8x3x56x56"} <= set(call)
     assert {"--memPoolSize=workspace:2048", "--verbose", "--avgTiming=16"} <= set(call)
-    assert not any(word.startswith(("--dynamicPlugins", "--noTF32")) for word in call)
+    assert not any(word.startswith("--dynamicPlugins") for word in call)
     assert (device.root / "build/model-fp16-portable-tensorrt.engine").is_file()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tf32_is_off_at_every_precision_unless_it_is_asked_for(device: Device, precision: str) -> None:
+    """FNA's insides are fp32 products in a file of any precision."""
+    for options in ([], ["--tf32"]):
+        assert device.run("build_engine.sh", "--precision", precision, *options).returncode == 0
+    assert ["--noTF32" in call for call in device.calls()] == [True, False]
+
+
+def test_a_version_compatible_engine_is_run_with_its_host_code_allowed(device: Device) -> None:
+    done = device.run("check.sh", "--lowering", "portable", "--", "--versionCompatible")
+    assert done.returncode == 0, done.stderr
+    assert "--allow-host-code" in device.calls("runner")[-1]
+    assert device.run("check.sh", "--lowering", "portable").returncode == 0
+    assert "--allow-host-code" not in device.calls("runner")[-1]
+
+
+@pytest.mark.parametrize("option", ["--versionCompatible", "--vc"])
+def test_a_version_compatible_engine_with_the_plugin_is_refused_by_name(device: Device, option: str) -> None:
+    done = device.run("build_engine.sh", "--", option)
+    assert done.returncode == 2
+    assert f"{option} has not been proven with a plugin inside the engine; add --lowering portable" in done.stderr
+    assert device.calls() == []
 
 
 def test_a_copy_of_the_engine_goes_where_it_is_asked_for(device: Device) -> None:

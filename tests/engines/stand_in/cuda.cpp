@@ -1,10 +1,30 @@
 // A stand-in for libcuda.so.1: device memory is the host's, every event is a millisecond after the one before, and a graph is captured
 // and launched by name only. With STAND_IN_GPUS=0 there is no GPU.
+// A copy from pageable memory on the legacy stream has been staged when the call returns, but has not arrived: it arrives when that
+// stream is waited for. Work on a stream made with CU_STREAM_NON_BLOCKING does not wait for it; copies on that stream come in order.
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 using Pointer = unsigned long long;
 using Handle = void*;
+
+namespace
+{
+
+std::vector<std::pair<Pointer, std::vector<char>>> gOnTheWay;
+
+void arrive()
+{
+    for (auto const& [pointer, bytes] : gOnTheWay)
+    {
+        std::memcpy(reinterpret_cast<void*>(pointer), bytes.data(), bytes.size());
+    }
+    gOnTheWay.clear();
+}
+
+} // namespace
 
 extern "C"
 {
@@ -25,10 +45,41 @@ int cuCtxSetCurrent(Handle) { return 0; }
 int cuMemGetInfo_v2(std::size_t* free, std::size_t* total) { *free = 1; *total = 2; return 0; }
 int cuMemAlloc_v2(Pointer* pointer, std::size_t bytes) { *pointer = reinterpret_cast<Pointer>(std::calloc(bytes, 1)); return 0; }
 int cuMemFree_v2(Pointer pointer) { std::free(reinterpret_cast<void*>(pointer)); return 0; }
-int cuMemcpyHtoD_v2(Pointer to, void const* from, std::size_t bytes) { std::memcpy(reinterpret_cast<void*>(to), from, bytes); return 0; }
-int cuMemcpyDtoH_v2(void* to, Pointer from, std::size_t bytes) { std::memcpy(to, reinterpret_cast<void const*>(from), bytes); return 0; }
-int cuStreamCreate(Handle* stream, unsigned) { *stream = nullptr; return 0; }
-int cuStreamSynchronize(Handle) { return 0; }
+int cuMemcpyHtoD_v2(Pointer to, void const* from, std::size_t bytes)
+{
+    char const* const start = static_cast<char const*>(from);
+    gOnTheWay.emplace_back(to, std::vector<char>(start, start + bytes));
+    return 0;
+}
+int cuMemcpyDtoH_v2(void* to, Pointer from, std::size_t bytes)
+{
+    arrive();
+    std::memcpy(to, reinterpret_cast<void const*>(from), bytes);
+    return 0;
+}
+int cuMemcpyHtoDAsync_v2(Pointer to, void const* from, std::size_t bytes, Handle stream)
+{
+    if (stream == nullptr)
+    {
+        return cuMemcpyHtoD_v2(to, from, bytes);
+    }
+    std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+    return 0;
+}
+int cuMemcpyDtoHAsync_v2(void* to, Pointer from, std::size_t bytes, Handle)
+{
+    std::memcpy(to, reinterpret_cast<void const*>(from), bytes);
+    return 0;
+}
+int cuStreamCreate(Handle* stream, unsigned) { *stream = std::malloc(1); return 0; }
+int cuStreamSynchronize(Handle stream)
+{
+    if (stream == nullptr)
+    {
+        arrive();
+    }
+    return 0;
+}
 int cuEventCreate(Handle* event, unsigned) { *event = std::malloc(1); return 0; }
 int cuEventRecord(Handle, Handle) { return 0; }
 int cuEventElapsedTime(float* milliseconds, Handle, Handle)

@@ -1,7 +1,8 @@
 // A stand-in for TensorRT's runtime, for the runner's own logic where there is no GPU: an "engine" that doubles its input.
 //
 // Input `x` [-1, 4] fp16, profile 1, 2, 3; output `doubled` [-1, 4] fp32, computed on the stand-in driver's memory, which is the host's.
-// The file's first line says what it is: "doubles", "halves" (wrong outputs), or anything else (refused). Two layers: /blocks.0/fna is
+// The file's first line says what it is: "doubles", "halves" (wrong outputs), "compatible" (with host code of its
+// own), or anything else (refused). Two layers: /blocks.0/fna is
 // a plugin layer in fp16, /blocks.1/fna is not. Every method that the runner does not call ends the process (stubs.hpp, generated
 // from TensorRT's headers).
 #pragma once
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -71,13 +73,25 @@ struct Context : IExecutionContext
     ContextImpl mOwn;
 };
 
+// NvInferRuntime.h on setExecutionContext: without one that has its shapes, layers of open size have no format.
 struct InspectorImpl : VEngineInspectorStub
 {
+    bool setExecutionContext(IExecutionContext const* context) noexcept override
+    {
+        mContext = static_cast<Context const*>(context);
+        return true;
+    }
     char const* getLayerInformation(int32_t layer, LayerInformationFormat) const noexcept override
     {
-        return layer == 0 ? R"({"Name": "/blocks.0/fna", "LayerType": "PluginV3", "Outputs": [{"Format/Datatype": "Half"}]})"
-                          : R"({"Name": "{ForeignNode[/blocks.1/fna]}", "LayerType": "Myelin"})";
+        if (layer != 0)
+        {
+            return R"({"Name": "{ForeignNode[/blocks.1/fna]}", "LayerType": "Myelin"})";
+        }
+        bool const shaped = mContext != nullptr && mContext->mOwn.mBatch > 0 && std::getenv("STAND_IN_MUTE") == nullptr;
+        return shaped ? R"({"Name": "/blocks.0/fna", "LayerType": "PluginV3", "Outputs": [{"Format/Datatype": "Half"}]})"
+                      : R"({"Name": "/blocks.0/fna", "LayerType": "PluginV3", "Outputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]})";
     }
+    Context const* mContext{nullptr};
 };
 
 struct Inspector : IEngineInspector
@@ -127,15 +141,22 @@ struct RuntimeImpl : VRuntimeStub
     ICudaEngine* deserializeCudaEngine(void const* blob, std::size_t size) noexcept override
     {
         std::string const text(static_cast<char const*>(blob), size);
-        if (text != "doubles" && text != "halves")
+        if (text == "compatible" && !mHostCode)
+        {
+            mLogger->log(ILogger::Severity::kERROR, "stand-in runtime: this engine carries host code, which is not allowed");
+            return nullptr;
+        }
+        if (text != "doubles" && text != "halves" && text != "compatible")
         {
             mLogger->log(ILogger::Severity::kERROR, "stand-in runtime: this is no engine");
             return nullptr;
         }
-        return new Engine(text == "doubles" ? 2.F : 0.5F);
+        return new Engine(text == "halves" ? 0.5F : 2.F);
     }
+    void setEngineHostCodeAllowed(bool allowed) noexcept override { mHostCode = allowed; }
     IPluginRegistry& getPluginRegistry() noexcept override { return *::getPluginRegistry(); }
     ILogger* mLogger{nullptr};
+    bool mHostCode{false};
 };
 
 struct Runtime : IRuntime
