@@ -204,12 +204,10 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
     if dtype == "fp32":
         step = 32 if block_d == 64 else 16
         return Blocks(s_pad, block_d, step, TILE, 64, step, CoreBlocks(5, False), CoreBlocks(2, False))
-    # At 256 landmarks tiles of 128 would spill beside the maximum and the sum that are carried from tile to tile.
-    held = s_pad if s_pad <= 2 * TILE else TILE
     newton_schulz = CoreBlocks(2, True) if s_pad == TILE else CoreBlocks(5, False)
     chebyshev = CoreBlocks(1, True) if s_pad <= 2 * TILE else CoreBlocks(2, False)
     queries = 128 if block_d == 64 else 64
-    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, held, newton_schulz, chebyshev)
+    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, TILE, newton_schulz, chebyshev)
 
 
 def all_blocks(dtype: Dtype) -> tuple[Blocks, ...]:

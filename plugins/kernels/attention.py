@@ -300,15 +300,29 @@ def _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size,
 
 
 @triton.jit
-def _landmark_values(bias, mixed, landmarks, key_mask, hides, first, tokens, count,
-                     TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Vp [TILE_S, BLOCK_D] and the bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
+def _landmark_mixed(mixed, first, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of M, [TILE_S, BLOCK_D]."""
+    return tl.load(mixed + (first + tl.arange(0, TILE_S))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S: tl.constexpr):
+    """The bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
     slot = first + tl.arange(0, TILE_S)
-    values = tl.load(mixed + slot[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
     index = landmark_index(landmarks, slot, count, tokens)
     offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
-    return values, tl.where(slot < count, offset, float("-inf"))
+    return tl.where(slot < count, offset, float("-inf"))
+
+
+@triton.jit
+def _attend_further(scores, values, maximum, total, acc, UPCAST: tl.constexpr):
+    """One more tile of scores (base 2) and values in an online softmax: the new maximum, total and unnormalised sum."""
+    larger = tl.maximum(maximum, tl.max(scores, 1))
+    weight = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(maximum - larger)
+    acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
+    return larger, total * shrink + tl.sum(weight, 1), acc
 
 
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
@@ -316,13 +330,14 @@ def output_kernel(
     query, key, landmarks, bias, key_mask, exact, mixed, mixed_scale, out,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n,
     landmark_stride, bias_stride, mask_stride, mask_mode, tiles, exact_rows, scale,
-    S_PAD: tl.constexpr, TILE_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    S_PAD: tl.constexpr, TILE_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale * query @ kp^T + bias) @ (Z6 Bv), and Bv over the rows of the landmarks.
 
-    Grid: (ceil(N / (BLOCK_M * tiles)), B * H); a program takes `tiles` tiles of BLOCK_M queries, with kp and vp held
-    on chip across them where S_PAD <= TILE_S. The exact rows of its own queries are written after a barrier, so they
-    follow its own approximate rows; no other program touches them.
+    Grid: (ceil(N / (BLOCK_M * tiles)), B * H); a program takes `tiles` tiles of BLOCK_M queries. kp and vp stay on chip across them
+    where HELD, one tile of landmarks or two. The exact rows of its own queries are written after a barrier, so they follow its own
+    approximate rows; no other program touches them.
 
     Here `mask_mode` is 0, 1 (masked keys are hidden from all queries), or 2: nothing is hidden, and only the rows of masked
     queries are written. Sinks are a launch of 1 and then one of 2, which keeps a second vector of offsets out of registers.
@@ -340,28 +355,38 @@ def output_kernel(
     mixed += bh * S_PAD * BLOCK_D
     column = tl.arange(0, BLOCK_D)
     in_head = column < head_size
-    factor = tl.load(mixed_scale + bh * BLOCK_D + column)
-    if S_PAD == TILE_S:
+    hides = mask_mode % 2
+    if HELD:
         keys = _landmark_keys(key, stride_n, landmarks, 0, tokens, count, head_size, TILE_S, BLOCK_D)
-        values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, 0, tokens, count,
-                                          TILE_S, BLOCK_D)  # fmt: skip
+        values = _landmark_mixed(mixed, 0, TILE_S, BLOCK_D)
+        if S_PAD > TILE_S:
+            more_keys = _landmark_keys(key, stride_n, landmarks, TILE_S, tokens, count, head_size, TILE_S, BLOCK_D)
+            more_values = _landmark_mixed(mixed, TILE_S, TILE_S, BLOCK_D)
     low = tl.program_id(0) * tiles * BLOCK_M
     high = tl.minimum(low + tiles * BLOCK_M, tokens)
     for start in tl.range(low, high, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M)
         mask = (token < tokens)[:, None] & in_head[None, :]
         own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
-        if S_PAD == TILE_S:
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if HELD:
             queries = tl.load(own, mask=mask, other=0.0)
             scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+            # Offsets are read for every tile of queries: held, they would take as many registers as a tile's weights.
+            offset = _landmark_offset(bias, landmarks, key_mask, hides, 0, tokens, count, TILE_S)
             scores = scores * (scale * LOG2E) + offset[None, :]
-            weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
+            maximum = tl.max(scores, 1)
+            weight = tl.exp2(scores - maximum[:, None])
             total = tl.sum(weight, 1)
-            acc = dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
+            acc = dot_input(weight.to(values.dtype), values, acc, UPCAST)
+            if S_PAD > TILE_S:
+                scores = dot_input(queries, more_keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+                offset = _landmark_offset(bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S)
+                scores = scores * (scale * LOG2E) + offset[None, :]
+                maximum, total, acc = _attend_further(scores, more_values, maximum, total, acc, UPCAST)
         else:
-            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             # Every tile has a landmark, so the maximum is finite from the first on.
             for first in tl.range(0, count, TILE_S, num_stages=1):
                 if query.dtype.element_ty == tl.float32:
@@ -373,16 +398,11 @@ def output_kernel(
                     keys = _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D)
                     queries = tl.load(own, mask=mask, other=0.0)
                     scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                values, offset = _landmark_values(bias, mixed, landmarks, key_mask, mask_mode % 2, first, tokens, count,
-                                                  TILE_S, BLOCK_D)  # fmt: skip
+                values = _landmark_mixed(mixed, first, TILE_S, BLOCK_D)
+                offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S)
                 scores = scores * (scale * LOG2E) + offset[None, :]
-                larger = tl.maximum(maximum, tl.max(scores, 1))
-                weight = tl.exp2(scores - larger[:, None])
-                shrink = tl.exp2(maximum - larger)
-                total = total * shrink + tl.sum(weight, 1)
-                acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
-                maximum = larger
-        result = acc / total[:, None] * factor[None, :]
+                maximum, total, acc = _attend_further(scores, values, maximum, total, acc, UPCAST)
+        result = acc / total[:, None] * tl.load(mixed_scale + bh * BLOCK_D + column)[None, :]
         pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
         written = (token < tokens) & (mask_flags(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
         tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])

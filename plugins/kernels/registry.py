@@ -53,12 +53,18 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
         if variant.kernel.startswith("landmark"):
             rows = {"BLOCK_S": blocks.landmark_rows, "BLOCK_N": blocks.key_block}
             return {**kept, **padded, **rows, "CHEBYSHEV": chebyshev, "HALF": half}
-        return {**padded, "S_PAD": blocks.landmarks, "TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block}
+        tiles = {"TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block, "HELD": _holds_landmarks(variant)}
+        return {**padded, "S_PAD": blocks.landmarks, **tiles}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
         return {"BLOCK_N": NORM_GRID_TOKENS, "BLOCK_S": MAX_LANDMARKS, "BLOCK_T": NORM_GRID_BY_NORM}
     return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
+
+
+def _holds_landmarks(variant: Variant) -> bool:
+    """Whether a program of the output kernel keeps the landmarks' keys and values on chip."""
+    return variant.dtype != "fp32" and variant.landmarks <= 2 * TILE
 
 
 def options(variant: Variant) -> dict[str, int | bool]:
@@ -76,8 +82,8 @@ def options(variant: Variant) -> dict[str, int | bool]:
     elif variant.kernel.startswith("finish"):
         warps, stages = 4, 1
     elif variant.kernel == "output":
-        held = blocks_of(variant.dtype, variant.landmarks, variant.head_size).landmark_block == variant.landmarks
-        warps, stages = 8, 2 if held else 1
+        held = _holds_landmarks(variant)
+        warps, stages = 4 if held and variant.head_size == HEAD_PADDINGS[0] else 8, 2 if held else 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
     exact_ties = variant.kernel in ("fps", "fps_step", "norms")

@@ -93,7 +93,7 @@ def fps_step_kernel(
             difference = x.to(tl.float32) - point.to(tl.float32)[None, :]
             sums += tl.sum(difference * difference, 1)
         # At step 0 there are no stored distances yet.
-        known = tl.load(distance + token, mask=(token < tokens) & (step > 0), other=float("inf"))
+        known = tl.load(distance + token, mask=tl.where(step > 0, token, tokens) < tokens, other=float("inf"))
         nearest = tl.where(token == index, float("-inf"), tl.minimum(known, sums))
         nearest = tl.where(token < tokens, nearest, float("-inf"))
         tl.store(distance + token, nearest, mask=token < tokens)
