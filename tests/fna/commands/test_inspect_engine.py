@@ -63,7 +63,7 @@ def test_an_engine_is_described_in_words(engine: Path, capsys: pytest.CaptureFix
         "x.onnx, plugin lowering",
         "jetson-agx-orin (compute capability 8.7)",
         "fp16, TF32 off",
-        "1 of 2, S=64 grid, weighted",
+        "FNA blocks 1 of 2, S=64, grid, weighted",
         "libfna_plugin.so, SHA-256 abab",
         "pixel_values 1x3x224x224 to 8x3x224x224, tuned for 2x3x224x224",
         "pixel_values 1x3x518x518 to 8x3x518x518",
