@@ -204,10 +204,12 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
     if dtype == "fp32":
         step = 32 if block_d == 64 else 16
         return Blocks(s_pad, block_d, step, TILE, 64, step, CoreBlocks(5, False), CoreBlocks(2, False))
+    # Where a program's registers hold only half of the scores at once, landmarks come in tiles of 64.
+    held = s_pad if block_d > 64 and s_pad <= 2 * TILE else TILE
     newton_schulz = CoreBlocks(2, True) if s_pad == TILE else CoreBlocks(5, False)
     chebyshev = CoreBlocks(1, True) if s_pad <= 2 * TILE else CoreBlocks(2, False)
     queries = 128 if block_d == 64 else 64
-    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, TILE, newton_schulz, chebyshev)
+    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, held, newton_schulz, chebyshev)
 
 
 def all_blocks(dtype: Dtype) -> tuple[Blocks, ...]:

@@ -213,10 +213,11 @@ def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upc
     from fna.plugins.kernels.registry import KERNELS, constants, options
 
     every = {**tensors, **scratch_views(plan, workspace, next(iter(tensors.values())).dtype)}
+    sm = _capability(workspace.device.index) if workspace.is_cuda else OLDEST_CHIP
     for launch in plan.launches:
         arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
         blocks = constants(launch.variant, upcast=upcast)
-        KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks, **options(launch.variant))
+        KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks, **options(launch.variant, sm))
 
 
 def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -260,8 +261,12 @@ def _loader(index: int):  # type: ignore[no-untyped-def]
 
     table = _table()
     assert table is not None, "the table backend was chosen without a table"
+    return Loader(table, _capability(index))
+
+
+def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
-    return Loader(table, major * 10 + minor)
+    return major * 10 + minor
 
 
 def _linear(tensor: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from fna.plugins.launch_plan import (
     Variant,
     blocks_of,
 )
+from fna.plugins.table.chips import OLDEST_CHIP
+
+HOPPER = 90
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
@@ -67,23 +70,26 @@ def _holds_landmarks(variant: Variant) -> bool:
     return variant.dtype != "fp32" and variant.landmarks <= 2 * TILE
 
 
-def options(variant: Variant) -> dict[str, int | bool]:
+def options(variant: Variant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
     """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
+
+    Fewer warps read fewer keys and values twice, since a warp reads them for its own rows. At 128 landmarks four hold what they need
+    up to compute capability 8.9; later chips (`sm`, the capability times ten) compile to more registers, and spill.
 
     Sums of squares that have to tie exactly are not contracted to fused multiply-adds: lanes that hold one sum twice would
     round it differently (`fma(d, d, shuffled)`), and one of them is stored.
     """
     wide = variant.dtype == "fp32"
+    four_hold_128 = variant.landmarks == 2 * TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER
     if variant.kernel.startswith("landmark"):
-        # Fewer warps read fewer keys and values twice: a warp reads them for its own landmarks.
-        narrow = variant.landmarks == TILE or (variant.landmarks == 2 * TILE and variant.head_size == HEAD_PADDINGS[0])
-        warps = 4 if not wide and narrow else 8
+        warps = 4 if not wide and (variant.landmarks == TILE or four_hold_128) else 8
         stages = 1 if wide else 2
     elif variant.kernel.startswith("finish"):
         warps, stages = 4, 1
     elif variant.kernel == "output":
         held = _holds_landmarks(variant)
-        warps, stages = 4 if held and variant.head_size == HEAD_PADDINGS[0] else 8, 2 if held else 1
+        short = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
+        warps, stages = 4 if held and (short or four_hold_128) else 8, 2 if held else 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
     exact_ties = variant.kernel in ("fps", "fps_step", "norms")

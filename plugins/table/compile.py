@@ -53,7 +53,7 @@ def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Com
     from fna.plugins.kernels import registry
 
     kernel = registry.KERNELS[variant.kernel]
-    constants, options = registry.constants(variant), registry.options(variant)
+    constants, options = registry.constants(variant), registry.options(variant, target)
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
     signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
