@@ -85,7 +85,7 @@ def test_export_a_factory_then_run_and_read_its_json(
         capsys, "export", "tinyfactory:tiny", "-o", path, "--layers", "all", "--landmarks", 5, "--json", record
     )
     assert (code, err) == (0, "")
-    assert "FNA blocks 0, 1 of 2" in out
+    assert "FNA blocks 0-1 of 2" in out
     assert [block["landmarks"] for block in json.loads(record.read_text())["plan"]["blocks"]] == [5, 5]
     arrays = tmp_path / "out.npz"
     code, out, _ = call(capsys, "run", path, "--images", folder / "images", "-o", arrays)
