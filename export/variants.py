@@ -20,7 +20,7 @@ from fna.precision import Precision
 
 
 @dataclass(frozen=True)
-class Variant:
+class FileVariant:
     """What to make of a file.
 
     Attributes:
@@ -53,7 +53,7 @@ class Variant:
 def make_variant(
     source: Path,
     output: Path,
-    variant: Variant,
+    variant: FileVariant,
     photographs: Sequence[tuple[str, Image.Image]],
     *,
     resolution: tuple[int, int] | None = None,

@@ -7,8 +7,8 @@ import functools
 from typing import Any
 
 from fna.errors import MissingCapabilityError
-from fna.plugins.launch_plan import Variant
-from fna.plugins.table.read import Kernel, Table
+from fna.plugins.launch_plan import KernelVariant
+from fna.plugins.table.read import CompiledKernel, Table
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024
@@ -21,15 +21,17 @@ class Loader:
     def __init__(self, table: Table, sm: int) -> None:
         self._table = table
         self._sm = sm
-        self._loaded: dict[Variant, tuple[ctypes.c_void_p, Kernel]] = {}
+        self._loaded: dict[KernelVariant, tuple[ctypes.c_void_p, CompiledKernel]] = {}
 
-    def get(self, variant: Variant) -> tuple[ctypes.c_void_p, Kernel]:
+    def get(self, variant: KernelVariant) -> tuple[ctypes.c_void_p, CompiledKernel]:
         """The function of a variant; its PTX where the chip has no image or the driver refuses it."""
         if variant not in self._loaded:
             self._loaded[variant] = self._load(variant)
         return self._loaded[variant]
 
-    def launch(self, variant: Variant, grid: tuple[int, int, int], arguments: list[int | float], stream: int) -> None:
+    def launch(
+        self, variant: KernelVariant, grid: tuple[int, int, int], arguments: list[int | float], stream: int
+    ) -> None:
         """Launch on a stream (its address); addresses, integers and floats in the kernel's order."""
         function, kernel = self.get(variant)
         # After a kernel's own arguments Triton's interface has two addresses of scratch that none of these kernels uses.
@@ -42,7 +44,7 @@ class Loader:
             ctypes.c_uint(1), ctypes.c_uint(kernel.shared), ctypes.c_void_p(stream), pointers, None,
         )  # fmt: skip
 
-    def _load(self, variant: Variant) -> tuple[ctypes.c_void_p, Kernel]:
+    def _load(self, variant: KernelVariant) -> tuple[ctypes.c_void_p, CompiledKernel]:
         failure: MissingCapabilityError | None = None
         for kernel in self._table.find(variant.name, self._sm):
             try:
@@ -54,7 +56,7 @@ class Loader:
             f"rebuild it: python -m fna.plugins.aot --sm {self._sm},0"
         )
 
-    def _load_image(self, kernel: Kernel) -> ctypes.c_void_p:
+    def _load_image(self, kernel: CompiledKernel) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuModuleLoadData", ctypes.byref(module), self._table.image(kernel))
         _call("cuModuleGetFunction", ctypes.byref(function), module, kernel.symbol.encode())

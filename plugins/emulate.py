@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
-from fna.plugins.launch_plan import Plan, Strides, attention_plan, sampling_plan
+from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 
 POISON = 0x7F
@@ -62,7 +62,7 @@ def run_attention(
     return run_plan(plan, {**tensors, "out": out})
 
 
-def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None) -> Tensor:
+def run_sampling(features: Tensor, num_landmarks: int, plan: LaunchPlan | None = None) -> Tensor:
     """Run FarthestPointSampling on `[B, N, C]`; return `[B, S]` int32."""
     batch, tokens, channels = features.shape
     plan = plan or sampling_plan(DTYPE_NAMES[features.dtype], batch, tokens, channels, num_landmarks)
@@ -70,7 +70,7 @@ def run_sampling(features: Tensor, num_landmarks: int, plan: Plan | None = None)
     return run_plan(plan, {"features": features, "landmarks": landmarks})["landmarks"]
 
 
-def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_plan(plan: LaunchPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Execute a plan on CPU tensors, the first of which has the type of the inputs; scratch starts poisoned.
 
     Returns:

@@ -57,7 +57,7 @@ NORM_GRID_BY_NORM = 32
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """One compiled form of a kernel: its name, the type of its tensors, padded landmarks and padded head size.
 
     `landmarks` and `head_size` are 0 where the kernel does not depend on them. For the sampling kernels `head_size` is 16
@@ -80,7 +80,7 @@ class Variant:
 class Launch:
     """One kernel launch. Arguments are in the kernel's order: a string names a tensor or a buffer, a number is itself."""
 
-    variant: Variant
+    variant: KernelVariant
     grid: tuple[int, int, int]
     arguments: tuple[str | int | float, ...]
 
@@ -94,7 +94,7 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """Launches in stream order, and the scratch that they share."""
 
     launches: tuple[Launch, ...]
@@ -311,7 +311,7 @@ def attention_plan(
     out_strides: Strides | None = None,
     sink: bool = False,
     chebyshev: ChebyshevSteps | None = None,
-) -> Plan:
+) -> LaunchPlan:
     """Plan one call of FastNystromAttention.
 
     Args:
@@ -354,7 +354,7 @@ def attention_plan(
         first_job, end_job = jobs * step // steps, jobs * (step + 1) // steps
         launches.append(
             Launch(
-                Variant("landmark" + core, shape.dtype, s_pad, block_d),
+                KernelVariant("landmark" + core, shape.dtype, s_pad, block_d),
                 (bh, core_programs(s_pad, step) + end_job - first_job, 1),
                 ("query", "key", "value", "landmarks", "bias", "key_mask", "partial", "stats", "matrices", "colsum")
                 + (*sizes, landmark_stride, bias_stride, mask_stride, mask_mode)
@@ -369,24 +369,24 @@ def attention_plan(
     else:
         sizes_and_strides = (*sizes[:4], block_d, *sizes[4:], landmark_stride)
         joining = (*joined, "value", "landmarks", *sizes_and_strides, splits, *chebyshev_arguments(chebyshev))
-    launches.append(Launch(Variant("finish" + core, shape.dtype, s_pad), (bh, block_d // columns, 1), joining))
+    launches.append(Launch(KernelVariant("finish" + core, shape.dtype, s_pad), (bh, block_d // columns, 1), joining))
     tiles = query_tiles(shape, multiprocessors)
     per_program = tiles * blocks.query_block
     # Sinks: all rows without the masked keys, then the rows of the masked queries with them.
     for mode in (MASK_ALL, MASK_BUT_SINKS) if mask_mode == MASK_BUT_SINKS else (mask_mode,):
         launches.append(
             Launch(
-                Variant("output", shape.dtype, s_pad, block_d),
+                KernelVariant("output", shape.dtype, s_pad, block_d),
                 (-(-shape.tokens // per_program), bh, 1),
                 ("query", "key", "landmarks", "bias", "key_mask", "exact", "mixed", "mixed_scale", "out", *sizes)
                 + (written.batch, written.head, written.token, landmark_stride, bias_stride, mask_stride, mode)
                 + (tiles, int(exact_rows), scale),
             )
         )
-    return Plan(tuple(launches), attention_buffers(shape, splits, chebyshev=chebyshev is not None))
+    return LaunchPlan(tuple(launches), attention_buffers(shape, splits, chebyshev=chebyshev is not None))
 
 
-def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int) -> Plan:
+def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int) -> LaunchPlan:
     """Plan one call of FarthestPointSampling on contiguous features `[B, N, C]`.
 
     One launch where the tokens stay in the cache beside one multiprocessor, otherwise one launch for each landmark.
@@ -402,8 +402,12 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
     sizes = (tokens, channels, num_landmarks)
     aligned_channels = 16 if channels % 16 == 0 else 0
     if tokens <= FPS_ONE_LAUNCH_TOKENS and tokens * channels * ELEMENT_BYTES[dtype] <= FPS_ONE_LAUNCH_BYTES:
-        return Plan(
-            (Launch(Variant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)),)
+        return LaunchPlan(
+            (
+                Launch(
+                    KernelVariant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)
+                ),
+            )
         )
     tiles = -(-tokens // FPS_TILE)
     buffers = _lay_out(
@@ -411,18 +415,18 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
     )
     launches = tuple(
         Launch(
-            Variant("fps_step", dtype, 0, aligned_channels),
+            KernelVariant("fps_step", dtype, 0, aligned_channels),
             (tiles, batch, 1),
             ("features", "landmarks", "distance", "best", "best_index", *sizes, step),
         )
         for step in range(num_landmarks)
     )
-    return Plan(launches, buffers)
+    return LaunchPlan(launches, buffers)
 
 
 def norm_grid_plan(
     dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int, *, prefix: int, by_norm: int
-) -> Plan:
+) -> LaunchPlan:
     """Plan norm-grid landmarks of contiguous features `[B, N, C]`: `prefix` tokens, `by_norm` by norm, the rest even."""
     if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y or tokens > NORM_GRID_TOKENS:
         raise InvalidShapeError(
@@ -437,30 +441,32 @@ def norm_grid_plan(
     aligned_channels = 16 if channels % 16 == 0 else 0
     launches = (
         Launch(
-            Variant("norms", dtype, 0, aligned_channels),
+            KernelVariant("norms", dtype, 0, aligned_channels),
             (-(-tokens // FPS_TILE), batch, 1),
             ("features", "norms", tokens, channels),
         ),
         Launch(
-            Variant("norm_grid", "fp32"), (batch, 1, 1), ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm)
+            KernelVariant("norm_grid", "fp32"),
+            (batch, 1, 1),
+            ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm),
         ),
     )
-    return Plan(launches, _lay_out({"norms": batch * tokens * 4}))
+    return LaunchPlan(launches, _lay_out({"norms": batch * tokens * 4}))
 
 
-def all_variants() -> tuple[Variant, ...]:
+def all_variants() -> tuple[KernelVariant, ...]:
     """Every variant that a plan can name: what the ahead-of-time build compiles."""
     return (
         *(
-            Variant(kernel, dtype, s_pad, block_d)
+            KernelVariant(kernel, dtype, s_pad, block_d)
             for kernel in ("landmark", "landmark_chebyshev", "output")
             for dtype in DTYPES
             for s_pad in LANDMARK_PADDINGS
             for block_d in HEAD_PADDINGS
         ),
-        *(Variant(k, t, s) for k in ("finish", "finish_chebyshev") for t in DTYPES for s in LANDMARK_PADDINGS),
-        *(Variant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)),
-        Variant("norm_grid", "fp32"),
+        *(KernelVariant(k, t, s) for k in ("finish", "finish_chebyshev") for t in DTYPES for s in LANDMARK_PADDINGS),
+        *(KernelVariant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)),
+        KernelVariant("norm_grid", "fp32"),
     )
 
 

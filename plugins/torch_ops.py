@@ -26,7 +26,7 @@ from fna.plugins.launch_plan import (
     POINTER_ALIGNMENT,
     AttentionShape,
     Dtype,
-    Plan,
+    LaunchPlan,
     Strides,
     attention_plan,
     norm_grid_plan,
@@ -40,7 +40,7 @@ from fna.samplers.norm_grid import norm_grid_reference
 
 DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-Run = Callable[[Plan, dict[str, Tensor]], None]
+Run = Callable[[LaunchPlan, dict[str, Tensor]], None]
 
 
 def register() -> bool:
@@ -186,7 +186,7 @@ def kernel_layout(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return _linear(query), _linear(key), _linear(value)
 
 
-def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> None:
+def run_plan(plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
     """Execute a plan on the current stream of the tensors' device; scratch comes from PyTorch's allocator."""
     device = next(iter(tensors.values())).device
     with torch.cuda.device(device):
@@ -197,7 +197,7 @@ def run_plan(plan: Plan, tensors: dict[str, Tensor]) -> None:
             launch_jit(plan, tensors, workspace)
 
 
-def _run_table(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> None:
+def _run_table(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor) -> None:
     loader = _loader(workspace.device.index)
     base = workspace.data_ptr()
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -208,7 +208,7 @@ def _run_table(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor) -> Non
         loader.launch(launch.variant, launch.grid, arguments, stream)
 
 
-def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upcast: bool = False) -> None:
+def launch_jit(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor, *, upcast: bool = False) -> None:
     """Execute a plan through Triton: compiled just in time, or interpreted on the CPU (then with `upcast` for bf16)."""
     from fna.plugins.kernels.registry import KERNELS, constants, options
 
@@ -220,7 +220,7 @@ def launch_jit(plan: Plan, tensors: dict[str, Tensor], workspace: Tensor, *, upc
         KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks, **options(launch.variant, sm))
 
 
-def scratch_views(plan: Plan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def scratch_views(plan: LaunchPlan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The buffers of a plan as flat views of its workspace; `mixed` has the type of the inputs."""
     kinds = {"mixed": dtype, "best_index": torch.int32}
     return {
@@ -238,7 +238,7 @@ def _cached_attention_plan(
     processors: int,
     strides: Strides,
     sink: bool,
-) -> Plan:
+) -> LaunchPlan:
     return attention_plan(
         shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides,
         sink=sink,

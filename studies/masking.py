@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from fna.attention import fast_nystrom_attention
+from fna.block_numbers import parse_layers
 from fna.errors import FnaError
 from fna.export.preprocessing import bundled_photographs, load_images
 from fna.export.sources.loading import DEFAULT_MODEL, LoadedModel, load_model
@@ -32,7 +33,7 @@ from fna.files import write_text
 from fna.observing import AttentionCall
 from fna.patching import find_attention_blocks, patch, unpatch
 from fna.patching.attention import STATE
-from fna.plan import MaskPlan, Plan, TokenRange, parse_layers, uniform_plan
+from fna.plan import MaskPlan, Plan, TokenRange, uniform_plan
 from fna.samplers import landmark_bias, select_landmarks
 from fna.special_tokens import LARGEST_SHARE, detect_prefix_tokens
 from fna.token_survey import survey_tokens
@@ -97,7 +98,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class LandmarkChoice:
+class LandmarkError:
     """FNA's error in single blocks for one choice of landmarks: relative 2-norm to exact attention on the same inputs, the mean."""
 
     landmarks: str
@@ -292,7 +293,7 @@ def measure_digits(
 
 def measure_landmarks(
     model: LoadedModel, images: Sequence[Photograph], side: int, landmarks: int
-) -> list[LandmarkChoice]:
+) -> list[LandmarkError]:
     """FNA's error in the later half of the blocks: the plain grid, massive tokens guaranteed, artifact tokens excluded."""
     prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
     errors: dict[tuple[bool, str], list[float]] = {}
@@ -314,7 +315,7 @@ def measure_landmarks(
                 counts[key] = counts.get(key, 0) + sum(int(tokens.sum()) for tokens in masks.values())
                 errors.setdefault(key, []).append(_error_of_choice(call, landmarks, prefix, masks))
     return [
-        LandmarkChoice(name, plant, float(np.mean(errors[plant, name])), counts[plant, name]) for plant, name in errors
+        LandmarkError(name, plant, float(np.mean(errors[plant, name])), counts[plant, name]) for plant, name in errors
     ]
 
 
@@ -379,7 +380,7 @@ def write_table(titles: str, rows: Sequence[Sequence[str]]) -> list[str]:
 def write_report(
     smoothness: Sequence[Smoothness],
     probes: Sequence[Probe],
-    choices: Sequence[LandmarkChoice],
+    choices: Sequence[LandmarkError],
     guided: Sequence[GuidedPlan] = (),
 ) -> str:
     """The results as Markdown tables, means over the photographs."""

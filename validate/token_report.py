@@ -14,10 +14,11 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+from fna.block_numbers import format_layers
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.files import written_whole
 from fna.patching import find_attention_blocks
-from fna.plan import TokenRange, format_layers
+from fna.plan import TokenRange
 from fna.special_tokens import MINIMAL_GAP, detect_prefix_tokens
 from fna.token_survey import BlockTokens, survey_tokens
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from fna.engines.builder.network import Builder
+from fna.engines.builder.network import EngineBuilder
 from fna.engines.builder.options import BuildOptions, check_options, check_precision
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.builder.progress import Progress
@@ -87,7 +87,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     gpu = find_gpu()
     started = time.perf_counter()
     with written_whole(output) as temporary:
-        work = Builder(trt, logger, messages, options, targets, places, gpu)
+        work = EngineBuilder(trt, logger, messages, options, targets, places, gpu)
         serialized = work.build(lowered, profiles, requested if lowering == "plugin" else (), on_progress)
         temporary.write_bytes(serialized)
         seconds = time.perf_counter() - started

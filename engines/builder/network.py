@@ -29,7 +29,7 @@ from fna.export.operators.registry import plugin_operators
 from fna.files import LARGEST_SINGLE_FILE, save_model, written_whole
 
 
-class Builder:
+class EngineBuilder:
     """One build; holds what TensorRT's objects refer to, for as long as they live."""
 
     def __init__(

@@ -12,7 +12,7 @@ from fna.engines.bundle.format import PluginLayer
 from fna.engines.targets import Target
 from fna.errors import MissingCapabilityError
 from fna.plugins.table.chips import FALLBACK, chip_name
-from fna.plugins.table.read import Kernel, load_table
+from fna.plugins.table.read import CompiledKernel, load_table
 from fna.plugins.table.write import write_library_files
 
 PREBUILT_MACHINES = ("aarch64", "x86_64")
@@ -23,7 +23,7 @@ REGISTER_SOURCE = "register.cpp"
 _PLUGIN_SOURCES = Path(fna.plugins.__file__).resolve().parent
 
 
-def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Kernel] | None:
+def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[CompiledKernel] | None:
     """Return the compiled kernels for the target's chips and the PTX; None where the target or the file needs none.
 
     Args:
@@ -48,7 +48,7 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Kerne
     return sorted(chosen, key=lambda kernel: (kernel.variant, kernel.sm))
 
 
-def write_plugin(folder: Path, table: Path, kernels: Sequence[Kernel]) -> tuple[str, ...]:
+def write_plugin(folder: Path, table: Path, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     """Copy the plugin: sources, the kernels chosen, and the libraries that were built. Returns the machines of those."""
     shutil.copytree(_PLUGIN_SOURCES / "src", folder / "src")
     shutil.copyfile(_PLUGIN_SOURCES / "CMakeLists.txt", folder / "CMakeLists.txt")
@@ -74,6 +74,6 @@ def write_plugin_layers(root: Path, layers: Sequence[PluginLayer], precisions: S
         (root / "check" / f"plugin_layers.{precision}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def _packed(data: BinaryIO, kernel: Kernel) -> bytes:
+def _packed(data: BinaryIO, kernel: CompiledKernel) -> bytes:
     data.seek(kernel.offset)
     return data.read(kernel.packed)

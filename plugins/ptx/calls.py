@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
-from fna.plugins.launch_plan import Plan, Strides, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory
 from fna.plugins.ptx.number_types import Array
@@ -65,7 +65,7 @@ def make_memory(sizes: list[int], surroundings: Surroundings) -> GlobalMemory:
     return memory
 
 
-def run_plan(plan: Plan, memory: GlobalMemory, addresses: dict[str, int], chip: Chip) -> list[Profile]:
+def run_plan(plan: LaunchPlan, memory: GlobalMemory, addresses: dict[str, int], chip: Chip) -> list[Profile]:
     """Launch a plan's kernels; its scratch is allocated first, tensor by tensor, so that a step out of a buffer shows."""
     every = {**addresses, **{name: memory.allocate(name, buffer.size) for name, buffer in plan.buffers.items()}}
     return [
@@ -151,7 +151,7 @@ def run_norm_grid(
     return _run_on_features(chip, plan, features, count, surroundings or Surroundings())
 
 
-def _run_on_features(chip: Chip, plan: Plan, features: Tensor, count: int, surroundings: Surroundings) -> Call:
+def _run_on_features(chip: Chip, plan: LaunchPlan, features: Tensor, count: int, surroundings: Surroundings) -> Call:
     landmarks = torch.zeros(features.shape[0], count, dtype=torch.int32)
     content = bytes_of(features)
     memory = make_memory([content.size, landmarks.numel() * 4, *(b.size for b in plan.buffers.values())], surroundings)

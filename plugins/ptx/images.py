@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fna.errors import InputFileError, MissingCapabilityError
-from fna.plugins.launch_plan import Variant
+from fna.plugins.launch_plan import KernelVariant
 from fna.plugins.ptx.kernel import Kernel
 
 
@@ -49,7 +49,7 @@ class PtxImages:
             )
         return self.by_name[variant, sm]
 
-    def kernel(self, variant: Variant, sm: int, *, profile: bool = False) -> Kernel:
+    def kernel(self, variant: KernelVariant, sm: int, *, profile: bool = False) -> Kernel:
         """The kernel of a variant, translated once."""
         key = variant.name, sm, profile
         if key not in self._kernels:

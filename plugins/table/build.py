@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError
-from fna.plugins.launch_plan import Variant, all_variants
+from fna.plugins.launch_plan import KernelVariant, all_variants
 from fna.plugins.table.chips import ALL_IMAGES, CHIPS, FALLBACK, FALLBACK_TARGET, chip_name, shared_limit
 from fna.plugins.table.compile import Compiled, compile_variant
 from fna.plugins.table.write import write_table
@@ -27,7 +27,7 @@ def build_table(
     output: Path,
     *,
     chips: Sequence[int] = ALL_IMAGES,
-    variants: Iterable[Variant] | None = None,
+    variants: Iterable[KernelVariant] | None = None,
     jobs: int | None = None,
     cache: Path | None = None,
     progress: bool = False,
@@ -72,13 +72,15 @@ def check_entry(entry: Compiled) -> None:
         )
 
 
-def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progress: bool) -> list[dict[int, Compiled]]:
+def _compile_all(
+    tasks: list[tuple[KernelVariant, int]], cache: Path, jobs: int, progress: bool
+) -> list[dict[int, Compiled]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=not progress)
-    done: dict[tuple[Variant, int], dict[int, Compiled]] = {}
+    done: dict[tuple[KernelVariant, int], dict[int, Compiled]] = {}
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(tasks))
         for key, entry in _in_pool(tasks, cache, jobs):
@@ -88,12 +90,12 @@ def _compile_all(tasks: list[tuple[Variant, int]], cache: Path, jobs: int, progr
 
 
 def _in_pool(
-    tasks: list[tuple[Variant, int]], cache: Path, jobs: int
-) -> Iterable[tuple[tuple[Variant, int], dict[int, Compiled]]]:
+    tasks: list[tuple[KernelVariant, int]], cache: Path, jobs: int
+) -> Iterable[tuple[tuple[KernelVariant, int], dict[int, Compiled]]]:
     """Yield results as they come. A worker that died is tried again alone, so that the kernel at fault can be named."""
     unsure = []
     with _pool(jobs, cache) as pool:
-        futures: dict[Future[dict[int, Compiled]], tuple[Variant, int]] = {
+        futures: dict[Future[dict[int, Compiled]], tuple[KernelVariant, int]] = {
             pool.submit(compile_variant, *t, cache): t for t in tasks
         }
         for future in as_completed(futures):
@@ -114,7 +116,7 @@ def _in_pool(
                 ) from error
 
 
-def _result(future: Future[dict[int, Compiled]], variant: Variant, sm: int) -> dict[int, Compiled]:
+def _result(future: Future[dict[int, Compiled]], variant: KernelVariant, sm: int) -> dict[int, Compiled]:
     try:
         return future.result()
     except (FnaError, BrokenProcessPool):

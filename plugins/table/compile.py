@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fna.errors import BuildError, MissingCapabilityError
 from fna.files import written_whole
-from fna.plugins.launch_plan import Variant
+from fna.plugins.launch_plan import KernelVariant
 from fna.plugins.table.chips import FALLBACK, FALLBACK_PTX_VERSION, FALLBACK_TARGET
 
 
@@ -36,7 +36,7 @@ class Compiled:
     ptx: str = ""
 
 
-def compile_variant(variant: Variant, target: int, cache: Path) -> dict[int, Compiled]:
+def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[int, Compiled]:
     """Compile one variant for one chip, or take it from the cache; runs in a worker.
 
     Returns:

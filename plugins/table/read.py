@@ -16,7 +16,7 @@ ENVIRONMENT = "FNA_KERNEL_TABLE"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class CompiledKernel:
     """One compiled kernel: where its image lies in kernels.bin, and how to launch it. `sm` 0 is PTX."""
 
     variant: str
@@ -34,14 +34,14 @@ class Kernel:
 class Table:
     """The kernels by (variant, sm), and the file that their images are in."""
 
-    kernels: dict[tuple[str, int], Kernel]
+    kernels: dict[tuple[str, int], CompiledKernel]
     data: Path
 
-    def find(self, variant: str, sm: int) -> list[Kernel]:
+    def find(self, variant: str, sm: int) -> list[CompiledKernel]:
         """The images to try for a chip, best first: its own, then PTX."""
         return [self.kernels[key] for key in ((variant, sm), (variant, FALLBACK)) if key in self.kernels]
 
-    def image(self, kernel: Kernel) -> bytes:
+    def image(self, kernel: CompiledKernel) -> bytes:
         """Unpack a kernel."""
         with self.data.open("rb") as file:
             file.seek(kernel.offset)
@@ -65,7 +65,7 @@ def load_table(folder: Path) -> Table:
     """Read kernels.json in `folder`."""
     try:
         rows = json.loads((folder / "kernels.json").read_text())["kernels"]
-        kernels = [Kernel(**row) for row in rows]
+        kernels = [CompiledKernel(**row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(
             f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: python -m fna.plugins.aot"

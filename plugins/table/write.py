@@ -20,7 +20,7 @@ from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.plugins import launch_plan
 from fna.plugins.table.chips import OLDEST_CHIP
 from fna.plugins.table.compile import Compiled, write_bytes
-from fna.plugins.table.read import Kernel
+from fna.plugins.table.read import CompiledKernel
 
 
 def write_table(compiled: Sequence[Compiled], output: Path) -> None:
@@ -30,7 +30,7 @@ def write_table(compiled: Sequence[Compiled], output: Path) -> None:
         raw = Path(entry.image).read_bytes()
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         image = packer.compress(raw) + packer.flush()
-        kernel = Kernel(
+        kernel = CompiledKernel(
             entry.variant, entry.sm, 0, len(image), len(raw), entry.shared, entry.warps, entry.symbol, entry.layout
         )
         packed.append((kernel, image))
@@ -58,7 +58,7 @@ def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
     write_bytes(output / "ptx.json", json.dumps({"kernels": rows}, indent=1).encode())
 
 
-def write_library_files(packed: Iterable[tuple[Kernel, bytes]], output: Path) -> list[Kernel]:
+def write_library_files(packed: Iterable[tuple[CompiledKernel, bytes]], output: Path) -> list[CompiledKernel]:
     """Write what the library is compiled from; return the kernels with their offsets in the new kernels.bin."""
     blob, kernels = bytearray(), []
     for kernel, image in packed:
@@ -119,7 +119,7 @@ def launch_constants() -> str:
     )
 
 
-def _table_row(kernel: Kernel) -> str:
+def _table_row(kernel: CompiledKernel) -> str:
     numbers = (kernel.sm, kernel.offset, kernel.packed, kernel.size, kernel.shared, kernel.warps)
     return f'{{"{kernel.variant}", {", ".join(map(str, numbers))}, "{kernel.symbol}", "{kernel.layout}"}},\n'
 

@@ -22,7 +22,7 @@ from fna.engines.targets import TARGETS
 from fna.export.preprocessing import bundled_photographs
 from fna.export.sources.loading import LoadedModel, load_model
 from fna.export.trace import TraceOptions, export_onnx
-from fna.export.variants import Variant, make_variant
+from fna.export.variants import FileVariant, make_variant
 from fna.patching import patch, unpatch
 from fna.plan import Plan, uniform_plan
 
@@ -71,7 +71,7 @@ def made(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 export_onnx(model, make_plan(model, kind), TraceOptions(SIDE, SIDE), path)
             if precision != "fp32":
                 cast = folder / f"{kind}-{precision}.onnx"
-                make_variant(path, cast, Variant(precision, check=False), [])
+                make_variant(path, cast, FileVariant(precision, check=False), [])
                 path = cast
             options = BuildOptions(targets=targets[:1], batch=BatchRange(1, 1, 2))
             build_engine(path, path.with_suffix(".engine"), options)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from fna.arithmetic import saved_part
-from fna.errors import InputFileError, InvalidArgumentError, InvalidPlanError
+from fna.errors import InputFileError, InvalidPlanError
 from fna.export.metadata import read_metadata
 from fna.plan import (
     ITERATIONS_OF_VERSION_1,
@@ -19,38 +19,10 @@ from fna.plan import (
     FocalBlockPlan,
     Plan,
     TokenRange,
-    format_layers,
     load_plan,
-    parse_blocks,
-    parse_layers,
     parse_plan,
     uniform_plan,
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "blocks"),
-    [
-        ("6-11", [6, 7, 8, 9, 10, 11]),
-        ("0-2,9", [0, 1, 2, 9]),
-        ("all", list(range(12))),
-        ("none", []),
-        (None, [6, 7, 8, 9, 10, 11]),
-    ],
-)
-def test_layers_are_block_numbers(text: str | None, blocks: list[int]) -> None:
-    assert parse_layers(text, 12) == blocks
-
-
-@pytest.mark.parametrize("text", ["none", "3", "0-2,5,7-11"])
-def test_block_numbers_are_written_as_they_are_read(text: str) -> None:
-    assert format_layers(parse_layers(text, 12)) == text
-
-
-@pytest.mark.parametrize("text", ["", "6-", "a", "11-6", "6-12", "-1", "1;2"])
-def test_layers_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(InvalidPlanError, match="layers"):
-        parse_layers(text, 12)
 
 
 def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
@@ -237,13 +209,3 @@ def test_a_plan_without_focal_blocks_is_written_as_version_1_has_it() -> None:
 def test_focal_blocks_that_cannot_be_are_refused_by_name(fields: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidPlanError, match=message):
         parse_plan(json.dumps({"num_blocks": 12, **fields}))
-
-
-@pytest.mark.parametrize(("text", "numbers"), [(None, ()), ("0,11", (0, 11)), ("2-4, 0", (0, 2, 3, 4))])
-def test_block_lists(text: str | None, numbers: tuple[int, ...]) -> None:
-    assert parse_blocks(text) == numbers
-
-
-def test_block_lists_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="0-2,11"):
-        parse_blocks("first")

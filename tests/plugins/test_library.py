@@ -21,7 +21,7 @@ from fna.plugins.launch_plan import (
     DTYPES,
     AttentionShape,
     Launch,
-    Plan,
+    LaunchPlan,
     all_variants,
     attention_plan,
     sampling_plan,
@@ -116,7 +116,7 @@ def driver(programs: Programs, table: Path, tmp_path: Path) -> FakeDriver:
     return FakeDriver(programs, table, tmp_path)
 
 
-def expected_launches(plan: Plan, inputs: tuple[str, ...], output: str) -> list[dict]:
+def expected_launches(plan: LaunchPlan, inputs: tuple[str, ...], output: str) -> list[dict]:
     """What the stand-in driver has to see: see plugins/tests/enqueue.cpp for the addresses."""
     addresses = {"key_mask": 0} | {name: (i + 1) << 32 for i, name in enumerate(inputs)} | {output: 100 << 32}
     addresses |= {name: (200 << 32) + buffer.offset for name, buffer in plan.buffers.items()}

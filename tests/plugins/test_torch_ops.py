@@ -12,17 +12,17 @@ from torch import Tensor
 from fna.attention import nystrom_attention_reference
 from fna.cuda_kernels import ENTRY_POINT_GROUP
 from fna.plugins import emulate, torch_ops
-from fna.plugins.launch_plan import Plan
+from fna.plugins.launch_plan import LaunchPlan
 from fna.samplers.fps import farthest_points_reference
 from fna.samplers.norm_grid import norm_grid_reference
 
 
 @pytest.fixture
-def launches(interpreter: ProcessPoolExecutor, monkeypatch) -> list[Plan]:
+def launches(interpreter: ProcessPoolExecutor, monkeypatch) -> list[LaunchPlan]:
     """Make the CUDA path run its plans in the interpreter; returns the list of plans that it ran."""
-    ran: list[Plan] = []
+    ran: list[LaunchPlan] = []
 
-    def run(plan: Plan, tensors: dict[str, Tensor]) -> None:
+    def run(plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
         ran.append(plan)
         # The interpreter gets copies, so what it wrote is copied back.
         for name, result in interpreter.submit(emulate.run_plan, plan, tensors).result().items():

@@ -130,14 +130,14 @@ def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Opener:
         from fna.engines.flavours import import_flavour
         from fna.engines.run.engine import Engine
         from fna.engines.targets import TARGETS
-        from fna.export.variants import Variant, make_variant
+        from fna.export.variants import FileVariant, make_variant
 
         _need_gpu(flavour)
         import_flavour(flavour)
         path = setting.export(plan, "fp32")
         if setting.precision != "fp32":
             cast = path.with_name(f"{path.stem}-{setting.precision}.onnx")
-            make_variant(path, cast, Variant(setting.precision, check=False), [])
+            make_variant(path, cast, FileVariant(setting.precision, check=False), [])
             path = cast
         targets = tuple(target for target in TARGETS if read_gpu().capability in target.capabilities)[:1]
         batch = BatchRange(1, setting.batch, setting.batch)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fna import __version__
+from fna.files import written_whole
 from fna.validate.planning.measure import MOMENTS, Candidate, Measurement, Moments
 
 
@@ -35,9 +36,8 @@ def load_or_make(folder: Path | None, name: str, settings: tuple[Any, ...], make
             path.unlink()
     value = make()
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save(_pack(value), unfinished)
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        torch.save(_pack(value), unfinished)
     return value
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
-from fna.plan import Method, parse_layers, uniform_plan
+from fna.block_numbers import parse_layers
+from fna.plan import Method, uniform_plan
 from fna.samplers import DEFAULT_SAMPLER, all_samplers
 from fna.validate.planning.measure import Candidate
 from fna.validate.planning.planner import Planner

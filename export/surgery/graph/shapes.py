@@ -100,7 +100,7 @@ def visit(graph: GraphView, node: gs.Node, point: ShapePoint) -> None:
             return
         if _try_fold(graph, node, shapes, values, point):
             return
-        results = _rule_of(node)(Operands(graph, node, shapes, values, point))
+        results = _rule_of(node)(NodeOperands(graph, node, shapes, values, point))
     except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
         raise ShapeConflictError(f"node {node.name or node.op!r}: {one_line(error)}") from None
     for name, result in zip(output_names(node), results, strict=False):
@@ -161,7 +161,7 @@ Typed = tuple[Shape | None, int]
 
 
 @dataclass(frozen=True)
-class Operands:
+class NodeOperands:
     """What a rule of shapes looks at: a node, and the shapes and values of its inputs at one point."""
 
     graph: GraphView
@@ -187,35 +187,35 @@ class Operands:
         return int(attribute(node, "to", known)) if node.op == "Cast" else known
 
 
-ShapeRule = Callable[[Operands], list[Typed]]
+ShapeRule = Callable[[NodeOperands], list[Typed]]
 
 
-def _same(at: Operands) -> list[Typed]:
+def _same(at: NodeOperands) -> list[Typed]:
     return [(at.first, at.element_type)] * max(1, len(at.node.outputs))
 
 
-def _only_first(at: Operands) -> list[Typed]:
+def _only_first(at: NodeOperands) -> list[Typed]:
     return [(at.first, at.element_type)] + [(None, at.element_type)] * 3
 
 
-def _normed_sum(at: Operands) -> list[Typed]:
+def _normed_sum(at: NodeOperands) -> list[Typed]:
     """The fourth result is the sum that was normed."""
     return [*_only_first(at)[:3], (at.first, at.element_type)]
 
 
-def _broadcast(at: Operands) -> list[Typed]:
+def _broadcast(at: NodeOperands) -> list[Typed]:
     known = [shape for shape in at.shapes if shape is not None]
     if len(known) < len(at.shapes):
         return [(None, at.element_type)]
     return [(_whole_numbers(np.broadcast_shapes(*known)), at.element_type)]
 
 
-def _matmul(at: Operands) -> list[Typed]:
+def _matmul(at: NodeOperands) -> list[Typed]:
     left, right = at.shapes[:2]
     return _infer(at) if left is None or right is None else [(_matmul_shape(left, right), at.element_type)]
 
 
-def _transpose(at: Operands) -> list[Typed]:
+def _transpose(at: NodeOperands) -> list[Typed]:
     if at.first is None:
         return _infer(at)
     perm = attribute(at.node, "perm") or range(len(at.first) - 1, -1, -1)
@@ -224,19 +224,19 @@ def _transpose(at: Operands) -> list[Typed]:
     return [(tuple(at.first[axis] for axis in perm), at.element_type)]
 
 
-def _reshape(at: Operands) -> list[Typed]:
+def _reshape(at: NodeOperands) -> list[Typed]:
     if at.first is None or at.values[1] is None:
         return _infer(at)
     return [(folding.reshape_target(at.node, at.first, at.values[1].tolist()), at.element_type)]
 
 
-def _expand(at: Operands) -> list[Typed]:
+def _expand(at: NodeOperands) -> list[Typed]:
     if at.first is None or at.values[1] is None:
         return _infer(at)
     return [(_whole_numbers(np.broadcast_shapes(at.first, _whole_numbers(at.values[1]))), at.element_type)]
 
 
-def _fused_matmul(at: Operands) -> list[Typed]:
+def _fused_matmul(at: NodeOperands) -> list[Typed]:
     left, right = at.shapes[:2]
     shape = None
     if left is not None and right is not None:
@@ -244,7 +244,7 @@ def _fused_matmul(at: Operands) -> list[Typed]:
     return _and_unknown(at, shape)
 
 
-def _packed_attention(at: Operands) -> list[Typed]:
+def _packed_attention(at: NodeOperands) -> list[Typed]:
     weights, shape = at.shapes[1], None
     if at.first is not None and weights is not None:
         sizes = attribute(at.node, "qkv_hidden_sizes")
@@ -252,7 +252,7 @@ def _packed_attention(at: Operands) -> list[Typed]:
     return _and_unknown(at, shape)
 
 
-def _multi_head_attention(at: Operands) -> list[Typed]:
+def _multi_head_attention(at: NodeOperands) -> list[Typed]:
     query, value = at.first, at.shapes[2] if len(at.shapes) > 2 else None
     shape = query
     if query is not None and len(query) == 5:
@@ -264,12 +264,12 @@ def _multi_head_attention(at: Operands) -> list[Typed]:
     return _and_unknown(at, shape)
 
 
-def _and_unknown(at: Operands, shape: Shape | None) -> list[Typed]:
+def _and_unknown(at: NodeOperands, shape: Shape | None) -> list[Typed]:
     """A first result of known shape; nothing is known of the others."""
     return [(shape, at.element_type)] + [(None, at.element_type)] * max(0, len(at.node.outputs) - 1)
 
 
-def _unknown(at: Operands) -> list[Typed]:
+def _unknown(at: NodeOperands) -> list[Typed]:
     return [(None, at.element_type)] * len(at.node.outputs)
 
 
@@ -296,7 +296,7 @@ def _as_matrix(node: gs.Node, shape: Shape, side: str) -> Shape:
     return (*shape[:-2], shape[-1], shape[-2]) if attribute(node, f"trans{side}", 0) else shape
 
 
-def _infer(at: Operands) -> list[Typed]:
+def _infer(at: NodeOperands) -> list[Typed]:
     """Ask onnx's own inference about one node."""
     graph, node, point = at.graph, at.node, at.point
     unknown: list[Typed] = [(None, point.types.get(node.inputs[0].name, 0) if node.inputs else 0)] * len(node.outputs)

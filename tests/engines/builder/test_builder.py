@@ -28,18 +28,18 @@ from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError
 from fna.export.metadata import read_metadata
 from fna.export.preprocessing import bundled_photographs
-from fna.export.variants import Variant, make_variant
+from fna.export.variants import FileVariant, make_variant
 from fna.files import file_sha256, load_onnx
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
 
 Find = Callable[[str], Path]
 THREE = "rtx-ampere,rtx-ada,rtx-blackwell"
-FP16 = Variant("fp16", check=False)
-INT8_FP16 = Variant("fp16", int8=True, check=False)
+FP16 = FileVariant("fp16", check=False)
+INT8_FP16 = FileVariant("fp16", int8=True, check=False)
 BUILDS = {
-    "traced": [Variant(), FP16, Variant("bf16"), Variant(int8=True)],
-    "grafted": [Variant(), FP16, Variant(int8=True), INT8_FP16],
+    "traced": [FileVariant(), FP16, FileVariant("bf16"), FileVariant(int8=True)],
+    "grafted": [FileVariant(), FP16, FileVariant(int8=True), INT8_FP16],
 }
 
 
@@ -52,7 +52,7 @@ BUILDS = {
     ],
 )
 def test_engines_for_three_targets_in_every_precision(
-    tiny_file: Find, tmp_path: Path, name: str, variant: Variant
+    tiny_file: Find, tmp_path: Path, name: str, variant: FileVariant
 ) -> None:
     path = tiny_file(name)
     if variant.changes:

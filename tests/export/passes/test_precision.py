@@ -22,7 +22,7 @@ from fna.export.passes.precision import cast_model, norm_nodes
 from fna.export.passes.quantize import TensorRange, find_overflows, measure_ranges, quantize_model
 from fna.export.preprocessing import bundled_photographs
 from fna.export.types import tensor_types
-from fna.export.variants import Variant, make_variant
+from fna.export.variants import FileVariant, make_variant
 from fna.files import load_onnx, save_model
 from fna.runtime import open_session, run_session
 
@@ -227,11 +227,13 @@ def test_a_block_that_overflows_fp16_is_named(
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(tensor.dims), 3e5, np.float32), tensor.name))
     save_model(model, tmp_path / "loud.onnx")
     photographs = bundled_photographs()[:2]
-    notes = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", Variant("fp16"), photographs)
+    notes = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", FileVariant("fp16"), photographs)
     assert notes[0].startswith("block 1: ")
     assert "reaches 3e+05" in notes[0]
     assert notes[0].endswith("beyond fp16's 65504; keep it with --keep-fp32 1")
-    kept = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", Variant("fp16", keep_fp32=(1,)), photographs)
+    kept = make_variant(
+        tmp_path / "loud.onnx", tmp_path / "half.onnx", FileVariant("fp16", keep_fp32=(1,)), photographs
+    )
     assert not any(note.startswith("block 1:") for note in kept)
 
 
