@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +73,8 @@ def open_session(
     if once:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        _share_one_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if folder is not None and not isinstance(model, Path):
@@ -90,6 +93,17 @@ def open_session(
             f"onnxruntime's {wanted} does not start on this machine; it needs a GPU and a driver"
         )
     return session
+
+
+@cache
+def _share_one_arena() -> None:
+    """Let sessions that run once take memory from one arena: a third of such a run is else spent on pages that are new to it."""
+    import onnxruntime
+
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
 
 
 def run_session(
