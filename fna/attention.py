@@ -7,13 +7,12 @@ this project is compared with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fna.chebyshev import CHEBYSHEV_COLUMN_FLOOR, ChebyshevSteps, chebyshev_coefficients, chebyshev_from
 from fna.cuda_kernels import load_cuda_kernels
 from fna.errors import (
     InvalidArgumentError,
@@ -30,17 +29,6 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 NEWTON_SCHULZ_ITERATIONS = 6
 """Part of the method's definition: it regularises, so more iterations are not closer to exact attention."""
 
-CHEBYSHEV_COLUMN_FLOOR = 0.1
-"""A landmark that the others hardly attend to has a small column sum; without a floor its row would be weighted without bound."""
-
-
-@dataclass(frozen=True)
-class ChebyshevSteps:
-    """The cheaper core, `chebyshev_core`: how many steps, and the lowest eigenvalue that they aim at."""
-
-    steps: int
-    low: float
-
 
 def fast_nystrom_attention(
     query: Tensor,  # [B, H, N, D]
@@ -51,6 +39,7 @@ def fast_nystrom_attention(
     landmark_bias: Tensor | None = None,  # [B, S] or [1, S]
     scale: float | None = None,
     iterations: int = NEWTON_SCHULZ_ITERATIONS,
+    chebyshev: ChebyshevSteps | None = None,
     exact_rows: bool = False,
     key_mask: Tensor | None = None,  # [B, N] or [1, N], bool or int32
     sink: bool = False,
@@ -67,6 +56,7 @@ def fast_nystrom_attention(
             None is the published method.
         scale: factor on the scores; `D ** -0.5` if None.
         iterations: Newton-Schulz iterations. Those by default are the definition of the method.
+        chebyshev: take these steps (`chebyshev_core`) instead of Newton-Schulz; `iterations` then means nothing.
         exact_rows: write the exactly known output of the landmark tokens over their approximation.
         key_mask: tokens (non-zero) that nobody attends to, in all three softmaxes; see `fna.special_tokens`.
             One of zeros changes no bit.
@@ -91,13 +81,15 @@ def fast_nystrom_attention(
             f"iterations is {iterations}, but at least 1 is needed (the method is defined with {NEWTON_SCHULZ_ITERATIONS})"
         )
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    index, steps, rows = landmarks.to(torch.int32), int(iterations), bool(exact_rows)
+    index, rows = landmarks.to(torch.int32), bool(exact_rows)
+    core = (int(iterations), rows)
+    steps = () if chebyshev is None else (chebyshev.steps, chebyshev.low)
     if key_mask is None:
-        return torch.ops.fna.attention(query, key, value, index, landmark_bias, factor, steps, rows)
+        return torch.ops.fna.attention(query, key, value, index, landmark_bias, factor, *core, *steps)
     _check_key_mask(key_mask, query)
     mask = key_mask.ne(0).to(torch.int32) if key_mask.dtype != torch.int32 else key_mask
     return torch.ops.fna.attention_with_key_mask(
-        query, key, value, index, landmark_bias, mask, factor, steps, rows, bool(sink)
+        query, key, value, index, landmark_bias, mask, factor, *core, bool(sink), *steps
     )
 
 
@@ -252,29 +244,6 @@ def chebyshev_core(
     return value_landmarks + mean + total
 
 
-def chebyshev_coefficients(steps: int, low: float) -> list[tuple[float, float]]:
-    """Return (alpha, beta) of each step `x = beta * x + alpha * residual` on the spectrum of `chebyshev_interval`."""
-    middle, half = chebyshev_interval(steps, low)
-    ratio = middle / half
-    rho = 1 / ratio
-    coefficients = [(1 / middle, 0.0)]
-    for _ in range(steps - 1):
-        following = 1 / (2 * ratio - rho)
-        coefficients.append((2 * following / half, following * rho))
-        rho = following
-    return coefficients
-
-
-def chebyshev_interval(steps: int, low: float) -> tuple[float, float]:
-    """Return the middle and half the width of the spectrum [low, high] that the steps are for.
-
-    `high` is chosen so that the residual polynomial is zero at exactly 1: an eigenvalue of 1 is solved exactly, whatever the steps.
-    """
-    cosine = math.cos(math.pi / (2 * steps))
-    high = (2 - low * (1 - cosine)) / (1 + cosine)
-    return (high + low) / 2, (high - low) / 2
-
-
 @torch.library.custom_op("fna::attention", mutates_args=())
 def _attention_op(
     query: Tensor,
@@ -285,11 +254,18 @@ def _attention_op(
     scale: float,
     iterations: int,
     exact_rows: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:
     if query.is_cuda and load_cuda_kernels():
-        return torch.ops.fna.attention(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
+        return torch.ops.fna.attention(
+            query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, steps, low
+        )
     check_index_range(landmarks, query.shape[2])
-    return nystrom_attention_reference(query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows)
+    core = chebyshev_from(steps, low)
+    return nystrom_attention_reference(
+        query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, chebyshev=core
+    )
 
 
 @_attention_op.register_fake
@@ -302,22 +278,24 @@ def _attention_fake(
     scale: float,
     iterations: int,
     exact_rows: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows = inputs
-    _save(ctx, query, key, value, landmarks, bias, None, False)
+    query, key, value, landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows, steps, low = inputs
+    _save(ctx, query, key, value, landmarks, bias, None, False, chebyshev_from(steps, low))
 
 
 def _save_masked_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, landmarks, bias, mask, ctx.scale, ctx.iterations, ctx.exact_rows, sink = inputs
-    _save(ctx, query, key, value, landmarks, bias, mask, sink)
+    query, key, value, landmarks, bias, mask, ctx.scale, ctx.iterations, ctx.exact_rows, sink, steps, low = inputs
+    _save(ctx, query, key, value, landmarks, bias, mask, sink, chebyshev_from(steps, low))
 
 
-def _save(ctx, query, key, value, landmarks, bias, mask, sink) -> None:  # type: ignore[no-untyped-def]
-    ctx.has_bias, ctx.has_mask, ctx.sink = bias is not None, mask is not None, sink
+def _save(ctx, query, key, value, landmarks, bias, mask, sink, chebyshev) -> None:  # type: ignore[no-untyped-def]
+    ctx.has_bias, ctx.has_mask, ctx.sink, ctx.chebyshev = bias is not None, mask is not None, sink, chebyshev
     ctx.save_for_backward(query, key, value, landmarks, *(t for t in (bias, mask) if t is not None))
 
 
@@ -328,12 +306,13 @@ def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(True) for tensor in (query, key, value)]
         out = nystrom_attention_reference(
-            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows, mask, ctx.sink
-        )
+            leaves[0], leaves[1], leaves[2], landmarks, bias, ctx.scale, ctx.iterations, ctx.exact_rows, mask, ctx.sink,
+            ctx.chebyshev,
+        )  # fmt: skip
         wanted = [*leaves, bias] if bias is not None else leaves
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
     found = (*grads[:3], None, grads[3] if bias is not None else None)
-    return (*found, None, None, None, None, None) if ctx.has_mask else (*found, None, None, None)
+    return (*found, *[None] * (7 if ctx.has_mask else 5))
 
 
 _attention_op.register_autograd(_attention_backward, setup_context=_save_for_backward)
@@ -351,14 +330,17 @@ def _masked_op(
     iterations: int,
     exact_rows: bool,
     sink: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:
     if query.is_cuda and load_cuda_kernels():
         return torch.ops.fna.attention_with_key_mask(
-            query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink
+            query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink, steps, low
         )
     check_index_range(landmarks, query.shape[2])
+    core = chebyshev_from(steps, low)
     return nystrom_attention_reference(
-        query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink
+        query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink, core
     )
 
 
@@ -374,6 +356,8 @@ def _masked_fake(
     iterations: int,
     exact_rows: bool,
     sink: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 

@@ -16,7 +16,8 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import ChebyshevSteps
 from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
 

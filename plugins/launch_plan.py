@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fna.attention import ChebyshevSteps, chebyshev_interval
+from fna.chebyshev import ChebyshevSteps, chebyshev_interval
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -36,7 +36,6 @@ CHEBYSHEV_COLUMNS = 16
 MAX_QUERY_TILES = 8
 
 MAX_ITERATIONS = 64
-MAX_CHEBYSHEV_STEPS = 64
 
 NO_MASK, MASK_ALL, MASK_BUT_SINKS = 0, 1, 2
 """The kernels' `mask_mode`; without a mask they do not read `key_mask`, so any address stands for it."""
@@ -328,11 +327,6 @@ def attention_plan(
     check_attention_shape(shape)
     if iterations < 1 or iterations > MAX_ITERATIONS:
         raise InvalidArgumentError(f"iterations is {iterations}, but the kernels take 1 to {MAX_ITERATIONS}")
-    if chebyshev is not None and not (1 <= chebyshev.steps <= MAX_CHEBYSHEV_STEPS and 0 < chebyshev.low < 1):
-        raise InvalidArgumentError(
-            f"the core is chebyshev with steps {chebyshev.steps} and low {chebyshev.low}, but the kernels take 1 to "
-            f"{MAX_CHEBYSHEV_STEPS} steps and a low above 0 and below 1"
-        )
     linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
     taken, written = strides or linear, out_strides or linear
     blocks = call_blocks(shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps, chebyshev_from
 from fna.plugins.launch_plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
@@ -77,10 +78,12 @@ def attention(
     scale: float,
     iterations: int,
     exact_rows: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:  # [B, H, N, D]
     """CUDA kernel of `fna::attention`; sizes and types that the kernels do not take run as the plain-torch twin."""
     return attention_with_key_mask(
-        query, key, value, landmarks, landmark_bias, None, scale, iterations, exact_rows, False
+        query, key, value, landmarks, landmark_bias, None, scale, iterations, exact_rows, False, steps, low
     )
 
 
@@ -95,11 +98,14 @@ def attention_with_key_mask(
     iterations: int,
     exact_rows: bool,
     sink: bool,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> Tensor:  # [B, H, N, D]
     """CUDA kernel of `fna::attention_with_key_mask`."""
+    core = chebyshev_from(steps, low)
     if not covers(query, landmarks, iterations):
         return nystrom_attention_reference(
-            query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink
+            query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, key_mask, sink, core
         )
     query, key, value = kernel_layout(query, key, value)
     landmarks = landmarks.contiguous()
@@ -109,8 +115,9 @@ def attention_with_key_mask(
         bias = landmark_bias.to(torch.float32).contiguous()
     shape = attention_shape(query, landmarks, bias, key_mask)
     plan = _cached_attention_plan(
-        shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3]), sink
-    )
+        shape, scale, iterations, exact_rows, multiprocessors(query.device), Strides(*query.stride()[:3]), sink,
+        core,
+    )  # fmt: skip
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     # Without a mask the kernels read none, but need an address.
     mask = landmarks if key_mask is None else key_mask.contiguous()
@@ -238,10 +245,11 @@ def _cached_attention_plan(
     processors: int,
     strides: Strides,
     sink: bool,
+    chebyshev: ChebyshevSteps | None,
 ) -> LaunchPlan:
     return attention_plan(
         shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides,
-        sink=sink,
+        sink=sink, chebyshev=chebyshev,
     )  # fmt: skip
 
 

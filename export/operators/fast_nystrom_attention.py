@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fna.chebyshev import (
+    CHEBYSHEV,
+    CHEBYSHEV_COLUMN_FLOOR,
+    CORES,
+    NEWTON_SCHULZ,
+    ChebyshevSteps,
+    chebyshev_coefficients,
+    chebyshev_from,
+)
 from fna.export.operators.builder import Builder
 from fna.export.operators.onnx_attention import attention
-from fna.export.operators.record import MASKED_DOMAIN_VERSION, FormalAttribute, FormalParameter, Operator
+from fna.export.operators.record import (
+    CORE_DOMAIN_VERSION,
+    MASKED_DOMAIN_VERSION,
+    FormalAttribute,
+    FormalParameter,
+    Operator,
+)
 from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.special_tokens import MASKED_SCORE
 
@@ -39,6 +55,9 @@ def _body(
     iterations: int,
     exact_rows: int,
     sink: int = 0,
+    core: str = NEWTON_SCHULZ,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> str:  # [B, H, N, D] T
     """Write FNA: everything inside is fp32, and the scale goes to the S landmark rows, never to the N tokens."""
     query_float, key_float, value_float = (op.as_float(tensor) for tensor in (query, key, value))
@@ -58,11 +77,15 @@ def _body(
         return scores if masked is None else str(op.Sub(scores, masked))
 
     core_scores = op.Add(op.MatMul(query_landmarks, key_columns, name="core_scores"), bias)
-    core = op.Softmax(drop(core_scores, drops and drops.core), axis=-1, name="core")  # A
+    matrix = op.Softmax(drop(core_scores, drops and drops.core), axis=-1, name="core")  # A
     exact_scores = op.Transpose(op.MatMul(key_float, query_columns, name="exact_scores"), perm=_SWAP_LAST)
     exact_weights = op.Softmax(drop(exact_scores, drops and drops.exact), axis=-1, name="exact_weights")
     exact = op.MatMul(exact_weights, value_float, name="exact")  # Bv
-    projected = _newton_schulz(op, core, exact, count, iterations)
+    if core == CHEBYSHEV:
+        value_landmarks = op.GatherElements(value_float, rows, axis=2, name="value_landmarks")
+        projected = _chebyshev(op, matrix, exact, value_landmarks, ChebyshevSteps(steps, low))
+    else:
+        projected = _newton_schulz(op, matrix, exact, count, iterations)
     scores = op.Add(op.MatMul(query_float, key_columns, name="scores"), bias)
     weights = op.Softmax(drop(scores, drops and drops.output), axis=-1, name="weights")
     out = op.MatMul(weights, projected, name="mixed")
@@ -83,6 +106,9 @@ def _fused_body(
     iterations: int,
     exact_rows: int,
     sink: int = 0,
+    core: str = NEWTON_SCHULZ,
+    steps: int = 0,
+    low: float = 0.0,
 ) -> str:
     """Write FNA with two ONNX Attentions in the type of its inputs; between them, over S rows, all is fp32. Shapes as in `_body`."""
     size, count = op.Shape(query), op.Gather(op.Shape(landmarks), [1])
@@ -101,8 +127,13 @@ def _fused_body(
     exact = attention(op, query_landmarks, key, value, exact_bias, scale=scale, name="exact")  # Bv
     key_columns = op.Transpose(op.Mul(op.as_float(key_landmarks), op.attribute("scale")), perm=_SWAP_LAST)
     core_scores = op.MatMul(op.as_float(query_landmarks), key_columns, name="core_scores")
-    core = op.Softmax(op.Add(core_scores, core_bias), axis=-1, name="core")  # A
-    projected = op.as_type_of(_newton_schulz(op, core, op.as_float(exact), count, iterations), query)
+    matrix = op.Softmax(op.Add(core_scores, core_bias), axis=-1, name="core")  # A
+    if core == CHEBYSHEV:
+        value_landmarks = op.as_float(op.GatherElements(value, rows, axis=2, name="value_landmarks"))
+        projected = _chebyshev(op, matrix, op.as_float(exact), value_landmarks, ChebyshevSteps(steps, low))
+    else:
+        projected = _newton_schulz(op, matrix, op.as_float(exact), count, iterations)
+    projected = op.as_type_of(projected, query)
     output_bias = op.as_type_of(output_bias, query)
     out = attention(op, query, key_landmarks, projected, output_bias, scale=scale, name="mixed")
     if exact_rows:
@@ -133,6 +164,23 @@ def _newton_schulz(op: Builder, core: str, exact: str, count: str, iterations: i
     return str(op.MatMul(inverse, vector, name="projected"))
 
 
+def _chebyshev(op: Builder, core: str, exact: str, value_landmarks: str, chebyshev: ChebyshevSteps) -> str:
+    """Write `fna.attention.chebyshev_core`; w goes to A's columns, which are the rows of its transpose."""
+    floored = op.Max(op.ReduceSum(core, axes=[-2], keepdims=1), CHEBYSHEV_COLUMN_FLOOR)
+    weighted = op.Transpose(op.Div(core, floored), perm=_SWAP_LAST)  # w A^T
+    normal = op.MatMul(weighted, core, name="normal")  # T
+    residual = op.Sub(exact, op.MatMul(core, value_landmarks))
+    mean = op.ReduceMean(residual, axes=[-2], keepdims=1)
+    residual = op.MatMul(weighted, op.Sub(residual, mean), name="residual")
+    (alpha, _), *rest = chebyshev_coefficients(chebyshev.steps, chebyshev.low)
+    total = step = op.Mul(residual, alpha)
+    for alpha, beta in rest:
+        residual = op.Sub(residual, op.MatMul(normal, step))
+        step = op.Add(op.Mul(step, beta), op.Mul(residual, alpha))
+        total = op.Add(total, step)
+    return str(op.Add(op.Add(value_landmarks, mean), total, name="projected"))
+
+
 def _drops(op: Builder, size: str, count: str, landmarks: str, key_mask: str, sink: bool) -> _Drops:
     """Write what masking takes off; see `fna.special_tokens.masked_scores`."""
     batch = op.Gather(size, [0])
@@ -159,20 +207,35 @@ def _places(op: Builder, size: str, count: str, column: str) -> str:
     return str(op.Concat(*(op.Expand(index, shape) for index in indices), axis=3))
 
 
+def core_of(attributes: Mapping[str, Any]) -> ChebyshevSteps | None:
+    """Return the cheaper core of a node with these attributes, None for Newton-Schulz."""
+    if attributes.get("core", NEWTON_SCHULZ) != CHEBYSHEV:
+        return None
+    return ChebyshevSteps(int(attributes["steps"]), _LOW_ATTRIBUTE.plain(attributes["low"]))
+
+
+def core_attributes(iterations: int, chebyshev: ChebyshevSteps | None) -> dict[str, Any]:
+    """Return the attributes that say a node's core; `iterations` is said of Newton-Schulz alone."""
+    if chebyshev is None:
+        return {"iterations": iterations}
+    return {"core": CHEBYSHEV, "steps": chebyshev.steps, "low": chebyshev.low}
+
+
 def _from_torch(  # type: ignore[no-untyped-def]
-    write, query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows
+    write, query, key, value, landmarks, landmark_bias, scale, iterations, exact_rows, steps=0, low=0.0
 ) -> Any:
     bias = _zero_bias(landmarks) if landmark_bias is None else landmark_bias
-    return write(query, key, value, landmarks, bias, scale=scale, iterations=iterations, exact_rows=exact_rows)
+    core = core_attributes(iterations, chebyshev_from(steps, low))
+    return write(query, key, value, landmarks, bias, scale=scale, **core, exact_rows=exact_rows)
 
 
 def _masked_from_torch(  # type: ignore[no-untyped-def]
-    write, query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink
+    write, query, key, value, landmarks, landmark_bias, key_mask, scale, iterations, exact_rows, sink, steps=0, low=0.0
 ) -> Any:
     bias = _zero_bias(landmarks) if landmark_bias is None else landmark_bias
+    core = core_attributes(iterations, chebyshev_from(steps, low))
     return write(
-        query, key, value, landmarks, bias, key_mask,
-        scale=scale, iterations=iterations, exact_rows=exact_rows, sink=sink,
+        query, key, value, landmarks, bias, key_mask, scale=scale, **core, exact_rows=exact_rows, sink=sink
     )  # fmt: skip
 
 
@@ -182,6 +245,8 @@ def _zero_bias(landmarks: Any) -> Any:
 
     return opset18.Constant(value=numpy_helper.from_array(np.zeros((1, int(landmarks.shape[1])), np.float32)))
 
+
+_LOW_ATTRIBUTE = FormalAttribute("low", "FLOAT", 0.0, since=CORE_DOMAIN_VERSION, written=True)
 
 FAST_NYSTROM_ATTENTION = Operator(
     "FastNystromAttention",
@@ -199,6 +264,9 @@ FAST_NYSTROM_ATTENTION = Operator(
         FormalAttribute("iterations", default=ITERATIONS_OF_VERSION_1),
         FormalAttribute("exact_rows", default=0),
         FormalAttribute("sink", default=0, since=MASKED_DOMAIN_VERSION),
+        FormalAttribute("core", "STRING", NEWTON_SCHULZ, since=CORE_DOMAIN_VERSION, alone=True, choices=CORES),
+        FormalAttribute("steps", default=0, since=CORE_DOMAIN_VERSION),
+        _LOW_ATTRIBUTE,
     ),
     body=_body,
     fused_body=_fused_body,

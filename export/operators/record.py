@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
@@ -22,6 +23,8 @@ FOCAL_DOMAIN_VERSION = 3
 """From here on there is FocalAttention."""
 MASKED_FOCAL_DOMAIN_VERSION = 4
 """From here on it has an optional input `key_mask`."""
+CORE_DOMAIN_VERSION = 5
+"""From here on FastNystromAttention says which core it has; files whose nodes all have Newton-Schulz do not use it."""
 
 _FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPE_NAMES = {"INT32": "tensor(int32)", "FLOAT": "tensor(float)"}
@@ -51,15 +54,40 @@ class FormalAttribute:
 
     Attributes:
         name: in the signature.
-        kind: the body is written for the value of an INT; it reads that of a FLOAT when it runs.
+        kind: the body is written for the value of an INT or a STRING; it reads that of a FLOAT when it runs.
         default: what a node without it means; None for those that every node must have.
         since: the version of the domain that it came with.
+        written: whether the body is written for its value, although it is a FLOAT.
+        alone: whether naming it calls for `since`; others come with an input or an attribute that does.
+        choices: of a STRING.
     """
 
     name: str
-    kind: Literal["INT", "FLOAT"] = "INT"
-    default: int | None = None
+    kind: Literal["INT", "FLOAT", "STRING"] = "INT"
+    default: int | float | str | None = None
     since: int = DOMAIN_VERSION
+    written: bool = False
+    alone: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def shapes_body(self) -> bool:
+        """Whether the body is written for its value."""
+        return self.written or self.kind != "FLOAT"
+
+    def plain(self, value: Any) -> Any:
+        """Return a node's value as the body is written for it: a FLOAT as fp32 has it, in its shortest form.
+
+        Raises:
+            InvalidArgumentError: for a STRING that is not one of the choices.
+        """
+        if self.kind == "FLOAT":
+            return float(str(np.float32(value)))
+        if self.kind == "INT":
+            return int(value)
+        if value not in self.choices:
+            raise InvalidArgumentError(f"attribute {self.name} is {value!r}, but {' or '.join(self.choices)} is needed")
+        return str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +98,8 @@ class Operator:
         name: the op type.
         inputs: in order.
         outputs: in order.
-        body: takes a `Builder`, the inputs' values and the INT attributes by name, and returns the outputs' values.
+        body: takes a `Builder`, the inputs' values, None for absent ones, and by name the attributes that it is written for; returns
+            the outputs' values.
         fused_body: the same with ONNX Attention, which opset 23 brings, for every product with N rows, in the type of the inputs.
             None: there is no such product.
         attributes: in order.
@@ -96,18 +125,25 @@ class Operator:
     typed: bool = False
     since: int = DOMAIN_VERSION
 
-    def version(self, inputs: Sequence[str]) -> int:
+    def version(self, inputs: Sequence[str], attributes: Mapping[str, Any]) -> int:
         """Return the version of the domain that a node with these inputs needs; absent ones are empty or left out."""
         present = [formal.since for formal, name in zip(self.inputs, inputs, strict=False) if name]
-        return max([self.since, *present])
+        named = [attribute.since for attribute in self.attributes if attribute.alone and attribute.name in attributes]
+        return max([self.since, *present, *named])
 
     def attributes_at(self, version: int) -> list[FormalAttribute]:
         """Return the attributes that a node of one version of the domain has, without the plugin's."""
         return [attribute for attribute in self.attributes if attribute.since <= version]
 
     def plugin_fields(self, version: int) -> dict[str, str]:
-        """Return what TensorRT looks a plugin up by: empty for operators that no plugin implements."""
-        return {"plugin_version": str(version), "plugin_namespace": ""} if self.plugin else {}
+        """Return what TensorRT looks a plugin up by: empty for operators that no plugin implements.
+
+        A plugin's version counts the versions of the domain at which its operator changed.
+        """
+        came = [formal.since for formal in self.inputs] + [attribute.since for attribute in self.attributes]
+        changes = {self.since, *came}
+        number = sum(self.since <= change <= version for change in changes)
+        return {"plugin_version": str(number), "plugin_namespace": ""} if self.plugin else {}
 
     def make_node(self, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> NodeProto:
         """Return a node that calls this operator.
@@ -115,8 +151,9 @@ class Operator:
         Raises:
             InvalidArgumentError: for an attribute that it does not have, or one missing that has no default.
         """
+        version = self.version(inputs, attributes)
         return onnx.helper.make_node(
-            self.name, inputs, outputs, name=name, domain=DOMAIN, **self._complete(attributes, self.version(inputs))
+            self.name, inputs, outputs, name=name, domain=DOMAIN, **self._complete(attributes, version)
         )
 
     def is_called_by(self, node: NodeProto) -> bool:
@@ -124,17 +161,21 @@ class Operator:
         return bool(node.domain == DOMAIN and node.op_type == self.name)
 
     def variant(
-        self, version: int, element_type: int, attributes: Mapping[str, Any], node: str = ""
+        self, inputs: Sequence[str], element_type: int, attributes: Mapping[str, Any], node: str = ""
     ) -> FunctionVariant:
         """Return what the body for a node depends on; `node` names it in errors.
 
         Raises:
             InvalidArgumentError: if an attribute that the body is written for is missing.
         """
+        version = self.version(inputs, attributes)
         values = self._complete(attributes, version, node)
-        shaping = [attribute.name for attribute in self.attributes_at(version) if attribute.kind == "INT"]
-        settings = tuple((name, int(values[name])) for name in shaping)
-        return FunctionVariant(self, version, element_type if self.typed else TensorProto.UNDEFINED, settings)
+        shaping = [attribute for attribute in self.attributes_at(version) if attribute.shapes_body]
+        settings = tuple((attribute.name, attribute.plain(values[attribute.name])) for attribute in shaping)
+        given = {formal.name for formal, name in zip(self.inputs, inputs, strict=False) if name}
+        optional = (formal.name for formal in self.inputs if self.since < formal.since <= version)
+        absent = tuple(name for name in optional if name not in given)
+        return FunctionVariant(self, version, element_type if self.typed else TensorProto.UNDEFINED, settings, absent)
 
     def schema(self, version: int = DOMAIN_VERSION) -> OpSchema:
         """Return the signature as of one version of the domain."""
@@ -199,19 +240,23 @@ class FunctionVariant:
         operator: whose body it is.
         version: of the domain; inputs that came later are absent.
         element_type: of the inputs of type `T`; undefined for a body that takes any.
-        settings: the INT attributes and their values.
+        settings: the attributes that the body is written for, and their values.
+        absent: optional inputs of this version that are left out.
     """
 
     operator: Operator
     version: int
     element_type: int
-    settings: tuple[tuple[str, int], ...]
+    settings: tuple[tuple[str, int | float | str], ...]
+    absent: tuple[str, ...] = ()
 
     @property
     def overload(self) -> str:
         """The name that tells this variant from others of the same operator in one file."""
         kind = "any" if self.element_type == TensorProto.UNDEFINED else TensorProto.DataType.Name(self.element_type)
-        return "_".join([kind.lower(), f"v{self.version}", *(f"{name}{value}" for name, value in self.settings)])
+        without = [f"no_{name}" for name in self.absent]
+        settings = [f"{name}{value}" for name, value in self.settings]
+        return "_".join([kind.lower(), f"v{self.version}", *without, *settings])
 
     def make_function(self, opset: int, overload: str = "", *, fused: bool = False) -> FunctionProto:
         """Return the function for one opset, with the operator's fused body where it has one and `fused` is set.
@@ -221,7 +266,9 @@ class FunctionVariant:
         """
         check_opset(opset)
         operator = self.operator
-        present = [formal for formal in operator.inputs if formal.since <= self.version]
+        present = [
+            formal for formal in operator.inputs if formal.since <= self.version and formal.name not in self.absent
+        ]
         types = {
             formal.name: self.element_type if formal.type == "T" else TensorProto.DataType.Value(formal.type)
             for formal in present
@@ -240,7 +287,7 @@ class FunctionVariant:
             outputs,
             op.nodes,
             [onnx.helper.make_opsetid("", opset)],
-            [attribute.name for attribute in operator.attributes if attribute.kind == "FLOAT"],
+            [attribute.name for attribute in operator.attributes if not attribute.shapes_body],
         )
         function.overload = overload
         function.attribute_proto.extend(

@@ -110,7 +110,7 @@ def variant_of(node: NodeProto, element_type: int = TensorProto.UNDEFINED) -> Fu
         raise InvalidArgumentError(
             f"node {node.name!r} is {DOMAIN}::{node.op_type}, which is not one of this project's operators"
         )
-    return operator.variant(operator.version(node.input), element_type, node_attributes(node), node.name)
+    return operator.variant(node.input, element_type, node_attributes(node), node.name)
 
 
 def has_plugin(node: NodeProto) -> bool:
@@ -146,7 +146,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset = values.Opset(DOMAIN, DOMAIN_VERSION)
 
     def make_node(operator: Operator, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
-        version = operator.version(["present"] * len(inputs))
+        version = operator.version(["present"] * len(inputs), attributes)
         write = values.Op(opset, operator.name, operator.schema(version))
         return write(*inputs, **attributes, **operator.plugin_fields(version))
 

@@ -10,7 +10,7 @@ its largest value, so that nothing leaves the range of fp16 and nothing is round
 import triton
 import triton.language as tl
 
-from fna.attention import CHEBYSHEV_COLUMN_FLOOR
+from fna.chebyshev import CHEBYSHEV_COLUMN_FLOOR
 from fna.plugins.kernels.core import core_scores, softmax_rows
 from fna.plugins.kernels.newton_schulz import apply_rows
 from fna.plugins.kernels.tiles import TILE, dot_matrix, landmark_index, matrix_tile

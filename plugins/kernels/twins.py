@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fna.attention import CHEBYSHEV_COLUMN_FLOOR
+from fna.chebyshev import CHEBYSHEV_COLUMN_FLOOR
 
 
 def gather_landmarks(

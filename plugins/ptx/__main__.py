@@ -101,7 +101,7 @@ def _barriers(arguments: argparse.Namespace) -> int:
 def _count(arguments: argparse.Namespace) -> int:
     from itertools import product
 
-    from fna.attention import ChebyshevSteps
+    from fna.chebyshev import ChebyshevSteps
     from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
     from fna.plugins.ptx.yardstick import BLOCK_QUERIES
 

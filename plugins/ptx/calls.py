@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import ChebyshevSteps
 from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory

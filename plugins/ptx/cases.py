@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps, nystrom_attention_reference
+from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
 from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES

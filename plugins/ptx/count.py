@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import ChebyshevSteps
 from fna.errors import MissingCapabilityError
 from fna.plugins.launch_plan import Dtype, attention_plan
 from fna.plugins.ptx.calls import bytes_of, make_memory

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, ChebyshevSteps
+from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import ChebyshevSteps
 from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.built import LIBRARY_FOLDER, TABLE_FOLDER
 from fna.plugins.host import Plugin, PluginLibrary

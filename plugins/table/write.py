@@ -16,6 +16,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fna.chebyshev import MAX_CHEBYSHEV_STEPS
 from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.plugins import launch_plan
 from fna.plugins.table.chips import OLDEST_CHIP
@@ -78,7 +79,7 @@ def launch_constants() -> str:
         "HeadSizeStep": launch_plan.HEAD_SIZE_STEP,
         "MaxIterations": launch_plan.MAX_ITERATIONS,
         "ImpliedIterations": ITERATIONS_OF_VERSION_1,
-        "MaxChebyshevSteps": launch_plan.MAX_CHEBYSHEV_STEPS,
+        "MaxChebyshevSteps": MAX_CHEBYSHEV_STEPS,
         "MaxGridY": launch_plan.MAX_GRID_Y,
         "MaxStride": launch_plan.MAX_STRIDE,
         "Alignment": launch_plan.ALIGNMENT,

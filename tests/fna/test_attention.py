@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fna.attention import (
     apply_newton_schulz,
-    chebyshev_coefficients,
     chebyshev_core,
     fast_nystrom_attention,
     newton_schulz_iterates,
     nystrom_attention_iterates,
     nystrom_attention_reference,
 )
+from fna.chebyshev import ChebyshevSteps, chebyshev_coefficients, default_core
 from fna.errors import (
     FnaError,
     InvalidArgumentError,
@@ -275,6 +275,47 @@ def test_many_chebyshev_steps_reproduce_the_exact_rows() -> None:
     torch.testing.assert_close(core @ mixed, exact, rtol=0, atol=1e-4)
     few = chebyshev_core(core, exact, value, 2, 0.02)
     assert (core @ few - exact).norm() > 100 * (core @ mixed - exact).norm()
+
+
+def test_the_operator_takes_the_cheaper_core_forwards_and_backwards_with_and_without_a_mask() -> None:
+    query, key, value = torch.randn(3, 2, 2, 40, 8, dtype=torch.float64).requires_grad_(True)
+    landmarks, steps = torch.arange(0, 40, 5)[None].int(), ChebyshevSteps(8, 0.05)
+    for mask in (None, torch.arange(40)[None] > 36):
+        ours = fast_nystrom_attention(query, key, value, landmarks, chebyshev=steps, key_mask=mask)
+        kept = None if mask is None else mask.int()
+        scale = 8**-0.5
+        expected = nystrom_attention_reference(
+            query, key, value, landmarks, None, scale, 6, False, kept, chebyshev=steps
+        )
+        torch.testing.assert_close(ours, expected)
+        plain = fast_nystrom_attention(query, key, value, landmarks, key_mask=mask)
+        assert (ours - plain).norm() > 1e-2 * plain.norm()
+        weight = torch.randn_like(ours)
+        given, wanted = (torch.autograd.grad((out * weight).sum(), [query, key, value]) for out in (ours, expected))
+        for gradient, other in zip(given, wanted, strict=True):
+            torch.testing.assert_close(gradient, other)
+
+
+def test_arguments_of_a_program_saved_without_the_core_mean_newton_schulz() -> None:
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    landmarks = torch.arange(0, 20, 4)[None].int()
+    out = torch.ops.fna.attention(query, key, value, landmarks, None, 0.3, 6, True)
+    torch.testing.assert_close(
+        out, nystrom_attention_reference(query, key, value, landmarks, None, 0.3, 6, True), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(("steps", "low"), [(0, 0.05), (65, 0.05), (8, 0.0), (8, 1.0), (8, float("nan"))])
+def test_steps_outside_their_range_are_named(steps: int, low: float) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{steps if low == 0.05 else low}.*needed"):
+        ChebyshevSteps(steps, low)
+
+
+def test_the_default_core_is_newton_schulz_up_to_64_landmarks_and_for_the_published_method() -> None:
+    assert default_core(64, "weighted") is None
+    assert default_core(128, "published") is None
+    assert [default_core(count, "weighted") for count in (65, 96)] == [ChebyshevSteps(10, 0.03)] * 2
+    assert [default_core(count, "weighted") for count in (97, 128, 256)] == [ChebyshevSteps(8, 0.05)] * 3
 
 
 @pytest.mark.parametrize("kind", ["one hub", "all equal", "repeated"])

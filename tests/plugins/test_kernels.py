@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fna.attention import ChebyshevSteps, chebyshev_core, nystrom_attention_reference
+from fna.attention import chebyshev_core, nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps
 from fna.plugins.emulate import run_attention, run_sampling
 from fna.plugins.kernels.twins import core_twin, finish_twin, gather_landmarks, landmark_twin, output_twin
 from fna.plugins.launch_plan import padded_head_size, padded_landmarks, sampling_plan

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fna.attention import ChebyshevSteps
+from fna.chebyshev import ChebyshevSteps
 from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
 from fna.plugins.launch_plan import (

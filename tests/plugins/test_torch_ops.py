@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps
 from fna.cuda_kernels import ENTRY_POINT_GROUP
 from fna.plugins import emulate, torch_ops
 from fna.plugins.launch_plan import LaunchPlan
@@ -53,6 +54,22 @@ def test_the_operator_runs_the_plan(launches, bias) -> None:
     found = torch_ops.attention(*inputs, bias, 0.2, 6, True)
     assert relative_error(found, reference(*inputs, bias)) < 2e-5
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_with_the_cheaper_core_runs_its_plan(launches, masked) -> None:
+    inputs = make_inputs()
+    mask = (torch.rand(1, 90) < 0.2).int() if masked else None
+    if masked:
+        found = torch_ops.attention_with_key_mask(*inputs, None, mask, 0.2, 6, True, False, 8, 0.05)
+    else:
+        found = torch_ops.attention(*inputs, None, 0.2, 6, True, 8, 0.05)
+    doubled = (tensor.double() for tensor in inputs[:3])
+    wanted = nystrom_attention_reference(
+        *doubled, inputs[3], None, 0.2, 6, True, mask, chebyshev=ChebyshevSteps(8, 0.05)
+    )
+    assert relative_error(found, wanted) < 2e-5
+    assert {launch.variant.kernel for launch in launches[0].launches} >= {"landmark_chebyshev", "finish_chebyshev"}
 
 
 @pytest.mark.parametrize("sink", [False, True])

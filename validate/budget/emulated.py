@@ -22,7 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from torch import Tensor
 
 from fna.arithmetic import nystrom_products
-from fna.attention import ChebyshevSteps
+from fna.chebyshev import ChebyshevSteps
 from fna.errors import InputFileError
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION

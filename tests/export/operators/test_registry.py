@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,13 +61,14 @@ def test_no_other_file_of_the_product_spells_an_operators_name() -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_schema_function_and_torch_operator_have_one_signature(operator: Operator) -> None:
-    attributes = {attribute.name: 4 for attribute in operator.attributes}
-    for version in {operator.since, *(formal.since for formal in operator.inputs)}:
+    values: dict[str, Any] = {"INT": 4, "FLOAT": 0.25}
+    attributes = {formal.name: values.get(formal.kind, formal.default) for formal in operator.attributes}
+    for version in {operator.since, *(formal.since for formal in (*operator.inputs, *operator.attributes))}:
         schema = operator.schema(version)
         inputs = [formal.name for formal in operator.inputs if formal.since <= version]
         known = {attribute.name for attribute in operator.attributes_at(version)}
         variant = operator.variant(
-            version, TensorProto.FLOAT, {name: value for name, value in attributes.items() if name in known}
+            inputs, TensorProto.FLOAT, {name: value for name, value in attributes.items() if name in known}
         )
         function = variant.make_function(18)
         assert [formal.name for formal in schema.inputs] == list(function.input) == inputs

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fna.attention import ChebyshevSteps, nystrom_attention_reference
+from fna.attention import nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps
 from fna.errors import CheckFailedError, MissingCapabilityError
 from fna.plugins.ptx.cases import TOLERANCES
 from fna.plugins.ptx.driver import elf_size

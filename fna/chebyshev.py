@@ -1,0 +1,91 @@
+"""The cheaper core of FNA, without PyTorch: its settings, where it is the default, the coefficients of its steps.
+
+`fna.attention.chebyshev_core` takes the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fna.errors import InvalidArgumentError
+
+CoreName = Literal["newton_schulz", "chebyshev"]
+CORES: tuple[CoreName, ...] = get_args(CoreName)
+NEWTON_SCHULZ, CHEBYSHEV = CORES
+"""What stands for `Z @ Bv`: the published method's iterations, or the steps below."""
+
+CHEBYSHEV_COLUMN_FLOOR = 0.1
+"""A landmark that the others hardly attend to has a small column sum; without a floor its row would be weighted without bound."""
+
+MAX_CHEBYSHEV_STEPS = 64
+
+_NEWTON_SCHULZ_LANDMARKS = 64
+_MORE_STEPS_LANDMARKS = 96
+
+
+@dataclass(frozen=True)
+class ChebyshevSteps:
+    """The cheaper core: how many steps, and the lowest eigenvalue that they aim at.
+
+    Raises:
+        InvalidArgumentError: for steps outside 1 to `MAX_CHEBYSHEV_STEPS`, or a `low` that is not above 0 and below 1.
+    """
+
+    steps: int
+    low: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MAX_CHEBYSHEV_STEPS:
+            raise InvalidArgumentError(
+                f"the chebyshev core has steps {self.steps}, but 1 to {MAX_CHEBYSHEV_STEPS} are needed"
+            )
+        if not 0 < self.low < 1:
+            raise InvalidArgumentError(
+                f"the chebyshev core has low {self.low}, but a number above 0 and below 1 is needed"
+            )
+
+
+def chebyshev_from(steps: int, low: float) -> ChebyshevSteps | None:
+    """Return the core of an operator's flat arguments: 0 steps are Newton-Schulz."""
+    return ChebyshevSteps(steps, low) if steps else None
+
+
+def usual_steps(landmarks: int) -> ChebyshevSteps:
+    """Return the steps for S landmarks: fewer landmarks take more, measured on real weights (docs/notes/core.md)."""
+    return ChebyshevSteps(10, 0.03) if landmarks <= _MORE_STEPS_LANDMARKS else ChebyshevSteps(8, 0.05)
+
+
+def default_core(landmarks: int, method: str) -> ChebyshevSteps | None:
+    """Return the core where nobody names one, None for Newton-Schulz: the only place that holds this rule.
+
+    The published method has Newton-Schulz. So have up to 64 landmarks, whose iterations are short and no farther from exact
+    attention.
+    """
+    if method == "published" or landmarks <= _NEWTON_SCHULZ_LANDMARKS:
+        return None
+    return usual_steps(landmarks)
+
+
+def chebyshev_coefficients(steps: int, low: float) -> list[tuple[float, float]]:
+    """Return (alpha, beta) of each step `x = beta * x + alpha * residual` on the spectrum of `chebyshev_interval`."""
+    middle, half = chebyshev_interval(steps, low)
+    ratio = middle / half
+    rho = 1 / ratio
+    coefficients = [(1 / middle, 0.0)]
+    for _ in range(steps - 1):
+        following = 1 / (2 * ratio - rho)
+        coefficients.append((2 * following / half, following * rho))
+        rho = following
+    return coefficients
+
+
+def chebyshev_interval(steps: int, low: float) -> tuple[float, float]:
+    """Return the middle and half the width of the spectrum [low, high] that the steps are for.
+
+    `high` is chosen so that the residual polynomial is zero at exactly 1: an eigenvalue of 1 is solved exactly, whatever the steps.
+    """
+    cosine = math.cos(math.pi / (2 * steps))
+    high = (2 - low * (1 - cosine)) / (1 + cosine)
+    return (high + low) / 2, (high - low) / 2
