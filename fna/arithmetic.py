@@ -67,6 +67,15 @@ def focal_products(
     return heads * head_size * (2 * scored + (queries if hot else 0))
 
 
+def focal_block_products(
+    focal: FocalBlockPlan, patches: tuple[int, int], prefix_tokens: int, heads: int, head_size: int
+) -> int:
+    """Products of one block of focal attention over rows and columns of `patches`, as `focal_products` counts them."""
+    lists = _focal_lists(focal, patches, prefix_tokens)
+    tokens = prefix_tokens + patches[0] * patches[1]
+    return focal_products(*_listed_pairs(lists), tokens, prefix_tokens, focal.hot, heads, head_size)
+
+
 def focal_bytes(
     pairs: int,
     queries: int,
@@ -128,8 +137,7 @@ def block_products(plan: Plan, block: int, tokens: int, heads: int, head_size: i
     """Products of one block's attention by a plan. Choosing landmarks is counted by `plan_products`."""
     focal = plan.find_focal(block)
     if focal is not None:
-        lists, prefix = _focal_lists(plan, focal, tokens)
-        return focal_products(*_listed_pairs(lists), tokens, prefix, focal.hot, heads, head_size)
+        return focal_block_products(focal, *_patches_and_prefix(plan, tokens), heads, head_size)
     planned = plan.find(block)
     if planned is None:
         return exact_products(tokens, heads, head_size)
@@ -144,7 +152,8 @@ def block_bytes(plan: Plan, block: int, tokens: int, heads: int, head_size: int,
     """Bytes of one block's attention by a plan, scores and weights written out."""
     focal = plan.find_focal(block)
     if focal is not None:
-        lists, prefix = _focal_lists(plan, focal, tokens)
+        patches, prefix = _patches_and_prefix(plan, tokens)
+        lists = _focal_lists(focal, patches, prefix)
         return focal_bytes(*_listed_pairs(lists), lists.keys.size, tokens, prefix, focal.hot, heads, head_size, element)
     planned = plan.find(block)
     if planned is None:
@@ -186,16 +195,19 @@ def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
     return 1 - plan_products(plan, tokens, heads, head_size) / exact
 
 
-def _focal_lists(plan: Plan, focal: FocalBlockPlan, tokens: int) -> tuple[FocalKeys, int]:
-    """A block's lists of keys, and the number of prefix tokens."""
-    from fna.focal_keys import focal_keys  # not above: it needs PyTorch
-
+def _patches_and_prefix(plan: Plan, tokens: int) -> tuple[tuple[int, int], int]:
+    """The grid of patches, and the number of prefix tokens."""
     prefix = plan.prefix_tokens
     if prefix is None:
         rows, columns = plan.patches or (math.isqrt(tokens), math.isqrt(tokens))
         prefix = tokens - rows * columns
-    patches = patch_grid(tokens, prefix, plan.patches)
-    return focal_keys(patches, prefix, focal.tile, focal.levels, focal.seed), prefix
+    return patch_grid(tokens, prefix, plan.patches), prefix
+
+
+def _focal_lists(focal: FocalBlockPlan, patches: tuple[int, int], prefix_tokens: int) -> FocalKeys:
+    from fna.focal_keys import focal_keys  # not above: it needs PyTorch
+
+    return focal_keys(patches, prefix_tokens, focal.tile, focal.levels, focal.seed)
 
 
 def _listed_pairs(lists: FocalKeys) -> tuple[int, int]:

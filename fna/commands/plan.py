@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fna.validate.planning.wish import Wish
 
 FEW_IMAGES = 4
-USUAL_COSINE = 0.99
+USUAL_COSINE, USUAL_P5 = 0.99, 0.97
 
 
 @click.command("plan", short_help="Choose blocks, heads and landmarks for a fidelity and a device.")
@@ -43,7 +43,11 @@ USUAL_COSINE = 0.99
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Mean cosine of the final patch tokens to exact attention.  [default: 0.99, or any with --min-task]",
 )
-@click.option("--min-p5", type=click.FloatRange(0, 1, max_open=True), help="Its 5th percentile.  [default: any]")
+@click.option(
+    "--min-p5",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Its 5th percentile.  [default: 0.97 where --min-cosine is left out too, else any]",
+)
 @click.option(
     "--min-task",
     "min_tasks",
@@ -61,7 +65,12 @@ USUAL_COSINE = 0.99
     help=f"Which to try.  [default: all: {', '.join(options.SAMPLERS)}]",
 )
 @click.option("--own-landmarks", is_flag=True, help="Leave out landmarks that blocks share: each chooses its own.")
-@click.option("--whole-blocks", is_flag=True, help="All heads of a block, or none.")
+@click.option("--no-focal", is_flag=True, help="Leave out focal attention: blocks are exact or FNA.")
+@click.option(
+    "--whole-blocks/--split-heads",
+    default=None,
+    help="FNA on all heads of a block, or also on some.  [default: split with a --target, where the clock says that it pays]",
+)
 @click.option("--no-corrections", is_flag=True, help="FNA as it is, without kernels fitted to the images.")
 @click.option(
     "--compare", is_flag=True, help="Run settings alike in all blocks on the images held out, to compare with."
@@ -139,36 +148,41 @@ def plan_automatically(
     from fna.validate.planning.cost import ProductCost
 
     subject = subject or open_subject(model, size, say)
-    wish = make_wish(None, None, (), ",".join(options.SAMPLERS), False, False, False)
+    wish = make_wish()
     _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
     plan: Plan = make_best_plan(planner).plan
     return plan
 
 
 def make_wish(
-    min_cosine: float | None,
-    min_p5: float | None,
-    min_tasks: tuple[str, ...],
-    samplers: str,
-    own_landmarks: bool,
-    whole_blocks: bool,
-    no_corrections: bool,
+    min_cosine: float | None = None,
+    min_p5: float | None = None,
+    min_tasks: tuple[str, ...] = (),
+    samplers: str = ",".join(options.SAMPLERS),
+    own_landmarks: bool = False,
+    no_focal: bool = False,
+    whole_blocks: bool | None = None,
+    no_corrections: bool = False,
 ) -> Wish:
     """Turn the options into what the planner is asked for."""
+    from dataclasses import replace
+
     from fna.errors import InvalidArgumentError
 
     names = tuple(name.strip() for name in samplers.split(","))
     unknown = [name for name in names if name not in options.SAMPLERS]
     if unknown:
         raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(options.SAMPLERS)}")
+    from fna.validate.planning.candidates import SearchRange
     from fna.validate.planning.goals import parse_goal
-    from fna.validate.planning.measure import SearchRange
     from fna.validate.planning.wish import Wish
 
     goals = tuple(parse_goal(text) for text in min_tasks)
     if min_cosine is None and not goals:
-        min_cosine = USUAL_COSINE
+        min_cosine, min_p5 = USUAL_COSINE, USUAL_P5 if min_p5 is None else min_p5
     tried = SearchRange(samplers=names, shared=not own_landmarks, corrections=not no_corrections)
+    if no_focal:
+        tried = replace(tried, focal=())
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 
@@ -307,6 +321,7 @@ def _print(
     titles = (
         "",
         "FNA heads",
+        "focal blocks",
         "predicted time" if of_time else "products",
         "products saved",
         "mean, predicted",
@@ -321,6 +336,7 @@ def _print(
         table.add_row(
             "*" if point.plan == planned.point.plan else "",
             f"{count_heads(point, layout.heads)} of {layout.heads * layout.num_blocks}",
+            f"{len(point.plan.focal)} of {layout.num_blocks}",
             describe_cost(point.cost, cost.unit),
             f"{point.saved:.1%}",
             f"{1 - point.predicted_loss:.5f}",
@@ -328,7 +344,7 @@ def _print(
         )
     for setting in planned.uniform:
         spent = describe_cost(setting.cost, cost.unit)
-        table.add_row("", setting.label, spent, f"{setting.saved:.1%}", "", *_cells(setting.measured, tasks))
+        table.add_row("", setting.label, "", spent, f"{setting.saved:.1%}", "", *_cells(setting.measured, tasks))
     console.print(table)
     console.print(
         f"exact attention: {describe_cost(planned.exact_cost, cost.unit)}   plan: {output}   picture: {picture}",

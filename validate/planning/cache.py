@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 
 from fna import __version__
 from fna.files import written_whole
-from fna.validate.planning.measure import MOMENTS, Candidate, Measurement, Moments
+from fna.validate.planning.candidates import Candidate, FocalCandidate
+from fna.validate.planning.measure import MOMENTS, Measurement, Moments
+
+KINDS: dict[str, Callable[..., Any]] = {kind.kind: kind for kind in (Candidate, FocalCandidate)}
 
 
 def load_or_make(folder: Path | None, name: str, settings: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -50,15 +54,17 @@ def _pack(value: Any) -> Any:
     """Plain containers and tensors only, so that a cache file cannot run code."""
     if isinstance(value, Measurement):
         rows = []
-        for (block, c), m in value.moments.items():
-            settings = [c.landmarks, c.sampler, c.resample, c.iterations, c.corrected]
-            rows.append([block, settings, [getattr(m, name) for name in MOMENTS]])
+        for (block, candidate), moments in value.moments.items():
+            settings = [candidate.kind, *(getattr(candidate, part.name) for part in fields(candidate))]
+            rows.append([block, settings, [getattr(moments, name) for name in MOMENTS]])
         return {"images": value.images, "rows": rows}
     return value
 
 
 def _unpack(value: Any) -> Any:
     if isinstance(value, dict) and "rows" in value:
-        moments = {(block, Candidate(*settings)): Moments(*tensors) for block, settings, tensors in value["rows"]}
+        moments = {
+            (block, KINDS[kind](*settings)): Moments(*tensors) for block, (kind, *settings), tensors in value["rows"]
+        }
         return Measurement(value["images"], moments)
     return value

@@ -14,6 +14,7 @@ from fna.arithmetic import (
     correction_bytes,
     correction_products,
     exact_products,
+    focal_block_products,
     fused_bytes,
     head_split_bytes,
     landmark_row_products,
@@ -28,7 +29,7 @@ from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
-from fna.validate.planning.measure import Candidate
+from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
 from fna.validate.planning.subject import Layout
 
 
@@ -40,8 +41,8 @@ class CostModel(Protocol):
     def exact(self, heads: int) -> float:
         """Exact attention of so many heads."""
 
-    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
-        """FNA on `heads` of the heads, corrected by a kernel of that size (0: not corrected), the others exact."""
+    def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
+        """A candidate on `heads` of the heads, the others exact; FNA corrected by a kernel of that size (0: not corrected)."""
 
 
 class ProductCost:
@@ -56,9 +57,12 @@ class ProductCost:
         """See `CostModel.exact`."""
         return float(exact_products(self.layout.tokens, heads, self.layout.head_size))
 
-    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+    def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         tokens, size = self.layout.tokens, self.layout.head_size
+        if isinstance(candidate, FocalCandidate):
+            assert self.layout.patches is not None
+            return focal_block_products(candidate.plan(0), self.layout.patches, self.layout.prefix_tokens, heads, size)
         total: float = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
@@ -159,8 +163,10 @@ class TimeCost:
         moved = fused_bytes(*shape, self.device.element)
         return self.calibration.exact * self._kernel(exact_products(*shape), moved, EXACT_EFFICIENCY)
 
-    def block(self, candidate: Candidate, heads: int, kernel: int) -> float:
+    def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
+        if isinstance(candidate, FocalCandidate):
+            return self.focal(candidate, heads)
         others = self.layout.heads - heads
         seconds = self.nystrom(candidate, heads)
         tokens, size, element = self.layout.tokens, self.layout.head_size, self.device.element
@@ -190,6 +196,19 @@ class TimeCost:
         if find_sampler(candidate.sampler).looks_at_features:
             seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
+
+    def focal(self, candidate: FocalCandidate, heads: int) -> float:
+        """Seconds of one focal block: the choice of its hot keys, then its tiles, each reading its own keys and values."""
+        assert self.layout.patches is not None
+        layout, element = self.layout, self.device.element
+        lists = candidate.lists(layout)
+        products = focal_block_products(
+            candidate.plan(0), layout.patches, layout.prefix_tokens, heads, layout.head_size
+        )
+        gathered = 2 * heads * (lists.keys.size + len(lists.keys) * candidate.hot) * layout.head_size * element
+        moved = fused_bytes(layout.tokens, heads, layout.head_size, element) + gathered
+        scoring = self._kernel(0, token_bytes(layout.tokens, heads, layout.head_size, element), NYSTROM_EFFICIENCY)
+        return self.calibration.exact * (scoring + self._kernel(products, moved, NYSTROM_EFFICIENCY))
 
     def _sampler(self, candidate: Candidate) -> float:
         sampler, count = find_sampler(candidate.sampler), candidate.landmarks

@@ -7,81 +7,23 @@ head, and so is what it leaves; no candidate needs a run of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fna.arithmetic import exact_products, nystrom_products
-from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_iterates
-from fna.samplers import LandmarkRequest, find_sampler, landmark_bias, sampler_names
+from fna.attention import nystrom_attention_iterates
+from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
+from fna.validate.planning.candidates import AnyCandidate, Candidate
 from fna.validate.planning.subject import BlockView, Layout
-
-KERNEL = 5
-"""Side of the correction's kernel; on DINOv2-S 7 gains next to nothing over 5, and 3 loses as little (docs/plan.md)."""
 
 RIDGE = 1e-4
 """Part of the mean diagonal added to a correction's system; there are tens of unknowns against tens of thousands of equations."""
 
-LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
-ITERATIONS = (3, NEWTON_SCHULZ_ITERATIONS)
 SAMPLED_ROWS = 512
 """Patches of an image that second moments are taken over; a correction has tens of unknowns, and each patch D equations."""
-
-DEAREST = 0.8
-"""Candidates that take more than this part of exact attention's products are left out."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to make a block FNA, apart from which of its heads."""
-
-    landmarks: int
-    sampler: str
-    resample: bool
-    iterations: int
-    corrected: bool = True
-
-
-@dataclass(frozen=True)
-class SearchRange:
-    """What is tried.
-
-    Attributes:
-        samplers: by name.
-        landmarks: values of S.
-        iterations: of Newton-Schulz.
-        shared: for samplers that look at the image, also landmarks chosen once, at the first block.
-        corrections: fit a correction.
-        kernel: side of its kernel.
-    """
-
-    samplers: tuple[str, ...] = field(default_factory=sampler_names)
-    landmarks: tuple[int, ...] = LANDMARK_COUNTS
-    iterations: tuple[int, ...] = ITERATIONS
-    shared: bool = True
-    corrections: bool = True
-    kernel: int = KERNEL
-
-    def candidates(self, layout: Layout) -> list[Candidate]:
-        """Every combination that fits the model and is worth its products."""
-        found = []
-        exact = exact_products(layout.tokens, 1, layout.head_size)
-        for name in self.samplers:
-            sampler = find_sampler(name)
-            if sampler.needs_positions and layout.patches is None:
-                continue
-            looks = sampler.looks_at_features
-            for count in self.landmarks:
-                if count >= layout.tokens or count <= layout.prefix_tokens:
-                    continue
-                for resample in (False, True) if looks and self.shared else (looks,):
-                    for steps in self.iterations:
-                        if nystrom_products(layout.tokens, count, 1, layout.head_size, steps) <= DEAREST * exact:
-                            found.append(Candidate(count, name, resample, steps))
-        return found
-
 
 MOMENTS = ("gram", "cross", "energy", "fixed", "effect")
 
@@ -161,15 +103,15 @@ class Measurement:
     """All moments of a model, and from how many images."""
 
     images: int = 0
-    moments: dict[tuple[int, Candidate], Moments] = field(default_factory=dict)
+    moments: dict[tuple[int, AnyCandidate], Moments] = field(default_factory=dict)
 
-    def add(self, block: int, found: dict[Candidate, Moments]) -> None:
+    def add(self, block: int, found: Mapping[Any, Moments]) -> None:
         """Add one block's moments on one image."""
         for candidate, moments in found.items():
             key = (block, candidate)
             self.moments[key] = self.moments[key].add(moments) if key in self.moments else moments
 
-    def only(self, keys: set[tuple[int, Candidate]]) -> Measurement:
+    def only(self, keys: set[tuple[int, AnyCandidate]]) -> Measurement:
         """The same with some blocks' candidates only."""
         return Measurement(self.images, {key: moments for key, moments in self.moments.items() if key in keys})
 

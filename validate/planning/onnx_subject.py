@@ -121,7 +121,7 @@ class OnnxSubject:
 
     def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:
         """See `fna.validate.planning.subject.Subject.run`."""
-        if plan is None or not plan.blocks:
+        if plan is None or not plan.replaced_blocks:
             session = self._session
         elif self._planned[0] == plan:
             session = self._planned[1]

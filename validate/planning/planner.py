@@ -19,11 +19,11 @@ from fna.plan import BlockPlan, Correction, Plan
 from fna.runtime import Arrays
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.cache import digest_pixels, load_or_make
+from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
 from fna.validate.planning.cost import CostModel
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import measure_agreement, resolve_goals
 from fna.validate.planning.measure import (
-    Candidate,
     Fit,
     Measurement,
     SharedFeatures,
@@ -31,12 +31,17 @@ from fna.validate.planning.measure import (
     fit_correction,
     measure_block,
 )
+from fna.validate.planning.measure_focal import measure_focal
 from fna.validate.planning.search import BlockOption, drop_dominated
 from fna.validate.planning.subject import BlockView, Subject
 from fna.validate.planning.wish import Wish
 
 Pixels = NDArray[np.float32]
 Say = Callable[[str], None]
+
+Fits = dict[tuple[int, AnyCandidate], Fit]
+Scales = dict[tuple[int, str], float]
+"""Factors on the losses of a block, for FNA and for focal attention."""
 
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
@@ -52,7 +57,7 @@ WORTHWHILE = 1.1
 class PickedHeads:
     """What one block becomes: None is exact."""
 
-    candidate: Candidate | None = None
+    candidate: AnyCandidate | None = None
     heads: tuple[int, ...] = ()
 
 
@@ -104,31 +109,31 @@ class Planner:
             total.merge(self.cached(label, partial(self._measure_image, pixels, kept)))
         return total
 
-    def _worthwhile(self, measurement: Measurement) -> dict[int, list[Candidate]]:
-        """The candidates of each block that no cheaper one clearly beats."""
+    def _worthwhile(self, measurement: Measurement) -> dict[int, list[AnyCandidate]]:
+        """The candidates of each block that no cheaper one clearly beats; one of the same kind, if heads may be split."""
         fits = self.with_dependence(self.fits(measurement))
-        heads, kernel = self.layout.heads, self.kernel
-        found: dict[int, list[Candidate]] = {}
-        for number in self.blocks:
-            rows = [
-                (self.cost.block(candidate, heads, kernel), float(fit.losses.sum()), candidate)
-                for (block, candidate), fit in fits.items()
-                if block == number
-            ]
+        rows: dict[tuple[int, str], list[tuple[float, float, AnyCandidate]]] = {}
+        for (number, candidate), fit in fits.items():
+            cost = self.cost.block(candidate, self.layout.heads, self.kernel)
+            group = (number, "" if self.whole_blocks else candidate.kind)
+            rows.setdefault(group, []).append((cost, float(fit.losses.sum()), candidate))
+        found: dict[int, list[AnyCandidate]] = {number: [] for number in self.blocks}
+        for (number, _), group_rows in rows.items():
             best = np.inf
-            found[number] = []
-            for _, loss, candidate in sorted(rows, key=lambda row: row[:2]):
+            for _, loss, candidate in sorted(group_rows, key=lambda row: row[:2]):
                 if loss <= best * WORTHWHILE:
                     found[number].append(candidate)
                 best = min(best, loss)
         return found
 
-    def _measure_image(self, pixels: Pixels, candidates: dict[int, list[Candidate]]) -> Measurement:
+    def _measure_image(self, pixels: Pixels, candidates: dict[int, list[AnyCandidate]]) -> Measurement:
         measured, shared = Measurement(images=1), SharedFeatures()
 
         def visit(view: BlockView) -> None:
-            found = measure_block(view, self.layout, candidates[view.number], shared, self.wish.tried.kernel)
-            measured.add(view.number, found)
+            kept = candidates[view.number]
+            nystrom, focal = ([c for c in kept if isinstance(c, kind)] for kind in (Candidate, FocalCandidate))
+            measured.add(view.number, measure_block(view, self.layout, nystrom, shared, self.wish.tried.kernel))
+            measured.add(view.number, measure_focal(view, self.layout, focal))
 
         self.subject.look(pixels, visit)
         return measured
@@ -139,45 +144,52 @@ class Planner:
 
     # ------------------------------------------------------------ choosing
 
-    def fits(self, measurement: Measurement) -> dict[tuple[int, Candidate], Fit]:
+    def fits(self, measurement: Measurement) -> Fits:
         """Fit every candidate of every block."""
         return {
             key: fit_correction(moments, measurement.images, corrected=self.wish.tried.corrections)
             for key, moments in measurement.moments.items()
         }
 
-    def with_dependence(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[tuple[int, Candidate], Fit]:
-        """Scale the losses of each block's heads by how much the errors of its tokens agree."""
-        factors = {
-            number: dependence([fit for (block, _), fit in fits.items() if block == number]) for number in self.blocks
+    def with_dependence(self, fits: Fits) -> Fits:
+        """Scale the losses of each block's heads by how much the errors of its tokens agree, for FNA and focal attention apart."""
+        kinds: dict[tuple[int, str], list[Fit]] = {}
+        for (number, candidate), fit in fits.items():
+            kinds.setdefault((number, candidate.kind), []).append(fit)
+        factors = {key: dependence(of_kind) for key, of_kind in kinds.items()}
+        return {
+            (number, candidate): replace(fit, losses=fit.losses * factors[number, candidate.kind])
+            for (number, candidate), fit in fits.items()
         }
-        return {key: replace(fit, losses=fit.losses * factors[key[0]]) for key, fit in fits.items()}
 
-    def scales(self, fits: dict[tuple[int, Candidate], Fit]) -> dict[int, float]:
-        """Loss of each block alone, really run with a middling candidate, over its first-order loss.
+    def scales(self, fits: Fits) -> Scales:
+        """Loss of each block alone, really run with a middling candidate of each kind, over its first-order loss.
 
         For subjects without gradients: what an error does on its way to the output is not known then.
         """
-        found = {}
-        some = self.images[:2]
-        preferred = DEFAULT_SAMPLER if DEFAULT_SAMPLER in self.wish.tried.samplers else self.wish.tried.samplers[0]
-        for number in self.blocks:
-            self.say(f"running block {number} alone")
-            candidate = min(
-                (c for b, c in fits if b == number),
-                key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != preferred, -c.iterations),
-            )
-            fit = fits[number, candidate]
-            plan = self.make_plan([PickedHeads(candidate, tuple(range(self.layout.heads))) if n == number else PickedHeads()
-                                   for n in range(self.layout.num_blocks)], fits)  # fmt: skip
-            loss = self.run(plan, some).loss
-            found[number] = max(loss, 1e-7) / max(float(fit.losses.sum()), 1e-9)
+        found: Scales = {}
+        exact = [PickedHeads()] * self.layout.num_blocks
+        for number, kind in dict.fromkeys((number, candidate.kind) for number, candidate in fits):
+            self.say(f"running block {number} alone, {kind}")
+            candidate = self._middling([c for b, c in fits if (b, c.kind) == (number, kind)])
+            pick = PickedHeads(candidate, tuple(range(self.layout.heads)))
+            plan = self.make_plan([*exact[:number], pick, *exact[number + 1 :]], fits)
+            loss = self.run(plan, self.images[:2]).loss
+            found[number, kind] = max(loss, 1e-7) / max(float(fits[number, candidate].losses.sum()), 1e-9)
         return found
 
-    def options(
-        self, fits: dict[tuple[int, Candidate], Fit], scales: dict[int, float]
-    ) -> list[list[BlockOption[PickedHeads]]]:
-        """What each block could be: exact, or a candidate on the heads that it hurts least, 1 to all of them."""
+    def _middling(self, candidates: Sequence[AnyCandidate]) -> AnyCandidate:
+        """Of the candidates of one kind, one that is neither the cheapest nor the dearest."""
+        tried = self.wish.tried.samplers
+        preferred = DEFAULT_SAMPLER if DEFAULT_SAMPLER in tried else tried[0]
+        nystrom = [c for c in candidates if isinstance(c, Candidate)]
+        if nystrom:
+            return min(nystrom, key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != preferred, -c.iterations))
+        by_cost = sorted(candidates, key=lambda c: self.cost.block(c, self.layout.heads, 0))
+        return by_cost[len(by_cost) // 2]
+
+    def options(self, fits: Fits, scales: Scales) -> list[list[BlockOption[PickedHeads]]]:
+        """What each block could be: exact, focal, or FNA on all heads; where heads may be split, also on those it hurts least."""
         heads = self.layout.heads
         result = []
         for number in range(self.layout.num_blocks):
@@ -185,49 +197,59 @@ class Planner:
             for (block, candidate), fit in fits.items():
                 if block != number:
                     continue
-                losses = fit.losses * scales.get(number, 1.0)
+                losses = fit.losses * scales.get((number, candidate.kind), 1.0)
                 order = torch.argsort(losses).tolist()
-                for count in [heads] if self.wish.whole_blocks else range(1, heads + 1):
+                splits = isinstance(candidate, Candidate) and not self.whole_blocks
+                for count in range(1, heads + 1) if splits else [heads]:
                     chosen = tuple(sorted(order[:count]))
                     cost = self.cost.block(candidate, count, self.kernel)
                     found.append(BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen)))
             result.append(drop_dominated(found))
         return result
 
-    def make_plan(self, picks: Sequence[PickedHeads], fits: dict[tuple[int, Candidate], Fit]) -> Plan:
+    def make_plan(self, picks: Sequence[PickedHeads], fits: Fits) -> Plan:
         """Write the plan of one choice per block."""
-        entries = []
-        for number, pick in enumerate(picks):
-            if pick.candidate is None:
-                continue
-            candidate, fit = pick.candidate, fits[number, pick.candidate]
-            looks = find_sampler(candidate.sampler).looks_at_features
-            correction = None
-            if self.kernel:
-                correction = Correction(
-                    size=self.kernel,
-                    kernels=tuple(tuple(round(x, 5) for x in fit.kernels[head].tolist()) for head in pick.heads),
-                    gains=tuple(round(float(fit.gains[head]), 5) for head in pick.heads),
-                )
-            entries.append(
-                BlockPlan(
-                    block=number,
-                    landmarks=candidate.landmarks,
-                    sampler=candidate.sampler,
-                    heads=None if len(pick.heads) == self.layout.heads else pick.heads,
-                    iterations=candidate.iterations,
-                    resample=True if looks and candidate.resample else None,
-                    correction=correction,
-                )
-            )
+        chosen = list(enumerate(picks))
         return Plan(
             num_blocks=self.layout.num_blocks,
-            blocks=tuple(entries),
+            blocks=tuple(
+                self._nystrom_block(number, pick.candidate, pick.heads, fits[number, pick.candidate])
+                for number, pick in chosen
+                if isinstance(pick.candidate, Candidate)
+            ),
+            focal=tuple(
+                pick.candidate.plan(number) for number, pick in chosen if isinstance(pick.candidate, FocalCandidate)
+            ),
             prefix_tokens=self.layout.prefix_tokens,
             model=self.layout.model,
             resolution=self.layout.resolution,
             patches=self.layout.patches,
         )
+
+    def _nystrom_block(self, number: int, candidate: Candidate, heads: tuple[int, ...], fit: Fit) -> BlockPlan:
+        correction = None
+        if self.kernel:
+            correction = Correction(
+                size=self.kernel,
+                kernels=tuple(tuple(round(x, 5) for x in fit.kernels[head].tolist()) for head in heads),
+                gains=tuple(round(float(fit.gains[head]), 5) for head in heads),
+            )
+        looks = find_sampler(candidate.sampler).looks_at_features
+        return BlockPlan(
+            block=number,
+            landmarks=candidate.landmarks,
+            sampler=candidate.sampler,
+            heads=None if len(heads) == self.layout.heads else heads,
+            iterations=candidate.iterations,
+            resample=True if looks and candidate.resample else None,
+            correction=correction,
+        )
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether all heads of a block are of one kind: unless asked for otherwise, where products cannot say what a split costs."""
+        asked = self.wish.whole_blocks
+        return self.cost.unit == "products" if asked is None else asked
 
     @property
     def kernel(self) -> int:

@@ -77,7 +77,7 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
-    places = [place(point) for point in planned.front if point.measured is not None and point.plan.blocks]
+    places = [place(point) for point in planned.front if point.measured is not None and point.plan.replaced_blocks]
     if places:
         axis.plot(*zip(*places, strict=True), "o-", color="C0", label="planned, measured on images held out")
     groups = dict.fromkeys((point.layers, point.method) for point in planned.uniform)
@@ -89,7 +89,7 @@ def draw_front(planned: Planned, unit: str, path: Path, *, title: str, wish: Wis
         for point in points:
             text = f"{point.landmarks}{'' if point.sampler == DEFAULT_SAMPLER else point.sampler[0]}"
             axis.annotate(text, place(point), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    if planned.point.measured is not None and planned.point.plan.blocks:
+    if planned.point.measured is not None and planned.point.plan.replaced_blocks:
         axis.plot(*place(planned.point), "*", color="C3", markersize=15, label="the plan")
     if wanted is not None:
         axis.axhline(1 - wanted, color="grey", linestyle="--", linewidth=1)

@@ -8,7 +8,7 @@ from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.block_numbers import parse_layers
 from fna.plan import Method, uniform_plan
 from fna.samplers import DEFAULT_SAMPLER, all_samplers
-from fna.validate.planning.measure import Candidate
+from fna.validate.planning.candidates import Candidate
 from fna.validate.planning.planner import Planner
 from fna.validate.planning.result import UniformRun
 

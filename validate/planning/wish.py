@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fna.validate.planning.candidates import SearchRange
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
-from fna.validate.planning.measure import SearchRange
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Wish:
         min_cosine: mean cosine of the final patch tokens to exact attention; None asks for nothing.
         min_p5: the 5th percentile of it; None asks for nothing.
         goals: task metrics to be kept.
-        whole_blocks: only all heads of a block, or none.
+        whole_blocks: only all heads of a block, or none; None lets the cost decide (`Planner.whole_blocks`).
         tried: the range of candidates.
     """
 
     min_cosine: float | None = 0.99
     min_p5: float | None = None
     goals: tuple[TaskGoal, ...] = ()
-    whole_blocks: bool = False
+    whole_blocks: bool | None = None
     tried: SearchRange = field(default_factory=SearchRange)
 
     def excess(self, found: Fidelity, keep_below: float = 1.0) -> float:

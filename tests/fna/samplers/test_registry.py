@@ -26,8 +26,8 @@ from fna.runtime import open_session
 from fna.samplers import LandmarkRequest, Sampler, find_sampler, register_sampler, sampler_names, unregister_sampler
 from fna.validate.budget.measure import validate_file
 from fna.validate.planning.best_plan import make_best_plan
+from fna.validate.planning.candidates import SearchRange
 from fna.validate.planning.cost import ProductCost
-from fna.validate.planning.measure import SearchRange
 from fna.validate.planning.planner import Planner
 from fna.validate.planning.subject import TorchSubject
 from fna.validate.planning.wish import Wish

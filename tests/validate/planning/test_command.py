@@ -155,7 +155,7 @@ def test_a_task_can_be_the_goal_and_uniform_settings_the_comparison(
 def test_a_cosine_is_asked_for_unless_a_task_is(
     cosine: float | None, p5: float | None, tasks: tuple[str, ...], asked: float | None
 ) -> None:
-    assert make_wish(cosine, p5, tasks, "grid", False, False, False).min_cosine == asked
+    assert make_wish(cosine, p5, tasks).min_cosine == asked
 
 
 def test_too_few_images_are_warned_of(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from fna.engines.targets import find_target
 from fna.errors import InputFileError
+from fna.validate.planning.candidates import Candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of, find_break_even, read_calibration
-from fna.validate.planning.measure import Candidate
 from fna.validate.planning.subject import Layout
 
 LAYOUT = Layout("m", 12, {}, 1370, 6, 64, 384, 1, (37, 37), (518, 518))

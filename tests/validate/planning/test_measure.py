@@ -13,16 +13,15 @@ from torch import Tensor
 from fna.attention import fast_nystrom_attention
 from fna.composition import correct
 from fna.export.sources.loading import LoadedModel
+from fna.focal import focal_attention
 from fna.observing import AttentionCall, observed
 from fna.plan import Correction
 from fna.samplers import landmark_bias, select_landmarks
+from fna.validate.planning import measure_focal as measure_focal_module
 from fna.validate.planning import subject as subjects
-from fna.validate.planning.measure import (
-    Candidate,
-    SharedFeatures,
-    fit_correction,
-    measure_block,
-)
+from fna.validate.planning.candidates import Candidate, FocalCandidate
+from fna.validate.planning.measure import SharedFeatures, fit_correction, measure_block
+from fna.validate.planning.measure_focal import measure_focal
 from fna.validate.planning.subject import BlockView, TorchSubject
 
 
@@ -108,3 +107,35 @@ def test_a_small_error_costs_what_the_gradients_say(
         assert view.gradients is not None
         predicted = float((view.gradients * error[0]).sum((1, 2, 3)).square().mean())
         assert predicted == pytest.approx(float((1 - cosines).mean()), rel=0.4)
+
+
+def test_a_focal_candidate_loses_what_its_error_weighs(subject: TorchSubject, views: list[BlockView]) -> None:
+    candidate = FocalCandidate(4, ((1, 0), (2, 1)), 2)
+    for view in views:
+        found = fit_correction(measure_focal(view, subject.layout, [candidate])[candidate], 1, corrected=True)
+        out = focal_attention(
+            view.query, view.key, view.value, patches=(8, 8), prefix_tokens=1, tile=4, levels=candidate.levels, hot=2,
+            seed=view.number, scale=view.scale,
+        )  # fmt: skip
+        error = (out[0] - view.exact[0])[:, 1:]
+        shared = (view.coherence - 1).clamp(min=0)[:, None, None] / error.shape[1]
+        turned = error @ view.root
+        expected = turned.square().sum((1, 2)) + (shared * turned.sum(1, keepdim=True).square()).sum((1, 2))
+        torch.testing.assert_close(found.losses, expected.double(), rtol=1e-4, atol=0)
+        assert view.gradients is not None
+        seen = (view.gradients[:, :, 1:] * error).sum((2, 3)).square().mean(0)
+        torch.testing.assert_close(found.effects, seen.double(), rtol=1e-4, atol=0)
+
+
+def test_a_focal_loss_is_taken_from_some_tiles_and_scaled_to_all(
+    subject: TorchSubject, views: list[BlockView], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = [FocalCandidate(2, ((1, 0), (2, 2)), hot) for hot in (0, 4)]
+    whole = [measure_focal(view, subject.layout, candidates) for view in views]
+    monkeypatch.setattr(measure_focal_module, "SAMPLED_QUERIES", 32)
+    some = [measure_focal(view, subject.layout, candidates) for view in views]
+    for found, expected in zip(some, whole, strict=True):
+        for candidate in candidates:
+            ratio = found[candidate].energy.sum() / expected[candidate].energy.sum()
+            assert ratio != 1
+            assert 0.5 < ratio < 2

@@ -18,9 +18,10 @@ from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.plan import BlockPlan, Plan
 from fna.validate.planning.best_plan import make_best_plan
+from fna.validate.planning.candidates import Candidate, FocalCandidate, SearchRange
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
+from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
-from fna.validate.planning.measure import Candidate, SearchRange
 from fna.validate.planning.onnx_subject import OnnxSubject
 from fna.validate.planning.planner import Planner
 from fna.validate.planning.result import Planned
@@ -29,7 +30,12 @@ from fna.validate.planning.uniform import run_uniform_settings
 from fna.validate.planning.wish import Wish
 
 Pictures = list[NDArray[np.float32]]
-TRIED = SearchRange(samplers=("lattice", "norm-grid"), landmarks=(4, 8, 16), iterations=(3, 6), shared=False)
+TRIED = SearchRange(samplers=("lattice", "norm-grid"), landmarks=(4, 8, 16), iterations=(3, 6), shared=False, focal=())
+
+
+NEAR = FocalCandidate(4, ((1, 0), (2, 1)), 2)
+FAR = FocalCandidate(4, ((1, 0), (2, 1), (4, 2)), 2)
+MIXED = replace(TRIED, focal=(NEAR, FAR))
 
 
 def planner_for(subject: Subject, pictures: Pictures, **wish: Any) -> Planner:
@@ -76,8 +82,8 @@ def test_a_task_metric_is_kept_instead_of_a_cosine(subject: TorchSubject, pictur
     found = {}
     for minimum in (0.6, 0.8):
         goal = TaskGoal("segmentation:patch agreement", minimum)
-        found[minimum] = make_best_plan(planner_for(subject, pictures, min_cosine=None, goals=(goal,)))
-        planner = planner_for(subject, pictures, min_cosine=None, goals=(goal,))
+        planner = planner_for(subject, pictures, min_cosine=None, goals=(goal,), whole_blocks=False)
+        found[minimum] = make_best_plan(planner)
         assert planner.run(found[minimum].plan, pictures[:3]).tasks[goal.name] >= minimum
         measured = found[minimum].point.measured
         assert measured is not None
@@ -141,15 +147,54 @@ def test_whole_blocks_have_no_single_heads(subject: TorchSubject, pictures: Pict
     assert all(entry.heads is None for entry in found.plan.blocks)
 
 
+def test_a_block_is_exact_or_fna_or_focal_whatever_costs_least(subject: TorchSubject, pictures: Pictures) -> None:
+    mixed = make_best_plan(planner_for(subject, pictures, tried=MIXED, min_cosine=0.95))
+    alone = make_best_plan(planner_for(subject, pictures, whole_blocks=True, min_cosine=0.95))
+    assert mixed.plan.focal
+    assert {(entry.tile, entry.levels) for entry in mixed.plan.focal} <= {(c.tile, c.levels) for c in (NEAR, FAR)}
+    assert len({entry.seed for entry in mixed.plan.focal}) == len(mixed.plan.focal)
+    assert mixed.point.cost < alone.point.cost
+    cost = sum(block_products(mixed.plan, n, 65, 4, 16) for n in range(3))
+    assert mixed.point.cost == pytest.approx(cost)
+
+
+def test_heads_of_a_block_are_split_only_where_a_split_has_a_time(subject: TorchSubject, pictures: Pictures) -> None:
+    products = planner_for(subject, pictures)
+    assert products.whole_blocks
+    assert not planner_for(subject, pictures, whole_blocks=False).whole_blocks
+    clock = TimeCost(subject.layout, device_of(find_target("jetson-agx-orin")))
+    assert not Planner(subject, Wish(tried=TRIED), clock, pictures[:2], pictures[3:]).whole_blocks
+
+
+def test_a_plan_that_falls_short_on_images_held_out_gives_way_to_a_more_faithful_one(
+    subject: TorchSubject, pictures: Pictures
+) -> None:
+    class Lossier(Planner):
+        """Images held out lose three times what those planned on lose."""
+
+        def run(self, plan: Plan, images: Any) -> Fidelity:
+            found = super().run(plan, images)
+            return found.model_copy(update={"mean": 1 - 3 * found.loss}) if images is self.held_out else found
+
+    kept = []
+    for kind in (Planner, Lossier):
+        planner = kind(subject, Wish(0.95, tried=TRIED, whole_blocks=False), ProductCost(subject.layout), pictures[:3], pictures[3:])
+        found = make_best_plan(planner)
+        assert found.reached
+        kept.append(found)
+    assert kept[1].point.cost > kept[0].point.cost
+    assert "falls short on the others; the plan is the" in kept[1].notes[0]
+
+
 def test_plans_without_corrections_have_none(subject: TorchSubject, pictures: Pictures) -> None:
-    tried = SearchRange(samplers=("grid",), landmarks=(8, 16), iterations=(6,), corrections=False)
+    tried = SearchRange(samplers=("grid",), landmarks=(8, 16), iterations=(6,), corrections=False, focal=())
     found = make_best_plan(planner_for(subject, pictures, tried=tried, min_cosine=0.9))
     assert found.plan.blocks
     assert all(entry.correction is None for entry in found.plan.blocks)
 
 
 def test_a_fidelity_that_cannot_be_kept_says_the_best_reachable(subject: TorchSubject, pictures: Pictures) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"best reachable is 0\.\d+ .* in block \d"):
+    with pytest.raises(InvalidArgumentError, match=r"best reachable is 0\.\d+ .* FNA blocks \d of 3"):
         make_best_plan(planner_for(subject, pictures, min_cosine=0.99999999))
 
 

@@ -1,0 +1,73 @@
+"""How much each focal candidate would hurt, block by block, in the same terms as FNA's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fna.focal import focal_attention_reference
+from fna.focal_keys import FocalKeys, focal_keys
+from fna.validate.planning.candidates import FocalCandidate
+from fna.validate.planning.measure import Moments
+from fna.validate.planning.subject import BlockView, Layout
+
+SAMPLED_QUERIES = 768
+"""About so many patches of an image, in whole tiles, are computed; the errors of tiles are drawn independently."""
+
+
+def measure_focal(
+    view: BlockView, layout: Layout, candidates: Sequence[FocalCandidate]
+) -> dict[FocalCandidate, Moments]:
+    """Return the moments of every focal candidate for one block of one image: nothing to fit, only an error and its effect.
+
+    Both are taken over some of the tiles, and scaled to all of them.
+    """
+    assert layout.patches is not None
+    found = {}
+    prefix = layout.prefix_tokens
+    for candidate in candidates:
+        planned = candidate.plan(view.number)
+        lists = _some_tiles(focal_keys(layout.patches, prefix, planned.tile, planned.levels, planned.seed))
+        tokens = torch.from_numpy(np.unique(lists.queries)).long()
+        out = focal_attention_reference(
+            view.query, view.key, view.value, *lists.tensors(), None, prefix, planned.hot, view.scale
+        )
+        error = (out - view.exact)[0, :, tokens]
+        gradients = None if view.gradients is None else view.gradients[:, :, tokens]
+        found[candidate] = _moments(error, view, gradients, (layout.tokens - prefix) / len(tokens))
+    return found
+
+
+def _some_tiles(lists: FocalKeys) -> FocalKeys:
+    """The same with some of the tiles, in no pattern; the places of patches in other tiles mean nothing."""
+    tiles, side = lists.queries.shape
+    count = -(-SAMPLED_QUERIES // side)
+    if count >= tiles:
+        return lists
+    rows = np.sort(np.random.default_rng(0).permutation(tiles)[:count])
+    of_tile, inside = np.divmod(lists.places, side)
+    position = np.zeros(tiles, dtype=np.int32)
+    position[rows] = np.arange(count)
+    places = (position[of_tile] * side + inside).astype(np.int32)
+    return FocalKeys(lists.queries[rows], lists.keys[rows], lists.bias[rows], places)
+
+
+def _moments(
+    error: Tensor,  # [H, n, D]
+    view: BlockView,
+    gradients: Tensor | None,  # [K, H, n, D]
+    lift: float,
+) -> Moments:
+    heads, tokens, _ = error.shape
+    turned = error @ view.root
+    # what all rows share weighs more
+    common = (view.coherence - 1).clamp(min=0) / tokens
+    energy = turned.square().sum((1, 2)) + common * turned.sum(1).square().sum(1)
+    effect = torch.zeros(heads, 2, 2)
+    if gradients is not None:
+        effect[:, 1, 1] = torch.einsum("khnd,hnd->kh", gradients, error).square().mean(0)
+    zero = torch.zeros(heads)
+    return Moments(torch.zeros(heads, 1, 1), torch.zeros(heads, 1), lift * energy, zero, lift * effect)
