@@ -62,9 +62,7 @@ def make_best_plan(planner: Planner) -> Planned:
         points.append(FrontPlan(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
     notes = [f"on the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"]
     if tried > 1:
-        notes[0] += (
-            f", by a plan that falls short on the others; {tried} were run there until one kept what was asked for"
-        )
+        notes[0] += f", by a plan that falls short on the others; {tried} plans were run on those"
     return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
 
 

@@ -199,8 +199,8 @@ class TimeCost:
 
     def focal(self, candidate: FocalCandidate, heads: int) -> float:
         """Seconds of one focal block: the choice of its hot keys, then its tiles, each reading its own keys and values."""
-        assert self.layout.patches is not None
         layout, element = self.layout, self.device.element
+        assert layout.patches is not None
         lists = candidate.lists(layout)
         products = focal_block_products(
             candidate.plan(0), layout.patches, layout.prefix_tokens, heads, layout.head_size

@@ -131,7 +131,8 @@ class Planner:
 
         def visit(view: BlockView) -> None:
             kept = candidates[view.number]
-            nystrom, focal = ([c for c in kept if isinstance(c, kind)] for kind in (Candidate, FocalCandidate))
+            nystrom = [candidate for candidate in kept if isinstance(candidate, Candidate)]
+            focal = [candidate for candidate in kept if isinstance(candidate, FocalCandidate)]
             measured.add(view.number, measure_block(view, self.layout, nystrom, shared, self.wish.tried.kernel))
             measured.add(view.number, measure_focal(view, self.layout, focal))
 

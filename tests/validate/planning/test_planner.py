@@ -176,14 +176,14 @@ def test_a_plan_that_falls_short_on_images_held_out_gives_way_to_a_more_faithful
             found = super().run(plan, images)
             return found.model_copy(update={"mean": 1 - 3 * found.loss}) if images is self.held_out else found
 
-    kept = []
+    kept, wish = [], Wish(0.95, tried=TRIED, whole_blocks=False)
     for kind in (Planner, Lossier):
-        planner = kind(subject, Wish(0.95, tried=TRIED, whole_blocks=False), ProductCost(subject.layout), pictures[:3], pictures[3:])
+        planner = kind(subject, wish, ProductCost(subject.layout), pictures[:3], pictures[3:])
         found = make_best_plan(planner)
         assert found.reached
         kept.append(found)
     assert kept[1].point.cost > kept[0].point.cost
-    assert "falls short on the others; the plan is the" in kept[1].notes[0]
+    assert "falls short on the others" in kept[1].notes[0]
 
 
 def test_plans_without_corrections_have_none(subject: TorchSubject, pictures: Pictures) -> None:
