@@ -12,7 +12,7 @@ from typing import Any
 from fna.engines.device import Gpu, find_gpu
 from fna.engines.targets import TARGETS, Flavour, Lowering, Target, capability_text
 from fna.errors import InvalidArgumentError, MissingCapabilityError
-from fna.plugins.built import LIBRARY, LIBRARY_FOLDER
+from fna.plugins.built import LIBRARY, library_folder
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def capabilities_of(targets: Sequence[Target]) -> tuple[int, ...]:
 
 
 def default_plugin() -> Path:
-    """Return where `make plugin` puts the library for this machine."""
-    return LIBRARY_FOLDER / LIBRARY
+    """Return where `fna plugin` puts the library for this machine."""
+    return library_folder() / LIBRARY
 
 
 def load_plugins(trt: Any, library: Path, operators: Sequence[tuple[str, str]]) -> None:

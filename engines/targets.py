@@ -60,9 +60,10 @@ _TURING_LIMITS = (
 )
 _HOPPER_LIMITS = "TensorRT-RTX does not name compute capability 9.0"
 
-# Sources. Compute capabilities: NVIDIA's CUDA GPU list. TensorRT: 10.3 is what JetPack 6 brings and 10.13 what JetPack 7.0
-# brings; "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack" in the 11.4.1 documentation takes AGX Orin and Thor from
-# JetPack 7.2.2 on, and names no other Orin. TensorRT-RTX: its support matrices 1.0 to 1.5 name 7.5, 8.6, 8.9, 12.0 (and 12.1
+# Sources. Compute capabilities: NVIDIA's CUDA GPU list. TensorRT: 10.3 is what JetPack 6 brings, 10.13 what JetPack 7.0
+# brings (Thor alone), 10.16 with CUDA 13.2 and Python 3.12 what JetPack 7.2 brings on AGX Orin; "Migrating
+# TensorRT from 10.x to 11.x on Jetson/JetPack" in the 11.4.1 documentation takes AGX Orin and Thor from JetPack 7.2.2 on, and names no
+# other Orin. TensorRT-RTX: its support matrices 1.0 to 1.5 name 7.5, 8.6, 8.9, 12.0 (and 12.1
 # from 1.5); the 1.7 builder also takes 8.0 (tried). On 7.5 it refuses FNA: "FP32 GEMM is not supported" (tried).
 TARGETS = (
     # Jetson Orin Nano series data sheet, 8 GB module in its Super modes (JetPack 6.2): 1024 cores at 1020 MHz, 102 GB/s, 17
@@ -81,7 +82,7 @@ TARGETS = (
     # sparse int8 TOPS on the GPU, of which fp16 dense is a quarter.
     Target(
         "jetson-agx-orin", (87,), "Jetson AGX Orin 64 GB", 64, 204.8, 42.5, 5.3, 16,
-        _TENSORRT_ONLY, {"JetPack 6": "10.3", "JetPack 7": "10.13"}, _AMPERE_ON, "plugin",
+        _TENSORRT_ONLY, {"JetPack 6": "10.3", "JetPack 7.2": "10.16"}, _AMPERE_ON, "plugin",
     ),
     # Jetson Thor data sheet, T5000 module: 2560 cores (20 SMs) at 1.575 GHz, 273 GB/s, 2070 sparse fp4 TFLOPS, of which fp16
     # dense is an eighth; fp32 = 2 x 2560 x 1.575 GHz. Capability 11.0 since CUDA 13 (10.1 before).
@@ -109,6 +110,12 @@ TARGETS = (
         "rtx-blackwell", (120,), "GeForce RTX 5090; RTX 50, RTX PRO Blackwell", 32, 1792, 209.5, 104.8, 170,
         {"tensorrt": "10.8", "tensorrt-rtx": "1.3"}, {}, _AMPERE_ON, "plugin",
     ),
+    # NVIDIA DGX Spark data sheet, GB10: 6144 cores (48 SMs), 128 GB at 273 GB/s, 1000 sparse fp4 TFLOPS, of which fp16 dense is an
+    # eighth; fp32 = 2 x 6144 x 2.4 GHz.
+    Target(
+        "dgx-spark", (121,), "DGX Spark (GB10)", 128, 273, 125, 29.5, 48,
+        {"tensorrt": "10.13"}, {}, _AMPERE_ON, "plugin", "TensorRT-RTX names compute capability 12.1 only from 1.5 on",
+    ),
     # L4 data sheet: 242 fp16 TFLOPS with sparsity, dense is half.
     Target("l4", (89,), "L4", 24, 300, 121, 30.3, 58, _BOTH, {}, _AMPERE_ON, "plugin"),
     # T4 data sheet; 320 GB/s is 256 bits at 10 Gbit/s ("300+" in the sheet).
@@ -124,6 +131,11 @@ TARGETS = (
     Target(
         "h200", (90,), "H200 141 GB SXM", 141, 4800, 989, 67, 132,
         _TENSORRT_ONLY, {}, _AMPERE_ON, "plugin", _HOPPER_LIMITS,
+    ),
+    # HGX B300 data sheet, a GPU's eighth: 18 dense fp16 PFLOPS and 0.6 fp32 PFLOPS in all, 288 GB at 8 TB/s; 148 SMs as the B200.
+    Target(
+        "b300", (103,), "B300 288 GB", 288, 8000, 2250, 75, 148,
+        {"tensorrt": "10.13"}, {}, _AMPERE_ON, "plugin", "TensorRT-RTX does not name compute capability 10.3",
     ),
 )  # fmt: skip
 TARGET_NAMES = (*(target.name for target in TARGETS), "all")

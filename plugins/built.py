@@ -1,14 +1,35 @@
-"""Where `make plugin` puts what it builds. Importing it needs nothing but the standard library."""
+"""Where the kernel table and the plugin's libraries lie. Importing it needs nothing but the standard library."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
-TABLE_FOLDER = Path(__file__).resolve().parent.parent / "build" / "plugin"
-"""The kernel table; the libraries lie in a folder of it for each kind of machine."""
-
-LIBRARY_FOLDER = TABLE_FOLDER / platform.machine()
-"""The libraries for this machine."""
-
 LIBRARY = "libfna_plugin.so"
+LIBRARIES = (LIBRARY, "libfna_plugin_register.so")
+"""What TensorRT loads by name, and what registers itself in a host that only opens it. They lie in a folder of the table for each kind
+of machine."""
+
+MACHINES = ("aarch64", "x86_64")
+
+_HERE = Path(__file__).resolve().parent
+_CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
+
+
+def build_folder() -> Path:
+    """Return where `fna plugin` writes unless told: `build/plugin` of the checkout, else this user's cache."""
+    if _CHECKOUT is not None:
+        return _CHECKOUT / "build" / "plugin"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fna" / "plugin"
+
+
+def table_folder() -> Path:
+    """Return the folder of the kernel table: what `fna plugin` built, else what the installed package carries."""
+    built, carried = build_folder(), _HERE / "prebuilt"
+    return carried if carried.is_dir() and not (built / "kernels.json").is_file() else built
+
+
+def library_folder() -> Path:
+    """Return the folder of the libraries for this machine."""
+    return table_folder() / platform.machine()

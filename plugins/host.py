@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.errors import CheckFailedError, MissingCapabilityError
-from fna.plugins.built import LIBRARY_FOLDER
+from fna.plugins.built import LIBRARY, library_folder
 
 _TENSORRT_TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bfloat16: 7}  # nvinfer1::DataType
 _MAX_DIMS = 8
@@ -31,8 +31,9 @@ class _Tensor(ctypes.Structure):
 class PluginLibrary:
     """libfna_plugin.so, opened as TensorRT opens it."""
 
-    def __init__(self, folder: Path = LIBRARY_FOLDER) -> None:
-        paths = folder / "libfna_plugin_host.so", folder / "libfna_plugin.so"
+    def __init__(self, folder: Path | None = None) -> None:
+        folder = folder or library_folder()
+        paths = folder / "libfna_plugin_host.so", folder / LIBRARY
         missing = [path for path in paths if not path.exists()]
         if missing:
             raise MissingCapabilityError(f"{missing[0]} is not built; run: make plugin")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -39,7 +39,7 @@ from fna.export.operators.registry import fna_nodes, has_plugin
 from fna.export.variants import FileVariant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
 from fna.machine import tool_versions
-from fna.plugins.built import TABLE_FOLDER
+from fna.plugins.built import table_folder
 from fna.precision import Precision
 
 
@@ -63,7 +63,7 @@ class BundleOptions:
     precisions: tuple[Precision, ...] = ()
     keep_fp32: tuple[int, ...] = ()
     resolution: tuple[int, int] | None = None
-    table: Path = TABLE_FOLDER
+    table: Path = field(default_factory=table_folder)
 
 
 def write_bundle(

@@ -89,7 +89,7 @@ def command(
             from fna.block_numbers import parse_blocks
             from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
-            from fna.plugins.built import TABLE_FOLDER
+            from fna.plugins.built import table_folder
 
             device = find_target(target)
             photographs, skipped = options.load_photographs(images)
@@ -100,7 +100,7 @@ def command(
                 _parse_precisions(precisions),
                 parse_blocks(keep_fp32),
                 resolution,
-                table or TABLE_FOLDER,
+                table or table_folder(),
             )
             manifest, notes = write_bundle(file, output, bundle_options, say)
             lines += [_describe(manifest, output), *notes]

@@ -9,7 +9,7 @@ The stand-in driver takes libcuda.so.1's place, so the library lives in a proces
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
 from fna.errors import CheckFailedError, MissingCapabilityError
-from fna.plugins.built import LIBRARY_FOLDER, TABLE_FOLDER
+from fna.plugins.built import library_folder, table_folder
 from fna.plugins.host import Plugin, PluginLibrary
 from fna.plugins.ptx.calls import bytes_of, make_memory
 from fna.plugins.ptx.cases import PLAIN
@@ -40,8 +40,8 @@ ALIGNMENT = 256
 class EmulatedGpu:
     """Where the library and its table were built, and the GPU that the driver plays."""
 
-    folder: Path = LIBRARY_FOLDER
-    table: Path = TABLE_FOLDER
+    folder: Path = field(default_factory=library_folder)
+    table: Path = field(default_factory=table_folder)
     sm: int = 87
     multiprocessors: int = 16
 

@@ -1,6 +1,7 @@
 """Compile every kernel variant for every chip, in worker processes, and check what comes out.
 
-A kernel that spills more than `MAX_SPILL_BYTES` per thread or wants more shared memory than its chip has fails the build by name.
+A kernel that spills more than `MAX_SPILL_BYTES` per thread, wants more shared memory than its chip has, or was assembled by a CUDA
+that some of the chip's drivers do not load fails the build by name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from pathlib import Path
 
 from fna.errors import BuildError, CheckFailedError, FnaError, InvalidArgumentError
 from fna.plugins.launch_plan import KernelVariant, all_variants
-from fna.plugins.table.chips import ALL_IMAGES, CHIPS, FALLBACK, FALLBACK_TARGET, chip_name, shared_limit
+from fna.plugins.table.chips import (
+    ALL_IMAGES,
+    CHIPS,
+    FALLBACK,
+    FALLBACK_TARGET,
+    chip_name,
+    newest_toolkit,
+    shared_limit,
+)
 from fna.plugins.table.compile import Compiled, compile_variant
 from fna.plugins.table.write import write_table
 
@@ -36,7 +45,7 @@ def build_table(
 
     Raises:
         MissingCapabilityError: Triton is not installed.
-        CheckFailedError: a kernel spills or wants too much shared memory; names kernel and chip.
+        CheckFailedError: a kernel spills, wants too much shared memory, or is too new; names kernel and chip.
         BuildError: a compiler failed; names kernel and chip.
     """
     unknown = sorted(set(chips) - set(ALL_IMAGES))
@@ -57,7 +66,13 @@ def build_table(
 
 
 def check_entry(entry: Compiled) -> None:
-    """Refuse a kernel that spills or does not fit, naming kernel and chip."""
+    """Refuse a kernel that spills, does not fit, or that older drivers would refuse; names kernel and chip."""
+    newest = newest_toolkit(entry.sm)
+    if entry.sm != FALLBACK and int(entry.toolkit.split(".")[0]) > newest:
+        raise CheckFailedError(
+            f"{entry.variant} on {chip_name(entry.sm)} was assembled by CUDA {entry.toolkit}, whose images drivers of CUDA {newest} "
+            f"refuse; use a Triton that carries the ptxas of CUDA {newest}"
+        )
     if entry.stack > MAX_SPILL_BYTES:
         raise CheckFailedError(
             f"{entry.variant} on {chip_name(entry.sm)} spills {entry.stack} bytes per thread, but at most {MAX_SPILL_BYTES} are "

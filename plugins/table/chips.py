@@ -11,9 +11,12 @@ FALLBACK_TARGET = 80
 FALLBACK_PTX_VERSION = 80
 """PTX ISA 8.0, which drivers of CUDA 12.0 and later read; Triton would write its own compiler's newest."""
 
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """Shared memory per block in KiB, by compute capability times ten (CUDA C++ Programming Guide, technical specifications per
 compute capability; 11.0 is taken to be as 10.0)."""
+
+_FROM_CUDA_13 = (110,)
+"""Chips that no driver of CUDA 12 serves under this number (Thor was 10.1 there)."""
 
 CHIPS = tuple(SHARED_KIB)
 OLDEST_CHIP = min(CHIPS)
@@ -23,6 +26,11 @@ ALL_IMAGES = (*CHIPS, FALLBACK)
 def shared_limit(sm: int) -> int:
     """Bytes of shared memory that a block may have on a chip; the fallback has to fit the smallest."""
     return (min(SHARED_KIB.values()) if sm == FALLBACK else SHARED_KIB[sm]) * 1024
+
+
+def newest_toolkit(sm: int) -> int:
+    """Major release of CUDA that an image may be assembled by, so that every driver that serves the chip loads it."""
+    return 13 if sm in _FROM_CUDA_13 else 12
 
 
 def chip_name(sm: int) -> str:

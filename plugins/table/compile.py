@@ -8,7 +8,9 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fna.errors import BuildError, MissingCapabilityError
 from fna.files import written_whole
@@ -20,7 +22,8 @@ from fna.plugins.table.chips import FALLBACK, FALLBACK_PTX_VERSION, FALLBACK_TAR
 class Compiled:
     """One compiled kernel and what is needed to launch it. `shared` is dynamic, in bytes; `sm` 0 is PTX.
 
-    `image` and `ptx` are files: what a driver loads, and the PTX that it was assembled from.
+    `image` and `ptx` are files: what a driver loads, and the PTX that it was assembled from. `toolkit` is the CUDA release of the
+    assembler, as in "12.9"; a driver of an earlier major release refuses the image.
     """
 
     variant: str
@@ -34,6 +37,7 @@ class Compiled:
     layout: str
     image: str
     ptx: str = ""
+    toolkit: str = ""
 
 
 def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[int, Compiled]:
@@ -57,9 +61,11 @@ def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[in
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
     signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
+    assembler = oldest_assembler(target)
     # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
     key = json.dumps(
-        [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__, 2]
+        [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__]
+        + [assembler.version, 3]
     )
     stem = cache / f"{variant.name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     text = stem.with_suffix(".ptx")
@@ -72,16 +78,18 @@ def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[in
         }
 
     names = list(signature)
-    built = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
-        ),
-        target=GPUTarget("cuda", target, 32),
-        options=options,
-    )
+    with triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = assembler.path
+        built = triton.compile(
+            ASTSource(
+                kernel,
+                signature,
+                constexprs={(names.index(name),): value for name, value in constants.items()},
+                attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+            ),
+            target=GPUTarget("cuda", target, 32),
+            options=options,
+        )
     meta = built.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise BuildError(
@@ -94,23 +102,61 @@ def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[in
         variant=variant.name, sm=target, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
         warps=meta.num_warps, registers=usage["REG"], stack=usage["STACK"],
         layout=registry.parameter_layout(variant), image=str(images[target]), ptx=str(text),
+        toolkit=toolkit_of(built.asm["cubin"]),
     )  # fmt: skip
     write_bytes(record, json.dumps(asdict(entry)).encode())
     return {sm: replace(entry, sm=sm, image=str(image)) for sm, image in images.items()}
 
 
+@cache
+def oldest_assembler(target: int) -> Any:
+    """Return the oldest of Triton's assemblers that knows a chip, as Triton's `NvidiaTool`.
+
+    Triton 3.9 itself takes the newest from sm_90 on, whose images drivers before CUDA 13 (580) refuse.
+
+    Raises:
+        BuildError: if none knows it.
+    """
+    from triton import knobs
+
+    tools = {tool.path: tool for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)}
+    for tool in sorted(tools.values(), key=lambda each: tuple(map(int, each.version.split(".")))):
+        said = subprocess.run([tool.path, "--help"], capture_output=True, text=True, check=False).stdout
+        if f"'sm_{target}'" in said:
+            return tool
+    raise BuildError(f"none of Triton's assemblers knows sm_{target}; install a newer one: pip install -U triton")
+
+
+def toolkit_of(cubin: bytes) -> str:
+    """Return the CUDA release that a cubin was assembled by, such as "12.9".
+
+    Raises:
+        BuildError: if the image does not say.
+    """
+    said = _cuobjdump(cubin, "-elf")
+    found = re.search(r"toolkit=(\d+)\.?(\d)\b", said)  # 129 up to sm_89, 12.9 from sm_90 on
+    if found is None:
+        raise BuildError(f"cuobjdump did not say which CUDA assembled the kernel: {said[:200]}")
+    return f"{found[1]}.{found[2]}"
+
+
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    said = _cuobjdump(cubin, "-res-usage")
+    usage = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", said))
+    if len(usage) != 3:
+        raise BuildError(f"cuobjdump did not say what the kernel uses: {said[:200]}")
+    return {name: int(value) for name, value in usage.items()}
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
-    usage = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", done.stdout + done.stderr))
-    if len(usage) != 3:
-        raise BuildError(f"cuobjdump did not say what the kernel uses: {(done.stdout + done.stderr).strip()[:200]}")
-    return {name: int(value) for name, value in usage.items()}
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fna.errors import InputFileError
-from fna.plugins.built import TABLE_FOLDER
+from fna.plugins.built import table_folder
 from fna.plugins.table.chips import FALLBACK
 
 ENVIRONMENT = "FNA_KERNEL_TABLE"
@@ -51,7 +51,7 @@ class Table:
 def find_table() -> Table | None:
     """The table in the folder that FNA_KERNEL_TABLE names, else the one that `make plugin` built, else None."""
     named = os.environ.get(ENVIRONMENT)
-    folder = Path(named) if named else TABLE_FOLDER
+    folder = Path(named) if named else table_folder()
     if (folder / "kernels.json").exists() and (folder / "kernels.bin").exists():
         return load_table(folder)
     if named:

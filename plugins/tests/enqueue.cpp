@@ -2,7 +2,7 @@
 //   enqueue LIBRARY attention TYPE B H N D S LANDMARK_ROWS BIAS_ROWS SCALE ITERATIONS EXACT_ROWS [MASK_ROWS SINK [STEPS LOW]]
 //   enqueue LIBRARY sampling TYPE B N C S
 // With MASK_ROWS the plugin is of version 2, with STEPS of version 3 and its core chebyshev; 0 rows leave its key_mask out. TYPE is TensorRT's DataType as a number. Input i lies at (i + 1) << 32, the output at 100 << 32, the workspace at 200 << 32.
-// Prints the workspace size, then the log; ends with the plugin's status.
+// Prints the workspace size, the log, and how many kernels came from where; ends with the plugin's status.
 #include "check.hpp"
 #include "host.hpp"
 
@@ -41,9 +41,13 @@ int run(host::Library& library, IPluginV3* plugin, std::vector<host::Tensor> con
     int32_t status = fna_host_prepare(plugin, inputs.data(), count, &output);
     for (int round = 0; round < 2 && status == 0; ++round) // the second launches the same again, loading nothing
     {
-        status = fna_host_enqueue(plugin, inputs.data(), count, &output, address(200), nullptr);
+        status = fna_host_enqueue(plugin, inputs.data(), count, &output, address(200), address(300));
     }
     std::fputs(library.logger().take().c_str(), stdout);
+    int32_t compiled = 0;
+    int32_t fromPtx = 0;
+    reinterpret_cast<void (*)(int32_t*, int32_t*)>(library.find("fnaCountKernels"))(&compiled, &fromPtx);
+    std::printf("kernels: %d compiled, %d from PTX\n", compiled, fromPtx);
     return status == 0 ? 0 : 1;
 }
 

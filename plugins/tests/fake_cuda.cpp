@@ -1,6 +1,6 @@
 // A stand-in for the CUDA driver that writes down everything, one JSON object a line, into the file that FNA_FAKE_CUDA_LOG
 // names. It executes nothing, unless fna_fake_cuda_execute gave it functions that do. FNA_FAKE_CUDA_SM and FNA_FAKE_CUDA_MULTIPROCESSORS say which device it plays; with
-// FNA_FAKE_CUDA_REFUSE_CUBIN it takes PTX only. FNA_FAKE_CUDA_LAYOUTS ("symbol=ppif;...") tells it each kernel's arguments.
+// FNA_FAKE_CUDA_REFUSE_CUBIN it takes PTX only; with FNA_FAKE_CUDA_NO_CONTEXT no context is current until one is pushed. FNA_FAKE_CUDA_LAYOUTS ("symbol=ppif;...") tells it each kernel's arguments.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +15,7 @@ using Launch = int32_t (*)(uint64_t image, char const* symbol, unsigned const* g
 
 Load loadImage = nullptr;
 Launch launchImage = nullptr;
+void* current = std::getenv("FNA_FAKE_CUDA_NO_CONTEXT") == nullptr ? reinterpret_cast<void*>(1) : nullptr;
 
 struct Function
 {
@@ -61,14 +62,33 @@ extern "C"
 
     int32_t cuCtxGetCurrent(void** context)
     {
-        *context = reinterpret_cast<void*>(1);
+        *context = current;
         return 0;
+    }
+
+    int32_t cuCtxPushCurrent_v2(void* context)
+    {
+        current = context;
+        return 0;
+    }
+
+    int32_t cuCtxPopCurrent_v2(void** context)
+    {
+        *context = current;
+        current = nullptr;
+        return 0;
+    }
+
+    int32_t cuStreamGetCtx(void* stream, void** context)
+    {
+        *context = reinterpret_cast<void*>(1);
+        return stream == nullptr ? 201 : 0; // CUDA_ERROR_INVALID_CONTEXT: the legacy stream is the current context's
     }
 
     int32_t cuCtxGetDevice(int32_t* device)
     {
         *device = 0;
-        return 0;
+        return current == nullptr ? 201 : 0;
     }
 
     int32_t cuDeviceGetAttribute(int32_t* value, int32_t attribute, int32_t)
@@ -125,6 +145,10 @@ extern "C"
         void*, void** arguments, void**)
     {
         auto* const kernel = static_cast<Function*>(function);
+        if (current == nullptr)
+        {
+            return 201;
+        }
         if (shared > 48 * 1024 && static_cast<int32_t>(shared) > kernel->shared)
         {
             return 1; // CUDA_ERROR_INVALID_VALUE: the limit was not raised

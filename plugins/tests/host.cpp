@@ -91,6 +91,11 @@ IPluginCreatorV3One* Library::creator(char const* name, char const* version) con
     return nullptr;
 }
 
+void* Library::find(char const* exported) const
+{
+    return dlsym(mHandle, exported);
+}
+
 int32_t Library::count() const
 {
     return static_cast<int32_t>(mCreators.size());

@@ -59,6 +59,7 @@ public:
     nvinfer1::IPluginCreatorV3One* creator(char const* name, char const* version = "1") const; // nullptr when there is none
     int32_t count() const;
     Logger& logger();
+    void* find(char const* exported) const; // nullptr when there is none
 
 private:
     void* mHandle{nullptr};

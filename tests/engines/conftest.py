@@ -49,7 +49,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for machine in ("aarch64", "x86_64"):
         (folder / machine).mkdir()
         for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
-            (folder / machine / name).write_bytes(f"stub of {name} for {machine}".encode())
+            (folder / machine / name).write_bytes(f"stub of {name} for {machine}, opens libnvinfer.so.10\0".encode())
     return folder
 
 

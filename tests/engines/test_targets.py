@@ -9,7 +9,7 @@ from fna.errors import InvalidArgumentError
 from fna.plugins.table.chips import CHIPS
 
 ISSUE = """jetson-orin-nano jetson-orin-nx jetson-agx-orin jetson-thor rtx-turing rtx-ampere rtx-ada rtx-blackwell
-    l4 t4 a100 h100 h200"""
+    dgx-spark l4 t4 a100 h100 h200 b300"""
 
 
 def test_the_table_has_every_device_that_was_asked_for() -> None:
@@ -23,6 +23,11 @@ def test_all_is_what_tensorrt_rtx_builds_for() -> None:
 
 def test_several_targets_are_named_with_commas() -> None:
     assert [target.name for target in find_targets("rtx-ada, l4")] == ["rtx-ada", "l4"]
+
+
+def test_agx_orin_keeps_the_command_line_on_jetpack_7() -> None:
+    """JetPack 7.2 brings Python 3.12; JetPack 6 has 3.10, which is too old for it."""
+    assert find_target("jetson-agx-orin").systems == {"JetPack 6": "10.3", "JetPack 7.2": "10.16"}
 
 
 def test_an_unknown_target_is_refused_with_the_list() -> None:
@@ -39,6 +44,6 @@ def test_rates_and_lowerings_are_consistent(target) -> None:
     assert target.bandwidth_gb_s > 60
     assert (target.lowering == "plugin") == (set(target.capabilities) <= set(CHIPS))
     assert ("bf16" in target.precisions) == (min(target.capabilities) >= 80)
-    assert set(target.systems.values()) <= {"10.3", "10.13"}
+    assert set(target.systems.values()) <= {"10.3", "10.13", "10.16"}
     assert bool(target.systems) == target.name.startswith("jetson")
     assert find_target(target.name) is target

@@ -18,14 +18,14 @@ from fna.plugins.ptx.images import load_images
 from fna.plugins.table import chips
 from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_entry
 from fna.plugins.table.chips import ALL_IMAGES, FALLBACK
-from fna.plugins.table.compile import Compiled
+from fna.plugins.table.compile import Compiled, toolkit_of
 from fna.plugins.table.read import find_table, load_table
 
 from .conftest import TEST_VARIANTS, needs_triton
 
 FINE = Compiled(
     variant="output-fp16-s64-d64", sm=86, symbol="output_kernel", shared=99 * 1024, static_shared=0, warps=8,
-    registers=255, stack=MAX_SPILL_BYTES, layout="pif", image="",
+    registers=255, stack=MAX_SPILL_BYTES, layout="pif", image="", toolkit="12.9",
 )  # fmt: skip
 
 
@@ -83,6 +83,23 @@ def test_a_kernel_with_too_much_shared_memory_fails_the_build_by_name() -> None:
         check_entry(replace(FINE, sm=FALLBACK, shared=163 * 1024))
 
 
+def test_images_are_by_the_oldest_assembler_that_knows_their_chip(table: Path) -> None:
+    """Drivers before CUDA 13 refuse its images, and only Thor needs it."""
+    loaded = load_table(table)
+    releases = {
+        kernel.sm: toolkit_of(loaded.image(kernel)).split(".")[0]
+        for kernel in loaded.kernels.values()
+        if kernel.sm != FALLBACK
+    }
+    assert releases == {sm: "13" if sm == 110 else "12" for sm in chips.CHIPS}
+
+
+def test_an_image_that_older_drivers_refuse_fails_the_build_by_name() -> None:
+    check_entry(replace(FINE, sm=110, toolkit="13.4"))
+    with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 was assembled by CUDA 13\.4"):
+        check_entry(replace(FINE, toolkit="13.4"))
+
+
 def test_the_gate_is_wired_into_the_build(table: Path, tmp_path: Path, monkeypatch) -> None:
     """A limit below what the kernels use stops a real build, before any table is written."""
     monkeypatch.setitem(chips.SHARED_KIB, 87, 1)
@@ -110,7 +127,7 @@ def test_pytorch_finds_the_table_that_the_environment_names(table: Path, tmp_pat
     found = find_table()
     assert found is not None
     assert [kernel.sm for kernel in found.find("output-fp16-s64-d64", 87)] == [87, 0]
-    assert [kernel.sm for kernel in found.find("output-fp16-s64-d64", 121)] == [0]
+    assert [kernel.sm for kernel in found.find("output-fp16-s64-d64", 88)] == [0]
     monkeypatch.setenv("FNA_KERNEL_TABLE", str(tmp_path))
     with pytest.raises(InputFileError, match="FNA_KERNEL_TABLE"):
         find_table()

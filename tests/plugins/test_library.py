@@ -17,6 +17,7 @@ import pytest
 from fna.chebyshev import ChebyshevSteps
 from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
+from fna.plugins.built import LIBRARIES
 from fna.plugins.launch_plan import (
     DTYPES,
     AttentionShape,
@@ -27,14 +28,17 @@ from fna.plugins.launch_plan import (
     sampling_plan,
     workspace_bound,
 )
+from fna.plugins.library import NEWEST_GLIBC, glibc_of
 from fna.plugins.table.compile import Compiled
 from fna.plugins.table.read import load_table
 from fna.plugins.table.write import write_table
 
-from .conftest import BUILD, Programs, build_programs, locked, needs_triton
+from .conftest import BUILD, ROOT, Programs, build_programs, locked, needs_triton
 
 TENSORRT_TYPE = {"fp32": 0, "fp16": 1, "bf16": 7}
 """nvinfer1::DataType: kFLOAT, kHALF, kBF16."""
+
+EXPORTED = {"getCreators", "setLoggerFinder", "fnaCountKernels"}
 
 INPUTS = ("query", "key", "value", "landmarks", "bias")
 
@@ -48,22 +52,32 @@ def needed(library: Path) -> str:
     return subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
 
 
-def test_the_library_exports_exactly_two_symbols(programs: Programs) -> None:
-    assert exported(programs.library) == {"getCreators", "setLoggerFinder"}
+def test_the_library_exports_exactly_its_symbols(programs: Programs) -> None:
+    assert exported(programs.library) == EXPORTED
 
 
 def test_the_library_links_neither_tensorrt_nor_cuda(programs: Programs) -> None:
-    for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
+    for name in LIBRARIES:
         assert not re.search(r"NEEDED.*(nvinfer|cuda|cudart)", needed(programs.folder / name))
 
 
-def test_the_library_runs_on_the_c_library_of_jetpack_6(programs: Programs) -> None:
+def test_the_libraries_run_on_the_c_library_of_jetpack_6(programs: Programs) -> None:
     """Ubuntu 22.04: glibc 2.35, GLIBCXX 3.4.30."""
-    text = subprocess.run(["objdump", "-T", str(programs.library)], capture_output=True, text=True, check=True).stdout
-    glibc = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([0-9.]+)", text))
-    glibcxx = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBCXX_([0-9.]+)", text))
-    assert glibc <= (2, 35)
-    assert glibcxx <= (3, 4, 30)
+    for name in LIBRARIES:
+        library = programs.folder / name
+        text = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+        glibc, glibcxx = (
+            max((tuple(map(int, v.split("."))) for v in re.findall(rf"{symbols}_([0-9.]+)", text)), default=(0,))
+            for symbols in ("GLIBC", "GLIBCXX")
+        )
+        assert glibc_of(library) == glibc <= NEWEST_GLIBC
+        assert glibcxx <= (3, 4, 30)
+
+
+def test_the_libraries_read_no_number_with_the_c_library() -> None:
+    """From glibc 2.38 on those functions are symbols that no older one has; this machine may be too old to show it."""
+    for source in sorted((ROOT / "plugins" / "src").rglob("*.?pp")):
+        assert not re.search(r"\b(ato[ilf]|strto\w+|sscanf|fscanf|stoi|stol|stoul)\(", source.read_text()), source
 
 
 def test_tensorrts_calls_in_its_order(sanitized: Programs) -> None:
@@ -283,7 +297,7 @@ def test_the_library_launches_sampling_as_planned(driver: FakeDriver) -> None:
 SMALL = ("attention", 1, 1, 6, 1370, 64, 64, 1, 1, 0.125, 6, 1)
 
 
-@pytest.mark.parametrize("sm", ["103", "121", "88", "130"])
+@pytest.mark.parametrize("sm", ["88", "101", "130"])
 def test_a_chip_that_the_table_lacks_gets_the_ptx(driver: FakeDriver, sm: str) -> None:
     done, calls = driver.run(*SMALL, FNA_FAKE_CUDA_SM=sm)
     assert done.returncode == 0, done.stdout
@@ -295,6 +309,18 @@ def test_a_driver_that_refuses_the_cubin_gets_the_ptx(driver: FakeDriver) -> Non
     assert done.returncode == 0, done.stdout
     assert {call["kind"] for call in calls if call["call"] == "load"} == {"ptx"}
     assert "does not load" in done.stdout
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_library_tells_how_many_kernels_the_driver_compiled_from_ptx(driver: FakeDriver, refused: bool) -> None:
+    done, _ = driver.run(*SMALL, **({"FNA_FAKE_CUDA_REFUSE_CUBIN": "1"} if refused else {}))
+    assert f"kernels: {'0 compiled, 3 from PTX' if refused else '3 compiled, 0 from PTX'}\n" in done.stdout
+
+
+def test_a_thread_without_a_context_takes_that_of_the_stream(driver: FakeDriver) -> None:
+    done, calls = driver.run(*SMALL, FNA_FAKE_CUDA_NO_CONTEXT="1")
+    assert done.returncode == 0, done.stdout
+    assert calls == driver.run(*SMALL)[1]
 
 
 def test_turing_is_refused_and_told_the_way_out(driver: FakeDriver) -> None:
@@ -318,7 +344,9 @@ def test_the_library_cross_compiles_for_aarch64(table: Path) -> None:
     targets = ("fna_plugin", "fna_plugin_register")
     built = build_programs(table, "aarch64", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", targets=targets)
     assert built.library.read_bytes()[18:20] == (183).to_bytes(2, "little")  # EM_AARCH64
-    assert exported(built.library) == {"getCreators", "setLoggerFinder"}
+    assert exported(built.library) == EXPORTED
+    for name in LIBRARIES:
+        assert glibc_of(built.folder / name) <= NEWEST_GLIBC
 
 
 REGISTRY = """

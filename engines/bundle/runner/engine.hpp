@@ -86,10 +86,19 @@ struct Buffer
     std::vector<char> host;
 };
 
+// What runs at the same time as others: a context, its tensors, and a stream.
+struct Lane
+{
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    std::vector<Buffer> buffers;
+    Handle stream{nullptr};
+};
+
 struct Timing
 {
     int64_t batch{0};
     int64_t runs{0};
+    int64_t streams{1};
     bool graph{false};
     double median{0};
     double p99{0};
@@ -141,29 +150,19 @@ public:
                 options.engine + " cannot be loaded here (" + mLogger.last()
                     + "); engines run on the TensorRT version and GPU that built them: build it again on this device");
         }
-        mContext.reset(mEngine->createExecutionContext());
-        if (!mContext)
-        {
-            throw Error(kMissing, "the engine has no room to run: " + mLogger.last());
-        }
-        mStream = driver.stream();
-        for (int32_t i = 0; i < mEngine->getNbIOTensors(); ++i)
-        {
-            Buffer buffer;
-            buffer.name = mEngine->getIOTensorName(i);
-            buffer.type = mEngine->getTensorDataType(buffer.name.c_str());
-            buffer.isInput = mEngine->getTensorIOMode(buffer.name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
-            mBuffers.push_back(buffer);
-        }
+        mLanes.push_back(makeLane());
         size_t const after = driver.freeMemory();
         deviceMemory = before > after ? before - after : 0;
     }
 
     ~Engine()
     {
-        for (Buffer const& buffer : mBuffers)
+        for (Lane const& lane : mLanes)
         {
-            mDriver.release(buffer.pointer);
+            for (Buffer const& buffer : lane.buffers)
+            {
+                mDriver.release(buffer.pointer);
+            }
         }
     }
 
@@ -173,7 +172,7 @@ public:
     std::vector<std::string> names(bool inputs) const
     {
         std::vector<std::string> matching;
-        for (Buffer const& buffer : mBuffers)
+        for (Buffer const& buffer : mLanes.front().buffers)
         {
             if (buffer.isInput == inputs)
             {
@@ -225,80 +224,78 @@ public:
     }
 
     // Binds inputs and buffers for a batch.
-    void prepare(std::map<std::string, Array> const& inputs, int64_t batch)
+    void prepare(Lane& lane, std::map<std::string, Array> const& inputs, int64_t batch)
     {
-        for (Buffer& buffer : mBuffers)
+        for (Buffer& buffer : lane.buffers)
         {
             if (buffer.isInput)
             {
                 buffer.shape = inputs.at(buffer.name).shape;
                 buffer.shape.front() = batch;
-                if (!mContext->setInputShape(buffer.name.c_str(), dimsOf(buffer.shape)))
+                if (!lane.context->setInputShape(buffer.name.c_str(), dimsOf(buffer.shape)))
                 {
                     throw Error(kBadInput, "the engine does not take input " + buffer.name + " of shape " + shapeText(buffer.shape));
                 }
             }
         }
-        for (Buffer& buffer : mBuffers)
+        for (Buffer& buffer : lane.buffers)
         {
             if (!buffer.isInput)
             {
-                buffer.shape = sides(mContext->getTensorShape(buffer.name.c_str()));
+                buffer.shape = sides(lane.context->getTensorShape(buffer.name.c_str()));
             }
             buffer.host.assign(static_cast<size_t>(product(buffer.shape) * elementBytes(buffer.type)), '\0');
             mDriver.release(buffer.pointer);
             buffer.pointer = mDriver.allocate(buffer.host.size());
-            if (!mContext->setTensorAddress(buffer.name.c_str(), reinterpret_cast<void*>(buffer.pointer)))
+            if (!lane.context->setTensorAddress(buffer.name.c_str(), reinterpret_cast<void*>(buffer.pointer)))
             {
                 throw Error(kBadInput, "TensorRT refuses the buffer of " + buffer.name + ": " + mLogger.last());
             }
         }
     }
 
-    void fill(std::map<std::string, Array> const& inputs, int64_t first)
+    void fill(Lane& lane, std::map<std::string, Array> const& inputs, int64_t first)
     {
-        for (Buffer& buffer : mBuffers)
+        for (Buffer& buffer : lane.buffers)
         {
             if (buffer.isInput)
             {
                 std::vector<float> const batch = takeItems(inputs.at(buffer.name), first, buffer.shape.front());
-                mDriver.toDevice(buffer.pointer, encode(batch, buffer.type), mStream);
+                mDriver.toDevice(buffer.pointer, encode(batch, buffer.type), lane.stream);
             }
         }
     }
 
-    bool enqueue()
+    static bool enqueue(Lane& lane)
     {
-        return mContext->enqueueV3(static_cast<cudaStream_t>(mStream));
+        return lane.context->enqueueV3(static_cast<cudaStream_t>(lane.stream));
     }
 
-    void run()
+    void run(Lane& lane)
     {
-        if (!enqueue())
-        {
-            throw Error(kCheckFailed, "the engine failed to run: " + mLogger.last());
-        }
-        mDriver.synchronize(mStream);
+        launch(lane, nullptr);
+        mDriver.synchronize(lane.stream);
     }
 
     // Runs all items, a batch at a time, and returns the outputs of all.
     std::map<std::string, Array> runAll(std::map<std::string, Array> const& inputs, int64_t batch)
     {
         int64_t const items = inputs.begin()->second.shape.front();
-        prepare(inputs, batch);
+        Lane& lane = mLanes.front();
+        prepare(lane, inputs, batch);
         std::map<std::string, Array> outputs;
         for (int64_t first = 0; first < items; first += batch)
         {
-            fill(inputs, first);
-            run();
+            fill(lane, inputs, first);
+            run(lane);
             int64_t const used = std::min(batch, items - first);
-            for (Buffer& buffer : mBuffers)
+            for (Buffer& buffer : lane.buffers)
             {
                 if (buffer.isInput)
                 {
                     continue;
                 }
-                mDriver.toHost(buffer.host, buffer.pointer, mStream);
+                mDriver.toHost(buffer.host, buffer.pointer, lane.stream);
                 std::vector<float> const values = decode(buffer.host, buffer.type);
                 Array& all = outputs[buffer.name];
                 all.shape = buffer.shape;
@@ -310,61 +307,56 @@ public:
         return outputs;
     }
 
+    // Times runs on `options.streams` streams at once: latency is that of a run among the others, the rate is of all of them.
     Timing time(std::map<std::string, Array> const& inputs, Options const& options, int64_t batch)
     {
-        prepare(inputs, batch);
-        fill(inputs, 0);
-        run();
-        Handle const graph = options.graph ? mDriver.capture(mStream, [this] { return enqueue(); }) : nullptr;
-        if (options.graph && graph == nullptr)
+        while (static_cast<int64_t>(mLanes.size()) < options.streams)
+        {
+            mLanes.push_back(makeLane());
+        }
+        std::vector<Handle> graphs;
+        for (Lane& lane : mLanes)
+        {
+            prepare(lane, inputs, batch);
+            fill(lane, inputs, 0);
+            run(lane);
+            graphs.push_back(options.graph ? mDriver.capture(lane.stream, [&] { return enqueue(lane); }) : nullptr);
+        }
+        if (options.graph && graphs.front() == nullptr)
         {
             std::fprintf(stderr, "fna_runner: this engine cannot be captured as a CUDA graph; timing single launches\n");
         }
-        auto const launch = [&]
+        auto const everyLane = [&](auto&& act)
         {
-            if (graph != nullptr)
+            for (size_t i = 0; i < mLanes.size(); ++i)
             {
-                mDriver.launchGraph(graph, mStream);
-            }
-            else if (!enqueue())
-            {
-                throw Error(kCheckFailed, "the engine failed to run: " + mLogger.last());
+                act(mLanes[i], graphs[i]);
             }
         };
+        auto const wait = [&] { everyLane([&](Lane& lane, Handle) { mDriver.synchronize(lane.stream); }); };
         for (int64_t i = 0; i < options.warmUp; ++i)
         {
-            launch();
+            everyLane([&](Lane& lane, Handle graph) { launch(lane, graph); });
         }
-        mDriver.synchronize(mStream);
+        wait();
         std::vector<std::pair<Handle, Handle>> events;
-        for (int64_t i = 0; i < options.runs; ++i)
+        for (int64_t i = 0; i < options.runs * options.streams; ++i)
         {
             events.emplace_back(mDriver.event(), mDriver.event());
         }
         auto const start = std::chrono::steady_clock::now();
-        for (auto const& [before, after] : events)
+        for (size_t next = 0; next < events.size();)
         {
-            mDriver.record(before, mStream);
-            launch();
-            mDriver.record(after, mStream);
+            everyLane([&](Lane& lane, Handle graph)
+                {
+                    mDriver.record(events[next].first, lane.stream);
+                    launch(lane, graph);
+                    mDriver.record(events[next++].second, lane.stream);
+                });
         }
-        mDriver.synchronize(mStream);
+        wait();
         std::chrono::duration<double> const elapsed = std::chrono::steady_clock::now() - start;
-        std::vector<double> times;
-        for (auto const& [before, after] : events)
-        {
-            times.push_back(mDriver.milliseconds(before, after));
-        }
-        std::sort(times.begin(), times.end());
-        size_t const count = times.size();
-        Timing timing;
-        timing.batch = batch;
-        timing.runs = options.runs;
-        timing.graph = graph != nullptr;
-        timing.median = count % 2 == 1 ? times[count / 2] : (times[count / 2 - 1] + times[count / 2]) / 2;
-        timing.p99 = times[(count * 99 + 99) / 100 - 1];
-        timing.perSecond = static_cast<double>(batch * options.runs) / elapsed.count();
-        return timing;
+        return summarise(events, options, batch, graphs.front() != nullptr, elapsed.count());
     }
 
     // Gives the context the usual shapes first: without them the inspector reports no types of layers whose size is open.
@@ -372,12 +364,12 @@ public:
     {
         for (std::string const& name : names(true))
         {
-            mContext->setInputShape(name.c_str(), mEngine->getProfileShape(name.c_str(), 0, nvinfer1::OptProfileSelector::kOPT));
+            mLanes.front().context->setInputShape(name.c_str(), mEngine->getProfileShape(name.c_str(), 0, nvinfer1::OptProfileSelector::kOPT));
         }
         std::unique_ptr<nvinfer1::IEngineInspector> const inspector(mEngine->createEngineInspector());
         if (inspector)
         {
-            inspector->setExecutionContext(mContext.get());
+            inspector->setExecutionContext(mLanes.front().context.get());
         }
         for (int32_t i = 0; inspector && i < mEngine->getNbLayers(); ++i)
         {
@@ -393,13 +385,63 @@ public:
     size_t deviceMemory{0};
 
 private:
+    Lane makeLane()
+    {
+        Lane lane;
+        lane.context.reset(mEngine->createExecutionContext());
+        if (!lane.context)
+        {
+            throw Error(kMissing, "the engine has no room to run: " + mLogger.last());
+        }
+        lane.stream = mDriver.stream();
+        for (int32_t i = 0; i < mEngine->getNbIOTensors(); ++i)
+        {
+            Buffer buffer;
+            buffer.name = mEngine->getIOTensorName(i);
+            buffer.type = mEngine->getTensorDataType(buffer.name.c_str());
+            buffer.isInput = mEngine->getTensorIOMode(buffer.name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
+            lane.buffers.push_back(buffer);
+        }
+        return lane;
+    }
+
+    void launch(Lane& lane, Handle graph)
+    {
+        if (graph != nullptr)
+        {
+            mDriver.launchGraph(graph, lane.stream);
+        }
+        else if (!enqueue(lane))
+        {
+            throw Error(kCheckFailed, "the engine failed to run: " + mLogger.last());
+        }
+    }
+
+    Timing summarise(std::vector<std::pair<Handle, Handle>> const& events, Options const& options, int64_t batch, bool graph, double seconds)
+    {
+        std::vector<double> times;
+        for (auto const& [before, after] : events)
+        {
+            times.push_back(mDriver.milliseconds(before, after));
+        }
+        std::sort(times.begin(), times.end());
+        size_t const count = times.size();
+        Timing timing;
+        timing.batch = batch;
+        timing.runs = options.runs;
+        timing.streams = options.streams;
+        timing.graph = graph;
+        timing.median = count % 2 == 1 ? times[count / 2] : (times[count / 2 - 1] + times[count / 2]) / 2;
+        timing.p99 = times[(count * 99 + 99) / 100 - 1];
+        timing.perSecond = static_cast<double>(batch * static_cast<int64_t>(count)) / seconds;
+        return timing;
+    }
+
     Driver& mDriver;
     Logger mLogger;
     std::unique_ptr<nvinfer1::IRuntime> mRuntime;
     std::unique_ptr<nvinfer1::ICudaEngine> mEngine;
-    std::unique_ptr<nvinfer1::IExecutionContext> mContext;
-    std::vector<Buffer> mBuffers;
-    Handle mStream{nullptr};
+    std::vector<Lane> mLanes; // the first is the one that outputs are taken from
 };
 
 } // namespace runner

@@ -118,10 +118,12 @@ int runEngine(Options const& options)
         report.timed = true;
         report.timing = engine.time(inputs, options, engine.chooseBatch(input, options.batch, std::numeric_limits<int64_t>::max()));
         Timing const& timing = report.timing;
-        std::printf("latency: batch %lld, median %.3f ms, p99 %.3f ms; %.1f items/s (%lld runs%s)\n",
+        std::printf("latency: batch %lld, median %.3f ms, p99 %.3f ms; %.1f items/s (%lld runs on each of %lld streams%s)\n",
             static_cast<long long>(timing.batch), timing.median, timing.p99, timing.perSecond, static_cast<long long>(timing.runs),
-            timing.graph ? ", CUDA graph" : "");
+            static_cast<long long>(timing.streams), timing.graph ? ", CUDA graph" : "");
     }
+    report.kernels = countKernels(options.plugin);
+    printKernels(report.kernels);
     return finish(report, options, &driver, &engine);
 }
 

@@ -26,6 +26,7 @@ constexpr char const* kUsage = R"(usage: fna_runner ENGINE [options]           r
   --warm-up N               runs before timing  (20)
   --runs N                  timed runs; 0 for none (100)
   --allow-host-code         run the code that a version compatible engine carries
+  --streams N               time N streams at once, each with its own context (1)
   --graph                   time a CUDA graph instead of single launches
   --json FILE               write every number as JSON
 )";
@@ -48,6 +49,7 @@ struct Options
     int64_t batch{0};
     int64_t warmUp{20};
     int64_t runs{100};
+    int64_t streams{1};
     bool graph{false};
     bool allowHostCode{false};
 };
@@ -97,6 +99,7 @@ inline Options parse(std::vector<std::string> const& arguments)
         else if (option == "--batch") { options.batch = whole(1); }
         else if (option == "--warm-up") { options.warmUp = whole(0); }
         else if (option == "--runs") { options.runs = whole(0); }
+        else if (option == "--streams") { options.streams = whole(1); }
         else if (option == "--graph") { options.graph = true; }
         else if (option == "--allow-host-code") { options.allowHostCode = true; }
         else if (option.compare(0, 1, "-") == 0) { throw Error(kBadInput, "unknown option " + option + "; see fna_runner --help"); }

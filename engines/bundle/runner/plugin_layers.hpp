@@ -1,9 +1,12 @@
-// Which of an engine's layers are the plugin's, and in which type, by TensorRT's inspector.
+// Which of an engine's layers are the plugin's, and in which type, by TensorRT's inspector; and which kernels the plugin runs.
 #pragma once
 
 #include "arrays.hpp"
 
 #include <cctype>
+#include <cstdint>
+#include <cstring>
+#include <dlfcn.h>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -24,6 +27,30 @@ struct Layer
         return type.empty() ? "type not reported" : type;
     }
 };
+
+// How many kernels the plugin loaded as compiled for this chip, and how many the driver compiled from PTX.
+struct KernelCounts
+{
+    int32_t compiled{0};
+    int32_t fromPtx{0};
+    bool known{false};
+};
+
+// Asks the library that TensorRT has loaded from `path`.
+inline KernelCounts countKernels(std::string const& path)
+{
+    KernelCounts counts;
+    void* const library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    void* const address = library == nullptr ? nullptr : dlsym(library, "fnaCountKernels");
+    if (address != nullptr)
+    {
+        void (*count)(int32_t*, int32_t*) = nullptr;
+        std::memcpy(&count, &address, sizeof address);
+        count(&counts.compiled, &counts.fromPtx);
+        counts.known = true;
+    }
+    return counts;
+}
 
 // The text of a string field of the inspector's JSON, or nothing.
 inline std::string jsonField(std::string const& json, std::string const& key, size_t from = 0)

@@ -19,6 +19,7 @@ struct Report
     std::vector<std::pair<std::string, Difference>> differences;
     std::vector<Layer> layers;
     std::vector<std::string> failures;
+    KernelCounts kernels;
     bool timed{false};
     Timing timing;
 };
@@ -68,11 +69,16 @@ inline std::string toJson(Report const& report, Options const& options, Driver c
         json += (i == 0 ? "" : ", ") + jsonText(layer.name) + ": " + (layer.isPlugin ? jsonText(layer.typeText()) : "null");
     }
     json += "}";
+    if (report.kernels.known)
+    {
+        json += ", \"kernels\": {\"compiled\": " + std::to_string(report.kernels.compiled)
+            + ", \"from_ptx\": " + std::to_string(report.kernels.fromPtx) + "}";
+    }
     if (report.timed)
     {
         Timing const& timing = report.timing;
         json += ", \"batch\": " + std::to_string(timing.batch) + ", \"runs\": " + std::to_string(timing.runs)
-            + ", \"cuda_graph\": " + (timing.graph ? "true" : "false") + ", \"median_ms\": " + jsonNumber(timing.median)
+            + ", \"streams\": " + std::to_string(timing.streams) + ", \"cuda_graph\": " + (timing.graph ? "true" : "false") + ", \"median_ms\": " + jsonNumber(timing.median)
             + ", \"p99_ms\": " + jsonNumber(timing.p99) + ", \"items_per_second\": " + jsonNumber(timing.perSecond);
     }
     json += ", \"failures\": [";
@@ -105,6 +111,15 @@ inline void printLayers(Report const& report)
         std::printf("; %d in %s", count, type.c_str());
     }
     std::printf("\n");
+}
+
+inline void printKernels(KernelCounts const& kernels)
+{
+    if (kernels.known)
+    {
+        std::printf("kernels: %d compiled for this chip, %d by the driver from PTX%s\n", kernels.compiled, kernels.fromPtx,
+            kernels.fromPtx > 0 ? ": make the bundle again for this chip, or update the driver" : "");
+    }
 }
 
 inline void compareOutputs(Report& report, Options const& options, std::map<std::string, Array> const& outputs)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the engine on this device: checks every file of the bundle, compiles what has to be compiled here (the runner, and the plugin
-# where the prebuilt one does not load), then runs trtexec. Does nothing where the engine is there and nothing it was built from has
+# where the prebuilt one does not load), then runs trtexec. Where nothing can be compiled, the prebuilt plugin alone will do. Does nothing where the engine is there and nothing it was built from has
 # changed. All it makes is in build/.
 #
 # Exit codes: 0 done; 2 bad arguments, a damaged bundle, or a model that TensorRT refuses; 3 this device lacks something.
@@ -151,18 +151,25 @@ folder_with() { # FILE FOLDER...
   return 1
 }
 
-# What every compilation needs: a compiler and both sets of headers.
+# What every compilation needs: a compiler and both sets of headers. Sets `lacking` where one is missing.
 find_compiler() {
-  local machine
+  local machine candidate
   machine=$(uname -m)
-  cxx=${CXX:-g++}
-  command -v "$cxx" > /dev/null || fail 3 "$cxx is not installed, and it is needed to compile $1; apt-get install g++"
+  cxx=
+  for candidate in ${CXX:-g++ c++ clang++}; do
+    if [[ -z $cxx ]] && command -v "$candidate" > /dev/null; then cxx=$candidate; fi
+  done
+  lacking="no C++ compiler is installed (${CXX:-g++, c++, clang++}); apt-get install g++"
+  [[ -n $cxx ]] || return 1
+  lacking="TensorRT's headers are not found; apt-get install libnvinfer-headers-dev, or set TENSORRT_ROOT"
   tensorrt_include=$(folder_with NvInferRuntime.h "${TENSORRT_ROOT:-/nowhere}/include" "${TENSORRT_ROOT:-/nowhere}" \
     "/usr/include/$machine-linux-gnu" /usr/include /usr/local/tensorrt/include) \
-    || fail 3 "TensorRT's headers are not found, and they are needed to compile $1; apt-get install libnvinfer-headers-dev, or set TENSORRT_ROOT"
+    || return 1
+  lacking="CUDA's headers are not found; apt-get install cuda-cudart-dev-12-6 (or -13-0), or set CUDA_ROOT"
   cuda_include=$(folder_with cuda_runtime_api.h "${CUDA_ROOT:-/nowhere}/include" "${CUDA_ROOT:-/nowhere}" /usr/local/cuda/include \
     /usr/local/cuda/targets/*/include /usr/include) \
-    || fail 3 "CUDA's headers are not found, and they are needed to compile $1; apt-get install cuda-cudart-dev-12-6 (or -13-0), or set CUDA_ROOT"
+    || return 1
+  lacking=
 }
 
 sha() { sha256sum "$@" | sha256sum | cut -d ' ' -f 1; }
@@ -191,32 +198,60 @@ make_runner() {
     return
   fi
   [[ $flavour == tensorrt-rtx ]] && library=-ltensorrt_rtx
-  find_compiler "the runner"
+  if ! find_compiler; then
+    [[ -z ${FNA_CHECK:-} ]] || fail 3 "the runner cannot be compiled here: $lacking"
+    say "without the runner, which cannot be compiled here: $lacking"
+    return
+  fi
   runner=build/fna_runner-$flavour
   place=${TENSORRT_ROOT:+$TENSORRT_ROOT/lib}
   compile "the runner" "$runner" runner/fna_runner.cpp ${place:+-L"$place" -Wl,-rpath,"$place"} "$library" -ldl
 }
 
+# Where the self-registering library for this TensorRT is, for hosts that only open a plugin library, such as Triton: it calls what
+# it finds by the major version of its headers. The prebuilt one names that of its own.
+fits() { [[ -f $1 ]] && grep -qa "libnvinfer\.so\.${version%%.*}\b" "$1"; }
+
+compile_register() {
+  compile "the self-registering library" build/plugin/libfna_plugin_register.so -fPIC -shared -fvisibility=hidden -Iplugin/src \
+    plugin/src/common/register.cpp plugin/src/common/host_version.cpp build/plugin/libfna_plugin.so "-Wl,-rpath,\$ORIGIN" -ldl
+  if fits build/plugin/libfna_plugin_register.so; then
+    register=build/plugin/libfna_plugin_register.so
+  else
+    say "Triton cannot use this bundle's plugin: the headers in $tensorrt_include are of another TensorRT than $version"
+  fi
+}
+
 make_plugin() {
-  local prebuilt said
-  prebuilt=plugin/prebuilt/$(uname -m)/libfna_plugin.so
+  local folder said
+  folder=plugin/prebuilt/$(uname -m)
   if [[ " ${PREBUILT_FOR[*]} " == *" $(uname -m) "* ]]; then
-    if said=$("$runner" --check-plugin "$prebuilt" 2>&1); then
-      plugin=$prebuilt
+    if [[ -z $runner ]] || said=$("$runner" --check-plugin "$folder/libfna_plugin.so" 2>&1); then
+      plugin=$folder/libfna_plugin.so
+      if fits "$folder/libfna_plugin_register.so"; then
+        register=$folder/libfna_plugin_register.so
+      elif find_compiler; then
+        mkdir -p build/plugin # both in one place: the one looks for the other beside it
+        cp "$plugin" build/plugin/libfna_plugin.so
+        plugin=build/plugin/libfna_plugin.so
+        compile_register
+      else
+        say "Triton cannot use this bundle's plugin with TensorRT $version: $lacking"
+      fi
       return
     fi
     say "the prebuilt plugin does not load here ($said)"
   fi
-  find_compiler "the plugin"
+  find_compiler || fail 3 "the plugin cannot be compiled here: $lacking"
   mkdir -p build/plugin
   plugin=build/plugin/libfna_plugin.so
   compile "the plugin" "$plugin" -fPIC -shared -fvisibility=hidden -fvisibility-inlines-hidden -Iplugin/src -Iplugin/kernels \
     "-DFNA_KERNEL_DATA=\"$PWD/plugin/kernels/kernels.bin\"" "${PLUGIN_SOURCES[@]}" \
     -Wl,-soname,libfna_plugin.so -Wl,--version-script=plugin/src/common/exports.map -Wl,--no-undefined -ldl
-  said=$("$runner" --check-plugin "$plugin" 2>&1) || fail 3 "the plugin compiles, but does not load: $said"
-  # For hosts that dlopen a plugin library and expect it to register itself, such as Triton Inference Server.
-  compile "the self-registering library" build/plugin/libfna_plugin_register.so -fPIC -shared -fvisibility=hidden -Iplugin/src \
-    plugin/src/common/register.cpp plugin/src/common/host_version.cpp "$plugin" "-Wl,-rpath,\$ORIGIN" -ldl
+  if [[ -n $runner ]]; then
+    said=$("$runner" --check-plugin "$plugin" 2>&1) || fail 3 "the plugin compiles, but does not load: $said"
+  fi
+  compile_register
 }
 
 # What trtexec's --minShapes and the like take: every input as name:BATCHx3x518x518.
@@ -285,8 +320,10 @@ fi
 if knows timingCacheFile; then arguments+=("--timingCacheFile=build/timing-$flavour-$version.cache"); fi
 if knows profilingVerbosity; then arguments+=(--profilingVerbosity=detailed); fi
 
-if [[ -z $dry_run ]]; then make_runner; fi
+runner=
 plugin=
+register=
+if [[ -z $dry_run ]]; then make_runner; fi
 if [[ $lowering == plugin ]]; then
   needs dynamicPlugins
   if [[ -z $dry_run ]]; then make_plugin; fi
@@ -326,6 +363,7 @@ if [[ -n $output ]]; then
   mv "$output.part" "$output"
   say "copied to $output"
 fi
+if [[ -n $register ]]; then say "for Triton: tritonserver --backend-config=tensorrt,plugins=$PWD/$register --model-repository=MODELS"; fi
 printf '%s=%q\n' ENGINE "$engine" PLUGIN "$plugin" PRECISION "$precision" LOWERING "$lowering" FLAVOUR "$flavour" RUNNER "$runner" \
   HOST_CODE "$host_code" \
   > build/last.sh

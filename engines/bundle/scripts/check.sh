@@ -8,10 +8,11 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: ./check.sh [--runs N] [--graph] [options of build_engine.sh]
+usage: ./check.sh [--runs N] [--graph] [--streams N] [options of build_engine.sh]
 
-  --runs N   timed runs (100); 0 checks only
-  --graph    time a CUDA graph instead of single launches
+  --runs N      timed runs (100); 0 checks only
+  --graph       time a CUDA graph instead of single launches
+  --streams N   time N streams at once: what several cameras get
 END
 }
 
@@ -34,6 +35,11 @@ while (($#)); do
       runs=$2
       shift
       ;;
+    --streams)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,2}$ ]] || fail 2 "--streams needs a number; see --help"
+      options+=(--streams "$2")
+      shift
+      ;;
     --graph) options+=(--graph) ;;
     --dry-run) fail 2 "--dry-run is an option of build_engine.sh" ;;
     -h | --help)
@@ -49,7 +55,7 @@ while (($#)); do
   shift
 done
 
-./build_engine.sh ${build[@]+"${build[@]}"}
+FNA_CHECK=1 ./build_engine.sh ${build[@]+"${build[@]}"}
 # shellcheck source=/dev/null
 source ./settings.sh
 # shellcheck source=/dev/null
@@ -58,7 +64,7 @@ source ./build/last.sh
 power() {
   if [[ -r /proc/device-tree/model ]]; then say "machine: $(tr -d '\0' < /proc/device-tree/model)"; fi
   if [[ -r /etc/nv_tegra_release ]]; then say "release: $(head -n 1 /etc/nv_tegra_release)"; fi
-  if command -v nvpmodel > /dev/null; then say "power mode: $(nvpmodel -q 2> /dev/null | tr '\n' ' ' || true)"; fi
+  if command -v nvpmodel > /dev/null; then nvpmodel -q --verbose 2> /dev/null || true; fi
   if command -v jetson_clocks > /dev/null; then
     # It wants root; ask only where that needs no password.
     if clocks=$(jetson_clocks --show 2> /dev/null || sudo -n jetson_clocks --show 2> /dev/null); then
@@ -78,6 +84,41 @@ power() {
   fi
 }
 
+# Text as a JSON string.
+quoted() { printf '"%s"' "$(tr '\n\t' '  ' <<< "$1" | sed 's/[\\"]/\\&/g; s/ *$//')"; }
+
+# Adds to the runner's numbers what they depend on: the power mode, the clocks before and after, and tegrastats between.
+record_power() {
+  local mode=
+  [[ -s build/check.json ]] || return 0
+  if command -v nvpmodel > /dev/null; then mode=$(nvpmodel -q 2> /dev/null || true); fi
+  sed -i '$ s/}$//' build/check.json
+  {
+    printf ', "power_mode": %s, "power_before": %s, "power_after": %s' "$(quoted "$mode")" "$(quoted "$1")" "$(quoted "$2")"
+    if [[ -s build/tegrastats.log ]]; then awk "$tegrastats_summary" build/tegrastats.log; fi
+    say "}"
+  } >> build/check.json
+}
+
+# Of tegrastats' lines: mean and largest power of each rail (VDD_IN 4612mW/4500mW), largest temperature of each sensor (gpu@43.2C).
+# shellcheck disable=SC2016
+tegrastats_summary='
+  { for (i = 1; i <= NF; i++) {
+      if ($i ~ /^[0-9]+mW(\/|$)/) {
+        rail = $(i - 1); power = $i + 0; sum[rail] += power; seen[rail]++
+        if (power > most[rail]) most[rail] = power
+      } else if ($i ~ /^[a-zA-Z0-9_]+@-?[0-9.]+C$/) {
+        split($i, part, "@"); heat = part[2] + 0
+        if (!(part[1] in hottest) || heat > hottest[part[1]]) hottest[part[1]] = heat
+      } } }
+  END {
+    printf ", \"tegrastats\": {\"samples\": %d, \"power_mw\": {", NR
+    for (rail in sum) { printf "%s\"%s\": {\"mean\": %.0f, \"largest\": %d}", mark, rail, sum[rail] / seen[rail], most[rail]; mark = ", " }
+    mark = ""; printf "}, \"largest_celsius\": {"
+    for (name in hottest) { printf "%s\"%s\": %g", mark, name, hottest[name]; mark = ", " }
+    printf "}}"
+  }'
+
 tolerance=TOLERANCE_$PRECISION
 read -r relative_l2 cosine <<< "${!tolerance}"
 options+=(--relative-l2 "$relative_l2" --cosine "$cosine" --runs "$runs" --json build/check.json)
@@ -87,13 +128,23 @@ if [[ -n $HOST_CODE ]]; then options+=(--allow-host-code); fi
 if [[ -n $PLUGIN ]]; then options+=(--plugin "$PLUGIN" --plugin-layers "check/plugin_layers.$PRECISION.txt"); fi
 
 say "reference: $REFERENCE; tolerance at $PRECISION: relative L2 $relative_l2, cosine $cosine"
-power
+before=$(power)
+say "$before"
+rm -f build/check.json build/tegrastats.log
+sampler=
+if ((runs > 0)) && command -v tegrastats > /dev/null; then
+  tegrastats --interval 200 > build/tegrastats.log &
+  sampler=$!
+fi
 code=0
 "$RUNNER" "$ENGINE" "${options[@]}" || code=$?
+if [[ -n $sampler ]]; then kill "$sampler" 2> /dev/null || true; fi
+after=$(power)
 if ((runs > 0 && code < 2)); then
   say "after the timed runs:"
-  power
+  say "$after"
 fi
+record_power "$before" "$after"
 case $code in
   0) say "check passed; numbers in build/check.json" ;;
   1) say "check FAILED; numbers in build/check.json" >&2 ;;

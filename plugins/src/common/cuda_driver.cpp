@@ -31,6 +31,9 @@ struct Driver
 {
     int32_t (*ctxGetCurrent)(CUcontext*){nullptr};
     int32_t (*ctxGetDevice)(int32_t*){nullptr};
+    int32_t (*ctxPushCurrent)(CUcontext){nullptr};
+    int32_t (*ctxPopCurrent)(CUcontext*){nullptr};
+    int32_t (*streamGetCtx)(CUstream, CUcontext*){nullptr};
     int32_t (*ctxGetId)(CUcontext, unsigned long long*){nullptr}; // from CUDA 12.0 on
     int32_t (*deviceGetAttribute)(int32_t*, int32_t, int32_t){nullptr};
     int32_t (*moduleLoadData)(CUmodule*, void const*){nullptr};
@@ -59,6 +62,8 @@ Driver openDriver()
         return driver;
     }
     driver.found = bind(library, "cuCtxGetCurrent", driver.ctxGetCurrent) && bind(library, "cuCtxGetDevice", driver.ctxGetDevice)
+        && bind(library, "cuCtxPushCurrent_v2", driver.ctxPushCurrent) && bind(library, "cuCtxPopCurrent_v2", driver.ctxPopCurrent)
+        && bind(library, "cuStreamGetCtx", driver.streamGetCtx)
         && bind(library, "cuDeviceGetAttribute", driver.deviceGetAttribute)
         && bind(library, "cuModuleLoadData", driver.moduleLoadData)
         && bind(library, "cuModuleGetFunction", driver.moduleGetFunction)
@@ -153,6 +158,15 @@ public:
         return true;
     }
 
+    void count(int32_t& compiled, int32_t& fromPtx)
+    {
+        std::lock_guard<std::mutex> const lock(mMutex);
+        for (auto const& [key, kernel] : mKernels)
+        {
+            ++(kernel.entry->sm == 0 ? fromPtx : compiled);
+        }
+    }
+
 private:
     bool load(KernelEntry const& entry, LoadedKernel& kernel, nvinfer1::ILogger::Severity severity)
     {
@@ -233,6 +247,37 @@ bool checkDevice(Device const& device) noexcept
 bool loadKernel(char const* variant, Device const& device, LoadedKernel& kernel) noexcept
 {
     return guarded("loadKernel", false, [&] { return cache().find(device, variant, kernel); });
+}
+
+void countKernels(int32_t& compiled, int32_t& fromPtx) noexcept
+{
+    compiled = 0;
+    fromPtx = 0;
+    guarded("countKernels", false, [&] {
+        cache().count(compiled, fromPtx);
+        return true;
+    });
+}
+
+bool hasContext() noexcept
+{
+    CUcontext context = nullptr;
+    return !driver().found || driver().ctxGetCurrent(&context) != kSuccess || context != nullptr;
+}
+
+StreamContext::StreamContext(CUstream stream) noexcept
+{
+    CUcontext context = nullptr;
+    mPushed = !hasContext() && driver().streamGetCtx(stream, &context) == kSuccess && driver().ctxPushCurrent(context) == kSuccess;
+}
+
+StreamContext::~StreamContext()
+{
+    CUcontext context = nullptr;
+    if (mPushed)
+    {
+        driver().ctxPopCurrent(&context);
+    }
 }
 
 bool launchKernel(LoadedKernel const& kernel, uint32_t const (&grid)[3], void const* const* arguments, CUstream stream) noexcept

@@ -44,6 +44,26 @@ bool checkDevice(Device const& device) noexcept;
 // driver refuses it. False, and logged, when neither is to be had. Not for use while a stream is captured.
 bool loadKernel(char const* variant, Device const& device, LoadedKernel& kernel) noexcept;
 
+// How many kernels were loaded as compiled for the chip, and how many the driver compiled from PTX.
+void countKernels(int32_t& compiled, int32_t& fromPtx) noexcept;
+
+// Whether the calling thread has a context, or there is no driver that could have one.
+bool hasContext() noexcept;
+
+// While it lives, the calling thread has a context: its own, or where it has none that of the stream. TensorRT's callers need not
+// have made one current in the thread that they enqueue from.
+class StreamContext
+{
+public:
+    explicit StreamContext(CUstream stream) noexcept;
+    ~StreamContext();
+    StreamContext(StreamContext const&) = delete;
+    StreamContext& operator=(StreamContext const&) = delete;
+
+private:
+    bool mPushed{false};
+};
+
 // `arguments` points to one value for each letter of the kernel's layout.
 bool launchKernel(LoadedKernel const& kernel, uint32_t const (&grid)[3], void const* const* arguments, CUstream stream) noexcept;
 

@@ -1,6 +1,7 @@
 #include "common/exports.hpp"
 
 #include "attention/attention_plugin.hpp"
+#include "common/cuda_driver.hpp"
 #include "common/logging.hpp"
 #include "sampling/sampling_plugin.hpp"
 
@@ -23,4 +24,9 @@ nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
 {
     fna::useLoggerFinder(finder);
+}
+
+void fnaCountKernels(int32_t* compiled, int32_t* fromPtx)
+{
+    fna::countKernels(*compiled, *fromPtx);
 }

@@ -188,13 +188,14 @@ public:
             return kFailed;
         }
         mInputs = nbInputs;
-        return prepare(in) ? kOk : kFailed;
+        return !hasContext() || prepare(in) ? kOk : kFailed; // without a context enqueue does it, which has a stream
     }
 
     int32_t enqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const*, void const* const* inputs,
         void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
         // Nothing to do but launch, when onShapeChange saw these shapes; it is what TensorRT calls first.
+        StreamContext const context(reinterpret_cast<CUstream>(stream));
         if (inputDesc == nullptr || inputs == nullptr || outputs == nullptr || !prepare(inputDesc))
         {
             return kFailed;

@@ -194,6 +194,7 @@ def test_help_tells_every_option(runner: Path) -> None:
         "--relative-l2",
         "--plugin-layers",
         "--graph",
+        "--streams",
         "--json",
         "--check-plugin",
     ):
@@ -266,6 +267,38 @@ def test_a_cuda_graph_is_timed_where_the_engine_can_be_captured(device: StandInD
     assert done.returncode == 0
     assert "cannot be captured as a CUDA graph" in done.stderr
     assert "CUDA graph" not in done.stdout
+
+
+def test_several_streams_are_timed_together(device: StandInDevice) -> None:
+    done = device.run(
+        "engine", "--input", "x.npy", "--runs", 10, "--warm-up", 0, "--streams", 3, "--json", "check.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 runs on each of 3 streams" in done.stdout
+    numbers = json.loads((device.folder / "check.json").read_text())
+    assert (numbers["streams"], numbers["runs"]) == (3, 10)
+    assert done.stdout.count("stand-in context: made") == 3
+
+
+PLUGIN = """
+#include <NvInferRuntime.h>
+#define OUT extern "C" __attribute__((visibility("default")))
+OUT void* const* getCreators(int& count) { static void* creators[1]; count = 1; return creators; }
+OUT void fnaCountKernels(int* compiled, int* fromPtx) { *compiled = 2; *fromPtx = 1; }
+"""
+
+
+def test_kernels_that_the_driver_compiled_from_ptx_are_told(device: StandInDevice, headers: Headers) -> None:
+    (device.folder / "plugin.cpp").write_text(PLUGIN)
+    compile_cpp("-shared", "-fPIC", *headers.flags, device.folder / "plugin.cpp", "-o", device.folder / "plugin.so")
+    arguments = ["engine", "--input", "x.npy", "--runs", 0, "--json", "check.json"]
+    done = device.run(*arguments, "--plugin", "./plugin.so")
+    assert "kernels: 2 compiled for this chip, 1 by the driver from PTX: make the bundle again" in done.stdout, (
+        done.stderr
+    )
+    assert json.loads((device.folder / "check.json").read_text())["kernels"] == {"compiled": 2, "from_ptx": 1}
+    assert device.run(*arguments).returncode == 0
+    assert "kernels" not in json.loads((device.folder / "check.json").read_text())
 
 
 def test_wrong_outputs_exit_with_1_and_name_the_output(device: StandInDevice) -> None:

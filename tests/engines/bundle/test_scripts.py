@@ -5,6 +5,7 @@ The stand-ins (tests/engines/stand_in) record what they are called with; the scr
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import ROOT, STAND_IN, Headers, make_bundle
+from ..conftest import ROOT, STAND_IN, Headers, compile_cpp, make_bundle
 
 SCRIPTS = ROOT / "engines" / "bundle" / "scripts"
 ENGINE = "build/model-fp32-plugin-tensorrt.engine"
@@ -215,6 +216,70 @@ def test_without_trtexec_the_device_is_told_what_to_install(bundle: Path, tmp_pa
     assert "apt-get install libnvinfer-bin" in done.stderr
 
 
+def test_the_prebuilt_libraries_are_named_for_triton_where_they_fit(device: Device) -> None:
+    done = device.run("build_engine.sh")
+    register = device.root / "plugin/prebuilt" / os.uname().machine / "libfna_plugin_register.so"
+    assert f"for Triton: tritonserver --backend-config=tensorrt,plugins={register}" in done.stdout
+    assert register.is_file()
+    assert "compiling" not in done.stdout
+
+
+def seal(root: Path) -> None:
+    """Write a bundle's checksums anew."""
+    names = [line.split("  ")[1] for line in (root / "SHA256SUMS").read_text().splitlines()]
+    done = subprocess.run(["sha256sum", *names], capture_output=True, text=True, check=True, cwd=root)
+    (root / "SHA256SUMS").write_text(done.stdout)
+
+
+@pytest.fixture
+def device_11(device: Device, headers: Headers, tmp_path: Path) -> Device:
+    """A device with TensorRT 11 and its headers, for which the prebuilt plugin loads."""
+    include = shutil.copytree(headers.tensorrt, tmp_path / "tensorrt-11" / "include")
+    version = include / "NvInferVersion.h"
+    text = re.sub(r"(define (?:TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR)) 10\b", r"\1 11", version.read_text())
+    version.write_text(text)
+    library = device.root / "plugin/prebuilt" / os.uname().machine / "libfna_plugin.so"
+    source = tmp_path / "stub.cpp"
+    source.write_text('extern "C" void* const* getCreators(int& count) { count = 0; return nullptr; }\n')
+    compile_cpp("-shared", "-fPIC", source, "-Wl,-soname,libfna_plugin.so", "-o", library)
+    seal(device.root)
+    device.env |= {"STAND_IN_VERSION": "110401", "TENSORRT_ROOT": str(include.parent), "CUDA_ROOT": str(headers.cuda)}
+    return device
+
+
+def test_under_another_tensorrt_the_library_for_triton_is_compiled_beside_the_plugin(device_11: Device) -> None:
+    """The plugin itself loads under any version; what registers it calls the registry of one."""
+    done = device_11.run("build_engine.sh")
+    assert done.returncode == 0, done.stderr
+    folder = device_11.root / "build" / "plugin"
+    assert f"--backend-config=tensorrt,plugins={folder}/libfna_plugin_register.so" in done.stdout
+    assert b"libnvinfer.so.11" in (folder / "libfna_plugin_register.so").read_bytes()
+    assert (folder / "libfna_plugin.so").is_file()
+    assert "--dynamicPlugins=build/plugin/libfna_plugin.so" in device_11.calls()[0]
+    assert "compiling" not in device_11.run("build_engine.sh").stdout
+
+
+def test_headers_of_another_tensorrt_than_the_one_that_runs_are_named(device_11: Device) -> None:
+    done = device_11.run("build_engine.sh", STAND_IN_VERSION="120000")
+    assert done.returncode == 0, done.stderr
+    assert "Triton cannot use this bundle's plugin: the headers in" in done.stdout
+    assert "--backend-config" not in done.stdout
+
+
+@pytest.mark.parametrize("missing", [{"CXX": "no-such-compiler"}, {"TENSORRT_ROOT": "/nowhere"}])
+def test_without_compiler_or_headers_the_engine_is_built_but_not_checked(
+    device: Device, missing: dict[str, str]
+) -> None:
+    del device.env["FNA_RUNNER"]
+    done = device.run("build_engine.sh", **missing)
+    assert done.returncode == 0, done.stderr
+    assert "without the runner, which cannot be compiled here: " in done.stdout
+    assert (device.root / ENGINE).is_file()
+    done = device.run("check.sh", **missing)
+    assert done.returncode == 3
+    assert "the runner cannot be compiled here: " in done.stderr
+
+
 def test_tensorrt_rtx_gets_the_portable_model(tiny: Path, table: Path, tmp_path: Path) -> None:
     root = make_bundle(tiny, tmp_path / "ada", table, target="rtx-ada")
     device = make_device(root, tmp_path / "bin", "tensorrt_rtx", "runner")
@@ -226,11 +291,8 @@ def test_tensorrt_rtx_gets_the_portable_model(tiny: Path, table: Path, tmp_path:
 
 
 def test_check_runs_the_recorded_photographs_against_the_recorded_outputs(device: Device) -> None:
-    (device.bin / "nvpmodel").write_text("#!/bin/sh\necho NV Power Mode: MAXN\necho 0\n")
-    (device.bin / "nvpmodel").chmod(0o755)
     done = device.run("check.sh", "--precision", "fp16", "--runs", "50", "--graph")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("power mode: NV Power Mode: MAXN 0") == 2
     assert "tolerance at fp16: relative L2 0.02, cosine 0.999" in done.stdout
     assert "check passed" in done.stdout
     probe, call = device.calls("runner")
@@ -255,6 +317,46 @@ def test_check_runs_the_recorded_photographs_against_the_recorded_outputs(device
     for option in ("--input", "--expect", "--plugin-layers"):
         name = call[call.index(option) + 1]
         assert (device.root / name.rsplit("=", 1)[-1]).is_file()
+
+
+NVPMODEL = """#!/bin/sh
+[ "$2" = --verbose ] && echo 'NVPM VERB: PARAM GPU_POWER: ARG MAX_FREQ: REAL_VAL: 1020000000 CONF_VAL: 1020000000'
+echo NV Power Mode: MAXN_SUPER
+echo 2
+"""
+TEGRASTATS = """#!/bin/sh
+# Two lines of an Orin Nano, then as tegrastats does: until it is stopped.
+echo 'RAM 3345/7620MB (lfb 4x4MB) CPU [1%@729,off] GR3D_FREQ 0%@[305] cpu@45.3C gpu@43.2C VDD_IN 4612mW/4612mW VDD_SOC 1444mW/1444mW'
+echo 'RAM 3345/7620MB (lfb 4x4MB) CPU [9%@729,off] GR3D_FREQ 9%@[918] cpu@46C gpu@51.5C VDD_IN 9000mW/6806mW VDD_SOC 1446mW/1445mW'
+exec sleep 60
+"""
+
+
+def test_power_mode_clocks_and_what_tegrastats_saw_stand_beside_the_latency(device: Device) -> None:
+    """MAXN is mode 0 on some modules and 2 on others, so that no number is assumed."""
+    for name, text in (("nvpmodel", NVPMODEL), ("tegrastats", TEGRASTATS)):
+        (device.bin / name).write_text(text)
+        (device.bin / name).chmod(0o755)
+    done = device.run("check.sh", STAND_IN_RUNNER_SECONDS="0.5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("NVPM VERB: PARAM GPU_POWER") == 2
+    numbers = json.loads((device.root / "build" / "check.json").read_text())
+    assert numbers["median_ms"] == 5
+    assert numbers["power_mode"] == "NV Power Mode: MAXN_SUPER 2"
+    assert "REAL_VAL: 1020000000" in numbers["power_before"]
+    assert "REAL_VAL: 1020000000" in numbers["power_after"]
+    assert numbers["tegrastats"] == {
+        "samples": 2,
+        "power_mw": {"VDD_IN": {"mean": 6806, "largest": 9000}, "VDD_SOC": {"mean": 1445, "largest": 1446}},
+        "largest_celsius": {"cpu": 46, "gpu": 51.5},
+    }
+
+
+def test_streams_reach_the_runner(device: Device) -> None:
+    assert device.run("check.sh", "--streams", "4").returncode == 0
+    call = device.calls("runner")[-1]
+    assert call[call.index("--streams") + 1] == "4"
+    assert device.run("check.sh", "--streams", "many").returncode == 2
 
 
 @pytest.mark.parametrize("code", [1, 2, 3])

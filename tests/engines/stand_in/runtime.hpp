@@ -67,6 +67,7 @@ struct Context : IExecutionContext
 {
     explicit Context(float factor)
     {
+        std::printf("stand-in context: made\n");
         mOwn.mFactor = factor;
         mImpl = &mOwn;
     }
