@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
+from fna.plugins.focal_plan import focal_plan
 from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, sampling_plan
-from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, launch_jit, scratch_views
+from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, focal_shape, launch_jit, scratch_views
 
 POISON = 0x7F
 """Every byte of scratch and output starts as this: 3.4e38 as fp32, NaN as fp16, so that a read before a write shows."""
@@ -60,6 +61,29 @@ def run_attention(
     # Without a mask nothing may read it: the stand-in is too short for that.
     mask = torch.zeros(0, dtype=torch.int32) if key_mask is None else key_mask
     tensors = {"query": query, "key": key, "value": value, "landmarks": landmarks, "bias": bias, "key_mask": mask}
+    return run_plan(plan, {**tensors, "out": out})
+
+
+def run_focal(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    tile_queries: Tensor,  # [T, Q], int32
+    tile_keys: Tensor,  # [T, K], int32
+    tile_bias: Tensor,  # [T, K], fp32
+    *,
+    prefix_tokens: int,
+    hot: int,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+) -> dict[str, Tensor]:
+    """Run FocalAttention; return `out [B, H, N, D]` and every scratch buffer, flat, by name."""
+    plan = focal_plan(
+        focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens=prefix_tokens, hot=hot,
+        scale=query.shape[3] ** -0.5, strides=Strides(*query.stride()[:3]),
+    )  # fmt: skip
+    out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
+    tensors = {"query": query, "key": key, "value": value, "tile_queries": tile_queries, "tile_keys": tile_keys}
+    tensors |= {"tile_bias": tile_bias, "key_mask": torch.zeros(0, dtype=torch.int32) if key_mask is None else key_mask}
     return run_plan(plan, {**tensors, "out": out})
 
 

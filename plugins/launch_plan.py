@@ -51,6 +51,9 @@ FPS_ONE_LAUNCH_BYTES = 256 * 1024
 """One program per image rereads its tokens at every step: worth it while they stay in the cache beside it (estimate)."""
 FPS_TILE = 64
 
+MAX_HOT = 64
+"""Hot keys of focal attention."""
+
 NORM_GRID_TOKENS = 16384
 NORM_GRID_BY_NORM = 32
 
@@ -296,7 +299,7 @@ def _attention_buffers(shape: AttentionShape, head_splits: int, chebyshev: bool)
         "mixed_scale": shape.batch * shape.heads * block_d * 4,
         "between": rows * (3 if chebyshev else 2) * block_d * 4,
     }
-    return _lay_out(sizes)
+    return lay_out(sizes)
 
 
 def attention_plan(
@@ -404,7 +407,7 @@ def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_land
             )
         )
     tiles = -(-tokens // FPS_TILE)
-    buffers = _lay_out(
+    buffers = lay_out(
         {"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4}
     )
     launches = tuple(
@@ -445,7 +448,7 @@ def norm_grid_plan(
             ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm),
         ),
     )
-    return LaunchPlan(launches, _lay_out({"norms": batch * tokens * 4}))
+    return LaunchPlan(launches, lay_out({"norms": batch * tokens * 4}))
 
 
 def all_variants() -> tuple[KernelVariant, ...]:
@@ -458,13 +461,15 @@ def all_variants() -> tuple[KernelVariant, ...]:
             for s_pad in LANDMARK_PADDINGS
             for block_d in HEAD_PADDINGS
         ),
+        *(KernelVariant(k, t, 0, d) for k in ("focal_hot", "focal") for t in DTYPES for d in HEAD_PADDINGS),
         *(KernelVariant(k, t, s) for k in ("finish", "finish_chebyshev") for t in DTYPES for s in LANDMARK_PADDINGS),
         *(KernelVariant(name, t, 0, c) for name in ("fps", "fps_step", "norms") for t in DTYPES for c in (0, 16)),
         KernelVariant("norm_grid", "fp32"),
     )
 
 
-def _lay_out(sizes: dict[str, int]) -> dict[str, Buffer]:
+def lay_out(sizes: dict[str, int]) -> dict[str, Buffer]:
+    """Buffers of these sizes in bytes, each aligned, one after the other."""
     buffers, offset = {}, 0
     for name, size in sizes.items():
         buffers[name] = Buffer(offset, size)

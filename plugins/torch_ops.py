@@ -1,4 +1,4 @@
-"""The same kernels under PyTorch: `fna::attention` and `fna::farthest_point_sampling` on CUDA tensors.
+"""The same kernels under PyTorch: `fna::attention`, `fna::focal_attention` and `fna::farthest_point_sampling` on CUDA tensors.
 
 `register()` gives the operators a CUDA kernel: from the built table where there is one, else through Triton's just-in-time
 compiler, else none (then the plain-torch twin runs). `fna` finds it through the entry point group `fna.cuda_kernels` when the
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps, chebyshev_from
+from fna.focal import focal_attention_reference
+from fna.plugins.focal_plan import FOCAL_ROWS, FocalShape, focal_plan
 from fna.plugins.launch_plan import (
     HEAD_SIZE_STEP,
     MAX_GRID_Y,
     MAX_HEAD_SIZE,
+    MAX_HOT,
     MAX_ITERATIONS,
     MAX_LANDMARKS,
     NORM_GRID_TOKENS,
@@ -50,6 +53,7 @@ def register() -> bool:
         return False
     torch.library.register_kernel("fna::attention", "cuda", attention)
     torch.library.register_kernel("fna::attention_with_key_mask", "cuda", attention_with_key_mask)
+    torch.library.register_kernel("fna::focal_attention", "cuda", focal_attention)
     torch.library.register_kernel("fna::farthest_point_sampling", "cuda", farthest_points)
     torch.library.register_kernel("fna::norm_grid_landmarks", "cuda", norm_grid)
     return True
@@ -141,6 +145,60 @@ def attention_shape(
     )  # fmt: skip
 
 
+def focal_attention(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    tile_queries: Tensor,  # [T, Q], int32
+    tile_keys: Tensor,  # [T, K], int32
+    tile_bias: Tensor,  # [T, K], fp32
+    places: Tensor,  # [N - prefix], int32
+    key_mask: Tensor | None,  # [B, N] or [1, N], int32
+    prefix_tokens: int,
+    hot: int,
+    scale: float,
+) -> Tensor:  # [B, H, N, D]
+    """CUDA kernel of `fna::focal_attention`; sizes and types that the kernels do not take run as the plain-torch twin."""
+    if not covers_focal(query, tile_queries, prefix_tokens, hot):
+        return focal_attention_reference(
+            query, key, value, tile_queries, tile_keys, tile_bias, places, key_mask, prefix_tokens, hot, scale
+        )
+    query, key, value = kernel_layout(query, key, value)
+    plan = _cached_focal_plan(
+        focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens, hot, scale, Strides(*query.stride()[:3])
+    )
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lists = {
+        "tile_queries": tile_queries.contiguous(),
+        "tile_keys": tile_keys.contiguous(),
+        "tile_bias": tile_bias.contiguous(),
+    }
+    mask = lists["tile_keys"] if key_mask is None else key_mask.contiguous()
+    run_plan(plan, {"query": query, "key": key, "value": value, **lists, "key_mask": mask, "out": out})
+    return out
+
+
+def focal_shape(
+    query: Tensor,  # [B, H, N, D]
+    tile_queries: Tensor,  # [T, Q]
+    tile_keys: Tensor,  # [T, K]
+    key_mask: Tensor | None,  # [B, N] or [1, N]
+) -> FocalShape:
+    """Return the sizes of one call of focal attention, as a plan wants them."""
+    batch, heads, tokens, head_size = query.shape
+    tiles, tile_rows = tile_queries.shape
+    return FocalShape(
+        DTYPE_NAMES[query.dtype], batch, heads, tokens, head_size, tiles, tile_rows, tile_keys.shape[1],
+        masked=key_mask is not None, shared_mask=key_mask is not None and key_mask.shape[0] == 1,
+    )  # fmt: skip
+
+
+def covers_focal(query: Tensor, tile_queries: Tensor, prefix_tokens: int, hot: int) -> bool:
+    """Whether the kernels take this call of focal attention."""
+    programs = prefix_tokens + tile_queries.shape[0] * -(-tile_queries.shape[1] // FOCAL_ROWS)
+    return _covers_sizes(query) and hot <= MAX_HOT and programs <= MAX_GRID_Y
+
+
 def farthest_points(features: Tensor, num_landmarks: int) -> Tensor:  # [B, N, C] -> [B, S] int32
     """CUDA kernel of `fna::farthest_point_sampling`."""
     if features.dtype not in DTYPE_NAMES or features.shape[0] > MAX_GRID_Y:
@@ -172,11 +230,14 @@ def norm_grid(features: Tensor, num_landmarks: int, prefix_tokens: int) -> Tenso
 
 def covers(query: Tensor, landmarks: Tensor, iterations: int) -> bool:
     """Whether the kernels take this call."""
+    count = 1 <= landmarks.shape[1] <= min(MAX_LANDMARKS, query.shape[2])
+    return _covers_sizes(query) and count and 1 <= iterations <= MAX_ITERATIONS
+
+
+def _covers_sizes(query: Tensor) -> bool:
     batch, heads, tokens, head_size = query.shape
     sizes = 0 < head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_STEP == 0 and 0 < batch * heads <= MAX_GRID_Y
-    count = 1 <= landmarks.shape[1] <= min(MAX_LANDMARKS, tokens)
-    fits = heads * tokens * head_size < 2**31
-    return query.dtype in DTYPE_NAMES and sizes and count and fits and 1 <= iterations <= MAX_ITERATIONS
+    return query.dtype in DTYPE_NAMES and sizes and heads * tokens * head_size < 2**31
 
 
 def kernel_layout(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +290,7 @@ def launch_jit(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor, 
 
 def scratch_views(plan: LaunchPlan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The buffers of a plan as flat views of its workspace; `mixed` has the type of the inputs."""
-    kinds = {"mixed": dtype, "best_index": torch.int32}
+    kinds = {"mixed": dtype} | dict.fromkeys(("best_index", "candidates", "hot_tokens"), torch.int32)
     return {
         name: workspace[buffer.offset : buffer.offset + buffer.size].view(kinds.get(name, torch.float32))
         for name, buffer in plan.buffers.items()
@@ -251,6 +312,11 @@ def _cached_attention_plan(
         shape, scale=scale, iterations=iterations, exact_rows=exact_rows, multiprocessors=processors, strides=strides,
         sink=sink, chebyshev=chebyshev,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_focal_plan(shape: FocalShape, prefix_tokens: int, hot: int, scale: float, strides: Strides) -> LaunchPlan:
+    return focal_plan(shape, prefix_tokens=prefix_tokens, hot=hot, scale=scale, strides=strides)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.kernels import attention, norms, sampling
+from fna.plugins.focal_plan import FOCAL_ROWS
+from fna.plugins.kernels import attention, focal, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
     FINISH_COLUMNS,
     FPS_ONE_LAUNCH_TOKENS,
     FPS_TILE,
     HEAD_PADDINGS,
+    MAX_HOT,
     MAX_LANDMARKS,
     NORM_GRID_BY_NORM,
     NORM_GRID_TOKENS,
@@ -28,18 +30,23 @@ KERNELS = {
     "finish": attention.finish_kernel,
     "finish_chebyshev": attention.finish_chebyshev_kernel,
     "output": attention.output_kernel,
+    "focal_hot": focal.focal_hot_kernel,
+    "focal": focal.focal_kernel,
     "fps": sampling.fps_kernel,
     "fps_step": sampling.fps_step_kernel,
     "norms": norms.norms_kernel,
     "norm_grid": norms.norm_grid_kernel,
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
-_INT_POINTERS = {"landmarks", "key_mask", "best_index"}
+_INT_POINTERS = {
+    "landmarks", "key_mask", "best_index", "tile_queries", "tile_keys", "candidates", "hot_tokens",
+}  # fmt: skip
 _FLOAT_POINTERS = {
     "bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best", "norms",
+    "tile_bias", "hot_scores", "hot_values", "offsets",
 }  # fmt: skip
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
-_UNALIGNED = {"landmarks", "bias", "key_mask"}
+_UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "tile_bias"}
 
 
 def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]:
@@ -58,6 +65,14 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
             return {**kept, **padded, **rows, "CHEBYSHEV": chebyshev, "HALF": half}
         tiles = {"TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block, "HELD": _holds_landmarks(variant)}
         return {**padded, "S_PAD": blocks.landmarks, **tiles}
+    if variant.kernel == "focal_hot":
+        return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": 1024}
+    if variant.kernel == "focal":
+        block = {"fp32": 16}.get(variant.dtype, 32)
+        return {
+            "BLOCK_M": FOCAL_ROWS, "BLOCK_N": block, "BLOCK_D": variant.head_size, "BLOCK_P": 64, "BLOCK_L": 256, "STAGES": 5,
+            "UPCAST": upcast,
+        }  # fmt: skip
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
@@ -90,6 +105,8 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
         held = _holds_landmarks(variant)
         short = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
         warps, stages = 4 if held and (short or four_hold_128) else 8, 2 if held else 1
+    elif variant.kernel == "focal":
+        warps, stages = 2 if not wide and variant.head_size == HEAD_PADDINGS[0] else 4, 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
     exact_ties = variant.kernel in ("fps", "fps_step", "norms")

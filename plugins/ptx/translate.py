@@ -99,7 +99,7 @@ def _store(operands: Operands, made: Instruction, position: int) -> list[str]:
 
 
 def _space(made: Instruction) -> str:
-    space = made.parts[1]
+    space = made.parts[1].removesuffix("::cta")
     if space not in ("global", "shared"):
         raise UnmodelledInstructionError(made.text)
     return space
@@ -197,14 +197,18 @@ def _fence(operands: Operands, made: Instruction, position: int) -> list[str]:
 
 def _shuffle(operands: Operands, made: Instruction, position: int) -> list[str]:
     target, source, lane, clamp, members = made.operands
-    if clamp != "31" or members != "-1" or made.guard:
+    if clamp != ("0" if made.parts[2] == "up" else "31") or members != "-1" or made.guard:
         return _unmodelled(made)
     to, bits = operands.bits(target.split("|")[0]), operands.bits(source)
     if lane.startswith("%"):
         return (
             [f"{to} = shuffle_by_index({bits}, {operands.bits(lane)})"] if made.parts[2] == "idx" else _unmodelled(made)
         )
-    orders = {"bfly": numerics.LANES ^ int(lane, 0), "idx": np.zeros(32, int) + int(lane, 0)}
+    lower = numerics.LANES - int(lane, 0)
+    orders = {
+        "bfly": numerics.LANES ^ int(lane, 0), "idx": np.zeros(32, int) + int(lane, 0),
+        "up": np.where(lower < 0, numerics.LANES, lower),
+    }  # fmt: skip
     return [f"{to} = permute_lanes({bits}, {operands.constant(orders[made.parts[2]])})"]
 
 

@@ -1,0 +1,152 @@
+"""The launches of FocalAttention: the same contract as `fna.plugins.launch_plan`, whose parts it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fna.errors import InvalidArgumentError, InvalidShapeError
+from fna.plugins.launch_plan import (
+    DTYPES,
+    HEAD_SIZE_STEP,
+    MASK_ALL,
+    MAX_GRID_Y,
+    MAX_HEAD_SIZE,
+    MAX_HOT,
+    MAX_STRIDE,
+    NO_MASK,
+    Buffer,
+    Dtype,
+    KernelVariant,
+    Launch,
+    LaunchPlan,
+    Strides,
+    lay_out,
+    padded_head_size,
+)
+
+FOCAL_ROWS = 64
+"""Queries of a tile per program."""
+
+
+@dataclass(frozen=True)
+class FocalShape:
+    """Sizes of one call: B, H, N, D; tiles T, queries of each Q, keys of each K; whether there is a mask, and one for all items."""
+
+    dtype: Dtype
+    batch: int
+    heads: int
+    tokens: int
+    head_size: int
+    tiles: int
+    tile_rows: int
+    list_length: int
+    masked: bool = False
+    shared_mask: bool = False
+
+    @property
+    def row_blocks(self) -> int:
+        """Programs of one tile and head."""
+        return -(-self.tile_rows // FOCAL_ROWS)
+
+
+def check_focal_shape(shape: FocalShape, prefix_tokens: int, hot: int) -> None:
+    """Refuse, naming the value, what the kernels do not cover."""
+    if shape.dtype not in DTYPES:
+        raise InvalidArgumentError(f"the kernels take fp32, fp16 and bf16, but {shape.dtype} was given")
+    sizes = (
+        ("B", shape.batch), ("H", shape.heads), ("N", shape.tokens), ("T", shape.tiles), ("Q", shape.tile_rows),
+        ("K", shape.list_length),
+    )  # fmt: skip
+    for name, value in sizes:
+        if value < 1:
+            raise InvalidShapeError(f"{name} is {value}, but at least 1 is needed")
+    if shape.head_size < 1 or shape.head_size > MAX_HEAD_SIZE or shape.head_size % HEAD_SIZE_STEP:
+        raise InvalidShapeError(
+            f"head size D is {shape.head_size}, but the kernels take multiples of {HEAD_SIZE_STEP} up to {MAX_HEAD_SIZE}"
+        )
+    if not 0 <= prefix_tokens < shape.tokens:
+        raise InvalidArgumentError(f"prefix_tokens is {prefix_tokens}, but 0 to {shape.tokens - 1} is needed")
+    most = min(MAX_HOT, shape.tokens - prefix_tokens)
+    if not 0 <= hot <= most:
+        raise InvalidArgumentError(f"hot is {hot}, but the kernels take 0 to {most}")
+    for name, elements in (
+        ("H * N * D", shape.heads * shape.tokens * shape.head_size),
+        ("T * Q", shape.tiles * shape.tile_rows),
+        ("T * K", shape.tiles * shape.list_length),
+    ):
+        if elements > MAX_STRIDE:
+            raise InvalidShapeError(f"{name} is {elements} elements, but the kernels take at most {MAX_STRIDE}")
+    programs = prefix_tokens + shape.tiles * shape.row_blocks
+    if programs > MAX_GRID_Y:
+        raise InvalidShapeError(f"{programs} programs a head are needed, but the kernels take at most {MAX_GRID_Y}")
+    if shape.batch * shape.heads > MAX_GRID_Y:
+        raise InvalidShapeError(f"B * H is {shape.batch * shape.heads}, but the kernels take at most {MAX_GRID_Y}")
+
+
+def focal_buffers(shape: FocalShape) -> dict[str, Buffer]:
+    """Scratch of one call; see `fna.plugins.kernels.focal` for the layouts."""
+    heads = shape.batch * shape.heads
+    every = heads * shape.tokens * 4
+    best = heads * MAX_HOT * 4
+    return lay_out(
+        {"hot_scores": every, "candidates": every, "hot_values": best, "hot_tokens": best, "offsets": every + best}
+    )
+
+
+def focal_plan(
+    shape: FocalShape,
+    *,
+    prefix_tokens: int,
+    hot: int,
+    scale: float,
+    strides: Strides | None = None,
+    out_strides: Strides | None = None,
+) -> LaunchPlan:
+    """Plan one call of FocalAttention.
+
+    Args:
+        shape: the sizes; checked.
+        prefix_tokens: class and register tokens at the front.
+        hot: keys that score highest against the mean patch query.
+        scale: factor on the scores.
+        strides: of query, key and value (one for all three); linear `[B, H, N, D]` if None.
+        out_strides: of the output; linear if None.
+    """
+    check_focal_shape(shape, prefix_tokens, hot)
+    linear = Strides(shape.heads * shape.tokens * shape.head_size, shape.tokens * shape.head_size, shape.head_size)
+    taken, written = strides or linear, out_strides or linear
+    bh, block_d = shape.batch * shape.heads, padded_head_size(shape.head_size)
+    mask = (shape.tokens if shape.masked and not shape.shared_mask else 0, MASK_ALL if shape.masked else NO_MASK)
+    sizes = (shape.heads, shape.tokens, prefix_tokens, hot, shape.head_size, taken.batch, taken.head, taken.token)
+    launches = []
+    prepared = hot > 0 or shape.masked
+    if prepared:
+        launches.append(
+            Launch(
+                KernelVariant("focal_hot", shape.dtype, 0, block_d),
+                (bh, 1, 1),
+                ("query", "key", "key_mask", "hot_scores", "candidates", "hot_values", "hot_tokens", "offsets")
+                + (*sizes, *mask, scale),
+            )
+        )
+    launches.append(
+        Launch(
+            KernelVariant("focal", shape.dtype, 0, block_d),
+            (bh, prefix_tokens + shape.tiles * shape.row_blocks, 1),
+            (
+                "query",
+                "key",
+                "value",
+                "tile_queries",
+                "tile_keys",
+                "tile_bias",
+                "key_mask",
+                "hot_tokens",
+                "offsets",
+                "out",
+            )
+            + (*sizes, written.batch, written.head, written.token, *mask)
+            + (shape.row_blocks, shape.tile_rows, shape.list_length, int(prepared), scale),
+        )
+    )
+    return LaunchPlan(tuple(launches), focal_buffers(shape))
