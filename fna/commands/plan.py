@@ -55,14 +55,15 @@ USUAL_COSINE, USUAL_P5 = 0.99, 0.97
     metavar="TASK:MEASURE=MINIMUM",
     help="A number of fna validate --task to keep, such as saliency:IoU=0.97 or segmentation:mIoU=0.9; repeat for several.",
 )
-@options.target(help="Device whose predicted time is made small.  [default: products are made few]")
+@options.target(
+    help="Device whose predicted time is made small; cpu is this machine's onnxruntime.  [default: products are made few]",
+)
 @options.precision(type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target.")
 @click.option("--measured", type=options.PATH, help="JSON of fna bench that the prediction is calibrated by.")
 @options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
-    default=",".join(options.SAMPLERS),
-    help=f"Which to try.  [default: all: {', '.join(options.SAMPLERS)}]",
+    help=f"Which to try, of {', '.join(options.SAMPLERS)}.  [default: all but fps and random]",
 )
 @click.option("--own-landmarks", is_flag=True, help="Leave out landmarks that blocks share: each chooses its own.")
 @click.option("--no-focal", is_flag=True, help="Leave out focal attention: blocks are exact or FNA.")
@@ -116,7 +117,7 @@ def command(
         from fna.validate.planning.uniform import run_uniform_settings
 
         subject = open_subject(model, resolution, say)
-        cost = _cost_model(subject, target, precision, measured)
+        cost = _cost_model(subject, target, precision, measured, cache, say)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
         names["notes"] += _describe_calibration(cost)
         wish = planner.wish
@@ -158,7 +159,7 @@ def make_wish(
     min_cosine: float | None = None,
     min_p5: float | None = None,
     min_tasks: tuple[str, ...] = (),
-    samplers: str = ",".join(options.SAMPLERS),
+    samplers: str | None = None,
     own_landmarks: bool = False,
     no_focal: bool = False,
     whole_blocks: bool | None = None,
@@ -169,8 +170,8 @@ def make_wish(
 
     from fna.errors import InvalidArgumentError
 
-    names = tuple(name.strip() for name in samplers.split(","))
-    unknown = [name for name in names if name not in options.SAMPLERS]
+    names = None if samplers is None else tuple(name.strip() for name in samplers.split(","))
+    unknown = [name for name in names or () if name not in options.SAMPLERS]
     if unknown:
         raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(options.SAMPLERS)}")
     from fna.validate.planning.candidates import SearchRange
@@ -180,7 +181,9 @@ def make_wish(
     goals = tuple(parse_goal(text) for text in min_tasks)
     if min_cosine is None and not goals:
         min_cosine, min_p5 = USUAL_COSINE, USUAL_P5 if min_p5 is None else min_p5
-    tried = SearchRange(samplers=names, shared=not own_landmarks, corrections=not no_corrections)
+    tried = SearchRange(shared=not own_landmarks, corrections=not no_corrections)
+    if names is not None:
+        tried = replace(tried, samplers=names)
     if no_focal:
         tried = replace(tried, focal=())
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
@@ -200,7 +203,14 @@ def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], 
     return TorchSubject(loaded, *(size or (loaded.native_resolution,) * 2))
 
 
-def _cost_model(subject: Subject, target: str | None, precision: str, measured: Path | None) -> CostModel:
+def _cost_model(
+    subject: Subject,
+    target: str | None,
+    precision: str,
+    measured: Path | None,
+    cache: Path | None,
+    say: Callable[[str], None],
+) -> CostModel:
     from fna.errors import InvalidArgumentError
     from fna.validate.planning.cost import ProductCost, TimeCost, device_of, read_calibration
 
@@ -210,6 +220,12 @@ def _cost_model(subject: Subject, target: str | None, precision: str, measured: 
                 "--measured calibrates a prediction of time: give the --target that was measured"
             )
         return ProductCost(subject.layout)
+    from fna.validate.planning.clock import CPU, CpuCost
+
+    if target == CPU:
+        if measured is not None:
+            raise InvalidArgumentError("--measured calibrates a prediction, but --target cpu measures: leave out one")
+        return CpuCost(subject.layout, _cache_folder(cache), say)
     from fna.engines.targets import find_target
 
     device = device_of(find_target(target), precision)
@@ -232,7 +248,6 @@ def _make_planner(
     cache: Path | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, list[str]], Any]:
-    from fna.export.sources.dino_saliency import cache_folder
     from fna.validate.planning.planner import Planner
 
     planned_on, verified, notes = _choose_images(images, verify_images)
@@ -245,8 +260,13 @@ def _make_planner(
         "verified": [name for name, _ in verified],
         "notes": notes,
     }
-    folder = cache or cache_folder() / "planning"
-    return names, Planner(subject, wish, cost, arrays[0], arrays[1], folder, say)
+    return names, Planner(subject, wish, cost, arrays[0], arrays[1], _cache_folder(cache), say)
+
+
+def _cache_folder(cache: Path | None) -> Path:
+    from fna.export.sources.dino_saliency import cache_folder
+
+    return cache or cache_folder() / "planning"
 
 
 def _choose_images(

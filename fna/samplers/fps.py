@@ -86,6 +86,7 @@ def _once_per_landmark(num_landmarks: int) -> int:
 
 SAMPLER = Sampler(
     name="fps",
+    planned=False,
     summary="farthest point sampling of the features",
     select=_select,
     looks_at_features=True,

@@ -38,6 +38,7 @@ def _select_masked(request: LandmarkRequest, features: Tensor, wanted: Tensor, b
 
 SAMPLER = Sampler(
     name="random",
+    planned=False,
     summary="prefix tokens, then patch tokens drawn once by a seed",
     select=_select,
     stand_alone=all_stand_alone,

@@ -9,6 +9,7 @@ import numpy as np
 from fna.errors import InvalidArgumentError
 from fna.plan import Plan
 from fna.validate.planning.cache import digest_pixels
+from fna.validate.planning.clock import CpuCost
 from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.planner import Fits, PickedHeads, Planner, Scales
@@ -49,9 +50,12 @@ def make_best_plan(planner: Planner) -> Planned:
             return _exact_only(planner, front[0])
         # all of it is too lossy: let a real run of the least lossy say so
         front.append(_alone(options, min(nearest, key=lambda option: option.loss)))
+    front = _worth_it(planner, front)
+    if len(front) == 1:
+        return _exact_only(planner, front[0])
     position, plan, on_planning = _settle(planner, front, fits, allowed)
     position, plan, verified, tried = _verify(planner, front, fits, position)
-    exact_cost = planner.cost.exact(planner.layout.heads) * planner.layout.num_blocks
+    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
     point = FrontPlan(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
     points: list[FrontPlan] = []
     for index in _spread(front, position):
@@ -66,8 +70,16 @@ def make_best_plan(planner: Planner) -> Planned:
     return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
 
 
+def _worth_it(planner: Planner, front: list[BlockChoices[PickedHeads]]) -> list[BlockChoices[PickedHeads]]:
+    """All exact, and what costs less than exact attention in its fastest form."""
+    most = planner.cost.baseline()[0] * planner.layout.num_blocks
+    return [front[0], *(choice for choice in front[1:] if choice.cost < most)]
+
+
 def _say_break_even(planner: Planner) -> list[str]:
     tokens, cost = planner.layout.tokens, planner.cost
+    if isinstance(cost, CpuCost):
+        return [f"at {tokens} tokens on this machine's onnxruntime exact attention is faster, as {cost.baseline()[1]}"]
     if not isinstance(cost, TimeCost):
         return [f"at {tokens} tokens no candidate takes fewer products than exact attention"]
     found = find_break_even(planner.layout, cost.device, calibration=cost.calibration)
@@ -151,8 +163,9 @@ def _alone(
 def _exact_only(planner: Planner, choice: BlockChoices[PickedHeads]) -> Planned:
     """The plan where no candidate is cheaper than exact attention."""
     plan = planner.make_plan(choice.items, {})
-    point = FrontPlan(plan, choice.cost, 0.0, 0.0, _perfect(planner))
-    return Planned(plan, point, [point], choice.cost, True, _say_break_even(planner))
+    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
+    point = FrontPlan(plan, exact_cost, 0.0, 0.0, _perfect(planner))
+    return Planned(plan, point, [point], exact_cost, True, _say_break_even(planner))
 
 
 def _perfect(planner: Planner) -> Fidelity:

@@ -9,13 +9,13 @@ from fna.arithmetic import exact_products, focal_block_products, nystrom_product
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.focal_keys import FocalKeys, Levels, focal_keys
 from fna.plan import FocalBlockPlan
-from fna.samplers import find_sampler, sampler_names
+from fna.samplers import all_samplers, find_sampler
 from fna.validate.planning.subject import Layout
 
 KERNEL = 5
 """Side of the correction's kernel; on DINOv2-S 7 gains next to nothing over 5, and 3 loses as little (docs/plan.md)."""
 
-LANDMARK_COUNTS = (16, 32, 64, 96, 128, 192, 256)
+LANDMARK_COUNTS = (16, 32, 64, 96, 128, 256)
 ITERATIONS = (3, NEWTON_SCHULZ_ITERATIONS)
 
 DEAREST = 0.8
@@ -72,6 +72,11 @@ FOCAL_LEVELS: tuple[Levels, ...] = (
 HOT_COUNTS = (16, 64)
 
 
+def planned_samplers() -> tuple[str, ...]:
+    """Names of the samplers that are tried where none are named."""
+    return tuple(sampler.name for sampler in all_samplers() if sampler.planned)
+
+
 @dataclass(frozen=True)
 class SearchRange:
     """What is tried.
@@ -86,7 +91,7 @@ class SearchRange:
         focal: focal candidates, where patches lie on a grid that is known.
     """
 
-    samplers: tuple[str, ...] = field(default_factory=sampler_names)
+    samplers: tuple[str, ...] = field(default_factory=planned_samplers)
     landmarks: tuple[int, ...] = LANDMARK_COUNTS
     iterations: tuple[int, ...] = ITERATIONS
     shared: bool = True

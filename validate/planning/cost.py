@@ -41,6 +41,9 @@ class CostModel(Protocol):
     def exact(self, heads: int) -> float:
         """Exact attention of so many heads."""
 
+    def baseline(self) -> tuple[float, str]:
+        """Exact attention of one block, all heads, in the fastest form there is, and what that form is called."""
+
     def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
         """A candidate on `heads` of the heads, the others exact; FNA corrected by a kernel of that size (0: not corrected)."""
 
@@ -57,6 +60,10 @@ class ProductCost:
         """See `CostModel.exact`."""
         return float(exact_products(self.layout.tokens, heads, self.layout.head_size))
 
+    def baseline(self) -> tuple[float, str]:
+        """See `CostModel.baseline`."""
+        return self.exact(self.layout.heads), "exact attention"
+
     def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         tokens, size = self.layout.tokens, self.layout.head_size
@@ -67,7 +74,7 @@ class ProductCost:
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
         sampling = sampling_products(candidate.sampler, tokens, candidate.landmarks, self.layout.channels)
-        total += sampling * _share_of_choice(candidate, self.layout)
+        total += sampling * share_of_choice(candidate, self.layout)
         return total + self.exact(self.layout.heads - heads)
 
 
@@ -163,6 +170,10 @@ class TimeCost:
         moved = fused_bytes(*shape, self.device.element)
         return self.calibration.exact * self._kernel(exact_products(*shape), moved, EXACT_EFFICIENCY)
 
+    def baseline(self) -> tuple[float, str]:
+        """See `CostModel.baseline`."""
+        return self.exact(self.layout.heads), "a fused kernel"
+
     def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
         """See `CostModel.block`."""
         if isinstance(candidate, FocalCandidate):
@@ -194,7 +205,7 @@ class TimeCost:
         seconds += self._kernel(last_iteration_products(count, heads, size), 0, NYSTROM_EFFICIENCY)
         seconds += self._kernel(rows, 3 * values, NYSTROM_EFFICIENCY)
         if find_sampler(candidate.sampler).looks_at_features:
-            seconds += self._sampler(candidate) * _share_of_choice(candidate, self.layout)
+            seconds += self._sampler(candidate) * share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
 
     def focal(self, candidate: FocalCandidate, heads: int) -> float:
@@ -224,7 +235,7 @@ class TimeCost:
         return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch
 
 
-def _share_of_choice(candidate: Candidate, layout: Layout) -> float:
+def share_of_choice(candidate: Candidate, layout: Layout) -> float:
     """The part of choosing landmarks that one block bears: all of it, or its share where all blocks use the same."""
     return 1.0 if candidate.resample else 1.0 / layout.num_blocks
 

@@ -27,17 +27,23 @@ def measure_focal(
     """
     assert layout.patches is not None
     found = {}
-    prefix = layout.prefix_tokens
-    for candidate in candidates:
-        planned = candidate.plan(view.number)
-        lists = _some_tiles(focal_keys(layout.patches, prefix, planned.tile, planned.levels, planned.seed))
-        tokens = torch.from_numpy(np.unique(lists.queries)).long()
-        out = focal_attention_reference(
-            view.query, view.key, view.value, *lists.tensors(), None, prefix, planned.hot, view.scale
-        )
-        error = (out - view.exact)[0, :, tokens]
+    prefix, patches = layout.prefix_tokens, layout.patches
+    for tile in dict.fromkeys(candidate.tile for candidate in candidates):
+        of_tile = {
+            candidate: _some_tiles(
+                focal_keys(patches, prefix, tile, candidate.levels, candidate.plan(view.number).seed)
+            )
+            for candidate in candidates
+            if candidate.tile == tile
+        }
+        tokens = torch.from_numpy(np.unique(next(iter(of_tile.values())).queries)).long()
+        exact, lift = view.exact[0, :, tokens], (layout.tokens - prefix) / len(tokens)
         gradients = None if view.gradients is None else view.gradients[:, :, tokens]
-        found[candidate] = _moments(error, view, gradients, (layout.tokens - prefix) / len(tokens))
+        for candidate, lists in of_tile.items():
+            out = focal_attention_reference(
+                view.query, view.key, view.value, *lists.tensors(), None, prefix, candidate.hot, view.scale
+            )
+            found[candidate] = _moments(out[0, :, tokens] - exact, view, gradients, lift)
     return found
 
 

@@ -97,6 +97,7 @@ class Sampler:
         guided: for plans that include or exclude tokens; None: such plans are refused.
         nested: its first landmarks are those that it chooses when asked for fewer.
         compared: `fna plan --compare` runs it in all blocks alike.
+        planned: `fna plan` tries it where no samplers are named.
         passes: how often S landmarks take reading all features, with one product for each number read.
         launches: kernels that S landmarks take on a GPU.
     """
@@ -112,6 +113,7 @@ class Sampler:
     select_masked: Callable[[LandmarkRequest, Tensor, Tensor, Tensor], Tensor] | None = None
     guided: GuidedSelection | None = None
     nested: bool = False
+    planned: bool = True
     compared: bool = False
     passes: Callable[[int], int] = nothing
     launches: Callable[[int], int] = nothing
