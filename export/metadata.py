@@ -46,7 +46,7 @@ class FileMetadata(BaseModel):
     origin: Literal["trace", "graft"]
     precision: Precision = "fp32"
     fp32_blocks: tuple[int, ...] = ()
-    quantized: Literal["int8"] | None = None
+    quantized: Literal["int8", "fp8", "int8+fp8"] | None = None
     height: int | None = None
     width: int | None = None
     patch_size: int | None = None

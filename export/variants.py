@@ -14,7 +14,8 @@ from PIL import Image
 from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.passes.precision import cast_model
-from fna.export.passes.quantize import find_overflows, measure_ranges, quantize_model
+from fna.export.passes.quantize import quantize_model
+from fna.export.passes.ranges import find_overflows, measure_ranges
 from fna.files import load_onnx, save_model
 from fna.precision import Precision
 
@@ -70,7 +71,7 @@ def make_variant(
         on_step: called with what is being done.
 
     Returns:
-        A line for each block whose values leave fp16's range on the photographs. The file is written all the same.
+        What the user should know, a line each. The file is written all the same.
 
     Raises:
         InputFileError, InvalidArgumentError, BuildError: naming what was wrong.
@@ -90,10 +91,12 @@ def make_variant(
             for measured in measure_ranges(model, pixels, str(source))
             if measured.block not in variant.keep_fp32
         ]
-        notes = find_overflows(ranges)
+        notes += [f"fp16 overflow: {line}" for line in find_overflows(ranges)]
     if variant.int8:
         on_step(f"quantising to int8 on {len(pixels)} photographs")
-        result = quantize_model(model, pixels, keep=variant.keep_fp32, name=str(source))
+        quantized = quantize_model(model, pixels, keep=variant.keep_fp32, name=str(source))
+        result = quantized.model
+        notes += quantized.notes
     if variant.precision != "fp32":
         on_step(f"casting to {variant.precision}")
         result = cast_model(

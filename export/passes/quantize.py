@@ -1,209 +1,167 @@
-"""int8 for the linear layers: static quantisation with calibration photographs, by ONNX Runtime's quantiser.
+"""8 bits for the linear layers: static quantisation with calibration photographs.
 
 Weights are quantised per output channel, activations per tensor, both symmetric, as TensorRT wants them, and written as pairs of
-QuantizeLinear and DequantizeLinear. Attention (FNA and exact), convolutions and norms are left as they are.
+QuantizeLinear and DequantizeLinear around fp32 weights. Attention (FNA and exact), convolutions and norms are left as they are. What
+enters each layer is equalised before (`fna.export.passes.equalise`), and the mean error of its output is taken off its bias after.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from fna.errors import BuildError, InvalidArgumentError, first_line
-from fna.export.blocks import find_blocks
-from fna.export.metadata import read_metadata, write_metadata
-from fna.export.passes.precision import FP16_LARGEST, norm_nodes
-from fna.files import load_onnx, save_model
-
-LINEAR = ("MatMul", "Gemm")
+from fna.errors import InvalidArgumentError
+from fna.export.metadata import FileMetadata, read_metadata, write_metadata
+from fna.export.passes.calibration import InputStatistics, measure_inputs
+from fna.export.passes.eight_bit import INT8, SMALLEST_SCALE, EightBit
+from fna.export.passes.equalise import can_equalise, equalise
+from fna.export.passes.linear import LinearGraph, LinearLayer, find_linear_layers
+from fna.export.passes.recipe import Candidate, choose, round_rows, round_weight, weight_scale
 
 
 @dataclass(frozen=True)
-class TensorRange:
-    """The values that a tensor took on the photographs, and the block it belongs to; None outside all blocks."""
+class Quantized:
+    """A file in 8 bits.
 
-    tensor: str
-    lowest: float
-    highest: float
-    block: int | None
+    Attributes:
+        model: the file.
+        types: of the linear layers that compute in 8 bits, by name.
+        notes: what the user should know, a line each.
+    """
 
-    @property
-    def largest(self) -> float:
-        """The largest magnitude; NaN if there is one."""
-        return float(np.max(np.abs([self.lowest, self.highest])))
+    model: ModelProto
+    types: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def quantize_model(
     model: ModelProto,
     pixels: Sequence[NDArray[np.float32]],
     *,
+    kinds: Sequence[EightBit] = (INT8,),
     keep: Sequence[int] = (),
+    keep_layers: Sequence[str] = (),
     name: str = "the file",
-) -> ModelProto:
-    """Return a copy of an fp32 FNA file whose linear layers compute in int8.
+) -> Quantized:
+    """Return a copy of an fp32 FNA file whose linear layers compute in 8 bits.
 
     Args:
         model: with its tensors loaded.
-        pixels: preprocessed photographs, `[1, 3, H, W]` each; activation ranges are measured on them.
+        pixels: preprocessed photographs, `[1, 3, H, W]` each; what enters the layers is measured on them.
+        kinds: the 8-bit types; of several each layer gets the one that its output bears best.
         keep: numbers of blocks whose linear layers stay as they are.
+        keep_layers: names of linear layers that stay as they are, and with them those that share their input.
         name: says in errors which file it was.
 
     Raises:
-        InvalidArgumentError: if the file is not fp32, is quantised already, or there are no photographs.
-        BuildError: if the quantiser refuses the file.
+        InvalidArgumentError: if the file is not fp32, is quantised already, has no such block or layer, its values are not finite, or
+            there are no photographs.
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
     metadata = read_metadata(model, name)
-    if metadata.precision != "fp32" or metadata.quantized is not None:
-        kind = metadata.quantized or metadata.precision
+    _check(model, metadata, pixels, keep, name)
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = LinearGraph(result)
+    inputs = _inputs_of(graph, find_linear_layers(graph, result, metadata.plan.num_blocks), keep, keep_layers, name)
+    channels = {source: len(graph.weight(layers[0])) for source, layers in inputs.items()}
+    statistics = measure_inputs(model, channels, pixels, name)
+    chosen: dict[str, Candidate] = {}
+    notes: list[str] = []
+    for source, layers in inputs.items():
+        movable = can_equalise(graph, source)
+        candidate = choose(kinds, statistics[source], [graph.weight(layer) for layer in layers], movable)
+        if candidate.largest < SMALLEST_SCALE * candidate.kind.largest:
+            named = ", ".join(layer.name for layer in layers)
+            notes.append(
+                f"{named} stays as it is: what enters is zero on all photographs, or too small to have a scale"
+            )
+            continue
+        chosen[source] = candidate
+    entering = {
+        source: equalise(graph, source, inputs[source], candidate.equalisation) for source, candidate in chosen.items()
+    }
+    for source, candidate in chosen.items():
+        _quantize(graph, entering[source], inputs[source], candidate, statistics[source])
+    graph.finish()
+    types: dict[str, str] = {
+        layer.name: candidate.kind.name for source, candidate in chosen.items() for layer in inputs[source]
+    }
+    write_metadata(result, metadata.model_copy(update={"quantized": "+".join(sorted({*types.values()}, reverse=True))}))
+    return Quantized(result, types, tuple(notes))
+
+
+def _check(
+    model: ModelProto,
+    metadata: FileMetadata,
+    pixels: Sequence[NDArray[np.float32]],
+    keep: Sequence[int],
+    name: str,
+) -> None:
+    quantizes = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if metadata.precision != "fp32" or metadata.quantized is not None or quantizes:
+        kind = metadata.quantized or ("quantised" if quantizes else metadata.precision)
         raise InvalidArgumentError(f"{name} is {kind} already; quantise the fp32 file that it came from")
     if not pixels:
-        raise InvalidArgumentError("int8 needs photographs to calibrate on, but there are none; give --images")
-    linear = _linear_nodes(model, keep, metadata.plan.num_blocks)
-    if not linear:
-        raise InvalidArgumentError(f"{name} has no linear layers with constant weights to quantise")
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        source, target = Path(folder) / "source.onnx", Path(folder) / "quantized.onnx"
-        save_model(model, source)
-        try:
-            quantize_static(
-                str(source),
-                str(target),
-                _Reader(_input_name(model), pixels),
-                quant_format=QuantFormat.QDQ,
-                nodes_to_quantize=linear,
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=model.ByteSize() > 2_000_000_000,
-                extra_options={
-                    "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
-                    # TensorRT folds the pair; int8 weights in the file would be smaller, but its parser wants them in fp32
-                    "AddQDQPairToWeight": True,
-                    # outputs are read by fp32 operators: quantising those too would lose accuracy for nothing
-                    "OpTypesToExcludeOutputQuantization": list(LINEAR),
-                },
-            )
-        except Exception as error:  # the quantiser raises what it likes
-            raise BuildError(f"ONNX Runtime's quantiser refused {name}: {first_line(error)}") from error
-        quantized = load_onnx(target)
-    if not any(node.op_type == "QuantizeLinear" for node in quantized.graph.node):
-        raise BuildError(f"ONNX Runtime's quantiser left {name} as it was")
-    write_metadata(quantized, metadata.model_copy(update={"quantized": "int8"}))
-    return quantized
-
-
-def measure_ranges(
-    model: ModelProto, pixels: Sequence[NDArray[np.float32]], name: str = "the file"
-) -> list[TensorRange]:
-    """Run an fp32 file on photographs and return the range of every tensor that a cast would make 16-bit.
-
-    Norms, softmax and FNA's insides stay fp32, so their tensors are left out.
-
-    Raises:
-        InvalidArgumentError: if there are no photographs.
-    """
-    from onnxruntime.quantization.calibrate import MinMaxCalibrater
-
-    if not pixels:
-        raise InvalidArgumentError("ranges are measured on photographs, but there are none; give --images")
-    blocks = find_blocks(model, read_metadata(model, name).plan.num_blocks)
-    stays = norm_nodes(model)
-    inside = {output for node in model.graph.node if node.name in stays for output in node.output}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        source = Path(folder) / "source.onnx"
-        save_model(model, source)
-        calibrater = MinMaxCalibrater(source, augmented_model_path=str(Path(folder) / "augmented.onnx"))
-        calibrater.augment_graph()
-        calibrater.create_inference_session()
-        calibrater.collect_data(_Reader(_input_name(model), pixels))
-        data = calibrater.compute_data()
-    ranges = []
-    for tensor, values in data.items():
-        if tensor in inside:
-            continue
-        lowest, highest = (float(np.asarray(value).reshape(-1)[0]) for value in values.range_value)
-        ranges.append(TensorRange(tensor, lowest, highest, blocks.get(tensor)))
-    return ranges
-
-
-def find_overflows(ranges: Sequence[TensorRange]) -> list[str]:
-    """Say for each block whose values leave fp16's range, or come near, which tensor does and how far.
-
-    Returns:
-        One line per block, ascending; empty where all fits.
-    """
-    worst: dict[int | None, TensorRange] = {}
-    for measured in ranges:
-        known = worst.get(measured.block)
-        if not measured.largest <= FP16_LARGEST and (known is None or not measured.largest <= known.largest):
-            worst[measured.block] = measured
-    lines = []
-    for block in sorted(worst, key=lambda number: -1 if number is None else number):
-        measured = worst[block]
-        where = "outside the blocks" if block is None else f"block {block}"
-        mend = "" if block is None else f"; keep it with --keep-fp32 {block}"
-        lines.append(
-            f"{where}: {measured.tensor} reaches {measured.largest:.3g}, beyond fp16's {FP16_LARGEST:.0f}{mend}"
-        )
-    return lines
-
-
-class _Reader:
-    """Hands photographs to ONNX Runtime's calibraters, one at a time."""
-
-    def __init__(self, name: str, pixels: Sequence[NDArray[np.float32]]) -> None:
-        self._name, self._pixels = name, pixels
-        self._waiting: Iterator[NDArray[np.float32]] = iter(pixels)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """Return the next photograph by input name, or None after the last."""
-        image = next(self._waiting, None)
-        return None if image is None else {self._name: image}
-
-    def rewind(self) -> None:
-        """Start again."""
-        self._waiting = iter(self._pixels)
-
-
-def _linear_nodes(model: ModelProto, keep: Sequence[int], num_blocks: int) -> list[str]:
-    """Names of matrix products whose second factor is a constant; products of attention have none."""
-    constant = {tensor.name for tensor in model.graph.initializer}
-    constant |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
-    blocks = find_blocks(model, num_blocks) if keep else {}
-    wrong = [number for number in keep if not 0 <= number < num_blocks]
+        raise InvalidArgumentError("8 bits need photographs to calibrate on, but there are none; give --images")
+    count = metadata.plan.num_blocks
+    wrong = [number for number in keep if not 0 <= number < count]
     if wrong:
-        raise InvalidArgumentError(f"block {wrong[0]} is to be kept, but the model has blocks 0 to {num_blocks - 1}")
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in LINEAR and node.input[1] in constant and node.name and blocks.get(node.output[0]) not in keep
+        raise InvalidArgumentError(f"block {wrong[0]} is to be kept, but the model has blocks 0 to {count - 1}")
+
+
+def _inputs_of(
+    graph: LinearGraph, layers: Sequence[LinearLayer], keep: Sequence[int], keep_layers: Sequence[str], name: str
+) -> dict[str, list[LinearLayer]]:
+    """The layers to quantise, by the tensor that enters them."""
+    unknown = sorted({*keep_layers} - {layer.name for layer in layers})
+    if unknown:
+        raise InvalidArgumentError(
+            f"linear layer {unknown[0]!r} is to be kept, but {name} has none of that name; fna validate names them"
+        )
+    inputs: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        inputs.setdefault(layer.source, []).append(layer)
+    inputs = {
+        source: sharing
+        for source, sharing in inputs.items()
+        if not any(layer.block in keep or layer.name in keep_layers for layer in sharing)
+    }
+    if not inputs:
+        raise InvalidArgumentError(f"{name} has no linear layers with constant weights to quantise")
+    return inputs
+
+
+def _quantize(
+    graph: LinearGraph,
+    tensor: str,
+    layers: Sequence[LinearLayer],
+    candidate: Candidate,
+    statistics: InputStatistics,
+) -> None:
+    """Write the pairs around a tensor and the weights that it meets, and take the mean error off the biases."""
+    kind, equalisation = candidate.kind, candidate.equalisation
+    entering = _pair(graph, tensor, kind, kind.scale(np.asarray(candidate.largest)))
+    mean = ((statistics.rows - equalisation.shift) / equalisation.scale).mean(axis=(0, 1))
+    rounded = round_rows(kind, equalisation, candidate.largest, statistics.rows)
+    rounded_mean = rounded.mean(axis=(0, 1), dtype=np.float64)
+    for layer in layers:
+        weight = graph.weight(layer)
+        graph.add_to_bias(layer, mean @ weight - rounded_mean @ round_weight(kind, weight))
+        layer.node.input[0] = entering
+        layer.node.input[1] = _pair(
+            graph, layer.node.input[1], kind, weight_scale(kind, weight), axis=0 if layer.is_transposed else 1
+        )
+
+
+def _pair(graph: LinearGraph, tensor: str, kind: EightBit, scale: NDArray[np.float32], **attributes: int) -> str:
+    """Quantise and dequantise a tensor, and return the result's name; `scale` is one number, or one for each channel."""
+    parameters = [
+        graph.add_constant(f"{tensor}/scale", scale),
+        graph.add_constant(f"{tensor}/zero_point", np.zeros(scale.shape), kind.kind),
     ]
-
-
-def _input_name(model: ModelProto) -> str:
-    constant = {tensor.name for tensor in model.graph.initializer}
-    return next(str(value.name) for value in model.graph.input if value.name not in constant)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantiser advises on the root logger, at length; errors are raised."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+    quantized = graph.insert("QuantizeLinear", [tensor, *parameters], f"{tensor}/quantized", **attributes)
+    return graph.insert("DequantizeLinear", [quantized, *parameters], f"{tensor}/dequantized", **attributes)

@@ -116,4 +116,4 @@ def _print(manifest: Manifest, output: Path, notes: list[str], quiet: bool) -> N
             f"FNA layers: {len(manifest.layers)}, {plugins} by the plugin, inputs and outputs {kinds} (layers {manifest.inspection})"
         )
     for note in notes:
-        console.print(f"fp16 overflow: {note}")
+        console.print(note, markup=False)

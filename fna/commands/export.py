@@ -89,7 +89,7 @@ def command(
         f"{metadata.plan.describe_blocks()}"
     )
     for note in notes:
-        make_console(quiet).print(f"fp16 overflow: {note}")
+        make_console(quiet).print(note, markup=False)
 
 
 def _parse_batch(text: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Casts to fp16 and bf16, and int8: what changes type, what must not, and how far the outputs move."""
+"""Casts to fp16 and bf16: what changes type, what must not, and how far the outputs move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fna.export.metadata import read_metadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import fna_nodes
 from fna.export.passes.precision import cast_model, norm_nodes
-from fna.export.passes.quantize import TensorRange, find_overflows, measure_ranges, quantize_model
+from fna.export.passes.ranges import TensorRange, find_overflows, measure_ranges
 from fna.export.preprocessing import bundled_photographs
 from fna.export.types import tensor_types
 from fna.export.variants import FileVariant, make_variant
@@ -171,50 +171,6 @@ def test_a_block_that_is_not_there_is_refused(tiny_file: Find) -> None:
         cast_model(load_onnx(tiny_file("traced")), "fp16", keep_fp32=(4,))
 
 
-@pytest.mark.parametrize("name", ["traced", "grafted"])
-def test_int8_is_for_linear_layers_and_costs_little(
-    tiny_file: Find, tmp_path: Path, pixels: list[NDArray[np.float32]], name: str
-) -> None:
-    source = load_onnx(tiny_file(name))
-    model = quantize_model(source, pixels)
-    save_model(model, tmp_path / "int8.onnx")
-    producers = {value: node for node in model.graph.node for value in node.output}
-    quantized = [
-        node
-        for node in model.graph.node
-        if any(producers[value].op_type == "DequantizeLinear" for value in node.input if value in producers)
-        and node.op_type != "Shape"
-    ]
-    assert {node.op_type for node in quantized} <= {"MatMul", "Gemm"}
-    assert len(quantized) == 24  # query, key, value, projection and two of the MLP, in four blocks
-    zero_points = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    values = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name in zero_points]
-    assert all(array.dtype == np.int8 and not array.any() for array in values)  # TensorRT takes symmetric ones only
-    error = relative_error(outputs_of(tiny_file(name), pixels[0]), outputs_of(tmp_path / "int8.onnx", pixels[0]))
-    assert 1e-4 < error < 3e-2
-    assert read_metadata(model, name).quantized == "int8"
-
-
-def test_int8_and_fp16_together_keep_quantised_products_whole(
-    tiny_file: Find, tmp_path: Path, pixels: list[NDArray[np.float32]]
-) -> None:
-    model = cast_model(quantize_model(load_onnx(tiny_file("grafted")), pixels), "fp16")
-    producers = {value: node for node in model.graph.node for value in node.output}
-    products = [node for node in model.graph.node if node.op_type == "MatMul"]
-    for node in products:
-        kinds = {producers[value].op_type for value in node.input if value in producers}
-        assert "DequantizeLinear" not in kinds or kinds == {"DequantizeLinear"}
-    assert types_by_operator(model, FAST_NYSTROM_ATTENTION.name) == {TensorProto.FLOAT16}
-    save_model(model, tmp_path / "both.onnx")
-    error = relative_error(outputs_of(tiny_file("grafted"), pixels[0]), outputs_of(tmp_path / "both.onnx", pixels[0]))
-    assert error < 3e-2
-
-
-def test_int8_without_photographs_is_refused(tiny_file: Find) -> None:
-    with pytest.raises(InvalidArgumentError, match="give --images"):
-        quantize_model(load_onnx(tiny_file("traced")), [])
-
-
 def test_a_block_that_overflows_fp16_is_named(
     tiny_file: Find, tmp_path: Path, pixels: list[NDArray[np.float32]]
 ) -> None:
@@ -228,13 +184,13 @@ def test_a_block_that_overflows_fp16_is_named(
     save_model(model, tmp_path / "loud.onnx")
     photographs = bundled_photographs()[:2]
     notes = make_variant(tmp_path / "loud.onnx", tmp_path / "half.onnx", FileVariant("fp16"), photographs)
-    assert notes[0].startswith("block 1: ")
+    assert notes[0].startswith("fp16 overflow: block 1: ")
     assert "reaches 3e+05" in notes[0]
     assert notes[0].endswith("beyond fp16's 65504; keep it with --keep-fp32 1")
     kept = make_variant(
         tmp_path / "loud.onnx", tmp_path / "half.onnx", FileVariant("fp16", keep_fp32=(1,)), photographs
     )
-    assert not any(note.startswith("block 1:") for note in kept)
+    assert not any(note.startswith("fp16 overflow: block 1:") for note in kept)
 
 
 def test_values_that_are_not_numbers_count_as_overflow() -> None:

@@ -68,7 +68,8 @@ def test_int8_linear_layers_are_a_precision_step_of_their_own(tiny, tmp_path: Pa
     model = load_onnx(tiny.file("fp32"))
     preprocessing = read_metadata(model, "").preprocessing
     path = tmp_path / "int8.onnx"
-    save_model(quantize_model(model, [preprocessing.apply(image, 112, 112)[None] for _, image in tiny.images]), path)
+    pixels = [preprocessing.apply(image, 112, 112)[None] for _, image in tiny.images]
+    save_model(quantize_model(model, pixels).model, path)
     result, _ = validate_file(path, tiny.images[:1])
     step = result.steps[2]
     assert (step.step, step.tolerance) == ("precision", 0.3)

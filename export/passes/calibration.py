@@ -1,0 +1,99 @@
+"""What enters each linear layer on calibration photographs: ranges and means per channel, and a sample of rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from fna.errors import InvalidArgumentError
+from fna.export.operators.builder import Builder
+from fna.export.operators.registry import model_opset
+from fna.files import LARGEST_SINGLE_FILE
+from fna.runtime import open_session, run_session
+
+SAMPLED_ROWS = 1024
+"""Rows of each tensor that are kept, of all photographs together."""
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What a tensor `[..., K]` held on the photographs.
+
+    Attributes:
+        lowest: of each photograph and channel, `[P, K]`.
+        highest: likewise.
+        mean: per channel, `[K]`.
+        rows: evenly spaced rows of each photograph, `[P, R, K]`.
+    """
+
+    lowest: NDArray[np.float64]
+    highest: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    rows: NDArray[np.float32]
+
+
+def measure_inputs(
+    model: ModelProto,
+    channels: Mapping[str, int],
+    pixels: Sequence[NDArray[np.float32]],
+    name: str = "the file",
+) -> dict[str, InputStatistics]:
+    """Run an fp32 file on photographs and return what tensors of it held.
+
+    Args:
+        model: with its functions and tensors.
+        channels: the tensors, with the size K of their last axis.
+        pixels: preprocessed photographs, `[1, 3, H, W]` each.
+        name: says in errors which file it was.
+
+    Raises:
+        InvalidArgumentError: if a tensor holds NaN or infinite values, naming it and the photograph's number.
+    """
+    observed = ModelProto()
+    observed.CopyFrom(model)
+    op = Builder(model_opset(model), prefix="fna_observed/")
+    places = np.arange(-(-SAMPLED_ROWS // max(1, len(pixels))), dtype=np.int64)
+    results: dict[str, tuple[str, ...]] = {}
+    for tensor, size in channels.items():
+        flat = op.Reshape(tensor, [-1, size])
+        count = op.Gather(op.Shape(flat), [0])
+        results[tensor] = (
+            op.ReduceMin(flat, axes=[0], keepdims=0),
+            op.ReduceMax(flat, axes=[0], keepdims=0),
+            op.ReduceMean(flat, axes=[0], keepdims=0),
+            op.Gather(flat, op.Div(op.Mul(places, count), [len(places)]), axis=0),
+        )
+    observed.graph.node.extend(op.nodes)
+    del observed.graph.output[:]
+    for kept in results.values():
+        observed.graph.output.extend(helper.make_tensor_value_info(value, TensorProto.FLOAT, None) for value in kept)
+    seen: dict[str, list[tuple[NDArray[np.float32], ...]]] = {tensor: [] for tensor in channels}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "observed.onnx"
+        onnx.save(observed, path, save_as_external_data=observed.ByteSize() > LARGEST_SINGLE_FILE)
+        session = open_session(path, name=name)
+        for number, image in enumerate(pixels):
+            arrays = run_session(session, {session.get_inputs()[0].name: image}, name=name)
+            for tensor, kept in results.items():
+                found = tuple(arrays[value] for value in kept)
+                if not all(np.isfinite(array).all() for array in found):
+                    raise InvalidArgumentError(
+                        f"{tensor} of {name} holds NaN or infinite values on photograph {number + 1} of {len(pixels)}, so it "
+                        "has no range to quantise by; mend the fp32 model first (fna validate names its first such tensor)"
+                    )
+                seen[tensor].append(found)
+    return {tensor: _summary(found) for tensor, found in seen.items()}
+
+
+def _summary(found: Sequence[tuple[NDArray[np.float32], ...]]) -> InputStatistics:
+    lowest, highest, mean, rows = (np.stack(parts) for parts in zip(*found, strict=True))
+    return InputStatistics(
+        lowest.astype(np.float64), highest.astype(np.float64), mean.mean(axis=0, dtype=np.float64), rows
+    )

@@ -1,0 +1,146 @@
+"""How one linear layer's input and weights are best quantised, judged by the layer's own output on calibration photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fna.export.passes.calibration import InputStatistics
+from fna.export.passes.eight_bit import INT8, Array, EightBit
+from fna.export.passes.equalise import Equalisation
+
+STANDING_OUT = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""Candidates: this share of the channels, the widest, is divided down to the width of the next."""
+
+
+HEADROOM = (1.0, 1.15, 1.3, 1.5)
+"""Candidates: how much wider than on the photographs the range is made, for what others hold."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantise what enters some layers.
+
+    Attributes:
+        kind: the type.
+        equalisation: the shift and scale that come before.
+        largest: magnitude of the equalised tensor that the type's range is fitted to.
+        error: of the layers' outputs on the sampled rows of each photograph, with ranges of the others: mean squares of what is
+            left when its mean is taken off, as a share of the output's variance, summed over the layers.
+    """
+
+    kind: EightBit
+    equalisation: Equalisation
+    largest: float
+    error: float
+
+
+def choose(
+    kinds: Sequence[EightBit],
+    statistics: InputStatistics,
+    weights: Sequence[Array],  # [K, M] each
+    movable: bool,
+) -> Candidate:
+    """Return the candidate whose layers' outputs are nearest to the exact ones, on photographs that gave it no range.
+
+    Args:
+        kinds: types to choose from.
+        statistics: of the tensor that enters.
+        weights: of the layers that it enters.
+        movable: whether it may be shifted and scaled.
+    """
+    trial = _Trial(statistics, np.concatenate(weights, axis=1), _shares(statistics, weights), movable)
+    best = min((trial.best_of(kind) for kind in kinds), key=lambda setting: setting.error)
+    everything = range(len(statistics.rows))
+    equalisation = _equalisation(best.kind, statistics, everything, best.portion, movable)
+    largest = best.headroom * _largest(statistics, everything, equalisation)
+    return Candidate(best.kind, equalisation, largest, best.error)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    kind: EightBit
+    portion: float
+    headroom: float
+    error: float
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What settings are tried on: each photograph's rows, with ranges of the others."""
+
+    statistics: InputStatistics
+    weight: NDArray[np.float32]  # [K, M], of all layers
+    shares: NDArray[np.float64]  # [M], what an output's mean square counts
+    movable: bool
+
+    def best_of(self, kind: EightBit) -> _Setting:
+        """Return the best portion to divide down, and for that the best headroom."""
+        portions = STANDING_OUT if self.movable and kind is INT8 else (0.0,)
+        first = self._try(kind, [(portion, HEADROOM[1]) for portion in portions])
+        rest = [(first.portion, headroom) for headroom in HEADROOM if headroom != HEADROOM[1]]
+        return min(first, self._try(kind, rest), key=lambda setting: setting.error)
+
+    def _try(self, kind: EightBit, settings: Sequence[tuple[float, float]]) -> _Setting:
+        count = len(self.statistics.rows)
+        errors = np.zeros(len(settings))
+        for left_out in range(count):
+            others = [number for number in range(count) if number != left_out] or [left_out]
+            rows = self.statistics.rows[left_out]
+            exact = rows @ self.weight
+            for index, (portion, headroom) in enumerate(settings):
+                equalisation = _equalisation(kind, self.statistics, others, portion, self.movable)
+                largest = headroom * _largest(self.statistics, others, equalisation)
+                scaled = equalisation.scale[:, None].astype(np.float32) * self.weight
+                difference = round_rows(kind, equalisation, largest, rows) @ round_weight(kind, scaled) - exact
+                errors[index] += float(difference.var(axis=0) @ self.shares) / count
+        best = int(errors.argmin())
+        return _Setting(kind, *settings[best], float(errors[best]))
+
+
+def _shares(statistics: InputStatistics, weights: Sequence[Array]) -> NDArray[np.float64]:
+    """One over the variance of each layer's output, for each of its columns."""
+    variances = [float((statistics.rows @ weight).var(axis=(0, 1)).sum()) for weight in weights]
+    return np.repeat([1 / max(variance, 1e-30) for variance in variances], [weight.shape[1] for weight in weights])
+
+
+def _largest(statistics: InputStatistics, photographs: Sequence[int], equalisation: Equalisation) -> float:
+    """The largest magnitude that the equalised tensor takes on some photographs."""
+    ends = [end[photographs].astype(np.float64) for end in (statistics.lowest, statistics.highest)]
+    return float(max(np.abs((end - equalisation.shift) / equalisation.scale).max() for end in ends))
+
+
+def _equalisation(
+    kind: EightBit, statistics: InputStatistics, photographs: Sequence[int], portion: float, movable: bool
+) -> Equalisation:
+    one = np.ones(statistics.mean.shape)
+    if not movable:
+        return Equalisation(np.zeros_like(one), one)
+    if kind is not INT8:  # a floating type is as fine as its values are small, so they are gathered around zero
+        return Equalisation(statistics.mean, one)
+    lowest, highest = statistics.lowest[photographs].min(axis=0), statistics.highest[photographs].max(axis=0)
+    half = (highest - lowest) / 2
+    limit = np.sort(half)[::-1][int(portion * half.size)]
+    return Equalisation((lowest + highest) / 2, np.maximum(one, half / limit) if limit > 0 else one)
+
+
+def round_rows(
+    kind: EightBit, equalisation: Equalisation, largest: float, rows: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return rows `[..., K]`, equalised and quantised."""
+    moved = np.subtract(rows, equalisation.shift, dtype=np.float32)
+    moved /= equalisation.scale.astype(np.float32)
+    return kind.round(moved, kind.scale(np.asarray(largest)))
+
+
+def weight_scale(kind: EightBit, weight: Array) -> NDArray[np.float32]:
+    """Return the scale of each column of `[K, M]`."""
+    return kind.scale(np.abs(weight).max(axis=0))
+
+
+def round_weight(kind: EightBit, weight: Array) -> NDArray[np.float32]:
+    """Return `[K, M]`, quantised with a scale for each column."""
+    return kind.round(weight, weight_scale(kind, weight))
