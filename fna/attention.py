@@ -311,8 +311,8 @@ def _attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
         )  # fmt: skip
         wanted = [*leaves, bias] if bias is not None else leaves
         grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
-    found = (*grads[:3], None, grads[3] if bias is not None else None)
-    return (*found, *[None] * (7 if ctx.has_mask else 5))
+    gradients = (*grads[:3], None, grads[3] if bias is not None else None)
+    return (*gradients, *[None] * (7 if ctx.has_mask else 5))
 
 
 _attention_op.register_autograd(_attention_backward, setup_context=_save_for_backward)

@@ -177,8 +177,8 @@ def steps_of(plan: Plan, block: int) -> BlockSteps:
     return BlockSteps(block, masking, nystrom)
 
 
-def _named_tokens(found: tuple[int, TokenRange] | None) -> NamedTokens | None:
-    return None if found is None else NamedTokens(found[1].tokens, found[0])
+def _named_tokens(block_and_range: tuple[int, TokenRange] | None) -> NamedTokens | None:
+    return None if block_and_range is None else NamedTokens(block_and_range[1].tokens, block_and_range[0])
 
 
 class BlockWiring(Protocol[Tensor]):

@@ -17,5 +17,5 @@ def load_cuda_kernels() -> bool:
 
     An entry point is a function without arguments that returns whether it registered kernels for `fna`'s operators.
     """
-    registered = [entry.load()() for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    registered = [point.load()() for point in entry_points(group=ENTRY_POINT_GROUP)]
     return any(registered)

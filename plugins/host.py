@@ -122,7 +122,11 @@ class Plugin:
 
 def _describe(tensors: list[Tensor]) -> ctypes.Array[_Tensor]:
     described = (_Tensor * len(tensors))()
-    for entry, tensor in zip(described, tensors, strict=True):
-        entry.type, entry.rank, entry.data = _TENSORRT_TYPES[tensor.dtype], tensor.dim(), tensor.data_ptr()
-        entry.dims[: tensor.dim()] = list(tensor.shape)
+    for description, tensor in zip(described, tensors, strict=True):
+        description.type, description.rank, description.data = (
+            _TENSORRT_TYPES[tensor.dtype],
+            tensor.dim(),
+            tensor.data_ptr(),
+        )
+        description.dims[: tensor.dim()] = list(tensor.shape)
     return described

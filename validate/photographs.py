@@ -52,7 +52,7 @@ def load_labelled(folder: Path | None) -> Photographs:
         try:
             found, unreadable = load_images(path)
         except InputFileError:
-            found, unreadable = [], [f"{item.name}: not readable" for item in sorted(path.iterdir()) if _is_image(item)]
+            found, unreadable = [], [f"{file.name}: not readable" for file in sorted(path.iterdir()) if _is_image(file)]
         images += [(f"{path.name}/{name}", image) for name, image in found]
         labels += [path.name] * len(found)
         skipped += [f"{path.name}/{line}" for line in unreadable]

@@ -66,7 +66,7 @@ def _fused(model: ModelProto) -> ModelProto:
     kinds = {node.name: types.get(node.input[0], TensorProto.UNDEFINED) for node in fna_nodes(waiting.graph)}
     attach_functions(waiting, element_types=kinds, fused=True)
     fused = _inlined(waiting, ())
-    if any((entry.key, entry.value) == ("fna.origin", "trace") for entry in fused.metadata_props):
+    if any((pair.key, pair.value) == ("fna.origin", "trace") for pair in fused.metadata_props):
         fuse_exact_attention(fused.graph)
     return fused
 

@@ -36,7 +36,7 @@ def _keep_interface(model: ModelProto, raised: ModelProto) -> None:
         before, after = getattr(model.graph, side), getattr(raised.graph, side)
         if [value.name for value in before] != [value.name for value in after]:
             raise InvalidArgumentError(f"the converter changed the file's {side}s; choose the lowering portable")
-    if {entry.key for entry in model.metadata_props} != {entry.key for entry in raised.metadata_props}:
+    if {pair.key for pair in model.metadata_props} != {pair.key for pair in raised.metadata_props}:
         del raised.metadata_props[:]
         raised.metadata_props.extend(model.metadata_props)
     raised.ir_version = max(raised.ir_version, onnx.helper.find_min_ir_version_for(list(raised.opset_import), True))

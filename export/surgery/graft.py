@@ -291,9 +291,9 @@ def find_points_of(graph: GraphView, shapes: dict[str, Shape]) -> list[ShapePoin
     Raises:
         InputFileError: if there are none, or an input is named that the file does not have.
     """
-    unknown = set(shapes) - {item.name for item in graph.inputs}
+    unknown = set(shapes) - {tensor.name for tensor in graph.inputs}
     if unknown:
-        names = ", ".join(item.name for item in graph.inputs)
+        names = ", ".join(tensor.name for tensor in graph.inputs)
         raise InputFileError(f"the file has no input {sorted(unknown)[0]!r}; its inputs are {names}")
     try:
         return find_points(graph, shapes)
@@ -379,12 +379,12 @@ def _replace_and_prove(
 def _put_back_survivors(graph: GraphView, rewritten: Rewritten) -> None:
     """A block whose softmax is still needed for something else was not replaced; refuse it."""
     left = {name for node in rewritten.model.graph.node for name in node.output}
-    for item in rewritten.replacements:
-        anchor = graph.nodes[item.row.anchor]
+    for replacement in rewritten.replacements:
+        anchor = graph.nodes[replacement.row.anchor]
         weights = anchor.outputs[0].name
-        if weights in left and weights != item.row.attention.result.tensor:  # type: ignore[union-attr]
-            item.row.decision = Decision.REFUSED
-            item.row.reason = "put back: its attention weights are needed by other nodes"
+        if weights in left and weights != replacement.row.attention.result.tensor:  # type: ignore[union-attr]
+            replacement.row.decision = Decision.REFUSED
+            replacement.row.reason = "put back: its attention weights are needed by other nodes"
 
 
 def _why_nothing(rows: Sequence[Row]) -> str:
@@ -393,7 +393,7 @@ def _why_nothing(rows: Sequence[Row]) -> str:
     counts: dict[str, list[int]] = {}
     for row in rows:
         counts.setdefault(row.reason, []).append(row.block)
-    reason, blocks = max(counts.items(), key=lambda entry: len(entry[1]))
+    reason, blocks = max(counts.items(), key=lambda counted: len(counted[1]))
     return f"{len(rows)} attention blocks found; block {blocks[0]}{' and others' if len(blocks) > 1 else ''}: {reason}"
 
 

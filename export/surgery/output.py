@@ -59,9 +59,9 @@ def describe_graft(
 
 
 def _image_input(model: ModelProto) -> onnx.ValueInfoProto | None:
-    names = {item.name for item in model.graph.initializer}
+    names = {tensor.name for tensor in model.graph.initializer}
     images = [
-        item for item in model.graph.input if item.name not in names and len(item.type.tensor_type.shape.dim) == 4
+        value for value in model.graph.input if value.name not in names and len(value.type.tensor_type.shape.dim) == 4
     ]
     return images[0] if images else None
 
@@ -82,17 +82,17 @@ def _patch_size(model: ModelProto) -> int | None:
         return None
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[0] == image.name:
-            strides = next((list(item.ints) for item in node.attribute if item.name == "strides"), None)
+            strides = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "strides"), None)
             return int(strides[0]) if strides and strides[0] == strides[-1] else None
     return None
 
 
 def _known_preprocessing(model: ModelProto) -> Preprocessing:
     """The preprocessing that an earlier run of this project left in the file; else the usual one."""
-    for entry in model.metadata_props:
-        if entry.key == "fna.preprocessing":
+    for pair in model.metadata_props:
+        if pair.key == "fna.preprocessing":
             try:
-                return Preprocessing.model_validate_json(entry.value)
+                return Preprocessing.model_validate_json(pair.value)
             except ValueError:
                 break
     return Preprocessing()

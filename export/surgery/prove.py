@@ -58,13 +58,13 @@ def prove_blocks(graph: GraphView, points: Sequence[ShapePoint], rewritten: Rewr
     """Compare each original block with exact attention of the operands that were recovered for it."""
     proof = Proof()
     generator = np.random.default_rng(seed)
-    for item in rewritten.replacements:
-        block, attention = item.row.block, item.row.attention
+    for replacement in rewritten.replacements:
+        block, attention = replacement.row.block, replacement.row.attention
         assert attention is not None
         limit = TOLERANCE[attention.element_type]
         try:
             by_tokens = dict(zip(attention.tokens, points, strict=True))
-            error = max(_block_error(graph, point, item, generator) for point in by_tokens.values())
+            error = max(_block_error(graph, point, replacement, generator) for point in by_tokens.values())
         except CheckImpossibleError as problem:
             proof.failed[block] = f"could not be checked: {problem} (--no-check replaces it unchecked)"
             continue
@@ -87,12 +87,15 @@ def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path,
         raise InputFileError(
             f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
         )
-    names = [[item.query, item.key, item.value, *item.fna.input[3:], item.output] for item in rewritten.replacements]
+    names = [
+        [replacement.query, replacement.key, replacement.value, *replacement.fna.input[3:], replacement.output]
+        for replacement in rewritten.replacements
+    ]
     model = rewritten.model
-    constants = {item.name: item for item in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = list(dict.fromkeys(name for group in names for name in group if name not in constants))
     outputs = list(model.graph.output)
-    have = {item.name for item in outputs}
+    have = {output.name for output in outputs}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
     feeds = random_feeds(model, point, np.random.default_rng(seed))
     try:
@@ -108,11 +111,11 @@ def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path,
         del model.graph.output[len(outputs) :]
     for name in {name for group in names for name in group if name in constants}:
         values[name] = numpy_helper.to_array(constants[name])
-    for item, group in zip(rewritten.replacements, names, strict=True):
-        _compare_with_torch(item, [values[name] for name in group], proof)
+    for replacement, group in zip(rewritten.replacements, names, strict=True):
+        _compare_with_torch(replacement, [values[name] for name in group], proof)
 
 
-def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof: Proof) -> None:
+def _compare_with_torch(replacement: Replacement, values: Sequence[NDArray[Any]], proof: Proof) -> None:
     import torch
 
     from fna.attention import nystrom_attention_reference
@@ -124,17 +127,21 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
     # the last image is enough: a mistake that spared it would have to know how many there are
     arrays = [torch.from_numpy(np.array(array)) for array in values]
     query, key, value, out = (tensor[-1:] for tensor in (*arrays[:3], arrays[-1]))
-    lists = arrays[3:7] if FOCAL_ATTENTION.is_called_by(item.fna) else []
+    lists = arrays[3:7] if FOCAL_ATTENTION.is_called_by(replacement.fna) else []
     others = [tensor[-1:] for tensor in arrays[3 + len(lists) : -1]]
-    attention, block = item.row.attention, item.row.block
+    attention, block = replacement.row.attention, replacement.row.block
     assert attention is not None
     if not all(np.isfinite(tensor.double().numpy()).all() for tensor in (query, key, value)):
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
-    site, scale = item.site, float(np.float32(attention.scale))
-    settings = {setting.name: helper.get_attribute_value(setting) for setting in item.fna.attribute}
+    site, scale = replacement.site, float(np.float32(attention.scale))
+    settings = {setting.name: helper.get_attribute_value(setting) for setting in replacement.fna.attribute}
     sink = bool(settings.get("sink", 0))
-    masked = others if FOCAL_ATTENTION.is_called_by(item.fna) or MASKED_ATTENTION.is_called_by(item.fna) else others[2:]
+    masked = (
+        others
+        if FOCAL_ATTENTION.is_called_by(replacement.fna) or MASKED_ATTENTION.is_called_by(replacement.fna)
+        else others[2:]
+    )
     key_mask = masked[-1] if masked else None
 
     def nystrom(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -170,29 +177,33 @@ def _compare_with_torch(item: Replacement, values: Sequence[NDArray[Any]], proof
         proof.failed[block] = f"its FNA node differs from PyTorch by {error:.1e} (at most {limit:.0e})"
 
 
-def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
+def relative_error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     """Largest difference over the largest expected value; infinite where either is not finite or the shapes differ."""
-    if given.shape != expected.shape or not np.isfinite(given).all() or not np.isfinite(expected).all():
+    if actual.shape != expected.shape or not np.isfinite(actual).all() or not np.isfinite(expected).all():
         return float("inf")
-    return float(np.abs(given - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30))
 
 
 # ---------------------------------------------------------------- one block
 
 
-def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generator: np.random.Generator) -> float:
-    attention = item.row.attention
+def _block_error(
+    graph: GraphView, point: ShapePoint, replacement: Replacement, generator: np.random.Generator
+) -> float:
+    attention = replacement.row.attention
     assert attention is not None
-    written = {name for node in item.before for name in node.output}
-    cuts = [name for node in item.before for name in names_read(node) if name in graph.data and name not in written]
-    cuts += [name for name in (item.query, item.key, item.value) if name not in written]
+    written = {name for node in replacement.before for name in node.output}
+    cuts = [
+        name for node in replacement.before for name in names_read(node) if name in graph.data and name not in written
+    ]
+    cuts += [name for name in (replacement.query, replacement.key, replacement.value) if name not in written]
     cuts = list(dict.fromkeys(cuts))
     nodes, loose = _region(graph, attention.result.tensor, set(cuts))
     feeds = {name: _random(graph, point, name, generator) for name in [*cuts, *loose]}
-    before = [node for node in item.before if node.domain != "fna" and "fna_landmarks" not in node.name]
-    before = _needed(before, [item.query, item.key, item.value])
-    query_and_key = [item.query, item.key]
-    query, key = _region_values(graph, point, before, attention.initializers, feeds, query_and_key, item)
+    before = [node for node in replacement.before if node.domain != "fna" and "fna_landmarks" not in node.name]
+    before = _needed(before, [replacement.query, replacement.key, replacement.value])
+    query_and_key = [replacement.query, replacement.key]
+    query, key = _region_values(graph, point, before, attention.initializers, feeds, query_and_key, replacement)
     spread = abs(attention.scale) * float(query.std()) * float(key.std()) * attention.head_size**0.5
     factor = (SCORE_SPREAD / max(spread, 1e-6)) ** 0.5
     feeds = {
@@ -201,9 +212,9 @@ def _block_error(graph: GraphView, point: ShapePoint, item: Replacement, generat
         else value
         for name, value in feeds.items()
     }
-    outputs = [attention.result.tensor, item.query, item.key, item.value]
+    outputs = [attention.result.tensor, replacement.query, replacement.key, replacement.value]
     reference, query, key, value = _region_values(
-        graph, point, [*nodes, *before], attention.initializers, feeds, outputs, item
+        graph, point, [*nodes, *before], attention.initializers, feeds, outputs, replacement
     )
     if reference.size != query.size:
         return float("inf")
@@ -270,11 +281,11 @@ def _region(graph: GraphView, output: str, cuts: set[str]) -> tuple[list[NodePro
         index = graph.producer[name]
         indices.add(index)
         node = graph.nodes[index]
-        for item in all_inputs(node):
-            if node.op in ("Shape", "Size") and item in graph.data and item not in cuts:
-                loose.append(item)
+        for read in all_inputs(node):
+            if node.op in ("Shape", "Size") and read in graph.data and read not in cuts:
+                loose.append(read)
             else:
-                todo.append(item)
+                todo.append(read)
     inside = {name for index in indices for name in output_names(graph.nodes[index])}
     return [node_proto(graph.nodes[index]) for index in sorted(indices)], [
         name for name in dict.fromkeys(loose) if name not in inside
@@ -298,13 +309,13 @@ def _region_values(
     extra: Sequence[TensorProto],
     feeds: dict[str, NDArray[Any]],
     outputs: Sequence[str],
-    item: Replacement,
+    replacement: Replacement,
 ) -> list[NDArray[Any]]:
     """Values of tensors of a region; those that are fed are handed back."""
     wanted = [name for name in dict.fromkeys(outputs) if name not in feeds]
     arrays = dict(feeds)
     if wanted:
-        model = _region_model(graph, point, nodes, extra, feeds, wanted, item)
+        model = _region_model(graph, point, nodes, extra, feeds, wanted, replacement)
         try:
             session = open_session(model, folder=graph.folder, optimise=False, once=True)
             arrays |= run_session(session, feeds, wanted, longest_s=LONGEST_RUN_S)
@@ -320,13 +331,13 @@ def _region_model(
     extra: Sequence[TensorProto],
     feeds: dict[str, NDArray[Any]],
     outputs: Sequence[str],
-    item: Replacement,
+    replacement: Replacement,
 ) -> ModelProto:
     names = {name for node in nodes for name in names_read(node)}
     initializers = [tensor_proto(graph.initializers[name]) for name in sorted(names) if name in graph.initializers]
     known = {tensor.name for tensor in initializers}
     initializers += [
-        tensor for tensor in [*extra, *item.constants] if tensor.name in names and tensor.name not in known
+        tensor for tensor in [*extra, *replacement.constants] if tensor.name in names and tensor.name not in known
     ]
     inputs = [
         helper.make_tensor_value_info(name, point.types[name], [None] * len(value.shape))
@@ -346,18 +357,18 @@ def _region_model(
 def random_feeds(model: ModelProto, point: ShapePoint, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Random input for a whole file: normal images, small token numbers, masks that mask nothing."""
     feeds: dict[str, NDArray[Any]] = {}
-    constants = {item.name for item in model.graph.initializer}
-    for item in model.graph.input:
-        if item.name in constants:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if value.name in constants:
             continue
-        dtype = numpy_type(item.type.tensor_type.elem_type)
-        shape = point.feeds[item.name]
+        dtype = numpy_type(value.type.tensor_type.elem_type)
+        shape = point.feeds[value.name]
         if dtype.kind == "f" or dtype.name == "bfloat16":
-            feeds[item.name] = generator.standard_normal(shape, dtype=np.float32).astype(dtype)
-        elif dtype.kind == "b" or "mask" in item.name.lower():
-            feeds[item.name] = np.ones(shape, dtype)
+            feeds[value.name] = generator.standard_normal(shape, dtype=np.float32).astype(dtype)
+        elif dtype.kind == "b" or "mask" in value.name.lower():
+            feeds[value.name] = np.ones(shape, dtype)
         else:
-            feeds[item.name] = generator.integers(0, 4, shape).astype(dtype)
+            feeds[value.name] = generator.integers(0, 4, shape).astype(dtype)
     return feeds
 
 

@@ -99,7 +99,7 @@ def _grafted_causes(chain: Chain, step: str, node: FnaNode, place: BlockPartErro
 def _exchange_inputs(model: ModelProto, node: FnaNode, order: Sequence[str]) -> ModelProto:
     exchanged = ModelProto()
     exchanged.CopyFrom(model)
-    target = next(item for item in exchanged.graph.node if item.name == node.name)
+    target = next(other for other in exchanged.graph.node if other.name == node.name)
     target.input[:3] = [node.inputs[name] for name in order]
     return exchanged
 

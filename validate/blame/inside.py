@@ -111,8 +111,8 @@ def part_names(chain: Chain) -> dict[BlockPart, str]:
 def _first_common(chain: Chain, node: FnaNode) -> str:
     """The first tensor behind a grafted FNA node that the original has as well: the block's attention, laid out as it was."""
     assert chain.reference is not None
-    known = {name for item in chain.reference.graph.node for name in item.output}
-    readers = {name: item for item in reversed(chain.proto.graph.node) for name in item.input}
+    known = {name for writer in chain.reference.graph.node for name in writer.output}
+    readers = {name: reader for reader in reversed(chain.proto.graph.node) for name in reader.input}
     name = node.output
     while name not in known and name in readers:
         name = readers[name].output[0]

@@ -145,7 +145,7 @@ def _describe(
     node = writers[name]
     if node.op_type == "Cast" and node.name == f"{name}/Cast" and f"{name}/exact" in writers:
         node = writers[f"{name}/exact"]
-    inputs = [item for item in node.input if item in writers]
+    inputs = [name for name in node.input if name in writers]
     largest = None
     if inputs:
         runner = OnnxRunner(mark_outputs(model, inputs), chain.folder, chain.file.onnx.name, optimise=False)

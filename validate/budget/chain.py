@@ -286,8 +286,8 @@ def _open_grafted(file: ValidatedFile, resolution: tuple[int, int] | None, say: 
     say("opening the original")
     original = load_onnx(file.original)
     proto, runnable = _load_with_functions(file.onnx)
-    names = {item.name for item in original.graph.output}
-    outputs = tuple(item.name for item in proto.graph.output if item.name in names)
+    names = {output.name for output in original.graph.output}
+    outputs = tuple(output.name for output in proto.graph.output if output.name in names)
     runner = OnnxRunner(file.original, file.original.parent, file.original.name)
     fixed = (runner.height, runner.width) if runner.height and runner.width else (metadata.height, metadata.width)
     size = choose_size(metadata.model_copy(update={"height": fixed[0], "width": fixed[1]}), resolution, None)

@@ -84,7 +84,7 @@ class Document(BaseModel):
         lines = self.validation.failures()
         if not lines:
             return []
-        blame = [item.describe() for item in self.divergences]
+        blame = [divergence.describe() for divergence in self.divergences]
         return lines + blame + [f"{step}: which block is not known: {why}" for step, why in self.not_located.items()]
 
     def summary(self) -> list[str]:
@@ -107,7 +107,10 @@ class Document(BaseModel):
                 if step in measured and step not in self.not_located
             ]
         if self.task is not None:
-            lines += [f"{item.task}: {item.measure} {item.value:.4f} ({item.detail})" for item in self.task.measures]
+            lines += [
+                f"{measure.task}: {measure.measure} {measure.value:.4f} ({measure.detail})"
+                for measure in self.task.measures
+            ]
             lines += [f"not measured: {line}" for line in self.task.skipped]
         return lines
 

@@ -48,8 +48,8 @@ def report_data(document: Document) -> dict[str, Any]:
     blocks = validation["metadata"]["plan"]["blocks"]
     data["facts"] = {
         "fna_blocks": len(blocks),
-        "landmarks": sorted({entry["landmarks"] for entry in blocks}),
-        "samplers": sorted({entry["sampler"] for entry in blocks}),
+        "landmarks": sorted({block["landmarks"] for block in blocks}),
+        "samplers": sorted({block["sampler"] for block in blocks}),
         "tokens": _count_tokens(document.validation),
         "images": len(validation["images"]),
         "skipped": len(validation["skipped"]),

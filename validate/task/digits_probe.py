@@ -48,7 +48,7 @@ def measure_digits_probe(results: Results, inputs: TaskInputs) -> None:
             return
         vectors[kind] = features
     train, test = hold_out(truth, np.unique(truth))
-    counts = sorted({entry.landmarks for entry in plan.blocks})
+    counts = sorted({block.landmarks for block in plan.blocks})
     detail = (
         f"linear probe on {len(train)} of scikit-learn's digits at {side} pixels, {len(test)} held out; PyTorch, S="
         f"{'/'.join(map(str, counts))} of {tokens} tokens, in proportion to the plan"
@@ -64,10 +64,10 @@ def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
     prefix = plan.prefix_tokens or 0
     share = min(1.0, (tokens - prefix) / full)
     blocks = tuple(
-        entry.model_copy(
-            update={"landmarks": min(tokens, max(prefix + 2, prefix + round((entry.landmarks - prefix) * share)))}
+        block.model_copy(
+            update={"landmarks": min(tokens, max(prefix + 2, prefix + round((block.landmarks - prefix) * share)))}
         )
-        for entry in plan.blocks
+        for block in plan.blocks
     )
     return plan.for_squares().model_copy(update={"blocks": blocks})
 

@@ -23,14 +23,14 @@ def hold_out(truth: NDArray[np.intp], names: NDArray[Any]) -> tuple[NDArray[np.i
     train: list[int] = []
     test: list[int] = []
     for number, name in enumerate(names):
-        items = np.flatnonzero(truth == number)
-        if len(items) < 2:
+        images = np.flatnonzero(truth == number)
+        if len(images) < 2:
             raise InputFileError(
                 f"class folder {name} has one image, but two are needed: one to train on, one held out"
             )
-        half = (len(items) + 1) // 2
-        train += items[:half].tolist()
-        test += items[half:].tolist()
+        half = (len(images) + 1) // 2
+        train += images[:half].tolist()
+        test += images[half:].tolist()
     return np.array(train), np.array(test)
 
 

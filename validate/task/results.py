@@ -40,7 +40,9 @@ class TaskResult(BaseModel):
 
     def find(self, task: str, measure: str) -> float | None:
         """Return one value."""
-        return next((item.value for item in self.measures if (item.task, item.measure) == (task, measure)), None)
+        return next(
+            (result.value for result in self.measures if (result.task, result.measure) == (task, measure)), None
+        )
 
 
 @dataclass

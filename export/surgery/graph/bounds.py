@@ -64,7 +64,7 @@ class BoundsFinder:
                 self.known[current] = leaf or self._unknown(current)
                 todo.pop()
                 continue
-            missing = [item for item in input_names(node) if item and item not in self.known]
+            missing = [name for name in input_names(node) if name and name not in self.known]
             if missing and current not in waiting:
                 waiting.add(current)
                 todo.extend(missing)
@@ -95,7 +95,7 @@ class BoundsFinder:
         return None
 
     def _rule(self, node: gs.Node) -> Bounds:
-        inputs = [self.known[item] for item in input_names(node) if item]
+        inputs = [self.known[name] for name in input_names(node) if name]
         if not inputs:
             return ANYTHING
         if node.op in FORWARDS:
@@ -121,8 +121,8 @@ def _bounds_of(value: np.ndarray) -> Bounds:
     return ANYTHING if math.isnan(low) or math.isnan(high) else Bounds(low, high)
 
 
-def _union(*items: Bounds) -> Bounds:
-    return Bounds(min(item.low for item in items), max(item.high for item in items))
+def _union(*bounds: Bounds) -> Bounds:
+    return Bounds(min(bound.low for bound in bounds), max(bound.high for bound in bounds))
 
 
 def _truth(always: bool, never: bool) -> Bounds:
@@ -139,18 +139,18 @@ def _product(left: Bounds, right: Bounds) -> Bounds:
 
 
 def _cast(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
-    item = inputs[0]
+    data = inputs[0]
     to = int(attribute(node, "to", 0))
     if to == TensorProto.BOOL:
-        return _truth(item.low > 0 or item.high < 0, item.low == item.high == 0)
+        return _truth(data.low > 0 or data.high < 0, data.low == data.high == 0)
     if to in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
         if to == TensorProto.FLOAT16:
             limit = 65504.0
-            return Bounds(-math.inf if item.low < -limit else item.low, math.inf if item.high > limit else item.high)
-        return item
-    if math.isfinite(item.low) and math.isfinite(item.high):
-        return Bounds(float(math.trunc(item.low)), float(math.trunc(item.high)))
-    return Bounds(0.0, math.inf) if item.low >= 0 else ANYTHING
+            return Bounds(-math.inf if data.low < -limit else data.low, math.inf if data.high > limit else data.high)
+        return data
+    if math.isfinite(data.low) and math.isfinite(data.high):
+        return Bounds(float(math.trunc(data.low)), float(math.trunc(data.high)))
+    return Bounds(0.0, math.inf) if data.low >= 0 else ANYTHING
 
 
 def _where(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
@@ -189,11 +189,11 @@ def _equal(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
 
 
 def _clip(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
-    named = [finder.known[item] if item else None for item in input_names(node)]
-    item = inputs[0]
+    named = [finder.known[name] if name else None for name in input_names(node)]
+    data = inputs[0]
     low = named[1] if len(named) > 1 and named[1] else Bounds(-math.inf, -math.inf)
     high = named[2] if len(named) > 2 and named[2] else Bounds(math.inf, math.inf)
-    return Bounds(min(max(item.low, low.low), high.high), min(max(item.high, low.high), high.high))
+    return Bounds(min(max(data.low, low.low), high.high), min(max(data.high, low.high), high.high))
 
 
 def _divide(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
@@ -206,8 +206,8 @@ def _divide(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds
 
 
 def _reduce_sum(node: gs.Node, inputs: list[Bounds], finder: BoundsFinder) -> Bounds:
-    item = inputs[0]
-    return Bounds(0.0 if item.low >= 0 else -math.inf, 0.0 if item.high <= 0 else math.inf)
+    data = inputs[0]
+    return Bounds(0.0 if data.low >= 0 else -math.inf, 0.0 if data.high <= 0 else math.inf)
 
 
 RULES: dict[str, Callable[[gs.Node, list[Bounds], BoundsFinder], Bounds]] = {

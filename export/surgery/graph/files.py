@@ -127,7 +127,7 @@ def import_model(model: ModelProto, folder: Path) -> gs.Graph:
     Raises:
         InputFileError: if the model breaks the rules of ONNX.
     """
-    if not any(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
+    if not any(opset.domain in ("", "ai.onnx") for opset in model.opset_import):
         raise InputFileError("the file imports no standard operator set, so its operators have no meaning")
     order = check_names(model.graph)
     with _quiet():
@@ -170,8 +170,8 @@ def check_names(graph: GraphProto) -> list[int] | None:
         InputFileError: with the tensor or node that breaks the rules.
     """
     nodes = list(graph.node)
-    known = {item.name for item in graph.input} | {item.name for item in graph.initializer}
-    known |= {item.values.name for item in graph.sparse_initializer}
+    known = {value.name for value in graph.input} | {value.name for value in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
     producer: dict[str, int] = {}
     for index, node in enumerate(nodes):
         for name in node.output:
@@ -195,9 +195,9 @@ def check_names(graph: GraphProto) -> list[int] | None:
                 raise InputFileError(
                     f"node {node.name or node.op_type!r} reads {name!r}, which nothing in the file computes"
                 )
-    for item in graph.output:
-        if item.name not in producer and item.name not in known:
-            raise InputFileError(f"graph output {item.name!r} is computed by nothing in the file")
+    for output in graph.output:
+        if output.name not in producer and output.name not in known:
+            raise InputFileError(f"graph output {output.name!r} is computed by nothing in the file")
     if in_order:
         return None
     ready = [index for index, count in enumerate(waiting) if count == 0]
@@ -270,23 +270,25 @@ def export_model(graph: gs.Graph, weights: dict[str, TensorProto] | None = None)
     target.node.extend(nodes)
     _write_initializers(target, old, stored, weights)
     target.sparse_initializer.extend(old.sparse_initializer)
-    defaults = {item.name for item in old.initializer}
-    infos = {item.name: item for item in (*old.value_info, *old.output, *old.input)}
+    defaults = {tensor.name for tensor in old.initializer}
+    infos = {value.name: value for value in (*old.value_info, *old.output, *old.input)}
     shown = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
     inputs = {tensor.name: _write_info(tensor, infos) for tensor in graph.inputs}
-    for item in old.input:
-        if item.name in inputs or item.name in defaults:
-            target.input.append(inputs.pop(item.name, item))
+    for info in old.input:
+        if info.name in inputs or info.name in defaults:
+            target.input.append(inputs.pop(info.name, info))
     target.input.extend(inputs.values())
     target.output.extend(_write_info(tensor, infos) for tensor in graph.outputs)
-    kept = {item.name: item for item in old.value_info}
+    kept = {value.name: value for value in old.value_info}
     for name, tensor in tensors.items():
         if name in kept or (name not in shown and isinstance(tensor, gs.Variable) and tensor.dtype is not None):
             if isinstance(tensor, gs.Constant):
                 target.value_info.append(kept[name])
             elif tensor.dtype is not None or tensor.shape is not None:
                 target.value_info.append(_write_info(tensor, infos))
-    target.quantization_annotation.extend(item for item in old.quantization_annotation if item.tensor_name in tensors)
+    target.quantization_annotation.extend(
+        annotation for annotation in old.quantization_annotation if annotation.tensor_name in tensors
+    )
     target.metadata_props.extend(old.metadata_props)
     return model
 
@@ -296,16 +298,16 @@ def _write_initializers(
 ) -> None:
     """Those that are read, those of inputs with a default value, and those that nothing read before either."""
     read = {name for node in target.node for name in names_read(node)}
-    read_before = {name for node in old.node for name in names_read(node)} | {item.name for item in old.output}
-    declared = {item.name for item in old.input}
-    before = {item.name for item in old.initializer}
+    read_before = {name for node in old.node for name in names_read(node)} | {output.name for output in old.output}
+    declared = {value.name for value in old.input}
+    before = {tensor.name for tensor in old.initializer}
     written: list[TensorProto] = []
-    for item in old.initializer:
-        if item.name in stored:
-            written.append(stored[item.name])
-        elif item.name in read or item.name in declared or item.name not in read_before:
-            written.append(item)
-    written += [item for name, item in stored.items() if name not in before]
+    for constant in old.initializer:
+        if constant.name in stored:
+            written.append(stored[constant.name])
+        elif constant.name in read or constant.name in declared or constant.name not in read_before:
+            written.append(constant)
+    written += [tensor for name, tensor in stored.items() if name not in before]
     for tensor in written:
         if weights is None or not _is_large(tensor):
             target.initializer.append(tensor)
@@ -343,7 +345,7 @@ def write_node(node: gs.Node) -> NodeProto:
     written.metadata_props.extend(original.metadata_props)
     if original.HasField("overload"):
         written.overload = original.overload
-    written.attribute.extend(item for item in original.attribute if item.type in UNKNOWN_ATTRIBUTES)
+    written.attribute.extend(attribute for attribute in original.attribute if attribute.type in UNKNOWN_ATTRIBUTES)
     return written
 
 
@@ -355,7 +357,7 @@ UNKNOWN_ATTRIBUTES = (
 
 
 def _same_node(node: gs.Node, original: NodeProto) -> bool:
-    known = {item.name: item for item in original.attribute if item.type not in UNKNOWN_ATTRIBUTES}
+    known = {attribute.name: attribute for attribute in original.attribute if attribute.type not in UNKNOWN_ATTRIBUTES}
     return (
         (node.op, node.name, node.domain or "") == (original.op_type, original.name, original.domain)
         and [tensor.name for tensor in node.inputs] == list(original.input)
@@ -389,14 +391,14 @@ def _same_body(body: gs.Graph, original: GraphProto) -> bool:
     return (
         len(body.nodes) == len(original.node)
         and all(_same_node(*pair) for pair in zip(body.nodes, original.node, strict=True))
-        and [tensor.name for tensor in body.inputs] == [item.name for item in original.input]
-        and [tensor.name for tensor in body.outputs] == [item.name for item in original.output]
-        and all(_same_constant(stored[item.name], item) for item in original.initializer if item.name in stored)
+        and [tensor.name for tensor in body.inputs] == [value.name for value in original.input]
+        and [tensor.name for tensor in body.outputs] == [value.name for value in original.output]
+        and all(_same_constant(stored[tensor.name], tensor) for tensor in original.initializer if tensor.name in stored)
     )
 
 
 def _write_functions(graph: gs.Graph, original: ModelProto) -> list[FunctionProto]:
-    known = {(item.domain, item.name): item for item in original.functions}
+    known = {(function.domain, function.name): function for function in original.functions}
     functions = []
     for function in graph.functions:
         old = known.get((function.domain, function.name))
@@ -429,18 +431,18 @@ def names_read(node: NodeProto) -> Iterator[str]:
     for name in node.input:
         if name:
             yield name
-    for item in node.attribute:
-        bodies = [item.g] if item.type == AttributeProto.GRAPH else item.graphs
+    for attribute in node.attribute:
+        bodies = [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
         for body in bodies:
             yield from _captured(body)
 
 
 def _captured(body: GraphProto) -> Iterator[str]:
-    own = {item.name for item in body.input} | {item.name for item in body.initializer}
+    own = {value.name for value in body.input} | {value.name for value in body.initializer}
     own |= {name for node in body.node for name in node.output}
     for node in body.node:
         yield from (name for name in names_read(node) if name not in own)
-    yield from (item.name for item in body.output if item.name not in own)
+    yield from (output.name for output in body.output if output.name not in own)
 
 
 def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -453,23 +455,23 @@ def all_tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
-    for item in graph.sparse_initializer:
-        yield item.values
-        yield item.indices
+    for tensor in graph.sparse_initializer:
+        yield tensor.values
+        yield tensor.indices
     for node in graph.node:
         yield from _node_tensors(node)
 
 
 def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for item in node.attribute:
-        if item.type == AttributeProto.TENSOR:
-            yield item.t
-        elif item.type == AttributeProto.TENSORS:
-            yield from item.tensors
-        elif item.type == AttributeProto.GRAPH:
-            yield from _graph_tensors(item.g)
-        elif item.type == AttributeProto.GRAPHS:
-            for graph in item.graphs:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        elif attribute.type == AttributeProto.TENSORS:
+            yield from attribute.tensors
+        elif attribute.type == AttributeProto.GRAPH:
+            yield from _graph_tensors(attribute.g)
+        elif attribute.type == AttributeProto.GRAPHS:
+            for graph in attribute.graphs:
                 yield from _graph_tensors(graph)
 
 
@@ -479,8 +481,8 @@ def external_file(tensor: TensorProto, folder: Path) -> Path:
     Raises:
         InputFileError: if it is missing, too short, or outside the model's folder.
     """
-    entries = {item.key: item.value for item in tensor.external_data}
-    location = entries.get("location", "")
+    fields = {field.key: field.value for field in tensor.external_data}
+    location = fields.get("location", "")
     if not location or Path(location).is_absolute() or ".." in Path(location).parts:
         raise InputFileError(f"tensor {tensor.name!r} keeps its data at {location!r}, outside the model's folder")
     path = folder / location
@@ -491,7 +493,7 @@ def external_file(tensor: TensorProto, folder: Path) -> Path:
     if not path.is_file():
         raise InputFileError(f"external data file {location!r} is missing; put it beside the model")
     try:
-        offset, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
+        offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
     except ValueError:
         raise InputFileError(f"tensor {tensor.name!r} has an external offset or length that is not a number") from None
     if offset < 0 or length < 0 or offset + length > path.stat().st_size:

@@ -48,14 +48,14 @@ def fold(node: gs.Node, values: Sequence[Array | None], opset: int) -> list[Arra
         raise CannotFoldError
     if any(value is None and tensor.name for value, tensor in zip(values, node.inputs, strict=True)):
         raise CannotFoldError
-    given = [None if value is None else np.asarray(value) for value in values]
-    estimate = SIZES.get(node.op, _broadcast_size)(given)
+    arrays = [None if value is None else np.asarray(value) for value in values]
+    estimate = SIZES.get(node.op, _broadcast_size)(arrays)
     if not estimate <= LARGEST_FOLDED:
         raise CannotFoldError
     try:
         with np.errstate(all="ignore"):
             operator = _operator(node.op, opset)(node_proto(node), RUN_PARAMETERS)
-            return [np.asarray(result) for result in operator.run(*given)]
+            return [np.asarray(result) for result in operator.run(*arrays)]
     except Exception as error:  # the reference operators raise whatever NumPy does, and errors of their own
         raise ValueError(f"{node.op} cannot take its inputs: {error}") from None
 
@@ -113,9 +113,9 @@ def numpy_type(element_type: int) -> np.dtype[Any]:
 
 def axes_of(node: gs.Node, values: Sequence[Array | None], slot: int = 1) -> list[int] | None:
     """Axes that are an attribute in old opsets and an input in new ones."""
-    given = attribute(node, "axes")
-    if given is not None:
-        return [int(axis) for axis in given]
+    axes = attribute(node, "axes")
+    if axes is not None:
+        return [int(axis) for axis in axes]
     if len(values) > slot and values[slot] is not None:
         return [int(axis) for axis in np.asarray(values[slot]).reshape(-1)]
     return None

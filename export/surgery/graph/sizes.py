@@ -88,7 +88,7 @@ def _measure_unknown(graph: GraphView, point: ShapePoint) -> None:
         if not frontier:
             return
         model = export_model(graph.graph)
-        known = {item.name for item in model.graph.output}
+        known = {output.name for output in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in frontier if name not in known)
         try:
             results = run_session(open_session(model, folder=graph.folder, optimise=False), feeds, frontier)

@@ -51,8 +51,8 @@ def refuse_mask(context: Context, name: str, *, keep: float = 0.0) -> None:
 
 def scale_of(node: gs.Node, name: str, head_size: int) -> float:
     """The scale of an attribute; 0 and none at all mean `head_size ** -0.5`."""
-    given = float(attribute(node, name, 0.0) or 0.0)
-    return given if given else float(head_size) ** -0.5
+    number = float(attribute(node, name, 0.0) or 0.0)
+    return number if number else float(head_size) ** -0.5
 
 
 def packed_core(context: Context, query: str, key: str, value: str, heads: int, node: gs.Node, scale_name: str) -> Core:

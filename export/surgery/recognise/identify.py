@@ -133,16 +133,16 @@ def _batches(context: Context, point: ShapePoint, source: str) -> set[int]:
 def _inputs_behind(context: Context, name: str) -> list[str]:
     """Inputs whose values a tensor is computed from."""
     graph = context.graph
-    inputs = {item.name for item in graph.inputs}
+    inputs = {tensor.name for tensor in graph.inputs}
     todo, seen = [name], {name}
     while todo:
         node = graph.source(todo.pop())
         if node is None or node.op in ("Shape", "Size"):
             continue
-        for item in input_names(node):
-            if item in graph.data and item not in seen:
-                seen.add(item)
-                todo.append(item)
+        for source in input_names(node):
+            if source in graph.data and source not in seen:
+                seen.add(source)
+                todo.append(source)
     return sorted(seen & inputs)
 
 
@@ -175,13 +175,15 @@ def _common_sources(context: Context, tensors: Sequence[str]) -> list[str]:
         steps += 1
         _, name = heapq.heappop(heap)
         node = graph.source(name)
-        if marks[name] == full and (node is None or len([item for item in output_names(node) if item in marks]) <= 1):
+        if marks[name] == full and (
+            node is None or len([output for output in output_names(node) if output in marks]) <= 1
+        ):
             sources.append(name)
         if node is None or node.op in ("Shape", "Size"):
             continue
         together = marks[name]
-        for item in input_names(node):
-            push(item, together)
+        for source in input_names(node):
+            push(source, together)
     return sources
 
 
@@ -276,10 +278,10 @@ def _is_channel_attention(context: Context, side: Side, labels: dict[str, Labels
 def _compare_tables(tables: Sequence[NDArray[np.int32]]) -> str | None:
     try:
         rows = [table.reshape(-1, table.shape[-1]) for table in tables]
-        groups = [_sorted_groups(item) for item in rows]
+        groups = [_sorted_groups(row) for row in rows]
     except ValueError as error:
         return str(error)
-    if any(item.shape != groups[0].shape or (item != groups[0]).any() for item in groups[1:]):
+    if any(group.shape != groups[0].shape or (group != groups[0]).any() for group in groups[1:]):
         return "queries, keys and values do not hold the same tokens in the same order (cross-attention or shifted windows)"
     if len(np.unique(groups[0])) != groups[0].size:
         return "a token occurs more than once among its queries (overlapping windows or repeated tokens)"

@@ -209,9 +209,9 @@ def _matching_dims(points: Sequence[ShapePoint], tensor: str, shapes: Sequence[S
     for axis in range(len(shapes[0])):
         sizes = [shape[axis] for shape in shapes]
         match = None
-        if all(item is not None for item in own):
+        if all(size is not None for size in own):
             ranks = range(len(own[0] or ()))
-            match = next((a for a in ranks if [item[a] for item in own if item is not None] == sizes), None)
+            match = next((a for a in ranks if [size[a] for size in own if size is not None] == sizes), None)
         dims.append(None if match is None else Dim(tensor, match))
     return dims
 

@@ -135,13 +135,13 @@ def reaches_product(context: Context, name: str) -> bool:
             continue
         seen.add(current)
         if node.op in PRODUCTS:
-            if all(item in graph.data for item in input_names(node)[:2]):
+            if all(name in graph.data for name in input_names(node)[:2]):
                 return True
             if node.op != "Einsum":
                 continue
         if node.op in ("Softmax", "LayerNormalization", "Conv"):
             continue
-        todo.extend(item for item in input_names(node) if item in graph.data)
+        todo.extend(name for name in input_names(node) if name in graph.data)
     return False
 
 
@@ -152,7 +152,7 @@ def mixes_heads(context: Context, name: str) -> bool:
         node = graph.source(name)
         if node is None:
             return False
-        data = [item for item in input_names(node) if item in graph.data]
+        data = [name for name in input_names(node) if name in graph.data]
         if node.op in PRODUCTS and len(data) == 2:
             return True
         if len(data) != 1 or not (

@@ -177,9 +177,9 @@ def _through_clip(context: Context, node: gs.Node) -> str:
         limits = [context.bounds.find(name) for name in names if name != data[0]]
         largest = 6.5e4 if context.points[0].types.get(data[0]) == 10 else 1e30
         harmless = {
-            "Max": all(item.high <= -largest for item in limits),
-            "Min": all(item.low >= largest for item in limits),
-            "Clip": all(item.high <= -largest or item.low >= largest for item in limits),
+            "Max": all(limit.high <= -largest for limit in limits),
+            "Min": all(limit.low >= largest for limit in limits),
+            "Clip": all(limit.high <= -largest or limit.low >= largest for limit in limits),
         }
         if harmless[node.op] and not widens(context.points, data[0], node.outputs[0].name):
             return data[0]

@@ -133,14 +133,14 @@ def _mixed(point: ShapePoint, name: str) -> Labels:
     return np.broadcast_to(np.int32(MIXED), _shape_of(point, name))
 
 
-def _merge(items: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
+def _merge(parts: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
     """Labels of an elementwise result: those of the operands where they agree."""
-    if len(items) == 1:
-        return items[0] if items[0].shape == shape else np.broadcast_to(items[0], shape)
-    result = np.broadcast_to(items[0], shape)
-    for item in items[1:]:
-        if item is not items[0]:
-            result = np.where(result == np.broadcast_to(item, shape), result, np.int32(MIXED))
+    if len(parts) == 1:
+        return parts[0] if parts[0].shape == shape else np.broadcast_to(parts[0], shape)
+    result = np.broadcast_to(parts[0], shape)
+    for part in parts[1:]:
+        if part is not parts[0]:
+            result = np.where(result == np.broadcast_to(part, shape), result, np.int32(MIXED))
     return result
 
 

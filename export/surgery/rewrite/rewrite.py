@@ -115,7 +115,11 @@ def rewrite(graph: GraphView, points: list[ShapePoint], rows: Sequence[Row], pla
     weights: dict[str, TensorProto] = {}
     model = export_model(insert_nodes(graph, writer.inserted, writer.initializers), weights)
     model.ir_version = max(model.ir_version, FUNCTIONS_IR_VERSION)
-    types = {item.fna.name: item.row.attention.element_type for item in replacements if item.row.attention}
+    types = {
+        replacement.fna.name: replacement.row.attention.element_type
+        for replacement in replacements
+        if replacement.row.attention
+    }
     common = next(iter(types.values())) if len(set(types.values())) == 1 else TensorProto.UNDEFINED
     attach_functions(model, common, types)
     return Rewritten(model, weights, replacements, writer.prefix, writer.features, list(dict.fromkeys(writer.notes)))
@@ -124,7 +128,7 @@ def rewrite(graph: GraphView, points: list[ShapePoint], rows: Sequence[Row], pla
 def _names_taken(graph: GraphView) -> set[str]:
     names = {name for node in graph.nodes for name in (node.name, *output_names(node), *all_inputs(node))}
     original = original_model(graph.graph).graph
-    return names | {item.name for item in original.initializer} | {item.name for item in original.input}
+    return names | {tensor.name for tensor in original.initializer} | {tensor.name for tensor in original.input}
 
 
 def operand_nodes(
@@ -398,7 +402,7 @@ def _origin(writer: _Writer, stream: Stream | None, attention: Attention) -> str
     """What tells one tower of a model from another: the first tensor of data that its stream is computed from."""
     start = stream.tensor if stream is not None else attention.query.tensor
     names = writer.graph.needed_for({start})
-    inputs = {item.name for item in writer.graph.inputs}
+    inputs = {tensor.name for tensor in writer.graph.inputs}
     used = {name for index in names for name in input_names(writer.graph.nodes[index]) if name in inputs}
     return ",".join(sorted(used))
 

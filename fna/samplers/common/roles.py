@@ -171,8 +171,8 @@ def _guaranteed_prefix(request: LandmarkRequest, guided: GuidedSelection) -> int
 @torch.library.custom_op("fna::landmark_roles", mutates_args=())
 def landmark_roles(include: Tensor | None, exclude: Tensor | None, num_landmarks: int, prefix_tokens: int) -> Tensor:
     """Roles `[B, N]` or `[1, N]` from masks of tokens to include and to exclude; None is nothing."""
-    given = [mask for mask in (include, exclude) if mask is not None]
-    nothing = torch.zeros_like(given[0], dtype=torch.bool)
+    masks = [mask for mask in (include, exclude) if mask is not None]
+    nothing = torch.zeros_like(masks[0], dtype=torch.bool)
     wanted = nothing if include is None else _first_of(include != 0, include_room(num_landmarks, prefix_tokens))
     barred = nothing if exclude is None else _first_of(exclude != 0, exclude_room(nothing.shape[1])) & ~wanted
     is_prefix = torch.arange(nothing.shape[1], device=nothing.device) < min(prefix_tokens, num_landmarks)
@@ -183,8 +183,8 @@ def landmark_roles(include: Tensor | None, exclude: Tensor | None, num_landmarks
 def _landmark_roles_fake(
     include: Tensor | None, exclude: Tensor | None, num_landmarks: int, prefix_tokens: int
 ) -> Tensor:
-    given = [mask for mask in (include, exclude) if mask is not None]
-    return given[0].new_empty(torch.broadcast_shapes(*(mask.shape for mask in given)), dtype=torch.int32)
+    masks = [mask for mask in (include, exclude) if mask is not None]
+    return masks[0].new_empty(torch.broadcast_shapes(*(mask.shape for mask in masks)), dtype=torch.int32)
 
 
 @torch.library.custom_op("fna::largest_norm_roles", mutates_args=())

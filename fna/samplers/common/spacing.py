@@ -22,9 +22,9 @@ def patch_grid(num_tokens: int, prefix_tokens: int, patches: tuple[int, int] | N
     side = math.isqrt(max(count, 0))
     rows, columns = patches or (side, side)
     if rows * columns != count:
-        given = f"{rows} x {columns} patches were given" if patches else "it is no square number"
+        told = f"{rows} x {columns} patches were given" if patches else "it is no square number"
         raise InvalidArgumentError(
-            f"where {count} patch tokens lie on the image cannot be told: {given}; the plan's field patches, [rows, columns], "
+            f"where {count} patch tokens lie on the image cannot be told: {told}; the plan's field patches, [rows, columns], "
             "says it"
         )
     return rows, columns

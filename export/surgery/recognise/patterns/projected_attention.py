@@ -38,9 +38,9 @@ def read(context: Context, node: gs.Node, row: Row) -> Attention:
     if weights in context.graph.data:
         raise RefusedError("its projection weights depend on data")
     width = context.shape(weights)[1]
-    given = attribute(node, "qkv_hidden_sizes")
-    if given and len(set(given)) != 1:
-        raise RefusedError(f"values have another head size than keys (qkv_hidden_sizes {list(given)})")
+    qkv_sizes = attribute(node, "qkv_hidden_sizes")
+    if qkv_sizes and len(set(qkv_sizes)) != 1:
+        raise RefusedError(f"values have another head size than keys (qkv_hidden_sizes {list(qkv_sizes)})")
     heads = int(attribute(node, "num_heads", 0))
     if heads < 1 or width % (3 * heads):
         raise RefusedError(f"its projection of {width} channels cannot be divided into 3 x {heads} heads")
