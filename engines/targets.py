@@ -49,6 +49,23 @@ class Target:
     lowering: Lowering
     limits: str = ""
 
+    @property
+    def clock_ghz(self) -> float:
+        """The clock at which its cores reach `fp32_tflops`: two operations a cycle of each."""
+        cores = next(count for capability, count in _CORES if self.capabilities[0] >= capability)
+        return self.fp32_tflops * 1e3 / (_OPERATIONS * cores * self.multiprocessors)
+
+    @property
+    def multiply_adds_a_cycle(self) -> float:
+        """Of one multiprocessor's tensor cores, as `fp16_tflops` and the clock imply."""
+        return self.fp16_tflops * 1e3 / (_OPERATIONS * self.clock_ghz * self.multiprocessors)
+
+
+_OPERATIONS = 2
+"""Of a multiply-add."""
+
+_CORES = ((86, 128), (0, 64))
+"""fp32 cores of a multiprocessor from a compute capability on (CUDA C++ Programming Guide, throughput of arithmetic instructions)."""
 
 _TENSORRT_ONLY: Mapping[str, str] = {"tensorrt": "10.3"}
 _BOTH: Mapping[str, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}

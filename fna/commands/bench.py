@@ -9,6 +9,7 @@ import click
 
 from fna.commands import options
 from fna.commands.console import make_console, progress, write_json
+from fna.errors import InvalidArgumentError
 from fna.files import check_writable
 from fna.plan import DEFAULT_LANDMARKS
 from fna.validate.bench import BACKENDS
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
     multiple=True,
     help="Side of the images; may be repeated.  [default: the plan's, or the model's own]",
 )
+@click.option(
+    "--count", "counted", is_flag=True, help="Count cycles on a --target that is not here, instead of timing."
+)
+@options.target(help="With --count: the device, as in jetson-agx-orin.")
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each model.")
 @options.batch_size()
-@options.precision(default="fp32", show_default=True)
+@options.precision(help="Of weights and activations.  [default: fp32; fp16 with --count]")
 @click.option("--csv", "csv_file", type=options.PATH, help="Write every number as CSV.")
 @options.plot(help="Draw time against tokens: .svg, .png or .pdf.")
 @options.json_file()
@@ -40,9 +45,11 @@ def command(
     backend: str,
     plan: options.PlanChoice,
     resolutions: tuple[int, ...],
+    counted: bool,
+    target: str | None,
     runs: int,
     batch: int,
-    precision: str,
+    precision: str | None,
     csv_file: Path | None,
     plot: Path | None,
     json_file: Path | None,
@@ -50,8 +57,18 @@ def command(
 ) -> None:
     """Time MODEL dense against FNA, taking turns in one process; count operations and bytes beside.
 
-    Exit code 3, with the reason, for a backend that this machine lacks.
+    With --count nothing is timed: the compiled kernels of one block run on this CPU, and the cycles of what they issue are counted
+    for a --target, FNA beside a plain exact kernel. Exit code 3, with the reason, for a backend that this machine lacks.
     """
+    if counted or target is not None:
+        if not (counted and target is not None):
+            raise InvalidArgumentError("--count and --target go together: fna bench --count --target jetson-agx-orin")
+        if csv_file is not None or plot is not None or plan.file is not None or batch != 1:
+            raise InvalidArgumentError(
+                "--count counts one block at batch 1; leave out --csv, --plot, --plan and --batch"
+            )
+        _count(model, target, plan, resolutions, precision or "fp16", json_file, quiet)
+        return
     for path in (json_file, csv_file, plot):
         if path is not None:
             check_writable(path)
@@ -76,7 +93,7 @@ def command(
             backend=backend,  # type: ignore[arg-type]
             runs=runs,
             batch=batch,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision or "fp32",  # type: ignore[arg-type]
             on_step=say,
         )
         write_json(json_file, result)
@@ -85,6 +102,44 @@ def command(
         if plot is not None:
             draw(result, plot)
     _print(result, quiet)
+
+
+def _count(
+    model: str,
+    target: str,
+    plan: options.PlanChoice,
+    resolutions: tuple[int, ...],
+    precision: str,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    from fna.commands.counted import print_counted
+
+    if json_file is not None:
+        check_writable(json_file)
+    with progress(quiet) as say:
+        say("importing PyTorch")
+        from fna.engines.targets import find_target
+        from fna.export.sources.dino_saliency import cache_folder
+        from fna.export.sources.loading import load_model
+        from fna.validate.bench.cycles import count_cycles, usual_cores
+        from fna.validate.bench.models import block_sizes
+
+        device = find_target(target)
+        loaded = load_model(model)
+        sizes = block_sizes(loaded, resolutions or (loaded.native_resolution,))
+        cores = [(count, core) for count in dict.fromkeys(plan.settings["landmarks"]) for core in usual_cores(count)]
+        result = count_cycles(
+            loaded.name,
+            device,
+            sizes,
+            cores,
+            dtype=precision,  # type: ignore[arg-type]
+            cache=cache_folder() / "counted-kernels",
+            on_step=say,
+        )
+        write_json(json_file, result)
+    print_counted(result, make_console(quiet))
 
 
 def _sides(plan: Plan) -> tuple[int, ...]:

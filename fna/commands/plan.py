@@ -119,7 +119,7 @@ def command(
         subject = open_subject(model, resolution, say)
         cost = _cost_model(subject, target, precision, measured, cache, say)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
-        names["notes"] += _describe_calibration(cost)
+        names["notes"] += _describe_prediction(cost)
         wish = planner.wish
         planned = make_best_plan(planner)
         if compare:
@@ -233,10 +233,10 @@ def _cost_model(
     return TimeCost(subject.layout, device, calibration)
 
 
-def _describe_calibration(cost: CostModel) -> list[str]:
+def _describe_prediction(cost: CostModel) -> list[str]:
     from fna.validate.planning.cost import TimeCost
 
-    return [cost.calibration.describe()] if isinstance(cost, TimeCost) and cost.calibration.times else []
+    return [cost.describe()] if isinstance(cost, TimeCost) else []
 
 
 def _make_planner(

@@ -1,4 +1,4 @@
-"""Command line of the PTX machine: `check` runs the compiled kernels, `barriers` takes synchronisation out, `count` counts."""
+"""Command line of the PTX machine: `check` runs the compiled kernels, `barriers` mutates them, `count` and `programs` count."""
 
 from __future__ import annotations
 
@@ -47,9 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     count.add_argument("--multiprocessors", type=int, default=16, help="of the GPU (16, as on Jetson AGX Orin)")
     count.add_argument("--clock", type=float, default=1.3, help="in GHz, for the time that the cycles imply (1.3)")
+    programs = commands.add_parser("programs", help="count what the planner's predictions rest on, and write the table")
+    programs.set_defaults(run=_programs)
+    programs.add_argument("--output", type=Path, default=None, help="the file (counted_programs.json of this package)")
     for command in (check, barriers):
         command.add_argument("--only", default="", help="regular expression on the cases' names")
-    for command in (check, barriers, count):
+    for command in (check, barriers, count, programs):
         command.add_argument("--table", type=Path, default=DEFAULT_TABLE, help="folder of the table (build/plugin)")
         command.add_argument("--sm", default="", help="chips, such as 87,90; 0 is the fallback (all in the table)")
     return parser
@@ -102,8 +105,8 @@ def _count(arguments: argparse.Namespace) -> int:
     from itertools import product
 
     from fna.chebyshev import ChebyshevSteps
+    from fna.plugins.programs import Multiprocessors
     from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
-    from fna.plugins.ptx.yardstick import BLOCK_QUERIES
 
     images, chips = _images(arguments)
     chosen = arguments.chebyshev
@@ -111,12 +114,13 @@ def _count(arguments: argparse.Namespace) -> int:
     exact = compile_exact(chips[0])
     for tokens, heads in product(arguments.tokens, arguments.heads):
         sizes = [
-            CallSize(tokens, heads, count, arguments.multiprocessors, chebyshev=steps) for count in arguments.landmarks
+            CallSize(tokens, heads, count, Multiprocessors(arguments.multiprocessors), chebyshev=steps)
+            for count in arguments.landmarks
         ]
         print(
             f"\nN = {tokens}, H = {heads}, D = 64, fp16, {arguments.multiprocessors} multiprocessors; cycles: overlapped to serial"
         )
-        whole = count_exact(exact, sizes[0], BLOCK_QUERIES)
+        whole = count_exact(exact, sizes[0])
         _print_launches([whole], arguments.clock)
         for size in sizes:
             print(f"FNA, S = {size.landmarks}, {'Newton-Schulz' if steps is None else steps}")
@@ -127,6 +131,22 @@ def _count(arguments: argparse.Namespace) -> int:
                 f"  over exact attention: {overlapped / whole.overlapped:.3f} overlapped, {serial / whole.serial:.3f} serial",
                 flush=True,
             )
+    return 0
+
+
+def _programs(arguments: argparse.Namespace) -> int:
+    from fna.files import write_text
+    from fna.plugins.programs import COUNTED_PROGRAMS, dump_programs
+    from fna.plugins.ptx.programs import count_programs
+
+    images, chips = _images(arguments)
+    chip = 0 if 0 in chips else chips[0]
+    costs = {}
+    for key, cost in count_programs(images, chip):
+        costs[key] = cost
+        print(key, flush=True)
+    about = "python -m fna.plugins.ptx programs: counts of the PTX of sm_80, not times"
+    write_text(arguments.output or COUNTED_PROGRAMS, dump_programs(costs, about))
     return 0
 
 

@@ -30,6 +30,13 @@ ZEROS = Surroundings(poison=0)
 TORCH_TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+def attention_variants(dtype: Dtype, landmarks: int, head_size: int, chebyshev: ChebyshevSteps | None) -> list[str]:
+    """Names of the kernels that one call runs."""
+    s_pad, block_d = padded_landmarks(landmarks), padded_head_size(head_size)
+    sizes, core = f"{dtype}-s{s_pad}", "" if chebyshev is None else "_chebyshev"
+    return [f"landmark{core}-{sizes}-d{block_d}", f"finish{core}-{sizes}", f"output-{sizes}-d{block_d}"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a case showed: its error (landmarks: how many differ), what is allowed, and faults in words."""
@@ -75,9 +82,7 @@ class AttentionCase:
     @property
     def variants(self) -> list[str]:
         """The kernels that it runs."""
-        s_pad, block_d = padded_landmarks(self.landmarks), padded_head_size(self.head_size)
-        sizes, core = f"{self.dtype}-s{s_pad}", "" if self.chebyshev is None else "_chebyshev"
-        return [f"landmark{core}-{sizes}-d{block_d}", f"finish{core}-{sizes}", f"output-{sizes}-d{block_d}"]
+        return attention_variants(self.dtype, self.landmarks, self.head_size, self.chebyshev)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key, value, landmarks, bias and mask, the same at every call."""

@@ -1,20 +1,14 @@
 """What a call of FNA issues, launch by launch, beside exact attention: instructions, memory, tensor cycles, critical paths.
 
-A CTA's cycles on a multiprocessor are bounded by three resources, each counted here:
+A program's cycles on each resource (`fna.plugins.programs` says what bounds it) are counted so:
 
-- `tensor`: mma instructions times 2 (m16n8k16 are 2,048 multiply-adds, of which an Ampere multiprocessor does 1,024 a cycle;
-  m16n8k8 in tf32 likewise at half of both: NVIDIA A100 white paper),
+- `tensor`: mma instructions times 2 (m16n8k16 are 2,048 multiply-adds; m16n8k8 in tf32 half of them at half the rate),
 - `issue`: instructions of all warps over its 4 schedulers, without moves, which the assembler mostly removes,
 - `memory`: shared-memory wavefronts, one a cycle, and global sectors, four a cycle.
-
-The three overlap at best (their maximum) and not at all at worst (their sum). A launch's critical path is that of its CTAs in
-order on the multiprocessors, one at a time each, and LAUNCH_CYCLES. Latencies, caches and the limit of global memory are left
-out: these are counts, not times.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,49 +17,21 @@ import torch
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
 from fna.errors import MissingCapabilityError
-from fna.plugins.launch_plan import Dtype, attention_plan
+from fna.plugins.launch_plan import AttentionShape, Dtype, Launch, Plan, attention_plan, padded_head_size
+from fna.plugins.programs import CtaCount, Multiprocessors, critical_path, exact_blocks
 from fna.plugins.ptx.calls import bytes_of, make_memory
 from fna.plugins.ptx.cases import PLAIN, TORCH_TYPES
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.kernel import Kernel
 from fna.plugins.ptx.memory import GlobalMemory
 from fna.plugins.ptx.profile import Profile, Requests
+from fna.plugins.table.chips import FALLBACK_TARGET
 from fna.plugins.torch_ops import attention_shape
 
-MMA_CYCLES, SCHEDULERS, SECTORS_A_CYCLE = 2, 4, 4
-LAUNCH_CYCLES = 1500
-"""From one kernel of a stream to the next: start, prologue and drain (an assumption, the same for FNA and exact attention)."""
+MMA_CYCLES, SCHEDULERS = 2, 4
 
 SAMPLED_ROWS = (0, 1, 2, 4, 8, 16, 32)
 """Rows of the grid whose CTAs are run; a row between two behaves as the one before it."""
-
-
-@dataclass(frozen=True)
-class CtaCount:
-    """Cycles of one CTA on each resource, and what they were counted from."""
-
-    tensor: float
-    issue: float
-    wavefronts: float
-    ideal_wavefronts: float
-    sectors: float
-    instructions: float
-    """Of one warp."""
-
-    @property
-    def memory(self) -> float:
-        """Cycles of shared and global memory."""
-        return self.wavefronts + self.sectors / SECTORS_A_CYCLE
-
-    @property
-    def overlapped(self) -> float:
-        """Cycles if the resources overlap."""
-        return max(self.tensor, self.issue, self.memory)
-
-    @property
-    def serial(self) -> float:
-        """Cycles if none overlap."""
-        return self.tensor + self.issue + self.memory
 
 
 @dataclass(frozen=True)
@@ -98,25 +64,40 @@ class CallSize:
     tokens: int
     heads: int
     landmarks: int
-    multiprocessors: int
+    on: Multiprocessors
     dtype: Dtype = "fp16"
     head_size: int = 64
     iterations: int = NEWTON_SCHULZ_ITERATIONS
     chebyshev: ChebyshevSteps | None = None
 
 
-def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCount]:
-    """Count one call of FastNystromAttention with exact rows."""
-    shape = 1, size.heads, size.tokens, size.head_size
+@dataclass(frozen=True)
+class PlacedCall:
+    """A call whose tensors lie in the machine's memory."""
+
+    shape: AttentionShape
+    plan: Plan
+    memory: GlobalMemory
+    addresses: dict[str, int]
+
+    def arguments(self, launch: Launch) -> list[int | float]:
+        """What a launch is given."""
+        return [self.addresses[a] if isinstance(a, str) else a for a in launch.arguments]
+
+
+def place_attention(size: CallSize) -> PlacedCall:
+    """One call of FastNystromAttention with exact rows, on random tensors."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(shape, generator=generator).to(TORCH_TYPES[size.dtype]) for name in ("query", "key", "value")
+        name: torch.randn((1, size.heads, size.tokens, size.head_size), generator=generator).to(TORCH_TYPES[size.dtype])
+        for name in ("query", "key", "value")
     }
     landmarks = torch.randperm(size.tokens, generator=generator)[: size.landmarks].int()[None]
     bias = torch.zeros(1, size.landmarks)
+    shape = attention_shape(tensors["query"], landmarks, bias, None)
     plan = attention_plan(
-        attention_shape(tensors["query"], landmarks, bias, None), scale=size.head_size**-0.5, iterations=size.iterations,
-        exact_rows=True, multiprocessors=size.multiprocessors, chebyshev=size.chebyshev,
+        shape, scale=size.head_size**-0.5, iterations=size.iterations, exact_rows=True,
+        multiprocessors=size.on.count, chebyshev=size.chebyshev,
     )  # fmt: skip
     every = {**tensors, "landmarks": landmarks, "bias": bias}
     out_bytes = bytes_of(tensors["query"]).size
@@ -125,23 +106,34 @@ def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCo
     addresses |= {"key_mask": 0, "out": memory.allocate("out", out_bytes)}
     addresses |= {name: memory.allocate(name, buffer.size) for name, buffer in plan.buffers.items()}
     memory.initialised[:] = True
+    return PlacedCall(shape, plan, memory, addresses)
+
+
+def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCount]:
+    """Count one call of FastNystromAttention with exact rows."""
+    call = place_attention(size)
     return [
         count_launch(
-            images.kernel(launch.variant, sm, profile=True), memory, launch.grid,
-            [addresses[a] if isinstance(a, str) else a for a in launch.arguments], size.multiprocessors,
+            images.kernel(launch.variant, sm, profile=True), call.memory, launch.grid, call.arguments(launch), size.on
         )
-        for launch in plan.launches
-    ]  # fmt: skip
+        for launch in call.plan.launches
+    ]
 
 
-def count_exact(kernel: Kernel, size: CallSize, block_queries: int) -> LaunchCount:
-    """Count one call of the exact kernel."""
-    elements = size.heads * size.tokens * size.head_size
-    memory = _filled_memory([elements * 2] * 4)
-    content = torch.randn(elements, generator=torch.Generator().manual_seed(0)).half()
+def place_exact(size: CallSize) -> tuple[GlobalMemory, tuple[int, int, int], list[int | float]]:
+    """Memory, grid and arguments of one call of the exact kernel."""
+    elements = size.heads * size.tokens * padded_head_size(size.head_size)
+    content = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(TORCH_TYPES[size.dtype])
+    memory = _filled_memory([bytes_of(content).size] * 4)
     addresses = [memory.allocate(name, bytes_of(content)) for name in ("query", "key", "value", "out")]
-    grid = -(-size.tokens // block_queries), size.heads, 1
-    return count_launch(kernel, memory, grid, [*addresses, size.tokens, 0.18], size.multiprocessors)
+    blocks = exact_blocks(size.dtype, padded_head_size(size.head_size))
+    return memory, (-(-size.tokens // blocks.queries), size.heads, 1), [*addresses, size.tokens, 0.18]
+
+
+def count_exact(kernel: Kernel, size: CallSize) -> LaunchCount:
+    """Count one call of the exact kernel."""
+    memory, grid, arguments = place_exact(size)
+    return count_launch(kernel, memory, grid, arguments, size.on)
 
 
 def _filled_memory(sizes: list[int]) -> GlobalMemory:
@@ -153,21 +145,21 @@ def count_launch(
     memory: GlobalMemory,
     grid: tuple[int, int, int],
     arguments: Sequence[int | float],
-    multiprocessors: int,
+    on: Multiprocessors,
 ) -> LaunchCount:
     """Run one CTA of each kind that the grid may have, and count."""
     kind_of = _kinds(grid)
     sampled = sorted(set(kind_of))
     profile = kernel.launch(memory, grid, arguments, only=sampled)
-    counted = {cta: _count_cta(kernel, profile, cta) for cta in sampled}
+    counted = {cta: count_cta(kernel, profile, cta).at_rate(on.multiply_adds) for cta in sampled}
     kinds = [(kind_of.count(cta), counted[cta]) for cta in sampled]
     costliest = max(sampled, key=lambda cta: counted[cta].serial)
     classes = kernel.instructions_by_class(profile, [costliest])
     in_order = [counted[kind] for kind in kind_of]
     return LaunchCount(
         kernel.name, kernel.program.threads // 32, kinds, {name: float(n) for name, n in classes.most_common()},
-        critical_path([cta.overlapped for cta in in_order], multiprocessors),
-        critical_path([cta.serial for cta in in_order], multiprocessors),
+        critical_path([(1, cta.overlapped) for cta in in_order], on.count),
+        critical_path([(1, cta.serial) for cta in in_order], on.count),
     )  # fmt: skip
 
 
@@ -179,7 +171,8 @@ def _kinds(grid: tuple[int, int, int]) -> list[int]:
     return [standing[row] * x + (column if column in (0, x - 1) else 0) for row in range(y) for column in range(x)]
 
 
-def _count_cta(kernel: Kernel, profile: Profile, cta: int) -> CtaCount:
+def count_cta(kernel: Kernel, profile: Profile, cta: int) -> CtaCount:
+    """What one of the CTAs that a profile is of issued."""
     warps = kernel.program.threads // 32
     classes = kernel.instructions_by_class(profile, [cta])
     runs = kernel.instruction_runs(profile, [cta])
@@ -202,15 +195,7 @@ def _count_cta(kernel: Kernel, profile: Profile, cta: int) -> CtaCount:
     )
 
 
-def critical_path(cycles: Sequence[float], multiprocessors: int) -> float:
-    """Cycles until the last CTA ends: each goes, in order, to the multiprocessor that is free first."""
-    free = [0.0] * multiprocessors
-    for cta in cycles:
-        heapq.heapreplace(free, free[0] + cta)
-    return max(free) + LAUNCH_CYCLES
-
-
-def compile_exact(sm: int, head_size: int = 64) -> Kernel:
+def compile_exact(sm: int, head_size: int = 64, dtype: Dtype = "fp16") -> Kernel:
     """The yardstick, compiled as the build compiles FNA's kernels."""
     try:
         import triton
@@ -220,18 +205,18 @@ def compile_exact(sm: int, head_size: int = 64) -> Kernel:
         raise MissingCapabilityError("exact attention is compiled with Triton: pip install triton") from error
     from fna.plugins.ptx import yardstick
 
-    signature = dict.fromkeys(("query", "key", "value", "out"), "*fp16") | {"tokens": "i32", "scale2": "fp32"}
-    blocks = {
-        "BLOCK_M": yardstick.BLOCK_QUERIES, "BLOCK_N": yardstick.BLOCK_KEYS, "D": head_size, "NUM_STAGES": yardstick.STAGES,
-    }  # fmt: skip
-    signature |= dict.fromkeys(blocks, "constexpr")
+    signature = dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}") | {"tokens": "i32", "scale2": "fp32"}
+    block_d = padded_head_size(head_size)
+    blocks = exact_blocks(dtype, block_d)
+    constants = {"BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "D": block_d, "NUM_STAGES": blocks.stages}
+    signature |= dict.fromkeys(constants, "constexpr")
     names = list(signature)
     source = ASTSource(
         yardstick.exact_kernel,
         signature,
-        constexprs={(names.index(name),): number for name, number in blocks.items()},
+        constexprs={(names.index(name),): number for name, number in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(4)},
     )
-    options = {"num_warps": yardstick.WARPS, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", sm or 80, 32), options=options)
+    options = {"num_warps": blocks.warps, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", sm or FALLBACK_TARGET, 32), options=options)
     return Kernel(built.asm["ptx"], built.metadata.shared, "exact", profile=True)

@@ -1,18 +1,16 @@
 """A plain exact flash-attention kernel in Triton, to count beside FNA in the same way: a yardstick, not the product.
 
-fp16 in and out, fp32 sums; the online softmax of Dao et al. 2022 ("FlashAttention"), as Triton's tutorial writes it.
+The type of the inputs in and out, fp32 sums; the online softmax of Dao et al. 2022 ("FlashAttention"), as Triton's tutorial writes it.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK_QUERIES, BLOCK_KEYS, WARPS, STAGES = 128, 64, 4, 3
-
 
 @triton.jit
 def _block(q, k, m, scale2):
     """Scores of a block of keys, the new row maxima (base 2), and the factor of what was summed before."""
-    s = tl.dot(q, k.T)
+    s = tl.dot(q, k.T, input_precision="tf32x3")
     new = tl.maximum(m, tl.max(s, 1) * scale2)
     return s, new, tl.exp2(m - new)
 
@@ -38,16 +36,18 @@ def exact_kernel(
         s, new, kept = _block(q, tl.load(keys + first * D), m, scale2)
         p = tl.exp2(s * scale2 - new[:, None])
         total = total * kept + tl.sum(p, 1)
-        mixed = tl.dot(p.to(tl.float16), tl.load(values + first * D), mixed * kept[:, None])
+        mixed = tl.dot(
+            p.to(value.dtype.element_ty), tl.load(values + first * D), mixed * kept[:, None], input_precision="tf32x3"
+        )
         m = new
     if whole < tokens:
         inside = whole + columns < tokens
         k = tl.load(keys + whole * D, mask=inside[:, None], other=0.0)
-        s = tl.where(inside[None], tl.dot(q, k.T), -float("inf"))
+        s = tl.where(inside[None], tl.dot(q, k.T, input_precision="tf32x3"), -float("inf"))
         new = tl.maximum(m, tl.max(s, 1) * scale2)
         p = tl.exp2(s * scale2 - new[:, None])
         kept = tl.exp2(m - new)
         total = total * kept + tl.sum(p, 1)
         v = tl.load(values + whole * D, mask=inside[:, None], other=0.0)
-        mixed = tl.dot(p.to(tl.float16), v, mixed * kept[:, None])
-    tl.store(out + at, (mixed / total[:, None]).to(tl.float16), mask=rows[:, None] < tokens)
+        mixed = tl.dot(p.to(value.dtype.element_ty), v, mixed * kept[:, None], input_precision="tf32x3")
+    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=rows[:, None] < tokens)

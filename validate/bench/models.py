@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +21,7 @@ from fna.precision import Precision
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.bench import Backend
 from fna.validate.bench.backends import OPENERS, Setting
-from fna.validate.bench.counts import Counts, count
+from fna.validate.bench.counts import Counts, count, head_sizes
 from fna.validate.bench.timing import Timing, time_in_turns
 from fna.validate.budget.chain import Say
 
@@ -238,6 +238,31 @@ def _break_even(landmarks: int, points: Sequence[tuple[int, float]]) -> BreakEve
             return BreakEven(landmarks=landmarks, tokens=round(tokens, 1), reason=f"between {left} and {right} tokens")
     reason = f"exact attention is faster up to {last} tokens, the most measured ({last_speedup:.2f} times the speed)"
     return BreakEven(landmarks=landmarks, tokens=None, reason=reason)
+
+
+class BlockSize(NamedTuple):
+    """One attention block at one size of image: side in pixels, N, H, D."""
+
+    resolution: int
+    tokens: int
+    heads: int
+    head_size: int
+
+
+def block_sizes(model: LoadedModel, resolutions: Sequence[int]) -> list[BlockSize]:
+    """The sizes of a model's first attention block at square images.
+
+    Raises:
+        ModelSourceError: for a resolution that the model does not take.
+    """
+    block = find_attention_blocks(model.module)[0]
+    heads, head_size = head_sizes(block.attention.config)
+    sizes = []
+    for side in resolutions:
+        check_resolution(model, side, side)
+        tokens = (side // model.patch_size) ** 2 + detect_prefix_tokens(block.tower)
+        sizes.append(BlockSize(side, tokens, heads, head_size))
+    return sizes
 
 
 def _row(

@@ -10,16 +10,12 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from fna.arithmetic import (
-    OPERATIONS_PER_PRODUCT,
     correction_bytes,
     correction_products,
     exact_products,
     focal_block_products,
     fused_bytes,
     head_split_bytes,
-    landmark_row_products,
-    last_iteration_products,
-    newton_schulz_products,
     nystrom_products,
     sampling_products,
     token_bytes,
@@ -28,8 +24,10 @@ from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.engines.targets import Target
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
+from fna.plugins.programs import Multiprocessors
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
+from fna.validate.planning.counted import NOT_TIMED, DeviceRates, NystromSetting, counted_seconds
 from fna.validate.planning.subject import Layout
 
 
@@ -78,48 +76,21 @@ class ProductCost:
         return total + self.exact(self.layout.heads - heads)
 
 
-@dataclass(frozen=True)
-class DeviceRates:
-    """What a prediction needs to know of a device.
+FOCAL_EFFICIENCY = 0.5
+"""Part of the tensor cores' peak that focal attention's tiles reach: an assumption, as long as its kernel is not in the table of counts."""
 
-    Attributes:
-        name: for people.
-        bandwidth: bytes a second.
-        matrix_rate: operations a second of its matrix units, all multiprocessors together.
-        multiprocessors: how many share that rate.
-        launch: seconds from one kernel to the next.
-        element: bytes of a number.
-    """
-
-    name: str
-    bandwidth: float
-    matrix_rate: float
-    multiprocessors: int
-    launch: float = 4e-6
-    element: int = 2
-
-
-EXACT_EFFICIENCY = 0.5
-"""Part of the peak rate that fused exact attention reaches; published figures of fused kernels lie between 0.35 and 0.7."""
-
-NYSTROM_EFFICIENCY = 0.3
-"""Part of the peak rate that FNA's thinner products reach. An assumption until a GPU has been timed: calibrate by --measured."""
-
-BANDWIDTH_EFFICIENCY = 0.7
-
-MOST_TOKENS = 1 << 20
+MOST_TOKENS = 1 << 18
 """Break-even is looked for up to here."""
 
 
 def device_of(target: Target, precision: str = "fp16") -> DeviceRates:
-    """Return the device of a target at a precision."""
-    rate = target.fp32_tflops if precision == "fp32" else target.fp16_tflops
+    """Return the device of a target at a precision, fp16 or fp32."""
     return DeviceRates(
         f"{target.name} ({precision})",
         target.bandwidth_gb_s * 1e9,
-        rate * 1e12,
-        target.multiprocessors,
-        element=4 if precision == "fp32" else 2,
+        target.clock_ghz * 1e9,
+        Multiprocessors(target.multiprocessors, target.multiply_adds_a_cycle),
+        precision,  # type: ignore[arg-type]
     )
 
 
@@ -145,16 +116,12 @@ class Calibration:
         """Say in one line how far to trust it."""
         return (
             f"calibrated by {self.times} measured times of whole models: exact attention takes {self.exact:.3g} times what was "
-            f"assumed, FNA {self.nystrom:.3g} times; the calibrated model is within {self.worst:.1%} of each"
+            f"counted, FNA {self.nystrom:.3g} times; the calibrated model is within {self.worst:.1%} of each"
         )
 
 
 class TimeCost:
-    """Predicted seconds of the plugin's kernels and of fused exact attention, batch 1.
-
-    A kernel takes what is longer, its operations or its bytes, and a launch. Newton-Schulz of up to 128 landmarks runs beside the
-    exact rows, a program on one multiprocessor per head; beyond that it is a launch per product (`fna.plugins.launch_plan`).
-    """
+    """Predicted seconds of the kernels and of exact attention, batch 1: `counted_seconds`, and copies by their bytes."""
 
     unit = "seconds"
 
@@ -162,13 +129,15 @@ class TimeCost:
         self.layout, self.device = layout, device
         self.calibration = calibration or Calibration()
 
+    def describe(self) -> str:
+        """Say in one line how far to trust the prediction."""
+        return self.calibration.describe() if self.calibration.times else NOT_TIMED
+
     def exact(self, heads: int) -> float:
         """See `CostModel.exact`."""
         if not heads:
             return 0.0
-        shape = (self.layout.tokens, heads, self.layout.head_size)
-        moved = fused_bytes(*shape, self.device.element)
-        return self.calibration.exact * self._kernel(exact_products(*shape), moved, EXACT_EFFICIENCY)
+        return self.calibration.exact * counted_seconds(self.device, self.layout.tokens, heads, self.layout.head_size)
 
     def baseline(self) -> tuple[float, str]:
         """See `CostModel.baseline`."""
@@ -189,21 +158,8 @@ class TimeCost:
 
     def nystrom(self, candidate: Candidate, heads: int) -> float:
         """Seconds of one FNA node, the choice of its landmarks included where it chooses anew."""
-        tokens, size, device = self.layout.tokens, self.layout.head_size, self.device
-        count = candidate.landmarks
-        rows = landmark_row_products(tokens, count, heads, size)
-        newton = OPERATIONS_PER_PRODUCT * newton_schulz_products(count, heads, candidate.iterations)
-        values = token_bytes(tokens, heads, size, device.element)
-        landmark = self._kernel(rows, 2 * values, NYSTROM_EFFICIENCY)
-        if count <= 128:
-            busy = min(heads, device.multiprocessors) / device.multiprocessors
-            alone = newton / (device.matrix_rate * busy * NYSTROM_EFFICIENCY)
-            seconds = max(landmark, alone + device.launch)
-        else:
-            launches = 3 * (candidate.iterations - 1) + 1
-            seconds = landmark + launches * device.launch + newton / (device.matrix_rate * NYSTROM_EFFICIENCY)
-        seconds += self._kernel(last_iteration_products(count, heads, size), 0, NYSTROM_EFFICIENCY)
-        seconds += self._kernel(rows, 3 * values, NYSTROM_EFFICIENCY)
+        setting = NystromSetting(candidate.landmarks, candidate.iterations)
+        seconds = counted_seconds(self.device, self.layout.tokens, heads, self.layout.head_size, setting)
         if find_sampler(candidate.sampler).looks_at_features:
             seconds += self._sampler(candidate) * share_of_choice(candidate, self.layout)
         return self.calibration.nystrom * seconds
@@ -218,21 +174,18 @@ class TimeCost:
         )
         gathered = 2 * heads * (lists.keys.size + len(lists.keys) * candidate.hot) * layout.head_size * element
         moved = fused_bytes(layout.tokens, heads, layout.head_size, element) + gathered
-        scoring = self._kernel(0, token_bytes(layout.tokens, heads, layout.head_size, element), NYSTROM_EFFICIENCY)
-        return self.calibration.exact * (scoring + self._kernel(products, moved, NYSTROM_EFFICIENCY))
+        scoring = self._copies(1, token_bytes(layout.tokens, heads, layout.head_size, element))
+        rate = self.device.on.count * self.device.on.multiply_adds * self.device.clock * FOCAL_EFFICIENCY
+        tiles = max(products / rate, self.device.moving(moved)) + self.device.launch
+        return self.calibration.exact * (scoring + tiles)
 
     def _sampler(self, candidate: Candidate) -> float:
         sampler, count = find_sampler(candidate.sampler), candidate.landmarks
         hidden = self.layout.tokens * self.layout.channels * self.device.element
         return self._copies(sampler.launches(count), hidden * sampler.passes(count))
 
-    def _kernel(self, products: int, moved: int, efficiency: float) -> float:
-        device = self.device
-        computing = OPERATIONS_PER_PRODUCT * products / (device.matrix_rate * efficiency)
-        return max(computing, moved / (device.bandwidth * BANDWIDTH_EFFICIENCY)) + device.launch
-
     def _copies(self, launches: int, moved: float) -> float:
-        return moved / (self.device.bandwidth * BANDWIDTH_EFFICIENCY) + launches * self.device.launch
+        return self.device.moving(moved) + launches * self.device.launch
 
 
 def share_of_choice(candidate: Candidate, layout: Layout) -> float:

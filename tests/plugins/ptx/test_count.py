@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fna.plugins.programs import LAUNCH_CYCLES, Multiprocessors, exact_blocks
 from fna.plugins.ptx import GlobalMemory
 from fna.plugins.ptx.calls import bytes_of
-from fna.plugins.ptx.count import LAUNCH_CYCLES, CallSize, compile_exact, count_attention, count_exact, critical_path
+from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.kernel import Kernel
-from fna.plugins.ptx.yardstick import BLOCK_KEYS, BLOCK_QUERIES
 
 MULTIPLY_ADDS_A_CYCLE = 1024
+BLOCK_QUERIES, BLOCK_KEYS = exact_blocks("fp16", 64).queries, exact_blocks("fp16", 64).keys
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def test_the_yardstick_is_exact_attention(exact: Kernel, tokens: int) -> None:
 
 
 def test_exact_attentions_tensor_cycles_are_its_multiply_adds(exact: Kernel) -> None:
-    size = CallSize(tokens=300, heads=2, landmarks=64, multiprocessors=16)
-    counted = count_exact(exact, size, BLOCK_QUERIES)
+    size = CallSize(tokens=300, heads=2, landmarks=64, on=Multiprocessors(16))
+    counted = count_exact(exact, size)
     keys = -(-size.tokens // BLOCK_KEYS) * BLOCK_KEYS
     assert counted.costliest.tensor == 2 * BLOCK_QUERIES * keys * 64 / MULTIPLY_ADDS_A_CYCLE
     assert counted.ctas == 6
@@ -48,7 +49,7 @@ def test_exact_attentions_tensor_cycles_are_its_multiply_adds(exact: Kernel) -> 
 
 
 def test_a_call_of_fna_counts_every_launch(images: PtxImages) -> None:
-    size = CallSize(tokens=300, heads=2, landmarks=64, multiprocessors=16)
+    size = CallSize(tokens=300, heads=2, landmarks=64, on=Multiprocessors(16))
     launches = count_attention(images, 0, size)
     assert [launch.name.split("-")[0] for launch in launches] == ["landmark", "finish", "output"]
     output = launches[-1].costliest
@@ -56,9 +57,3 @@ def test_a_call_of_fna_counts_every_launch(images: PtxImages) -> None:
     assert output.wavefronts >= output.ideal_wavefronts > 0
     assert output.sectors > 128 * 64 * 2 / 32  # at least its queries
     assert launches[0].classes["bar"] > 0
-
-
-def test_the_critical_path_is_list_scheduling() -> None:
-    assert critical_path([5, 3, 3], 2) == 6 + LAUNCH_CYCLES
-    assert critical_path([1, 1, 1, 1], 4) == 1 + LAUNCH_CYCLES
-    assert critical_path([2, 2, 8], 1) == 12 + LAUNCH_CYCLES
