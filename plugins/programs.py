@@ -21,7 +21,7 @@ from fna.chebyshev import ChebyshevSteps
 from fna.plugins.launch_plan import (
     AttentionShape,
     Dtype,
-    Plan,
+    LaunchPlan,
     call_blocks,
     core_programs,
     padded_head_size,
@@ -133,7 +133,7 @@ def exact_programs(dtype: Dtype, tokens: int, heads: int, head_size: int) -> lis
 
 
 def attention_programs(
-    plan: Plan, shape: AttentionShape, multiprocessors: int, core_length: int
+    plan: LaunchPlan, shape: AttentionShape, multiprocessors: int, core_length: int
 ) -> list[list[Programs]]:
     """The programs of each launch of a plan of FastNystromAttention.
 

@@ -17,7 +17,7 @@ import torch
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
 from fna.errors import MissingCapabilityError
-from fna.plugins.launch_plan import AttentionShape, Dtype, Launch, Plan, attention_plan, padded_head_size
+from fna.plugins.launch_plan import AttentionShape, Dtype, Launch, LaunchPlan, attention_plan, padded_head_size
 from fna.plugins.programs import CtaCount, Multiprocessors, critical_path, exact_blocks
 from fna.plugins.ptx.calls import bytes_of, make_memory
 from fna.plugins.ptx.cases import PLAIN, TORCH_TYPES
@@ -76,7 +76,7 @@ class PlacedCall:
     """A call whose tensors lie in the machine's memory."""
 
     shape: AttentionShape
-    plan: Plan
+    plan: LaunchPlan
     memory: GlobalMemory
     addresses: dict[str, int]
 

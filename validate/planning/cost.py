@@ -77,7 +77,7 @@ class ProductCost:
 
 
 FOCAL_EFFICIENCY = 0.5
-"""Part of the tensor cores' peak that focal attention's tiles reach: an assumption, as long as its kernel is not in the table of counts."""
+"""Part of the tensor cores' peak that focal attention reaches: an assumption, as long as its kernel is not in the table of counts."""
 
 MOST_TOKENS = 1 << 18
 """Break-even is looked for up to here."""
