@@ -17,11 +17,16 @@ _HERE = Path(__file__).resolve().parent
 _CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
 
 
-def build_folder() -> Path:
-    """Return where `fna plugin` writes unless told: `build/plugin` of the checkout, else this user's cache."""
+def cache_folder() -> Path:
+    """Return where what is built or fetched lies: `build` of the checkout, else this user's cache."""
     if _CHECKOUT is not None:
-        return _CHECKOUT / "build" / "plugin"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fna" / "plugin"
+        return _CHECKOUT / "build"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fna"
+
+
+def build_folder() -> Path:
+    """Return where `fna plugin` writes unless told."""
+    return cache_folder() / "plugin"
 
 
 def table_folder() -> Path:

@@ -63,7 +63,7 @@ ALL_COMMANDS = [
 
 
 def test_every_command_of_the_documents_is_of_a_kind_that_a_test_runs() -> None:
-    """Goals of make and fna's commands run below, examples in tests/examples; `sh device` blocks in tests/engines/bundle."""
+    """Goals of make and fna's commands run below, examples in tests/examples, the rest in tests/engines/bundle."""
     for path in documents():
         for kind in re.findall(r"^```(.*)\n(?:.*\n)*?```$", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             assert kind in ("", "sh", "sh device", "bash", "python", "json"), f"{path.name} has a block of {kind!r}"
@@ -71,7 +71,13 @@ def test_every_command_of_the_documents_is_of_a_kind_that_a_test_runs() -> None:
             assert kind != "bash" or path.name == "validate.md", path.name  # tests/validate runs Polygraphy's
         for command in shell_commands(path):
             assert command.startswith(
-                ("make ", ".venv/bin/fna ", ".venv/bin/python examples/", ".venv/bin/python -m pytest")
+                (
+                    "make ",
+                    ".venv/bin/fna ",
+                    ".venv/bin/python examples/",
+                    ".venv/bin/python -m pytest",
+                    ".venv/bin/python -m fna.engines.load_test",
+                )
             ), command
             words = shlex.split(command)
             assert words[0] != ".venv/bin/python" or words[1] == "-m" or (ROOT / words[1]).is_file(), command

@@ -42,6 +42,7 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
     check = manifest.check
     values: dict[str, str | Iterable[str]] = {
         "TARGET": manifest.target,
+        "ONNX_SHA256": manifest.onnx_sha256,
         "FLAVOURS": tuple(manifest.flavours),
         "LOWERING": manifest.lowering,
         "LOWERINGS": tuple(dict.fromkeys(model.lowering for model in manifest.models)),

@@ -26,7 +26,7 @@ from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.passes.lower import lower
 from fna.export.preprocessing import Preprocessing
-from fna.files import load_onnx, part_folder
+from fna.files import file_sha256, load_onnx, part_folder
 
 QUEUE_MICROSECONDS = 1000
 """How long the batcher waits for more requests."""
@@ -35,6 +35,12 @@ PREPROCESS_OPSET = 18
 """From which Resize has antialias, as Pillow's filters are."""
 
 PLAN = "model.plan"
+SOURCE = "source.sha256"
+"""Beside the versions of the TensorRT model: the SHA-256 of the file that its engine has to be built from."""
+
+VERSION = "1"
+"""The version that is written; others in a repository are other people's, and stay."""
+
 PORTABLE = "model.onnx"
 
 _SCRIPTS = Path(__file__).resolve().parent.parent / "bundle" / "scripts"
@@ -59,10 +65,12 @@ class ModelRepository:
     Attributes:
         models: their names; the first is the one to call.
         left_out: what was not written, and why.
+        dropped: what was removed, and why.
     """
 
     models: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def write_model_repository(
@@ -74,6 +82,8 @@ def write_model_repository(
     instances: int = 1,
 ) -> ModelRepository:
     """Write the model repository of an FNA file into a folder that is empty, not there, or holds an earlier one.
+
+    An engine in an earlier one stays if it was built from the same file. Other versions than `VERSION` always stay.
 
     Args:
         path: file written by `fna export` or `fna graft`, its batch size open.
@@ -97,6 +107,7 @@ def write_model_repository(
         root = temporary / "repository"
         root.mkdir()
         _write_tensorrt(root / names["tensorrt"], source, outputs, batch, instances)
+        (root / names["tensorrt"] / SOURCE).write_text(file_sha256(path) + "\n", encoding="ascii")
         variants = {"tensorrt": name}
         if metadata.precision == "bf16":
             left_out.append(
@@ -114,10 +125,10 @@ def write_model_repository(
                 f"the ensembles from photographs: ONNX has no operator that resizes as Pillow's {metadata.preprocessing.resize} does"
             )
         models = tuple(sorted(folder.name for folder in root.iterdir()))
-        (root / "README.md").write_text(_readme(name, names, source, left_out), encoding="utf-8")
-        _replace(root, output)
+        (root / "README.md").write_text(_readme(name, names, source, batch, left_out), encoding="utf-8")
+        dropped = _replace(root, output)
     first = name if name in models else names["tensorrt"]
-    return ModelRepository((first, *(other for other in models if other != first)), tuple(left_out))
+    return ModelRepository((first, *(other for other in models if other != first)), tuple(left_out), dropped)
 
 
 def make_preprocess_model(
@@ -219,8 +230,8 @@ def _describe(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def _write_tensorrt(folder: Path, source: Tensor, outputs: Sequence[Tensor], batch: BatchRange, instances: int) -> None:
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / "PUT_MODEL_PLAN_HERE.txt").write_text(
+    (folder / VERSION).mkdir(parents=True)
+    (folder / VERSION / "PUT_MODEL_PLAN_HERE.txt").write_text(
         f"The engine, named {PLAN}: build_engine.sh of the bundle, on the server, with --output. See README.md.\n"
     )
     lines = [
@@ -233,6 +244,7 @@ def _write_tensorrt(folder: Path, source: Tensor, outputs: Sequence[Tensor], bat
         *_tensors("output", outputs),
         *_batching(batch),
         f"instance_group [ {{ count: {instances} kind: KIND_GPU }} ]",
+        *_graphs(source, batch),
         *_warm_up(source, batch),
     ]
     _write_config(folder, lines)
@@ -247,9 +259,9 @@ def _write_onnxruntime(
     batch: BatchRange,
     instances: int,
 ) -> None:
-    (folder / "1").mkdir(parents=True)
-    split_weights(model, source_folder, folder / "1" / "model.weights")
-    (folder / "1" / PORTABLE).write_bytes(lower(model, "portable").SerializeToString(deterministic=True))
+    (folder / VERSION).mkdir(parents=True)
+    split_weights(model, source_folder, folder / VERSION / "model.weights")
+    (folder / VERSION / PORTABLE).write_bytes(lower(model, "portable").SerializeToString(deterministic=True))
     lines = [
         f'name: "{folder.name}"',
         'backend: "onnxruntime"',
@@ -267,11 +279,11 @@ def _write_onnxruntime(
 def _write_preprocess(
     folder: Path, preprocessing: Preprocessing, model: ModelProto, source: Tensor, shapes: ShapeRange, batch: BatchRange
 ) -> None:
-    (folder / "1").mkdir(parents=True)
+    (folder / VERSION).mkdir(parents=True)
     height, width = shapes.usual[2:]
     (value,) = (value for value in model.graph.input if value.name == source.name)
     made = make_preprocess_model(preprocessing, height, width, source.name, value.type.tensor_type.elem_type)
-    (folder / "1" / PORTABLE).write_bytes(made.SerializeToString(deterministic=True))
+    (folder / VERSION / PORTABLE).write_bytes(made.SerializeToString(deterministic=True))
     lines = [
         f'name: "{folder.name}"',
         'backend: "onnxruntime"',
@@ -287,8 +299,8 @@ def _write_preprocess(
 def _write_ensemble(
     folder: Path, preprocess: str, model: str, source: Tensor, outputs: Sequence[Tensor], batch: BatchRange
 ) -> None:
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / ".keep").touch()  # Triton wants a version folder, and not every copy keeps an empty one
+    (folder / VERSION).mkdir(parents=True)
+    (folder / VERSION / ".keep").touch()  # Triton wants a version folder, and not every copy keeps an empty one
     lines = [
         f'name: "{folder.name}"',
         'platform: "ensemble"',
@@ -326,13 +338,27 @@ def _batching(batch: BatchRange) -> list[str]:
     ]
 
 
+def _graphs(source: Tensor, batch: BatchRange) -> list[str]:
+    """A CUDA graph at each batch size of the profile; other sizes are launched kernel by kernel."""
+    dims = ", ".join(map(str, source.dims))
+    specs = [
+        f'graph_spec {{ batch_size: {size} input {{ key: "{source.name}" value {{ dim: [ {dims} ] }} }} }}'
+        for size in _sizes(batch)
+    ]
+    return [f"optimization {{ cuda {{ graphs: true {' '.join(specs)} }} }}"]
+
+
+def _sizes(batch: BatchRange) -> list[int]:
+    return sorted({batch.smallest, batch.usual, batch.largest})
+
+
 def _warm_up(source: Tensor, batch: BatchRange) -> list[str]:
     """A run at each batch size of the profile, so that kernels are loaded before the first request."""
     dims = ", ".join(map(str, source.dims))
     return [
         f'model_warmup {{ name: "batch {size}" batch_size: {size} inputs {{ key: "{source.name}" '
         f"value {{ data_type: {source.data_type} dims: [ {dims} ] random_data: true }} }} }}"
-        for size in sorted({batch.smallest, batch.usual, batch.largest})
+        for size in _sizes(batch)
     ]
 
 
@@ -340,11 +366,12 @@ def _write_config(folder: Path, lines: Sequence[str]) -> None:
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _readme(name: str, names: dict[str, str], source: Tensor, left_out: Sequence[str]) -> str:
+def _readme(name: str, names: dict[str, str], source: Tensor, batch: BatchRange, left_out: Sequence[str]) -> str:
     text = (_SCRIPTS / "TRITON.md").read_text(encoding="utf-8")
     values = {
         **names,
         "name": name,
+        "batch": f"{batch.smallest}:{batch.usual}:{batch.largest}",
         "input": source.name,
         "dims": "x".join(map(str, source.dims)),
         "left_out": "".join(f"\nLeft out: {reason}.\n" for reason in left_out),
@@ -353,8 +380,8 @@ def _readme(name: str, names: dict[str, str], source: Tensor, left_out: Sequence
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], text)
 
 
-def _replace(root: Path, output: Path) -> None:
-    """Put the repository in place; an engine that is in the earlier one stays there, since building it took minutes."""
+def _replace(root: Path, output: Path) -> tuple[str, ...]:
+    """Put the repository in place, and return what of an earlier one was dropped, and why."""
     ours = {path.name for path in root.iterdir()}
     if output.exists() and not output.is_dir():
         raise InputFileError(f"{output} cannot be written: it is a file; give a folder")
@@ -364,13 +391,28 @@ def _replace(root: Path, output: Path) -> None:
             f"{output} holds {sorted(there - ours)[0]}, which this repository does not; give an empty folder"
         )
     output.mkdir(exist_ok=True)
+    dropped = []
     for part in sorted(root.iterdir()):
         place = output / part.name
-        plan = place / "1" / PLAN
-        if plan.is_file():
-            plan.replace(part / "1" / PLAN)
         if place.is_dir():
+            dropped += _keep(place, part)
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
         part.replace(place)
+    return tuple(dropped)
+
+
+def _keep(old: Path, new: Path) -> list[str]:
+    """Move what stays of a model into its new folder: other versions, and an engine of the same source."""
+    for version in old.iterdir():
+        if version.is_dir() and version.name != VERSION:
+            version.replace(new / version.name)
+    plan = old / VERSION / PLAN
+    if not plan.is_file():
+        return []
+    source = old / SOURCE
+    if source.is_file() and source.read_text() == (new / SOURCE).read_text():
+        plan.replace(new / VERSION / PLAN)
+        return []
+    return [f"{new.name}/{VERSION}/{PLAN}: it was built from another file than this; build it again, as README.md says"]

@@ -112,6 +112,7 @@ def command(
             written = write_model_repository(file, repository, batch=range_, resolution=resolution)
             lines.append(f"{repository}: Triton models {', '.join(written.models)}")
             lines += [f"left out {reason}" for reason in written.left_out]
+            lines += [f"dropped {reason}" for reason in written.dropped]
     for line in lines:
         make_console(quiet).print(line)
 

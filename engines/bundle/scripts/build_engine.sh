@@ -284,6 +284,9 @@ if [[ -n $output ]]; then
   [[ $output == /* ]] || output=$called_from/$output
   [[ -d ${output%/*} && ! -d $output ]] || fail 2 "--output $output cannot be written; give a file in a folder that exists"
 fi
+if [[ -n $output && -f ${output%/*}/../source.sha256 && $(< "${output%/*}/../source.sha256") != "$ONNX_SHA256" ]]; then
+  fail 2 "--output $output is in a repository of another file than this bundle's; write the repository again, or bundle that file"
+fi
 [[ -z $workspace || $workspace =~ ^[1-9][0-9]{0,6}$ ]] || fail 2 "--workspace $workspace cannot be read; give MiB, as in --workspace 2048"
 choose_batch
 tool=

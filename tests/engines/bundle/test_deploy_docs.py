@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fna.engines import load_test
+
 from ..conftest import ROOT
 from .test_scripts import make_device
 
 TEXT = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("deploy.md", "serving.md"))
+LOAD_TEST = ".venv/bin/python -m fna.engines.load_test "
 BLOCKS = re.findall(r"```([a-z ]+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = {
     *re.findall(r"`(\./(?:check|build_engine)\.sh[^`]*)`", TEXT),
@@ -27,7 +30,24 @@ def test_every_block_is_run_or_marked_as_the_devices() -> None:
         assert kind in ("sh", "sh device")
         for line in block.strip().splitlines():
             # tests/test_repository.py dry-runs the first and runs the second
-            assert kind == "sh device" or line.startswith(("make ", ".venv/bin/fna ")), line
+            assert kind == "sh device" or line.startswith(("make ", ".venv/bin/fna ", LOAD_TEST)), line
+
+
+def test_the_load_test_is_run_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stand-ins for the servers; test_triton_server.py holds clients against a real one."""
+    (line,) = (line for line in TEXT.splitlines() if line.startswith(LOAD_TEST))
+    held = []
+
+    def stand_in(file: Path, clients: int, seconds: float, *_: object, batching: bool, threads: int) -> load_test.Tally:
+        held.append((str(file), clients, seconds, batching, threads))
+        return load_test.Tally([0.1], told=clients, elapsed=1)
+
+    monkeypatch.setattr(load_test, "load_cpu_server", stand_in)
+    assert load_test.main(shlex.split(line.removeprefix(LOAD_TEST))) == 0
+    assert [each[3] for each in held] == [True, False]
+    assert "no batching: {" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

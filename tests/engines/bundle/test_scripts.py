@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from fna.engines.builder.options import BatchRange
+from fna.engines.serving.model_repository import write_model_repository
+
 from ..conftest import ROOT, STAND_IN, Headers, compile_cpp, make_bundle
 
 SCRIPTS = ROOT / "engines" / "bundle" / "scripts"
@@ -150,6 +153,19 @@ def test_a_version_compatible_engine_with_the_plugin_is_refused_by_name(device: 
 def test_a_copy_of_the_engine_goes_where_it_is_asked_for(device: Device) -> None:
     assert device.run("build_engine.sh", "--output", "model.plan").returncode == 0
     assert (device.bin / "model.plan").read_bytes() == (device.root / ENGINE).read_bytes()
+
+
+def test_an_engine_of_another_file_is_not_put_into_a_repository(device: Device, tiny: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    write_model_repository(tiny, repository, batch=BatchRange(1, 2, 4))
+    plan = repository / "tiny_tensorrt" / "1" / "model.plan"
+    assert device.run("build_engine.sh", "--output", str(plan)).returncode == 0
+    plan.unlink()
+    (repository / "tiny_tensorrt" / "source.sha256").write_text("0" * 64 + "\n")
+    done = device.run("build_engine.sh", "--output", str(plan))
+    assert done.returncode == 2
+    assert "is in a repository of another file than this bundle's" in done.stderr
+    assert not plan.exists()
 
 
 def test_a_dry_run_prints_the_command_and_builds_nothing(device: Device) -> None:

@@ -162,13 +162,65 @@ def test_writing_again_keeps_the_engine_and_nothing_else_is_overwritten(
     write_model_repository(tiny, output, batch=BATCH)
     plan = output / "tiny_tensorrt" / "1" / "model.plan"
     plan.write_text("engine")
-    write_model_repository(tiny, output, batch=BATCH)
+    assert write_model_repository(tiny, output, batch=BATCH).dropped == ()
     assert plan.read_text() == "engine"
     for path in (path for path in repository.rglob("*") if path.is_file()):
         assert file_sha256(output / path.relative_to(repository)) == file_sha256(path)
     (output / "someone-elses").mkdir()
     with pytest.raises(InputFileError, match="someone-elses"):
         write_model_repository(tiny, output, batch=BATCH)
+
+
+def test_an_engine_of_another_file_of_the_same_name_is_dropped_and_said(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "models"
+    write_model_repository(tiny, output, batch=BATCH)
+    plan = output / "tiny_tensorrt" / "1" / "model.plan"
+    plan.write_text("engine")
+    model = load_onnx(tiny)
+    model.doc_string = "another model"
+    onnx.save(model, tmp_path / "tiny.onnx")
+    arguments = ["bundle", str(tmp_path / "tiny.onnx"), "--triton-repository", str(output), "--batch", "1:4:8"]
+    assert main(arguments) == 0
+    assert not plan.exists()
+    assert "dropped tiny_tensorrt/1/model.plan: it was built from another file" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_other_versions_of_a_model_are_left_alone(tiny: Path, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    write_model_repository(tiny, output, batch=BATCH)
+    others = [output / name / "7" / "model.any" for name in ("tiny_tensorrt", "tiny_onnxruntime", "tiny")]
+    for other in others:
+        other.parent.mkdir()
+        other.write_text("someone's")
+    write_model_repository(tiny, output, batch=BATCH)
+    assert [other.read_text() for other in others] == ["someone's"] * 3
+
+
+def test_the_engines_batch_sizes_are_those_of_the_configuration(repository: Path) -> None:
+    """The default of a bundle is batch 1, with which Triton refuses the engine."""
+    text = (repository / "README.md").read_text()
+    assert "BUNDLE/build_engine.sh --batch 1:4:8 --output REPOSITORY/tiny_tensorrt/1/model.plan" in text
+
+
+def test_cuda_graphs_are_captured_at_the_sizes_that_are_warmed_up(configs: dict[str, Any]) -> None:
+    cuda = configs["tiny_tensorrt"].optimization.cuda
+    assert cuda.graphs
+    assert [spec.batch_size for spec in cuda.graph_spec] == [1, 4, 8]
+    assert list(cuda.graph_spec[0].input["pixel_values"].dim) == [3, 56, 56]
+
+
+def test_preprocessing_has_no_batcher_and_the_readme_says_what_that_means(
+    repository: Path, configs: dict[str, Any]
+) -> None:
+    assert not configs["tiny_preprocess"].HasField("dynamic_batching")
+    assert configs["tiny_onnxruntime"].HasField("dynamic_batching")
+    text = (repository / "README.md").read_text()
+    assert "Preprocessing has no batcher" in text
+    assert "whose photographs have the same size" not in text
 
 
 def test_both_ways_of_loading_the_plugin_are_written_down(repository: Path) -> None:

@@ -1,0 +1,67 @@
+"""The load test's verdicts; a real server is in serving/test_triton_server.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fna.engines.load_test import Sample, Tally, agree, hold
+from fna.engines.serving.client import RefusedError, TritonClient
+from fna.errors import CheckFailedError
+
+
+@pytest.mark.parametrize(
+    ("tally", "said"),
+    [
+        (Tally(), "no request was answered"),
+        (Tally([0.1], failed=["Timeout: 60 s"]), "1 requests were lost; the first: Timeout"),
+        (Tally([0.1], wrong=2), "2 answers were not those of the client's photograph"),
+        (Tally([0.1], accepted=["empty"]), "the bad request 'empty' was answered"),
+        (Tally([0.1], told=3), "1 of 4 clients were not told"),
+    ],
+)
+def test_what_went_wrong_is_named(tally: Tally, said: str) -> None:
+    Tally([0.1], told=4).check(4)
+    with pytest.raises(CheckFailedError, match=said):
+        tally.check(4)
+
+
+def test_an_answer_is_right_only_with_the_shape_and_the_values() -> None:
+    expected = {"tokens": np.ones((1, 8), np.float32)}
+    assert agree({"tokens": expected["tokens"] * 1.001}, expected)
+    assert not agree({"tokens": expected["tokens"] * 1.01}, expected)
+    assert not agree({"tokens": expected["tokens"][:, :4]}, expected)
+    assert not agree({}, expected)
+
+
+class Crossed(TritonClient):
+    """A server that gives everyone the first client's answer, and takes anything."""
+
+    def __init__(self) -> None:
+        pass
+
+    def infer(self, model: str, array: np.ndarray, name: str = "raw_image") -> dict[str, np.ndarray]:
+        return {"tokens": np.zeros(2, np.float32)}
+
+
+class Refusing(Crossed):
+    def infer(self, model: str, array: np.ndarray, name: str = "raw_image") -> dict[str, np.ndarray]:
+        raise RefusedError(503, "busy")
+
+
+def samples() -> list[Sample]:
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    return [Sample(image, {"tokens": np.full(2, value, np.float32)}) for value in (0, 1)]
+
+
+def test_answers_of_other_clients_and_bad_requests_that_pass_are_counted() -> None:
+    tally = hold(Crossed, "model", samples(), 0.1)
+    assert tally.seconds
+    assert 0 < tally.wrong < len(tally.seconds) + 2
+    assert tally.accepted == ["type", "channels", "rank", "empty", "batch"]
+
+
+def test_refused_requests_of_good_clients_are_lost() -> None:
+    tally = hold(Refusing, "model", samples(), 0.1)
+    assert "RefusedError: busy" in tally.failed
+    assert tally.refused["batch"] == "503: busy"
