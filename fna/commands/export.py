@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +12,20 @@ from fna.commands import options
 from fna.commands.console import make_console, progress, write_json
 from fna.files import check_writable
 
+if TYPE_CHECKING:
+    from fna.export.sources.loading import LoadedModel
+    from fna.plan import Plan
+
 
 @click.command("export", short_help="Trace a PyTorch model to an ONNX file with FNA.")
 @click.argument("model")
 @options.output(required=True, help="The ONNX file to write.")
-@options.plan_options()
+@options.plan_options(
+    layers={
+        "help": "Blocks that become FNA: 6-11, or 0-2,6-11, all, none, or auto (see fna plan).  [default: the later half; with none "
+        "of these options, focal attention in all blocks where that pays]"
+    }
+)
 @options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @options.precision_options
 @options.images()
@@ -55,7 +65,11 @@ def command(
         variant = precision.variant()
         say(f"loading {model}")
         loaded = load_model(model)
-        if plan.is_automatic:
+        notes: list[str] = []
+        if plan.is_left_open and not dynamic_size:
+            made, note = _plan_without_photographs(loaded, resolution, plan.settings["prefix_tokens"])
+            notes.append(f"note: {note}")
+        elif plan.is_automatic:
             from fna.commands.plan import plan_automatically
 
             made = plan_automatically(model, resolution, say)
@@ -64,12 +78,11 @@ def command(
         height, width = resolution or made.resolution or (loaded.native_resolution,) * 2
         trace_options = TraceOptions(height, width, opset, "fp32", fixed_batch, dynamic_size)
         say(f"tracing {model} at {height}x{width}")
-        notes: list[str] = []
         if variant.changes:
             with tempfile.TemporaryDirectory() as folder:
                 traced = Path(folder) / output.name
                 export_onnx(loaded, made, trace_options, traced)
-                notes = make_variant(
+                notes += make_variant(
                     traced,
                     output,
                     variant,
@@ -90,6 +103,17 @@ def command(
     )
     for note in notes:
         make_console(quiet).print(note, markup=False)
+
+
+def _plan_without_photographs(
+    loaded: LoadedModel, resolution: tuple[int, int] | None, prefix_tokens: int | None
+) -> tuple[Plan, str]:
+    from fna.default_plan import plan_without_photographs
+    from fna.validate.planning.subject import TorchSubject
+
+    layout = TorchSubject(loaded, *(resolution or (loaded.native_resolution,) * 2)).layout
+    prefix = layout.prefix_tokens if prefix_tokens is None else prefix_tokens
+    return plan_without_photographs(layout.num_blocks, set(layout.refused), layout.patches, prefix)
 
 
 def _parse_batch(text: str) -> int | None:

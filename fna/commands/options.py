@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from fna.errors import InvalidArgumentError
 from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, METHODS
@@ -151,10 +152,16 @@ _PLAN_FILE: Option = partial(
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """What the plan options say: a file, or one setting for all chosen blocks."""
+    """What the plan options say: a file, or one setting for all chosen blocks; `given` are the options that the user wrote."""
 
     settings: Mapping[str, Any]
     file: Path | None
+    given: frozenset[str] = frozenset()
+
+    @property
+    def is_left_open(self) -> bool:
+        """Whether nothing was said of which blocks become what, and how."""
+        return self.file is None and self.given <= {"prefix_tokens"}
 
     @property
     def is_automatic(self) -> bool:
@@ -217,7 +224,9 @@ def plan_options(*, without: Sequence[str] = (), **changes: Mapping[str, Any]) -
     members = {name: make(**changes.get(name, {})) for name, make in PLAN.items() if name not in without}
 
     def gather(values: dict[str, Any]) -> PlanChoice:
-        return PlanChoice({name: values[name] for name in members}, values["file"])
+        context = click.get_current_context()
+        given = {name for name in members if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        return PlanChoice({name: values[name] for name in members}, values["file"], frozenset(given))
 
     return _gathered("plan", {**members, "file": _PLAN_FILE()}, gather)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fna.focal import focal_attention_reference
-from fna.focal_keys import FocalKeys, focal_keys
+from fna.focal_keys import FocalKeys, Levels, focal_keys
 from fna.validate.planning.candidates import FocalCandidate
 from fna.validate.planning.measure import Moments
 from fna.validate.planning.subject import BlockView, Layout
@@ -30,9 +31,7 @@ def measure_focal(
     prefix, patches = layout.prefix_tokens, layout.patches
     for tile in dict.fromkeys(candidate.tile for candidate in candidates):
         of_tile = {
-            candidate: _some_tiles(
-                focal_keys(patches, prefix, tile, candidate.levels, candidate.plan(view.number).seed)
-            )
+            candidate: _some_tiles(patches, prefix, tile, candidate.levels, candidate.plan(view.number).seed)
             for candidate in candidates
             if candidate.tile == tile
         }
@@ -47,8 +46,10 @@ def measure_focal(
     return found
 
 
-def _some_tiles(lists: FocalKeys) -> FocalKeys:
-    """The same with some of the tiles, in no pattern; the places of patches in other tiles mean nothing."""
+@lru_cache(maxsize=1024)  # of all blocks and candidates, for the next image
+def _some_tiles(patches: tuple[int, int], prefix_tokens: int, tile: int, levels: Levels, seed: int) -> FocalKeys:
+    """Lists of some of the tiles, in no pattern; the places of patches in other tiles mean nothing."""
+    lists = focal_keys(patches, prefix_tokens, tile, levels, seed)
     tiles, side = lists.queries.shape
     count = -(-SAMPLED_QUERIES // side)
     if count >= tiles:

@@ -21,7 +21,7 @@ from fna.runtime import Arrays
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.task.inputs import OutputKinds
 
-PROBES = 4
+PROBES = 2
 """Random directions of the output whose gradients say how much an error in a block matters; each token adds to the average."""
 
 
