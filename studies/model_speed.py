@@ -1,8 +1,8 @@
 """Whole models on this machine's onnxruntime, plans against the fastest exact form: `python -m studies.model_speed PLAN...`.
 
-Exact attention is timed as traced (MatMul, Softmax, MatMul), as ONNX Attention and as com.microsoft MultiHeadAttention; a plan with its
-exact blocks in the first and the last of these forms. A PLAN is as `studies.outside_photographs` has it. All take turns in one process,
-batch 1, fp32; milliseconds, median (fastest to slowest).
+Exact attention is timed as traced (MatMul, Softmax, MatMul), as ONNX Attention and as com.microsoft MultiHeadAttention; a plan with
+its exact blocks in the first and the last of these forms. A PLAN is as `studies.outside_photographs` has it. All take turns in one
+process, batch 1, fp32; milliseconds, median (fastest to slowest).
 """
 
 from __future__ import annotations

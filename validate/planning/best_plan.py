@@ -64,7 +64,9 @@ def make_best_plan(planner: Planner) -> Planned:
         say(f"running {len(points) + 1} plans of the front")
         measured = verified if index == position else planner.run(candidate, planner.held_out)
         points.append(FrontPlan(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
-    notes = [f"on the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"]
+    notes = [
+        f"on {len(planner.some_images)} of the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"
+    ]
     if tried > 1:
         notes[0] += f", by a plan that falls short on the others; {tried} plans were run on those"
     return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
@@ -90,14 +92,17 @@ def _say_break_even(planner: Planner) -> list[str]:
 def _settle(
     planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, allowed: float
 ) -> tuple[int, Plan, Fidelity]:
-    """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection."""
+    """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection.
+
+    On some of the planning images: what is found here is judged on the images held out.
+    """
     low, high = 0, len(front)  # low keeps it (all exact does), high does not
     best: tuple[int, Plan, Fidelity] | None = None
     guess = min(range(1, len(front)), key=lambda i: abs(front[i].loss - allowed))
     for _ in range(ROUNDS):
         plan = planner.make_plan(front[guess].items, fits)
         planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
-        found = planner.run(plan, planner.images)
+        found = planner.run(plan, planner.some_images)
         excess = planner.wish.excess(found, KEEP_BELOW)
         if excess <= 1:
             low, best = guess, (guess, plan, found)

@@ -46,6 +46,9 @@ Scales = dict[tuple[int, str], float]
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
 
+RUN_IMAGES = 4
+"""At most so many planning images are really run by plans."""
+
 TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
 
@@ -259,6 +262,11 @@ class Planner:
         return tried.kernel if tried.corrections and self.layout.patches is not None else 0
 
     # ------------------------------------------------------------ running
+
+    @property
+    def some_images(self) -> Sequence[Pixels]:
+        """Planning images that plans are really run on, from all parts of the list."""
+        return self.images[:: -(-len(self.images) // RUN_IMAGES)]
 
     def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         """Really run a plan and compare with exact attention."""
