@@ -20,7 +20,9 @@ TYPICAL_COSINE = 0.99
 """Where the search starts if only a task metric is asked for."""
 
 ROUNDS = 8
-FRONT_POINTS = 7
+SHOWN = (0.999, 0.995, 0.99, 0.98)
+"""Mean cosines that points of the front are shown and really run for."""
+
 CLOSE_ENOUGH = 0.96
 """The search ends when the loss is this much of what is allowed."""
 
@@ -58,7 +60,7 @@ def make_best_plan(planner: Planner) -> Planned:
     exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
     point = FrontPlan(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
     points: list[FrontPlan] = []
-    for index in _spread(front, position):
+    for index in _spread(front, position, verified):
         choice = front[index]
         candidate = planner.make_plan(choice.items, fits)
         say(f"running {len(points) + 1} plans of the front")
@@ -177,10 +179,8 @@ def _perfect(planner: Planner) -> Fidelity:
     return Fidelity(mean=1.0, p5=1.0, first=1.0, tasks={goal.name: 1.0 for goal in planner.wish.goals})
 
 
-def _spread(front: list[BlockChoices[PickedHeads]], position: int) -> list[int]:
-    """Some points of the front, evenly spaced in the logarithm of the loss, the chosen one among them."""
-    losses = np.log([max(choice.loss, 1e-9) for choice in front])
-    start, stop = np.log(max(front[position].loss, 1e-6) / 20), losses[-1]
-    wanted = np.linspace(start, stop, FRONT_POINTS - 1)
-    picked = {int(np.abs(losses - value).argmin()) for value in wanted} | {position}
-    return sorted(picked)
+def _spread(front: list[BlockChoices[PickedHeads]], position: int, verified: Fidelity) -> list[int]:
+    """Points of the front that should come near `SHOWN` on the images held out, the chosen one among them."""
+    losses = np.array([choice.loss for choice in front])
+    more = max(verified.loss, 1e-6) / max(front[position].loss, 1e-9)
+    return sorted({int(np.abs(losses * more - (1 - cosine)).argmin()) for cosine in SHOWN} | {position})

@@ -46,8 +46,8 @@ Scales = dict[tuple[int, str], float]
 REFERENCE = 64
 """Landmarks of the candidate that is really run, one block at a time, to scale that block's first-order losses."""
 
-RUN_IMAGES = 4
-"""At most so many planning images are really run by plans."""
+RUN_IMAGES, FEW_TOKENS = 4, 2500
+"""At most so many planning images are really run by plans; where there are more tokens than that, losses are measured on them only."""
 
 TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
@@ -103,8 +103,9 @@ class Planner:
         """
         total = Measurement()
         kept = {number: list(self.candidates) for number in self.blocks}
-        for number, pixels in enumerate(self.images):
-            self.say(f"looking at image {number + 1} of {len(self.images)}")
+        images = self.images if self.layout.tokens <= FEW_TOKENS else self.some_images
+        for number, pixels in enumerate(images):
+            self.say(f"looking at image {number + 1} of {len(images)}")
             if number == TRIAL_IMAGES:
                 kept = self._worthwhile(total)
                 total = total.only({(block, c) for block, candidates in kept.items() for c in candidates})

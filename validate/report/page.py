@@ -48,6 +48,7 @@ def report_data(document: Document) -> dict[str, Any]:
     blocks = validation["metadata"]["plan"]["blocks"]
     data["facts"] = {
         "fna_blocks": len(blocks),
+        "focal_blocks": len(validation["metadata"]["plan"].get("focal", ())),
         "landmarks": sorted({block["landmarks"] for block in blocks}),
         "samplers": sorted({block["sampler"] for block in blocks}),
         "tokens": _count_tokens(document.validation),

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from fna.validate.budget.measure import Outputs, Validation
 from fna.validate.metrics import cosine
+from fna.validate.report.focal_panel import draw_focal_keys
 
 SIDE = 288
 """Pixels along a panel's longer side."""
@@ -50,6 +51,7 @@ def draw_panels(
         size = _panel_size(validation.height, validation.width)
         photograph = image.convert("RGB").resize(size)
         panels = [_landmark_panel(validation, name, photograph)]
+        panels += _focal_panels(validation, name, photograph)
         panels += _output_panels(validation, outputs, index, name, photograph)
         rows.append((name, panels))
     return rows
@@ -85,6 +87,15 @@ def _landmark_panel(validation: Validation, name: str, photograph: Image.Image) 
         draw.ellipse(box, fill=(255, 255, 255), outline=(194, 65, 12), width=2)
     text = f"photograph {name} with its landmark tokens drawn as circles"
     return Panel("landmarks", text, encode(picture))
+
+
+def _focal_panels(validation: Validation, name: str, photograph: Image.Image) -> list[Panel]:
+    plan, grid = validation.metadata.plan, patch_grid(validation)
+    if not plan.focal or grid is None:
+        return []
+    picture = draw_focal_keys(photograph, plan.focal[0], grid, plan.prefix_tokens or 0)
+    text = f"photograph {name} with the keys of one tile of the first focal block: near ones small, sampled ones larger"
+    return [Panel("keys of one tile", text, encode(picture))]
 
 
 def _output_panels(
