@@ -23,7 +23,7 @@ from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
 from fna.validate.planning.onnx_subject import OnnxSubject
-from fna.validate.planning.planner import Planner
+from fna.validate.planning.planner import PickedHeads, Planner
 from fna.validate.planning.result import Planned
 from fna.validate.planning.subject import Subject, TorchSubject
 from fna.validate.planning.uniform import run_uniform_settings
@@ -252,6 +252,22 @@ def test_an_onnx_file_is_planned_through_its_attention_blocks(planned_file: Path
     assert found.plan.model == "dense.onnx"
     assert found.point.measured is not None
     assert found.point.measured.mean > 0.9
+
+
+def test_an_onnx_file_is_planned_with_focal_blocks(planned_file: Path, pictures: Pictures) -> None:
+    subject = OnnxSubject(planned_file, None)
+    wish = Wish(0.9, tried=replace(TRIED, focal=(NEAR,)))
+    planner = Planner(subject, wish, ProductCost(subject.layout), pictures[:1], pictures[3:])
+    fits = planner.with_dependence(planner.fits(planner.measure()))
+    scales = planner.scales(fits)
+    assert scales.keys() == {(block, kind) for block in range(3) for kind in ("FNA", "focal")}
+    for block in range(3):
+        alone = planner.make_plan(
+            [PickedHeads(NEAR, (0, 1, 2, 3)) if n == block else PickedHeads() for n in range(3)], fits
+        )
+        assert [entry.block for entry in alone.focal] == [block]
+        promised = float(fits[block, NEAR].losses.sum()) * scales[block, "focal"]
+        assert planner.run(alone, planner.images).loss == pytest.approx(promised, rel=1e-3)
 
 
 def test_an_onnx_file_shows_what_its_pytorch_model_shows(
