@@ -166,7 +166,7 @@ def _trtexec() -> str:
 
 def _plugin() -> str:
     path = default_plugin()
-    return str(path) if path.is_file() else f"not built ({path}); make plugin builds it"
+    return str(path) if path.is_file() else f"not built ({path}); fna plugin builds it"
 
 
 def _tools() -> dict[str, str]:

@@ -141,13 +141,13 @@ def load_plugins(trt: Any, library: Path, operators: Sequence[tuple[str, str]]) 
     registry = trt.get_plugin_registry()
     if _missing_creators(registry, operators):
         if not library.is_file():
-            raise MissingCapabilityError(f"the plugin {library} does not exist; build it with make plugin")
+            raise MissingCapabilityError(f"the plugin {library} does not exist; build it: fna plugin")
         registry.load_library(str(library.resolve()))
     missing = _missing_creators(registry, operators)
     if missing:
         raise MissingCapabilityError(
             f"the plugin {library} did not bring {', '.join(f'{name} version {version}' for name, version in missing)}; "
-            "build it again on this machine with make plugin"
+            "build it again on this machine: fna plugin"
         )
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "build": ("fna.commands.build", "Build an engine from an FNA file."),
     "run": ("fna.commands.run", "Run an engine or an ONNX file on images."),
     "validate": ("fna.commands.validate", "Measure how far a file is from PyTorch, step by step."),
+    "plugin": ("fna.commands.plugin", "Compile kernels and TensorRT plugin, or list them."),
     "bundle": ("fna.commands.bundle", "Pack what a device needs to build, check and time its own engine."),
     "bench": ("fna.commands.bench", "Time dense against FNA on this machine."),
     "doctor": ("fna.commands.doctor", "Show what this machine is and which targets it can build for."),

@@ -53,7 +53,7 @@ class Loader:
                 failure = error
         raise failure or MissingCapabilityError(
             f"the kernel table has no {variant.name} for compute capability {self._sm / 10:.1f}; "
-            f"rebuild it: python -m fna.plugins.aot --sm {self._sm},0"
+            f"rebuild it: fna plugin --sm {self._sm},0"
         )
 
     def _load_image(self, kernel: CompiledKernel) -> ctypes.c_void_p:

@@ -1,6 +1,6 @@
 """The built plugin library driven from Python: TensorRT's calls, with tensors' addresses, through `plugins/tests/host.cpp`.
 
-For checks and benchmarks of the library itself where there is a GPU but no TensorRT. Needs `make plugin`.
+For checks and benchmarks of the library itself where there is a GPU but no TensorRT. Needs `fna plugin --checks`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PluginLibrary:
         paths = folder / "libfna_plugin_host.so", folder / LIBRARY
         missing = [path for path in paths if not path.exists()]
         if missing:
-            raise MissingCapabilityError(f"{missing[0]} is not built; run: make plugin")
+            raise MissingCapabilityError(f"{missing[0]} is not built; run: fna plugin --checks")
         self._host = ctypes.CDLL(str(paths[0]))
         pointer, numbers = ctypes.c_void_p, ctypes.c_int32
         tensors = (pointer, ctypes.POINTER(_Tensor), numbers, ctypes.POINTER(_Tensor))
@@ -56,7 +56,7 @@ class PluginLibrary:
             function.restype, function.argtypes = result, arguments
         self._library = self._host.fna_host_open(str(paths[1]).encode())
         if not self._library:
-            raise MissingCapabilityError(f"{paths[1]} does not load; rebuild it on this machine: make plugin")
+            raise MissingCapabilityError(f"{paths[1]} does not load; rebuild it on this machine: fna plugin --checks")
 
     def attention(
         self, *, scale: float, iterations: int = NEWTON_SCHULZ_ITERATIONS, exact_rows: bool = False

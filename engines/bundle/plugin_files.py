@@ -11,12 +11,11 @@ import fna.plugins
 from fna.engines.bundle.format import PluginLayer
 from fna.engines.targets import Target
 from fna.errors import MissingCapabilityError
+from fna.plugins.built import LIBRARIES, MACHINES
 from fna.plugins.table.chips import FALLBACK, chip_name
 from fna.plugins.table.read import CompiledKernel, load_table
 from fna.plugins.table.write import write_library_files
 
-PREBUILT_MACHINES = ("aarch64", "x86_64")
-PREBUILT_LIBRARIES = ("libfna_plugin.so", "libfna_plugin_register.so")
 REGISTER_SOURCE = "register.cpp"
 """The source that is not part of libfna_plugin.so, but of the self-registering library."""
 
@@ -28,7 +27,7 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Compi
 
     Args:
         target: the device.
-        folder: that `make plugin` wrote.
+        folder: that `fna plugin` wrote.
         has_layers: whether the file has nodes that the plugin implements.
 
     Raises:
@@ -37,7 +36,7 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Compi
     if target.lowering != "plugin" or not has_layers:
         return None
     chips = ",".join(map(str, (*target.capabilities, FALLBACK)))
-    how = f"compile the kernels first: make plugin SM={chips}"
+    how = f"compile the kernels first: fna plugin --sm {chips}"
     if not (folder / "kernels.json").is_file():
         raise MissingCapabilityError(f"{target.name} is built with the plugin, but {folder} has no kernels; {how}")
     table = load_table(folder)
@@ -56,8 +55,8 @@ def write_plugin(folder: Path, table: Path, kernels: Sequence[CompiledKernel]) -
     with (table / "kernels.bin").open("rb") as data:
         write_library_files(((kernel, _packed(data, kernel)) for kernel in kernels), folder / "kernels")
     prebuilt = []
-    for machine in PREBUILT_MACHINES:
-        libraries = [table / machine / library for library in PREBUILT_LIBRARIES]
+    for machine in MACHINES:
+        libraries = [table / machine / library for library in LIBRARIES]
         if all(library.is_file() for library in libraries):
             place = folder / "prebuilt" / machine
             place.mkdir(parents=True)

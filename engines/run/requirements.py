@@ -17,7 +17,7 @@ def check_engine_can_run(path: Path, plugin: Path | None = None) -> Manifest:
 
     Args:
         path: the engine; its manifest lies beside it.
-        plugin: the plugin library, for engines that need one; None is where `make plugin` puts it.
+        plugin: the plugin library, for engines that need one; None is where `fna plugin` puts it.
 
     Raises:
         InputFileError: if engine and manifest are not there or do not belong together.
@@ -48,7 +48,7 @@ def check_engine_can_run(path: Path, plugin: Path | None = None) -> Manifest:
         library = plugin or default_plugin()
         if not library.is_file():
             raise MissingCapabilityError(
-                f"{path.name} needs the plugin {library}, which does not exist; build it: make plugin"
+                f"{path.name} needs the plugin {library}, which does not exist; build it: fna plugin"
             )
         if file_sha256(library) != manifest.plugin_sha256:
             raise MissingCapabilityError(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @options.plugin(
     "table",
-    help="Folder of make plugin's kernels and libraries.  [default: build/plugin]",
+    help="Folder of fna plugin's kernels and libraries.  [default: where it puts them]",
 )
 @click.option(
     "--triton-repository",

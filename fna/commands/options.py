@@ -111,7 +111,7 @@ keep_linear: Option = partial(
 )
 target: Option = partial(click.option, "--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
 plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")
-plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of make plugin]")
+plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of fna plugin]")
 json_file: Option = partial(
     click.option, "--json", "json_file", type=PATH, help="Write every number as JSON to this file; - prints it."
 )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--emulate-plugin",
     is_flag=True,
-    help="Also run the FNA nodes of the first photograph in the plugin library, its kernels emulated; after make plugin.",
+    help="Also run the FNA nodes of the first photograph in the plugin library, its kernels emulated; after fna plugin --checks.",
 )
 @click.option("--report", type=options.PATH, help="Write one HTML page, and a JSON file beside it.")
 @options.json_file()

@@ -42,7 +42,7 @@ class MachineDriver:
             MissingCapabilityError: it is not built.
         """
         if not library.exists():
-            raise MissingCapabilityError(f"{library} is not built; run: make plugin")
+            raise MissingCapabilityError(f"{library} is not built; run: fna plugin --checks")
         os.environ["FNA_FAKE_CUDA_SM"] = str(sm)
         os.environ["FNA_FAKE_CUDA_MULTIPROCESSORS"] = str(multiprocessors)
         self.memory: GlobalMemory | None = None

@@ -70,7 +70,9 @@ def emulated_plugin(gpu: EmulatedGpu | None = None, workers: int = 1) -> Process
     gpu = gpu or EmulatedGpu()
     for needed in (gpu.folder / "libfna_plugin.so", gpu.folder / _STAND_IN, gpu.table / "ptx.json"):
         if not needed.exists():
-            raise MissingCapabilityError(f"{needed} is not built, and the plugin is emulated with it; run: make plugin")
+            raise MissingCapabilityError(
+                f"{needed} is not built, and the plugin is emulated with it; run: fna plugin --checks"
+            )
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=(gpu,))
 
 

@@ -45,7 +45,7 @@ class PtxImages:
         """The PTX of a variant for a chip."""
         if (variant, sm) not in self.by_name:
             raise MissingCapabilityError(
-                f"the build has no PTX of {variant} for sm_{sm}; rebuild it: python -m fna.plugins.aot --sm {sm},0"
+                f"the build has no PTX of {variant} for sm_{sm}; rebuild it: fna plugin --sm {sm},0"
             )
         return self.by_name[variant, sm]
 
@@ -67,7 +67,7 @@ class PtxImages:
             if image.image_sha256 == sha256:
                 return image
         raise MissingCapabilityError(
-            f"no PTX is kept of the image with SHA-256 {sha256[:16]}; rebuild the table: python -m fna.plugins.aot"
+            f"no PTX is kept of the image with SHA-256 {sha256[:16]}; rebuild the table: fna plugin"
         )
 
 
@@ -78,6 +78,6 @@ def load_images(folder: Path) -> PtxImages:
         images = [PtxImage(path=folder / row.pop("file"), **row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(
-            f"{folder / 'ptx.json'} cannot be read ({error}); build it: python -m fna.plugins.aot --output {folder}"
+            f"{folder / 'ptx.json'} cannot be read ({error}); build it: fna plugin -o {folder}"
         ) from error
     return PtxImages({(image.variant, image.sm): image for image in images})

@@ -1,4 +1,4 @@
-"""Find and read the table of compiled kernels that `python -m fna.plugins.aot` writes."""
+"""Find and read the table of compiled kernels that `fna plugin` writes."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class Table:
 
 
 def find_table() -> Table | None:
-    """The table in the folder that FNA_KERNEL_TABLE names, else the one that `make plugin` built, else None."""
+    """The table in the folder that FNA_KERNEL_TABLE names, else the one that `fna plugin` built, else None."""
     named = os.environ.get(ENVIRONMENT)
     folder = Path(named) if named else table_folder()
     if (folder / "kernels.json").exists() and (folder / "kernels.bin").exists():
         return load_table(folder)
     if named:
         raise InputFileError(
-            f"{ENVIRONMENT} is {named}, but kernels.json and kernels.bin are not there; run python -m fna.plugins.aot"
+            f"{ENVIRONMENT} is {named}, but kernels.json and kernels.bin are not there; run fna plugin"
         )
     return None
 
@@ -68,6 +68,6 @@ def load_table(folder: Path) -> Table:
         kernels = [CompiledKernel(**row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(
-            f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: python -m fna.plugins.aot"
+            f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: fna plugin"
         ) from error
     return Table({(k.variant, k.sm): k for k in kernels}, folder / "kernels.bin")

@@ -29,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `make plugin` leaves it, for sm_87, sm_89 and PTX; its kernels and libraries are stubs, each with its own bytes."""
+    """A folder as `fna plugin` leaves it, for sm_87, sm_89 and PTX; its kernels and libraries are stubs, each with its own bytes."""
     from fna.plugins.table.compile import Compiled
     from fna.plugins.table.write import write_table
 

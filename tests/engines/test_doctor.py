@@ -48,7 +48,7 @@ GPU = {"name": "Orin", "capability": 8.7, "memory": "61 GiB", "multiprocessors":
     ("gpu", "plugin", "verdict"),
     [
         (GPU, True, "yes"),
-        (GPU, False, "the plugin is not built; make plugin builds it"),
+        (GPU, False, "the plugin is not built; fna plugin builds it"),
         (
             GPU | {"name": "Thor", "capability": 11.0},
             True,
@@ -65,7 +65,7 @@ def test_what_tensorrt_needs_to_build_for_an_orin(
     if plugin:
         library.touch()
     monkeypatch.setattr(doctor, "default_plugin", lambda: library)
-    report = {"tensorrt": "10.3.0", "gpu": gpu, "plugin": "not built; make plugin builds it"}
+    report = {"tensorrt": "10.3.0", "gpu": gpu, "plugin": "not built; fna plugin builds it"}
     orin = next(target for target in TARGETS if target.name == "jetson-agx-orin")
     assert doctor._verdict("tensorrt", orin, report).endswith(verdict)
 

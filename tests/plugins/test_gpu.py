@@ -49,7 +49,7 @@ class Call:
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[PluginLibrary | EmulatedLibrary]:
-    """The library that `make plugin` built; `make test-gpu` builds it first."""
+    """The library that `fna plugin` built; `make test-gpu` builds it first."""
     try:
         if EMULATED:
             with emulated_plugin() as pool:
@@ -264,7 +264,7 @@ def backend(request, monkeypatch) -> str:
     if EMULATED:
         pytest.skip("PyTorch's operators launch on a GPU")
     if request.param == "table" and torch_ops._table() is None:
-        pytest.skip("no kernel table is built; run: make plugin")
+        pytest.skip("no kernel table is built; run: fna plugin")
     monkeypatch.setattr(torch_ops, "choose_backend", lambda: request.param)
     return request.param
 

@@ -147,7 +147,7 @@ public:
         if (fallback == nullptr)
         {
             logError("no kernel ", variant, " for compute capability ", device.sm / 10, ".", device.sm % 10,
-                " in this library; rebuild it with that chip: python -m fna.plugins.aot --sm ", device.sm, ",0");
+                " in this library; rebuild it with that chip: fna plugin --sm ", device.sm, ",0");
             return false;
         }
         if (!load(*fallback, kernel, Severity::kERROR))

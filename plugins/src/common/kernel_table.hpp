@@ -1,4 +1,4 @@
-// The kernels that the ahead-of-time build compiled (fna.plugins.aot): where each lies in the packed data, and how to launch it.
+// The kernels that the ahead-of-time build compiled (fna plugin): where each lies in the packed data, and how to launch it.
 #pragma once
 
 #include <cstddef>

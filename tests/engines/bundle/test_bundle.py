@@ -252,8 +252,8 @@ def test_turing_gets_the_portable_model_and_no_plugin(tiny: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("jetson-thor", r"no kernels for sm_110 of jetson-thor; compile the kernels first: make plugin SM=110,0"),
-        ("h100", "SM=90,0"),
+        ("jetson-thor", r"no kernels for sm_110 of jetson-thor; compile the kernels first: fna plugin --sm 110,0"),
+        ("h100", "--sm 90,0"),
     ],
 )
 def test_a_plugin_target_without_its_kernels_is_refused_with_the_command(
@@ -261,7 +261,7 @@ def test_a_plugin_target_without_its_kernels_is_refused_with_the_command(
 ) -> None:
     with pytest.raises(MissingCapabilityError, match=said):
         make_bundle(tiny, tmp_path / "out", table, target=target)
-    with pytest.raises(MissingCapabilityError, match="make plugin"):
+    with pytest.raises(MissingCapabilityError, match="fna plugin"):
         make_bundle(tiny, tmp_path / "out", tmp_path, target=target)
     assert not (tmp_path / "out").exists()
 

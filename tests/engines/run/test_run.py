@@ -86,7 +86,7 @@ def test_an_engine_that_fits_is_not_refused(engine: Path) -> None:
         ({"backend_version": "10.4.0", "version_compatible": True}, "10.4.0, but 10.3.0"),
         ({"backend_version": "8.6.1", "version_compatible": True}, "8.6.1, but 10.3.0"),
         ({"compute_capabilities": (80, 86)}, r"compute capability 8\.0, 8\.6, but this GPU has 8\.9.*--target"),
-        ({"plugin_name": "libfna_plugin.so", "plugin_sha256": "0"}, r"needs the plugin .*make plugin"),
+        ({"plugin_name": "libfna_plugin.so", "plugin_sha256": "0"}, r"needs the plugin .*fna plugin"),
     ],
     ids=["version", "older", "major", "capability", "plugin"],
 )

@@ -14,7 +14,7 @@ from fna.plugins.ptx.images import PtxImages, load_images
 def images() -> PtxImages:
     """Compiled once for sm_80 and kept under build/."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from fna.plugins.aot import build_table
+    from fna.plugins.table.build import build_table
 
     needed = {name for case in quick_cases() for name in case.variants}
     folder = BUILD / "test-ptx"

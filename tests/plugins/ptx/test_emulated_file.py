@@ -93,4 +93,4 @@ def test_without_a_built_plugin_it_says_what_to_build(half: ModelProto, tmp_path
     monkeypatch.setattr("fna.validate.report.document.emulated_plugin", lambda: emulated_plugin(gpu))
     save_model(half, tmp_path / "tiny.onnx")
     assert main(["validate", str(tmp_path / "tiny.onnx"), "--emulate-plugin"]) == 3
-    assert "run: make plugin" in capsys.readouterr().err
+    assert "run: fna plugin" in capsys.readouterr().err

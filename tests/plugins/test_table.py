@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,14 +110,6 @@ def test_the_gate_is_wired_into_the_build(table: Path, tmp_path: Path, monkeypat
 def test_an_unknown_chip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="sm_75 is not a target"):
         build_table(tmp_path, chips=(75,))
-
-
-def test_the_command_line_refuses_what_is_no_chip(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fna.plugins.aot", "--output", str(tmp_path), "--sm", "75"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: sm_75 is not a target")
-    assert not list(tmp_path.iterdir())
 
 
 def test_pytorch_finds_the_table_that_the_environment_names(table: Path, tmp_path: Path, monkeypatch) -> None:
