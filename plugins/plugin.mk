@@ -4,10 +4,14 @@ SM   ?= # every chip of plugins/table/chips.py
 
 PLUGIN_TABLE := $(BUILD)/plugin
 
-.PHONY: plugin test-gpu
+.PHONY: plugin release test-gpu
 
 plugin: $(STAMP) ## Compile the kernels for every chip, and the TensorRT plugin library (ARCH=aarch64 to cross-compile)
 	$(BIN)/fna plugin -o $(PLUGIN_TABLE) --machine $(ARCH) $(call given,SM,--sm ) --checks
+
+release: $(STAMP) ## Make the source distribution and wheels with kernels and libraries (build/dist)
+	$(BIN)/fna plugin -o $(PLUGIN_TABLE) --machine x86_64,aarch64
+	$(BIN)/python -m fna.plugins.release . --table $(PLUGIN_TABLE) -o $(BUILD)/dist
 
 test-gpu: $(STAMP) ## Check the kernels and the plugin on this machine's GPU, compute-sanitizer included
 	$(MAKE) --no-print-directory plugin
