@@ -273,7 +273,7 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
         for line in lines
         if re.match(r"\|.*\| 0\.\d{4} \|", line)
     ]
-    assert len(rows) == 10
+    assert len(rows) == 11
     fidelities = (ROOT / "docs" / "notes" / "planning.md").read_text(encoding="utf-8").splitlines()
     speeds = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8").splitlines()
