@@ -114,7 +114,8 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
         short = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
         warps, stages = 4 if held and (short or four_hold_128) else 8, 2 if held else 1
     elif variant.kernel == "focal":
-        warps, stages = 2 if not wide and variant.head_size == HEAD_PADDINGS[0] else 4, 1
+        short = variant.head_size == HEAD_PADDINGS[0]
+        warps, stages = (4 if short else 8) if wide else (2 if short else 4), 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
     exact_ties = variant.kernel in ("fps", "fps_step", "norms")

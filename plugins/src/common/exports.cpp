@@ -3,6 +3,7 @@
 #include "attention/attention_plugin.hpp"
 #include "common/cuda_driver.hpp"
 #include "common/logging.hpp"
+#include "focal/focal_plugin.hpp"
 #include "sampling/sampling_plugin.hpp"
 
 nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
@@ -16,8 +17,10 @@ nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
     static fna::PluginCreator<fna::AttentionPlugin> maskedAttention{version(2)};
     static fna::PluginCreator<fna::AttentionPlugin> attentionWithCore{version(3)};
     static fna::PluginCreator<fna::SamplingPlugin> sampling{{}};
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&attention, &sampling, &maskedAttention, &attentionWithCore};
-    nbCreators = 4;
+    static fna::PluginCreator<fna::FocalPlugin> focal{{}};
+    static nvinfer1::IPluginCreatorInterface* const creators[]
+        = {&attention, &sampling, &maskedAttention, &attentionWithCore, &focal};
+    nbCreators = 5;
     return creators;
 }
 
