@@ -96,7 +96,8 @@ int main(int argc, char** argv)
             inputs.push_back(tensor(DataType::kINT32, {number(14), number(6)}, 8));
         }
         IPluginV3* const plugin = fna_host_focal(
-            &library, std::strtof(argv[13], nullptr), static_cast<int32_t>(number(11)), static_cast<int32_t>(number(12)));
+            &library, std::strtof(argv[13], nullptr), static_cast<int32_t>(number(11)), static_cast<int32_t>(number(12)),
+            number(14) > 0);
         return run(library, plugin, inputs, tensor(type, linear, 100));
     }
     CHECK(argc == 8);

@@ -56,10 +56,10 @@ auto pick(Values const& values, uint8_t byte)
 extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
 {
     Bytes bytes(data, size);
-    uint8_t const kind = bytes.next() % 5;
+    uint8_t const kind = bytes.next() % 6;
     char const* const plugin
         = kind < 3 ? "FastNystromAttention" : kind == 3 ? "FarthestPointSampling" : "FocalAttention";
-    char const* const version = kind == 1 ? "2" : kind == 2 ? "3" : "1";
+    char const* const version = kind == 1 || kind == 5 ? "2" : kind == 2 ? "3" : "1";
     int32_t const count = bytes.next() % 6;
     std::vector<std::unique_ptr<int32_t>> storage; // each value alone in its allocation, so that a read past it is seen
     std::vector<PluginField> fields;

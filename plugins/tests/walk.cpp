@@ -114,7 +114,7 @@ bool mentions(host::Library& library, char const* text)
 
 void walkCreators(host::Library& library)
 {
-    CHECK(library.count() == 5);
+    CHECK(library.count() == 6);
     IPluginCreatorV3One* const second = library.creator("FastNystromAttention", "2");
     CHECK(second != nullptr && second != library.creator("FastNystromAttention"));
     CHECK(second->getFieldNames()->nbFields == 4);
@@ -387,6 +387,8 @@ void walkFocal(host::Library& library)
     PluginField const scaled{"scale", &scale, PluginFieldType::kFLOAT32, 1};
     PluginField const prefix{"prefix_tokens", &one, PluginFieldType::kINT32, 1};
     host::PluginPointer const plugin = host::deploy(library, "FocalAttention", {scaled, prefix});
+    host::PluginPointer const second = host::deploy(library, "FocalAttention", {scaled, prefix}, "2");
+    CHECK(second != nullptr && std::strcmp(host::core(*second)->getPluginVersion(), "2") == 0);
     CHECK(plugin != nullptr);
     CHECK(std::strcmp(host::build(*plugin)->getTimingCacheID(), "FocalAttention-1:scale=0.125,prefix_tokens=1,hot=0") == 0);
     CHECK(host::deploy(library, "FocalAttention", {scaled}) == nullptr);
@@ -398,14 +400,16 @@ void walkFocal(host::Library& library)
     {
         std::vector<DynamicPluginTensorDesc> const all = focalInputs(DataType::kHALF, 2, 1370, 64, masked);
         int32_t const count = static_cast<int32_t>(all.size());
-        CHECK(host::build(*plugin)->configurePlugin(all.data(), count, &all[0], 1) == 0);
-        CHECK(host::build(*plugin)->getWorkspaceSize(all.data(), count, &all[0], 1) > 2 * 6 * 25 * 300 * 4);
+        CHECK(host::build(*second)->configurePlugin(all.data(), count, &all[0], 1) == 0);
+        CHECK(host::build(*second)->getWorkspaceSize(all.data(), count, &all[0], 1) > 2 * 6 * 25 * 300 * 4);
+        CHECK((host::build(*plugin)->configurePlugin(all.data(), count, &all[0], 1) == 0) == !masked);
     }
+    CHECK(mentions(library, "8 inputs and 1 outputs were given, but 7 and 1 are needed"));
     std::vector<DynamicPluginTensorDesc> wrong = focalInputs(DataType::kHALF, 2, 1370, 64, true);
-    CHECK(host::build(*plugin)->configurePlugin(wrong.data(), 6, &wrong[0], 1) != 0);
+    CHECK(host::build(*second)->configurePlugin(wrong.data(), 6, &wrong[0], 1) != 0);
     CHECK(mentions(library, "6 inputs and 1 outputs were given, but 8 and 1 are needed"));
     wrong[7].min.d[0] = wrong[7].max.d[0] = 3;
-    CHECK(host::build(*plugin)->configurePlugin(wrong.data(), 8, &wrong[0], 1) != 0);
+    CHECK(host::build(*second)->configurePlugin(wrong.data(), 8, &wrong[0], 1) != 0);
     CHECK(mentions(library, "key_mask has size 3 on axis 0, but 2 is needed"));
     wrong = focalInputs(DataType::kHALF, 2, 1370, 64, false);
     wrong[6].min.d[0] = wrong[6].max.d[0] = 1370;

@@ -8,19 +8,19 @@
 
 nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
 {
-    auto const version = [](int32_t number) {
-        fna::AttentionAttributes attributes;
+    auto const version = [](auto attributes, int32_t number) {
         attributes.versionNumber = number;
         return attributes;
     };
-    static fna::PluginCreator<fna::AttentionPlugin> attention{version(1)};
-    static fna::PluginCreator<fna::AttentionPlugin> maskedAttention{version(2)};
-    static fna::PluginCreator<fna::AttentionPlugin> attentionWithCore{version(3)};
+    static fna::PluginCreator<fna::AttentionPlugin> attention{version(fna::AttentionAttributes{}, 1)};
+    static fna::PluginCreator<fna::AttentionPlugin> maskedAttention{version(fna::AttentionAttributes{}, 2)};
+    static fna::PluginCreator<fna::AttentionPlugin> attentionWithCore{version(fna::AttentionAttributes{}, 3)};
     static fna::PluginCreator<fna::SamplingPlugin> sampling{{}};
-    static fna::PluginCreator<fna::FocalPlugin> focal{{}};
+    static fna::PluginCreator<fna::FocalPlugin> focal{version(fna::FocalAttributes{}, 1)};
+    static fna::PluginCreator<fna::FocalPlugin> maskedFocal{version(fna::FocalAttributes{}, 2)};
     static nvinfer1::IPluginCreatorInterface* const creators[]
-        = {&attention, &sampling, &maskedAttention, &attentionWithCore, &focal};
-    nbCreators = 5;
+        = {&attention, &sampling, &maskedAttention, &attentionWithCore, &focal, &maskedFocal};
+    nbCreators = 6;
     return creators;
 }
 

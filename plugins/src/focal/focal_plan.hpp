@@ -24,11 +24,13 @@ struct FocalShape
     bool operator==(FocalShape const& other) const noexcept;
 };
 
+// Version 2 has a key mask.
 struct FocalAttributes
 {
     float scale{0.F};
     int32_t prefixTokens{0};
     int32_t hot{0};
+    int32_t versionNumber{1};
 
     // Every field, in order: visit(name, value, whether it has to be given).
     template <typename Self, typename Visit>
@@ -41,7 +43,7 @@ struct FocalAttributes
 
     char const* version() const noexcept
     {
-        return "1";
+        return versionNumber > 1 ? "2" : "1";
     }
 
     // False, and logged with the value that is wrong.

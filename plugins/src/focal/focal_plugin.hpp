@@ -1,8 +1,8 @@
 // FocalAttention as a TensorRT plugin.
 //
 // Inputs: query, key, value [B, H, N, D] of one type (fp32, fp16, bf16); tile_queries [T, Q] int32; tile_keys [T, K] int32; tile_bias
-// [T, K] fp32; places [N - prefix_tokens] int32, which standard operators need and the kernels do not; optionally key_mask [B, N] or
-// [1, N] int32. Output: [B, H, N, D] of the query's type. All linear.
+// [T, K] fp32; places [N - prefix_tokens] int32, which standard operators need and the kernels do not; from version 2 on,
+// optionally, key_mask [B, N] or [1, N] int32. Output: [B, H, N, D] of the query's type. All linear.
 #pragma once
 
 #include "common/plugin_base.hpp"
@@ -34,9 +34,9 @@ public:
         return 7;
     }
 
-    static constexpr int32_t mostInputs(FocalAttributes const&) noexcept
+    static constexpr int32_t mostInputs(FocalAttributes const& attributes) noexcept
     {
-        return 8;
+        return attributes.versionNumber > 1 ? 8 : 7;
     }
 
     bool readShape(nvinfer1::Dims const* dims, int32_t count, FocalShape& shape) const noexcept;
