@@ -29,6 +29,12 @@ from fna.plugins.launch_plan import (
 FOCAL_ROWS = 64
 """Queries of a tile per program."""
 
+KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
+"""Keys of a list per step."""
+
+HOT_BLOCK, PREFIX_BLOCK, LIST_BLOCK = 16, 64, 256
+"""Hot keys per step, keys per step of a prefix row, and keys of a list whose biases are prepared at a time."""
+
 HOT_SPLIT_TOKENS = 256
 """Patches that one of several programs of a head sums and scores, at least."""
 

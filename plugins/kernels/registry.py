@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.focal_plan import FOCAL_ROWS
+from fna.plugins.focal_plan import FOCAL_ROWS, HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK
 from fna.plugins.kernels import attention, focal, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
@@ -68,7 +68,12 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
     if variant.kernel == "focal_hot":
         return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": 1024, "BLOCK_R": 32}
     if variant.kernel == "focal":
-        keys = {"BLOCK_N": 32 if half else 16, "BLOCK_H": 16, "BLOCK_P": 64, "BLOCK_L": 256}
+        keys = {
+            "BLOCK_N": KEY_BLOCK[variant.dtype],
+            "BLOCK_H": HOT_BLOCK,
+            "BLOCK_P": PREFIX_BLOCK,
+            "BLOCK_L": LIST_BLOCK,
+        }
         held = half and variant.head_size == HEAD_PADDINGS[0]
         return {
             "BLOCK_M": FOCAL_ROWS,
