@@ -75,11 +75,12 @@ def run_focal(
     prefix_tokens: int,
     hot: int,
     key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+    multiprocessors: int = 4,
 ) -> dict[str, Tensor]:
     """Run FocalAttention; return `out [B, H, N, D]` and every scratch buffer, flat, by name."""
     plan = focal_plan(
         focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens=prefix_tokens, hot=hot,
-        scale=query.shape[3] ** -0.5, strides=Strides(*query.stride()[:3]),
+        scale=query.shape[3] ** -0.5, multiprocessors=multiprocessors, strides=Strides(*query.stride()[:3]),
     )  # fmt: skip
     out = _poisoned(torch.empty(query.shape, dtype=query.dtype))
     tensors = {"query": query, "key": key, "value": value, "tile_queries": tile_queries, "tile_keys": tile_keys}

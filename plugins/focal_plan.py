@@ -12,6 +12,7 @@ from fna.plugins.launch_plan import (
     MAX_GRID_Y,
     MAX_HEAD_SIZE,
     MAX_HOT,
+    MAX_MULTIPROCESSORS,
     MAX_STRIDE,
     NO_MASK,
     Buffer,
@@ -20,12 +21,28 @@ from fna.plugins.launch_plan import (
     Launch,
     LaunchPlan,
     Strides,
+    aligned,
     lay_out,
     padded_head_size,
 )
 
 FOCAL_ROWS = 64
 """Queries of a tile per program."""
+
+KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
+"""Keys of a list per step."""
+
+HOT_BLOCK, PREFIX_BLOCK, LIST_BLOCK = 16, 64, 256
+"""Hot keys per step, keys per step of a prefix row, and keys of a list whose biases are prepared at a time."""
+
+HOT_SPLIT_TOKENS = 256
+"""Patches that one of several programs of a head sums and scores, at least."""
+
+FEWEST_HOT_SPLITS = 3
+"""Fewer do not make up for the two launches more."""
+
+ALL_STEPS, SUM, SCORE, SELECT = 0, 1, 2, 3
+"""The kernel's `step`."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +100,34 @@ def check_focal_shape(shape: FocalShape, prefix_tokens: int, hot: int) -> None:
         raise InvalidShapeError(f"B * H is {shape.batch * shape.heads}, but the kernels take at most {MAX_GRID_Y}")
 
 
-def focal_buffers(shape: FocalShape) -> dict[str, Buffer]:
+def hot_splits(shape: FocalShape, prefix_tokens: int, multiprocessors: int) -> int:
+    """Programs of a head that look for hot keys: one, or as many as there are multiprocessors for and work is worth a launch."""
+    patches = shape.tokens - prefix_tokens
+    wanted = min(multiprocessors, MAX_MULTIPROCESSORS) // (shape.batch * shape.heads)
+    splits = min(wanted, -(-patches // HOT_SPLIT_TOKENS))
+    return splits if splits >= FEWEST_HOT_SPLITS else 1
+
+
+def focal_buffers(shape: FocalShape, splits: int) -> dict[str, Buffer]:
     """Scratch of one call; see `fna.plugins.kernels.focal` for the layouts."""
+    return _focal_buffers(shape, shape.batch * shape.heads * splits)
+
+
+def focal_workspace_bound(shape: FocalShape) -> int:
+    """Scratch that is enough for `shape`, every smaller B, H, N and D of it, and every GPU, in bytes."""
+    buffers = _focal_buffers(shape, max(MAX_MULTIPROCESSORS, shape.batch * shape.heads))
+    return max(aligned(b.offset + b.size) for b in buffers.values())
+
+
+def _focal_buffers(shape: FocalShape, head_splits: int) -> dict[str, Buffer]:
     heads = shape.batch * shape.heads
-    every = heads * shape.tokens * 4
-    best = heads * MAX_HOT * 4
-    return lay_out(
-        {"hot_scores": every, "candidates": every, "hot_values": best, "hot_tokens": best, "offsets": every + best}
-    )
+    every, best = heads * shape.tokens * 4, heads * MAX_HOT * 4
+    lists = heads * shape.tiles * shape.row_blocks * shape.list_length * 4
+    sizes = {
+        "query_sums": head_splits * padded_head_size(shape.head_size) * 4, "hot_scores": every, "candidates": every,
+        "hot_values": best, "hot_tokens": best, "offsets": every + best, "biases": lists,
+    }  # fmt: skip
+    return lay_out(sizes)
 
 
 def focal_plan(
@@ -99,6 +136,7 @@ def focal_plan(
     prefix_tokens: int,
     hot: int,
     scale: float,
+    multiprocessors: int,
     strides: Strides | None = None,
     out_strides: Strides | None = None,
 ) -> LaunchPlan:
@@ -109,6 +147,7 @@ def focal_plan(
         prefix_tokens: class and register tokens at the front.
         hot: keys that score highest against the mean patch query.
         scale: factor on the scores.
+        multiprocessors: of the GPU, which decides how many programs look for hot keys.
         strides: of query, key and value (one for all three); linear `[B, H, N, D]` if None.
         out_strides: of the output; linear if None.
     """
@@ -118,17 +157,29 @@ def focal_plan(
     bh, block_d = shape.batch * shape.heads, padded_head_size(shape.head_size)
     mask = (shape.tokens if shape.masked and not shape.shared_mask else 0, MASK_ALL if shape.masked else NO_MASK)
     sizes = (shape.heads, shape.tokens, prefix_tokens, hot, shape.head_size, taken.batch, taken.head, taken.token)
-    launches = []
+    splits = hot_splits(shape, prefix_tokens, multiprocessors) if hot else 1
+    split_tokens = -(-(shape.tokens - prefix_tokens) // splits)
     prepared = hot > 0 or shape.masked
-    if prepared:
-        launches.append(
-            Launch(
-                KernelVariant("focal_hot", shape.dtype, 0, block_d),
-                (bh, 1, 1),
-                ("query", "key", "key_mask", "hot_scores", "candidates", "hot_values", "hot_tokens", "offsets")
-                + (*sizes, *mask, scale),
+    launches = [
+        Launch(
+            KernelVariant("focal_hot", shape.dtype, 0, block_d),
+            (bh, splits if step < SELECT else 1, 1),
+            (
+                "query",
+                "key",
+                "key_mask",
+                "query_sums",
+                "hot_scores",
+                "candidates",
+                "hot_values",
+                "hot_tokens",
+                "offsets",
             )
+            + (*sizes, *mask, splits, split_tokens, step, scale),
         )
+        for step in ((ALL_STEPS,) if splits == 1 else (SUM, SCORE, SELECT))
+        if prepared
+    ]
     launches.append(
         Launch(
             KernelVariant("focal", shape.dtype, 0, block_d),
@@ -143,10 +194,10 @@ def focal_plan(
                 "key_mask",
                 "hot_tokens",
                 "offsets",
-                "out",
+                "biases",
             )
-            + (*sizes, written.batch, written.head, written.token, *mask)
+            + ("out", *sizes, written.batch, written.head, written.token, *mask)
             + (shape.row_blocks, shape.tile_rows, shape.list_length, int(prepared), scale),
         )
     )
-    return LaunchPlan(tuple(launches), focal_buffers(shape))
+    return LaunchPlan(tuple(launches), focal_buffers(shape, splits))

@@ -46,6 +46,7 @@ class PluginLibrary:
             ("attention", pointer, (pointer, ctypes.c_float, numbers, numbers)),
             ("masked_attention", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers)),
             ("chebyshev_attention", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers, ctypes.c_float)),
+            ("focal", pointer, (pointer, ctypes.c_float, numbers, numbers, numbers)),
             ("sampling", pointer, (pointer, numbers)),
             ("free", None, (pointer,)),
             ("workspace", ctypes.c_size_t, tensors),
@@ -77,6 +78,10 @@ class PluginLibrary:
         """A FastNystromAttention of version 3 with the cheaper core; its sixth input, a key mask, may be left out."""
         options = scale, int(exact_rows), int(sink), steps, low
         return self._plugin(self._host.fna_host_chebyshev_attention(self._library, *options))
+
+    def focal(self, *, scale: float, prefix_tokens: int, hot: int, masked: bool = False) -> Plugin:
+        """A FocalAttention likewise; of version 2, whose eighth input is a key mask, where `masked`."""
+        return self._plugin(self._host.fna_host_focal(self._library, scale, prefix_tokens, hot, int(masked)))
 
     def sampling(self, num_landmarks: int) -> Plugin:
         """A FarthestPointSampling likewise."""

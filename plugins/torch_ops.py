@@ -165,8 +165,9 @@ def focal_attention(
         )
     query, key, value = kernel_layout(query, key, value)
     plan = _cached_focal_plan(
-        focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens, hot, scale, Strides(*query.stride()[:3])
-    )
+        focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens, hot, scale, multiprocessors(query.device),
+        Strides(*query.stride()[:3]),
+    )  # fmt: skip
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lists = {
         "tile_queries": tile_queries.contiguous(),
@@ -315,8 +316,12 @@ def _cached_attention_plan(
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_focal_plan(shape: FocalShape, prefix_tokens: int, hot: int, scale: float, strides: Strides) -> LaunchPlan:
-    return focal_plan(shape, prefix_tokens=prefix_tokens, hot=hot, scale=scale, strides=strides)
+def _cached_focal_plan(
+    shape: FocalShape, prefix_tokens: int, hot: int, scale: float, processors: int, strides: Strides
+) -> LaunchPlan:
+    return focal_plan(
+        shape, prefix_tokens=prefix_tokens, hot=hot, scale=scale, multiprocessors=processors, strides=strides
+    )
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError, InvalidArgumentError, MissingCapabilityError
 from fna.export.blocks import attention_block, block_ends
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import OPERATORS
 from fna.plan import Plan
 
 DebugTensors = Literal["blocks", "unfused"]
@@ -64,7 +64,7 @@ def find_places(model: ModelProto, plan: Plan) -> tuple[Place, ...]:
     outputs: dict[tuple[int, str], str] = {}
     for node in model.graph.node:
         number = attention_block(node)
-        if number is not None and (node.domain != DOMAIN or FAST_NYSTROM_ATTENTION.is_called_by(node)):
+        if number is not None and (node.domain != DOMAIN or OPERATORS[node.op_type].attends):
             outputs[number, "fna"] = node.output[0]
     try:
         ends = block_ends(model, plan.num_blocks)

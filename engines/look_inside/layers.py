@@ -15,8 +15,7 @@ from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import BuildError
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
-from fna.export.operators.registry import fna_nodes, node_attributes, plugin_operators
+from fna.export.operators.registry import OPERATORS, fna_nodes, node_attributes, plugin_operators
 from fna.export.types import PRECISION_OF, tensor_types
 
 # As inspectors of 8.x to 11.x write types: "Row major linear FP16 format", "Half", "BFloat16", "Float".
@@ -164,7 +163,7 @@ def _describe(layer: RequestedLayer, lowering: str, inspected: Sequence[dict[str
 
 def has_typed_output(op_type: str) -> bool:
     """Whether a plugin's output has the type it computes in; landmarks are integers whatever comes in."""
-    return op_type == FAST_NYSTROM_ATTENTION.name
+    return OPERATORS[op_type].outputs[0].type == "T"
 
 
 def read_type(tensor: dict[str, Any]) -> str:

@@ -208,6 +208,7 @@ FOCAL_ATTENTION = Operator(
     body=_body,
     fused_body=_fused_body,
     torch_operators={"focal_attention": _from_torch},
+    plugin=True,
     attends=True,
     approximates=True,
     typed=True,

@@ -20,9 +20,8 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from fna.errors import InvalidArgumentError
 from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata, write_metadata
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.record import DOMAIN
-from fna.export.operators.registry import attach_functions, fna_nodes, model_opset
+from fna.export.operators.registry import OPERATORS, attach_functions, fna_nodes, model_opset
 from fna.export.types import ONNX_TYPES, infer_types
 
 HalfPrecision = Literal["fp16", "bf16"]
@@ -31,7 +30,6 @@ FP16_LARGEST = 65504.0
 NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization")
 KEPT_OPERATORS = ("Softmax", "LogSoftmax", *NORMS, "QuantizeLinear", "DequantizeLinear")
 _NORM_STEPS = ("Sub", "Pow", "Mul", "Cast", "ReduceMean", "Add", "Sqrt", "Div", "Reciprocal")
-_LANDMARK_BIAS = 4
 
 
 def cast_model(
@@ -185,17 +183,20 @@ def _without_half(model: ModelProto, precision: HalfPrecision) -> set[str]:
 
 
 def _detach_biases(model: ModelProto) -> dict[str, str]:
-    """Take the landmark bias, which the operator wants in fp32 always, out of the converter's sight; by node name."""
+    """Take the biases, which operators want in fp32 always, out of the converter's sight; by node name."""
     taken = {}
     for node in fna_nodes(model.graph):
-        if (
-            FAST_NYSTROM_ATTENTION.is_called_by(node)
-            and len(node.input) > _LANDMARK_BIAS
-            and node.input[_LANDMARK_BIAS]
-        ):
-            taken[node.name] = node.input[_LANDMARK_BIAS]
-            node.input[_LANDMARK_BIAS] = ""
+        place = _bias_place(node)
+        if place is not None:
+            taken[node.name] = node.input[place]
+            node.input[place] = ""
     return taken
+
+
+def _bias_place(node: NodeProto) -> int | None:
+    """Where a node has its input of fixed type FLOAT; no operator has two."""
+    formals = OPERATORS[node.op_type].inputs[: len(node.input)]
+    return next((place for place, formal in enumerate(formals) if formal.type == "FLOAT"), None)
 
 
 def _attach_biases(model: ModelProto, biases: dict[str, str]) -> None:
@@ -204,13 +205,14 @@ def _attach_biases(model: ModelProto, biases: dict[str, str]) -> None:
     casts: dict[str, str] = {}
     for node in list(fna_nodes(model.graph)):
         bias = biases.get(node.name)
-        if bias is None:
+        place = _bias_place(node)
+        if bias is None or place is None:
             continue
         if bias in half and bias not in casts:  # something else uses it too, in 16 bits
             casts[bias] = f"{bias}_as_bias"
             model.graph.node.add(op_type="Cast", name=casts[bias], input=[bias], output=[casts[bias]])
             model.graph.node[-1].attribute.append(onnx.helper.make_attribute("to", TensorProto.FLOAT))
-        node.input[_LANDMARK_BIAS] = casts.get(bias, bias)
+        node.input[place] = casts.get(bias, bias)
 
 
 def _move_constants_to_initializers(model: ModelProto) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.focal_plan import FOCAL_ROWS
+from fna.plugins.focal_plan import FOCAL_ROWS, HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK
 from fna.plugins.kernels import attention, focal, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
@@ -43,7 +43,7 @@ _INT_POINTERS = {
 }  # fmt: skip
 _FLOAT_POINTERS = {
     "bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best", "norms",
-    "tile_bias", "hot_scores", "hot_values", "offsets",
+    "tile_bias", "query_sums", "hot_scores", "hot_values", "offsets", "biases",
 }  # fmt: skip
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "tile_bias"}
@@ -66,13 +66,23 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
         tiles = {"TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block, "HELD": _holds_landmarks(variant)}
         return {**padded, "S_PAD": blocks.landmarks, **tiles}
     if variant.kernel == "focal_hot":
-        return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": 1024}
+        return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": 1024, "BLOCK_R": 32}
     if variant.kernel == "focal":
-        block = {"fp32": 16}.get(variant.dtype, 32)
+        keys = {
+            "BLOCK_N": KEY_BLOCK[variant.dtype],
+            "BLOCK_H": HOT_BLOCK,
+            "BLOCK_P": PREFIX_BLOCK,
+            "BLOCK_L": LIST_BLOCK,
+        }
+        held = half and variant.head_size == HEAD_PADDINGS[0]
         return {
-            "BLOCK_M": FOCAL_ROWS, "BLOCK_N": block, "BLOCK_D": variant.head_size, "BLOCK_P": 64, "BLOCK_L": 256, "STAGES": 5,
+            "BLOCK_M": FOCAL_ROWS,
+            "BLOCK_D": variant.head_size,
+            **keys,
+            "STAGES": 4,
+            "HELD": held,
             "UPCAST": upcast,
-        }  # fmt: skip
+        }
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
@@ -109,7 +119,8 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
         short = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
         warps, stages = 4 if held and (short or four_hold_128) else 8, 2 if held else 1
     elif variant.kernel == "focal":
-        warps, stages = 2 if not wide and variant.head_size == HEAD_PADDINGS[0] else 4, 1
+        short = variant.head_size == HEAD_PADDINGS[0]
+        warps, stages = (4 if short else 8) if wide else (2 if short else 4), 1
     else:
         warps, stages = 16 if variant.kernel in ("fps", "norm_grid") else 4, 2
     exact_ties = variant.kernel in ("fps", "fps_step", "norms")

@@ -45,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument(
         "--chebyshev", nargs=2, metavar=("STEPS", "LOW"), help="the cheaper core instead of Newton-Schulz, as in 8 0.05"
     )
+    count.add_argument(
+        "--focal",
+        nargs="+",
+        type=_level,
+        default=[],
+        metavar="SIZE:GAP",
+        help="focal attention with these levels on the largest square grid, as in 2:2 4:6",
+    )
     count.add_argument("--multiprocessors", type=int, default=16, help="of the GPU (16, as on Jetson AGX Orin)")
     count.add_argument("--clock", type=float, default=1.3, help="in GHz, for the time that the cycles imply (1.3)")
     programs = commands.add_parser("programs", help="count what the planner's predictions rest on, and write the table")
@@ -56,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--table", type=Path, default=DEFAULT_TABLE, help="folder of the table (build/plugin)")
         command.add_argument("--sm", default="", help="chips, such as 87,90; 0 is the fallback (all in the table)")
     return parser
+
+
+def _level(text: str) -> tuple[int, int]:
+    size, gap = map(int, text.split(":"))
+    return size, gap
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -103,10 +116,13 @@ def _barriers(arguments: argparse.Namespace) -> int:
 
 def _count(arguments: argparse.Namespace) -> int:
     from itertools import product
+    from math import isqrt
 
     from fna.chebyshev import ChebyshevSteps
+    from fna.focal_keys import NEAR
     from fna.plugins.programs import Multiprocessors
     from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact
+    from fna.plugins.ptx.count_focal import FocalSize, count_focal
 
     images, chips = _images(arguments)
     chosen = arguments.chebyshev
@@ -124,14 +140,22 @@ def _count(arguments: argparse.Namespace) -> int:
         _print_launches([whole], arguments.clock)
         for size in sizes:
             print(f"FNA, S = {size.landmarks}, {'Newton-Schulz' if steps is None else steps}")
-            launches = count_attention(images, chips[0], size)
-            _print_launches(launches, arguments.clock)
-            overlapped, serial = sum(x.overlapped for x in launches), sum(x.serial for x in launches)
-            print(
-                f"  over exact attention: {overlapped / whole.overlapped:.3f} overlapped, {serial / whole.serial:.3f} serial",
-                flush=True,
-            )
+            _print_beside(count_attention(images, chips[0], size), whole, arguments.clock)
+        if arguments.focal:
+            side = isqrt(tokens - 1)
+            focal = FocalSize((side, side), heads, Multiprocessors(arguments.multiprocessors), (NEAR, *arguments.focal))
+            print(f"focal, {side} x {side} patches, levels {focal.levels}, tile {focal.tile}, hot {focal.hot}")
+            _print_beside(count_focal(images, chips[0], focal), whole, arguments.clock)
     return 0
+
+
+def _print_beside(launches: list[LaunchCount], whole: LaunchCount, clock: float) -> None:
+    _print_launches(launches, clock)
+    overlapped, serial = sum(x.overlapped for x in launches), sum(x.serial for x in launches)
+    print(
+        f"  over exact attention: {overlapped / whole.overlapped:.3f} overlapped, {serial / whole.serial:.3f} serial",
+        flush=True,
+    )
 
 
 def _programs(arguments: argparse.Namespace) -> int:

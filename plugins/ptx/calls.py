@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
+from fna.plugins.focal_plan import focal_plan
 from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory
 from fna.plugins.ptx.number_types import Array
 from fna.plugins.ptx.profile import Profile
-from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape
+from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, focal_shape
 
 _ELEMENT_ALIGNED = 4
 """How far landmarks, bias and mask lie behind an aligned address: the kernels may rely on their elements' alignment only."""
@@ -96,12 +98,10 @@ def run_attention(
     """FastNystromAttention; `scale` is `D ** -0.5` if None."""
     surroundings = surroundings or Surroundings()
     bias = torch.zeros(1, landmarks.shape[1]) if bias is None else bias
-    _, heads, tokens, head_size = query.shape
-    packed = Strides(tokens * 3 * heads * head_size, head_size, 3 * heads * head_size)
     plan = attention_plan(
-        attention_shape(query, landmarks, bias, key_mask), scale=head_size**-0.5 if scale is None else scale,
+        attention_shape(query, landmarks, bias, key_mask), scale=query.shape[3] ** -0.5 if scale is None else scale,
         iterations=iterations, exact_rows=exact_rows, multiprocessors=chip.multiprocessors,
-        strides=packed if surroundings.packed else None, sink=sink, chebyshev=chebyshev,
+        strides=_packed_strides(query) if surroundings.packed else None, sink=sink, chebyshev=chebyshev,
     )  # fmt: skip
     size = query.numel() * query.element_size()
     small = [t.numel() * 4 + 64 for t in (landmarks, bias, *([] if key_mask is None else [key_mask]))]
@@ -112,6 +112,43 @@ def run_attention(
     addresses["out"] = memory.allocate("out", size)
     profiles = run_plan(plan, memory, addresses, chip)
     return _finished(memory, addresses["out"], query, profiles)
+
+
+def run_focal(
+    chip: Chip,
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    lists: Sequence[Tensor],  # tile_queries [T, Q], tile_keys [T, K] (int32), tile_bias [T, K] (fp32)
+    *,
+    prefix_tokens: int,
+    hot: int,
+    key_mask: Tensor | None = None,  # [B, N] or [1, N], int32
+    surroundings: Surroundings | None = None,
+) -> Call:
+    """FocalAttention with the scale `D ** -0.5`."""
+    surroundings = surroundings or Surroundings()
+    tile_queries, tile_keys, tile_bias = lists
+    plan = focal_plan(
+        focal_shape(query, tile_queries, tile_keys, key_mask), prefix_tokens=prefix_tokens, hot=hot,
+        scale=query.shape[3] ** -0.5, multiprocessors=chip.multiprocessors,
+        strides=_packed_strides(query) if surroundings.packed else None,
+    )  # fmt: skip
+    size = query.numel() * query.element_size()
+    small = {"tile_queries": tile_queries, "tile_keys": tile_keys, "tile_bias": tile_bias, "key_mask": key_mask}
+    small_sizes = [0 if t is None else t.numel() * 4 + 64 for t in small.values()]
+    memory = make_memory([*[size] * 4, *small_sizes, *(b.size for b in plan.buffers.values())], surroundings)
+    addresses = _allocate_inputs(memory, [query, key, value], surroundings.packed)
+    for name, tensor in small.items():
+        addresses[name] = 0 if tensor is None else _allocate_unaligned(memory, name, tensor)
+    addresses["out"] = memory.allocate("out", size)
+    profiles = run_plan(plan, memory, addresses, chip)
+    return _finished(memory, addresses["out"], query, profiles)
+
+
+def _packed_strides(query: Tensor) -> Strides:
+    _, heads, tokens, head_size = query.shape
+    return Strides(tokens * 3 * heads * head_size, head_size, 3 * heads * head_size)
 
 
 def _allocate_inputs(memory: GlobalMemory, tensors: list[Tensor], packed: bool) -> dict[str, int]:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps
+from fna.focal import focal_attention
+from fna.focal_keys import Levels, focal_keys
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
-from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_norm_grid, run_sampling
+from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_focal, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES
 from fna.samplers.common.roles import norm_grid_count
 from fna.samplers.fps import farthest_points_reference
@@ -112,8 +114,7 @@ class AttentionCase:
             query.double(), key.double(), value.double(), landmarks.clamp(0, self.tokens - 1), bias.double(),
             self.head_size**-0.5, self.iterations, self.exact_rows, mask, self.mask == "sinks", self.chebyshev,
         )  # fmt: skip
-        found = call.out.double()
-        return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
+        return _relative_error(call.out, wanted)
 
     @property
     def tolerance(self) -> float:
@@ -172,7 +173,74 @@ class SamplingCase:
         return float((call.out != wanted).sum())
 
 
-Case = AttentionCase | SamplingCase
+@dataclass(frozen=True)
+class FocalCase:
+    """One call of FocalAttention."""
+
+    dtype: Dtype
+    patches: tuple[int, int]
+    head_size: int = 64
+    tile: int = 8
+    levels: Levels = ((1, 0), (2, 2))
+    hot: int = 16
+    prefix_tokens: int = 1
+    batch: int = 1
+    heads: int = 1
+    masked: bool = False
+    surroundings: Surroundings = PLAIN
+
+    @property
+    def name(self) -> str:
+        """Readable."""
+        size = f"{self.batch}x{self.heads}x{self.patches[0]}*{self.patches[1]}+{self.prefix_tokens}x{self.head_size}"
+        marks = ["masked"] * self.masked + ["packed"] * self.surroundings.packed
+        return " ".join([f"focal {self.dtype} {size} tile={self.tile} hot={self.hot}", *marks])
+
+    @property
+    def variants(self) -> list[str]:
+        """The kernels that it runs."""
+        size = f"{self.dtype}-d{padded_head_size(self.head_size)}"
+        return [f"focal_hot-{size}"] * (self.hot > 0 or self.masked) + [f"focal-{size}"]
+
+    def inputs(self) -> tuple[list[Tensor], Tensor | None]:
+        """Query, key and value, and the mask, the same at every call."""
+        tokens = self.prefix_tokens + self.patches[0] * self.patches[1]
+        generator = torch.Generator().manual_seed(tokens)
+        shape = self.batch, self.heads, tokens, self.head_size
+        tensors = [torch.randn(shape, generator=generator).to(TORCH_TYPES[self.dtype]) for _ in range(3)]
+        mask = (torch.rand(self.batch, tokens, generator=generator) < 0.2).int()
+        return tensors, mask if self.masked else None
+
+    def run(self, chip: Chip) -> Call:
+        """Run it in the machine."""
+        (query, key, value), mask = self.inputs()
+        lists = focal_keys(self.patches, self.prefix_tokens, self.tile, self.levels).tensors()[:3]
+        return run_focal(
+            chip, query, key, value, lists, prefix_tokens=self.prefix_tokens, hot=self.hot, key_mask=mask,
+            surroundings=self.surroundings,
+        )  # fmt: skip
+
+    def error(self, call: Call) -> float:
+        """Relative 2-norm against the definition in fp64."""
+        (query, key, value), mask = self.inputs()
+        wanted = focal_attention(
+            query.double(), key.double(), value.double(), patches=self.patches, prefix_tokens=self.prefix_tokens,
+            tile=self.tile, levels=self.levels, hot=self.hot, key_mask=mask,
+        )  # fmt: skip
+        return _relative_error(call.out, wanted)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that passes."""
+        return TOLERANCES[self.dtype]
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    found = found.double()
+    return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
+
+
+Case = AttentionCase | FocalCase | SamplingCase
 
 
 def judge(case: Case, chip: Chip) -> Outcome:
@@ -209,10 +277,24 @@ def all_cases() -> Iterator[Case]:
                 )  # fmt: skip
         yield AttentionCase(dtype, 1, 16, 1, iterations=1)
         yield AttentionCase(dtype, 1, 16, 1, chebyshev=ChebyshevSteps(1, 0.3))
+        yield from focal_cases(dtype)
         for channels in (37, 48):
             yield SamplingCase("fps", dtype, 261, channels, surroundings=SHUFFLED)
             yield SamplingCase("fps", dtype, 1100, channels, surroundings=SHUFFLED)
             yield SamplingCase("norm-grid", dtype, 261, channels, surroundings=SHUFFLED)
+
+
+def focal_cases(dtype: Dtype) -> Iterator[FocalCase]:
+    """Ragged edges, registers, tiles of several programs, one program a head for the hot keys and several, masks, no hot keys."""
+    three = ((1, 0), (2, 2), (4, 6))
+    for head_size, wide in ((64, 128), (48, 80)):
+        yield FocalCase(dtype, (21, 19), head_size, levels=three, prefix_tokens=5, batch=2, surroundings=ZEROS)
+        yield FocalCase(dtype, (30, 27), head_size, levels=three, hot=20, masked=True, surroundings=UNUSUAL)
+        yield FocalCase(
+            dtype, (13, 10), wide, tile=9, hot=64, prefix_tokens=0, heads=2, masked=True, surroundings=UNUSUAL
+        )
+        yield FocalCase(dtype, (9, 9), wide, tile=4, hot=0, surroundings=SHUFFLED)
+    yield FocalCase(dtype, (1, 1), 16, tile=1, hot=1)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -227,6 +309,9 @@ def quick_cases() -> Iterator[Case]:
     yield AttentionCase(
         "fp32", 33, 64, 131, mask="sinks", chebyshev=ChebyshevSteps(8, 0.05), hostile_landmarks=True, surroundings=UNUSUAL,
     )  # fmt: skip
+    yield FocalCase("fp16", (30, 27), levels=((1, 0), (2, 2), (4, 6)), hot=20, masked=True, surroundings=UNUSUAL)
+    yield FocalCase("bf16", (13, 10), tile=9, prefix_tokens=5, heads=2, surroundings=ZEROS)
+    yield FocalCase("fp32", (11, 9), 48, tile=4, hot=64, masked=True, surroundings=UNUSUAL)
     for channels in (37, 48):
         yield SamplingCase("fps", "fp32", 261, channels, surroundings=SHUFFLED)
         yield SamplingCase("fps", "fp16", 1100, channels, landmarks=4, surroundings=SHUFFLED)

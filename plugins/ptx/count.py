@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
@@ -100,13 +101,18 @@ def place_attention(size: CallSize) -> PlacedCall:
         multiprocessors=size.on.count, chebyshev=size.chebyshev,
     )  # fmt: skip
     every = {**tensors, "landmarks": landmarks, "bias": bias}
+    return PlacedCall(shape, plan, *place(plan, every))
+
+
+def place(plan: LaunchPlan, tensors: dict[str, Tensor]) -> tuple[GlobalMemory, dict[str, int]]:
+    """Memory with the tensors and the plan's scratch, all initialised, and where each lies."""
     out_bytes = bytes_of(tensors["query"]).size
-    memory = _filled_memory([*(bytes_of(t).size for t in every.values()), out_bytes, plan.workspace_bytes * 2])
-    addresses = {name: memory.allocate(name, bytes_of(tensor)) for name, tensor in every.items()}
+    memory = _filled_memory([*(bytes_of(t).size for t in tensors.values()), out_bytes, plan.workspace_bytes * 2])
+    addresses = {name: memory.allocate(name, bytes_of(tensor)) for name, tensor in tensors.items()}
     addresses |= {"key_mask": 0, "out": memory.allocate("out", out_bytes)}
     addresses |= {name: memory.allocate(name, buffer.size) for name, buffer in plan.buffers.items()}
     memory.initialised[:] = True
-    return PlacedCall(shape, plan, memory, addresses)
+    return memory, addresses
 
 
 def count_attention(images: PtxImages, sm: int, size: CallSize) -> list[LaunchCount]:
@@ -146,9 +152,10 @@ def count_launch(
     grid: tuple[int, int, int],
     arguments: Sequence[int | float],
     on: Multiprocessors,
+    kind_of: Sequence[int] | None = None,
 ) -> LaunchCount:
-    """Run one CTA of each kind that the grid may have, and count."""
-    kind_of = _kinds(grid)
+    """Run one CTA of each kind that the grid may have, and count; `kind_of` names for each CTA, in order, one that stands for it."""
+    kind_of = _kinds(grid) if kind_of is None else list(kind_of)
     sampled = sorted(set(kind_of))
     profile = kernel.launch(memory, grid, arguments, only=sampled)
     counted = {cta: count_cta(kernel, profile, cta).at_rate(on.multiply_adds) for cta in sampled}

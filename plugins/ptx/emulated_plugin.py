@@ -30,6 +30,9 @@ from fna.plugins.ptx.memory import GlobalMemory
 _PLAIN_INPUTS = 5
 """Query, key, value, landmarks and bias; a sixth is the key mask."""
 
+_FOCAL_INPUTS = 7
+"""Query, key, value, the lists and the places; an eighth is the key mask."""
+
 _STAND_IN = "fake/libcuda.so.1"
 
 ALIGNMENT = 256
@@ -107,6 +110,23 @@ def emulate_attention(
         plugin = library.masked_attention(scale=scale, iterations=iterations, exact_rows=exact_rows, sink=sink)
     else:
         plugin = library.attention(scale=scale, iterations=iterations, exact_rows=exact_rows)
+    return _enqueue(plugin, inputs, torch.empty_like(inputs[0]))
+
+
+def emulate_focal(
+    inputs: list[Tensor],
+    *,
+    scale: float,
+    prefix_tokens: int,
+    hot: int,
+) -> Emulated:
+    """FocalAttention of query, key, value `[B, H, N, D]`, its lists, the places and, where there is one, a key mask.
+
+    Raises:
+        CheckFailedError: the plugin failed, or a kernel did what none may do; names it.
+    """
+    masked = len(inputs) > _FOCAL_INPUTS
+    plugin = _Process.library.focal(scale=scale, prefix_tokens=prefix_tokens, hot=hot, masked=masked)
     return _enqueue(plugin, inputs, torch.empty_like(inputs[0]))
 
 

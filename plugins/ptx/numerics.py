@@ -75,6 +75,11 @@ def shuffle_by_index(bits: Array, index: Array) -> Array:
     return np.take_along_axis(bits.reshape(-1, 32), lanes, 1).reshape(-1)
 
 
+def count_bits(bits: Array) -> Array:
+    """popc.b32: how many bits are set."""
+    return np.unpackbits(np.ascontiguousarray(bits).view(np.uint8).reshape(-1, 4), axis=1).sum(1, dtype=np.uint32)
+
+
 def reduce_warp(bits: Array, members: Array, what: str, kind: np.dtype[Any]) -> Array:
     """redux.sync: min, max or add over a whole warp, to every lane."""
     if not (members == np.uint32(0xFFFFFFFF)).all():

@@ -19,6 +19,7 @@ from fna.plugins.programs import (
     exact_blocks,
     exact_programs,
 )
+from fna.plugins.ptx import count_focal
 from fna.plugins.ptx.count import CallSize, compile_exact, count_cta, place_attention, place_exact
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.kernel import Kernel
@@ -34,11 +35,27 @@ Samples = dict[str, list[tuple[dict[str, int], CtaCount]]]
 
 
 def count_programs(images: PtxImages, sm: int) -> Iterator[tuple[str, ProgramCost]]:
-    """Count every program of every kernel of FastNystromAttention, and of exact attention."""
+    """Count every program of every kernel of FastNystromAttention, of FocalAttention and of exact attention."""
+    yield from count_focal_programs(images, sm)
     for dtype, block_d in product(COUNTED_DTYPES, HEAD_PADDINGS):
         yield from fit(_exact_samples(sm, dtype, block_d)).items()
         for s_pad, chebyshev in product(LANDMARK_PADDINGS, (False, True)):
             yield from fit(_attention_samples(images, sm, dtype, s_pad, block_d, chebyshev)).items()
+
+
+def count_focal_programs(images: PtxImages, sm: int) -> Iterator[tuple[str, ProgramCost]]:
+    """Count every program of every kernel of FocalAttention."""
+    for dtype, block_d in product(COUNTED_DTYPES, HEAD_PADDINGS):
+        samples: Samples = {}
+        for call in count_focal.probes(dtype, block_d):
+            for number, (launch, parts) in enumerate(zip(call.plan.launches, call.programs, strict=True)):
+                kernel = images.kernel(launch.variant, sm, profile=True)
+                lengths = set()
+                for programs in parts:
+                    if tuple(programs.lengths.items()) not in lengths:
+                        lengths.add(tuple(programs.lengths.items()))
+                        _add(samples, programs, kernel, call.memory, launch.grid, call.arguments(number))
+        yield from fit(samples).items()
 
 
 def fit(samples: Samples) -> dict[str, ProgramCost]:

@@ -284,6 +284,11 @@ def _look_up(operands: Operands, made: Instruction) -> list[str]:
     return [f"{operands.bits(target)} = {' | '.join(minterms) or f'0 * {values[0]}'}"]
 
 
+def _count_bits(operands: Operands, made: Instruction) -> list[str]:
+    target, source = made.operands
+    return [f"{operands.bits(target)} = count_bits({operands.typed(source, 'b32')})"]
+
+
 ARITHMETIC: dict[str, Callable[[Operands, Instruction], list[str]]] = {
     **dict.fromkeys(("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "abs"), _arithmetic),
     **dict.fromkeys(("rcp", "sqrt", "rsqrt", "lg2", "tanh", "ex2"), _arithmetic),
@@ -291,6 +296,6 @@ ARITHMETIC: dict[str, Callable[[Operands, Instruction], list[str]]] = {
     **dict.fromkeys(("shl", "shr"), _shift),
     **dict.fromkeys(("div", "rem"), _divide),
     "setp": _compare, "mov": _move, "selp": _select, "cvt": _convert, "bfe": _extract_bits, "prmt": _permute_bytes,
-    "lop3": _look_up,
+    "lop3": _look_up, "popc": _count_bits,
 }  # fmt: skip
 """Emitters by the operation's name."""

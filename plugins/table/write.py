@@ -18,7 +18,7 @@ from typing import Any
 
 from fna.chebyshev import MAX_CHEBYSHEV_STEPS
 from fna.plan import ITERATIONS_OF_VERSION_1
-from fna.plugins import launch_plan
+from fna.plugins import focal_plan, launch_plan
 from fna.plugins.table.chips import OLDEST_CHIP
 from fna.plugins.table.compile import Compiled, write_bytes
 from fna.plugins.table.read import CompiledKernel
@@ -93,12 +93,21 @@ def launch_constants() -> str:
         "FpsOneLaunchTokens": launch_plan.FPS_ONE_LAUNCH_TOKENS,
         "FpsOneLaunchBytes": launch_plan.FPS_ONE_LAUNCH_BYTES,
         "FpsTile": launch_plan.FPS_TILE,
+        "MaxHot": launch_plan.MAX_HOT,
+        "FocalRows": focal_plan.FOCAL_ROWS,
+        "HotSplitTokens": focal_plan.HOT_SPLIT_TOKENS,
+        "FewestHotSplits": focal_plan.FEWEST_HOT_SPLITS,
+        "AllSteps": focal_plan.ALL_STEPS,
+        "Sum": focal_plan.SUM,
+        "Select": focal_plan.SELECT,
         "NoMask": launch_plan.NO_MASK,
         "MaskAll": launch_plan.MASK_ALL,
         "MaskButSinks": launch_plan.MASK_BUT_SINKS,
         "OldestChip": OLDEST_CHIP,
     }
     constants = "".join(f"constexpr int64_t k{name} = {value};\n" for name, value in numbers.items())
+    paddings = ", ".join(map(str, launch_plan.HEAD_PADDINGS))
+    constants += f"constexpr int64_t kHeadPaddings[] = {{{paddings}}};\n"
     dtypes = "".join(
         f'    {{"{dtype}", {launch_plan.ELEMENT_BYTES[dtype]}}},\n' for dtype in launch_plan.DTYPES
     )  # in the order of Dtype

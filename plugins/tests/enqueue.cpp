@@ -1,5 +1,6 @@
 // Run one enqueue with made-up addresses, for the stand-in driver to record (fake_cuda.cpp).
 //   enqueue LIBRARY attention TYPE B H N D S LANDMARK_ROWS BIAS_ROWS SCALE ITERATIONS EXACT_ROWS [MASK_ROWS SINK [STEPS LOW]]
+//   enqueue LIBRARY focal TYPE B H N D TILES TILE_ROWS LIST_LENGTH PREFIX HOT SCALE MASK_ROWS
 //   enqueue LIBRARY sampling TYPE B N C S
 // With MASK_ROWS the plugin is of version 2, with STEPS of version 3 and its core chebyshev; 0 rows leave its key_mask out. TYPE is TensorRT's DataType as a number. Input i lies at (i + 1) << 32, the output at 100 << 32, the workspace at 200 << 32.
 // Prints the workspace size, the log, and how many kernels came from where; ends with the plugin's status.
@@ -81,6 +82,22 @@ int main(int argc, char** argv)
             ? fna_host_masked_attention(&library, scale, iterations, exactRows, sink)
             : fna_host_chebyshev_attention(
                 &library, scale, exactRows, sink, static_cast<int32_t>(number(16)), std::strtof(argv[17], nullptr));
+        return run(library, plugin, inputs, tensor(type, linear, 100));
+    }
+    if (std::strcmp(argv[2], "focal") == 0)
+    {
+        CHECK(argc == 15);
+        std::vector<int64_t> const linear{number(4), number(5), number(6), number(7)};
+        std::vector<host::Tensor> inputs{tensor(type, linear, 1), tensor(type, linear, 2), tensor(type, linear, 3),
+            tensor(DataType::kINT32, {number(8), number(9)}, 4), tensor(DataType::kINT32, {number(8), number(10)}, 5),
+            tensor(DataType::kFLOAT, {number(8), number(10)}, 6), tensor(DataType::kINT32, {number(6) - number(11)}, 7)};
+        if (number(14) > 0)
+        {
+            inputs.push_back(tensor(DataType::kINT32, {number(14), number(6)}, 8));
+        }
+        IPluginV3* const plugin = fna_host_focal(
+            &library, std::strtof(argv[13], nullptr), static_cast<int32_t>(number(11)), static_cast<int32_t>(number(12)),
+            number(14) > 0);
         return run(library, plugin, inputs, tensor(type, linear, 100));
     }
     CHECK(argc == 8);

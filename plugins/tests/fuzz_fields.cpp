@@ -38,7 +38,7 @@ private:
 
 constexpr char const* kNames[]
     = {"scale", "iterations", "exact_rows", "num_landmarks", "plugin_version", "", nullptr, "Scale", "sink", "scale", "core",
-        "steps", "low"};
+        "steps", "low", "prefix_tokens", "hot"};
 constexpr PluginFieldType kTypes[] = {PluginFieldType::kFLOAT32, PluginFieldType::kINT32, PluginFieldType::kCHAR,
     PluginFieldType::kFLOAT64, PluginFieldType::kINT64, PluginFieldType::kUNKNOWN, static_cast<PluginFieldType>(99)};
 constexpr int32_t kLengths[] = {1, 1, 1, 1, 0, 2, -1, 2147483647};
@@ -56,9 +56,10 @@ auto pick(Values const& values, uint8_t byte)
 extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size)
 {
     Bytes bytes(data, size);
-    uint8_t const kind = bytes.next() % 4;
-    char const* const plugin = kind < 3 ? "FastNystromAttention" : "FarthestPointSampling";
-    char const* const version = kind == 1 ? "2" : kind == 2 ? "3" : "1";
+    uint8_t const kind = bytes.next() % 6;
+    char const* const plugin
+        = kind < 3 ? "FastNystromAttention" : kind == 3 ? "FarthestPointSampling" : "FocalAttention";
+    char const* const version = kind == 1 || kind == 5 ? "2" : kind == 2 ? "3" : "1";
     int32_t const count = bytes.next() % 6;
     std::vector<std::unique_ptr<int32_t>> storage; // each value alone in its allocation, so that a read past it is seen
     std::vector<PluginField> fields;

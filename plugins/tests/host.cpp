@@ -203,6 +203,14 @@ extern "C"
         return host::deploy(*library, "FastNystromAttention", fields, "3").release();
     }
 
+    IPluginV3* fna_host_focal(
+        host::Library* library, float scale, int32_t prefixTokens, int32_t hot, int32_t masked)
+    {
+        std::vector<PluginField> const fields{{"scale", &scale, PluginFieldType::kFLOAT32, 1},
+            {"prefix_tokens", &prefixTokens, PluginFieldType::kINT32, 1}, {"hot", &hot, PluginFieldType::kINT32, 1}};
+        return host::deploy(*library, "FocalAttention", fields, masked != 0 ? "2" : "1").release();
+    }
+
     IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks)
     {
         std::vector<PluginField> const fields{{"num_landmarks", &numLandmarks, PluginFieldType::kINT32, 1}};

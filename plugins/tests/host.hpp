@@ -97,6 +97,8 @@ extern "C"
         host::Library* library, float scale, int32_t exactRows, int32_t sink, int32_t steps, float low);
     nvinfer1::IPluginV3* fna_host_masked_attention(
         host::Library* library, float scale, int32_t iterations, int32_t exactRows, int32_t sink);
+    nvinfer1::IPluginV3* fna_host_focal(
+        host::Library* library, float scale, int32_t prefixTokens, int32_t hot, int32_t masked);
     nvinfer1::IPluginV3* fna_host_sampling(host::Library* library, int32_t numLandmarks);
     void fna_host_free(nvinfer1::IPluginV3* plugin);
     size_t fna_host_workspace(nvinfer1::IPluginV3* plugin, host::Tensor const* inputs, int32_t count, host::Tensor const* output);

@@ -114,7 +114,7 @@ bool mentions(host::Library& library, char const* text)
 
 void walkCreators(host::Library& library)
 {
-    CHECK(library.count() == 4);
+    CHECK(library.count() == 6);
     IPluginCreatorV3One* const second = library.creator("FastNystromAttention", "2");
     CHECK(second != nullptr && second != library.creator("FastNystromAttention"));
     CHECK(second->getFieldNames()->nbFields == 4);
@@ -365,6 +365,80 @@ void walkCore(host::Library& library)
     CHECK(mentions(library, "field core has 99 values, but 1 to 64 are needed"));
 }
 
+std::vector<DynamicPluginTensorDesc> focalInputs(DataType type, int64_t batch, int64_t tokens, int64_t headSize, bool masked)
+{
+    std::vector<int64_t> const linear{batch, 6, tokens, headSize};
+    std::vector<DynamicPluginTensorDesc> all{host::describe(tensor(type, linear)), host::describe(tensor(type, linear)),
+        host::describe(tensor(type, linear)), host::describe(tensor(DataType::kINT32, {25, 64})),
+        host::describe(tensor(DataType::kINT32, {25, 300})), host::describe(tensor(DataType::kFLOAT, {25, 300})),
+        host::describe(tensor(DataType::kINT32, {tokens - 1}))};
+    if (masked)
+    {
+        all.push_back(host::describe(tensor(DataType::kINT32, {1, tokens})));
+    }
+    return all;
+}
+
+void walkFocal(host::Library& library)
+{
+    float const scale = 0.125F;
+    int32_t const one = 1;
+    int32_t const many = 65;
+    PluginField const scaled{"scale", &scale, PluginFieldType::kFLOAT32, 1};
+    PluginField const prefix{"prefix_tokens", &one, PluginFieldType::kINT32, 1};
+    host::PluginPointer const plugin = host::deploy(library, "FocalAttention", {scaled, prefix});
+    host::PluginPointer const second = host::deploy(library, "FocalAttention", {scaled, prefix}, "2");
+    CHECK(second != nullptr && std::strcmp(host::core(*second)->getPluginVersion(), "2") == 0);
+    CHECK(plugin != nullptr);
+    CHECK(std::strcmp(host::build(*plugin)->getTimingCacheID(), "FocalAttention-1:scale=0.125,prefix_tokens=1,hot=0") == 0);
+    CHECK(host::deploy(library, "FocalAttention", {scaled}) == nullptr);
+    CHECK(mentions(library, "prefix_tokens (kINT32), which is missing"));
+    CHECK(host::deploy(library, "FocalAttention", {scaled, prefix, {"hot", &many, PluginFieldType::kINT32, 1}}) == nullptr);
+    CHECK(mentions(library, "field hot is 65, but 0 to 64 are needed"));
+
+    for (bool const masked : {false, true})
+    {
+        std::vector<DynamicPluginTensorDesc> const all = focalInputs(DataType::kHALF, 2, 1370, 64, masked);
+        int32_t const count = static_cast<int32_t>(all.size());
+        CHECK(host::build(*second)->configurePlugin(all.data(), count, &all[0], 1) == 0);
+        CHECK(host::build(*second)->getWorkspaceSize(all.data(), count, &all[0], 1) > 2 * 6 * 25 * 300 * 4);
+        CHECK((host::build(*plugin)->configurePlugin(all.data(), count, &all[0], 1) == 0) == !masked);
+    }
+    CHECK(mentions(library, "8 inputs and 1 outputs were given, but 7 and 1 are needed"));
+    std::vector<DynamicPluginTensorDesc> wrong = focalInputs(DataType::kHALF, 2, 1370, 64, true);
+    CHECK(host::build(*second)->configurePlugin(wrong.data(), 6, &wrong[0], 1) != 0);
+    CHECK(mentions(library, "6 inputs and 1 outputs were given, but 8 and 1 are needed"));
+    wrong[7].min.d[0] = wrong[7].max.d[0] = 3;
+    CHECK(host::build(*second)->configurePlugin(wrong.data(), 8, &wrong[0], 1) != 0);
+    CHECK(mentions(library, "key_mask has size 3 on axis 0, but 2 is needed"));
+    wrong = focalInputs(DataType::kHALF, 2, 1370, 64, false);
+    wrong[6].min.d[0] = wrong[6].max.d[0] = 1370;
+    CHECK(host::build(*plugin)->configurePlugin(wrong.data(), 7, &wrong[0], 1) != 0);
+    CHECK(mentions(library, "places has size 1370 on axis 0, but 1369 is needed"));
+    wrong = focalInputs(DataType::kHALF, 2, 1370, 64, false);
+    wrong[5].min.d[1] = wrong[5].max.d[1] = 299;
+    CHECK(host::build(*plugin)->configurePlugin(wrong.data(), 7, &wrong[0], 1) != 0);
+    CHECK(mentions(library, "tile_bias has size 299 on axis 1, but 300 is needed"));
+    wrong = focalInputs(DataType::kHALF, 2, 1370, 72, false);
+    CHECK(host::build(*plugin)->configurePlugin(wrong.data(), 7, &wrong[0], 1) != 0);
+    CHECK(mentions(library, "head size D is 72"));
+
+    Builder builder;
+    DimsExprs output{};
+    auto shapes = [&](int64_t tokens, int64_t headSize, int64_t places) {
+        DimsExprs const query = expressions(builder, {kSymbolic, 6, tokens, headSize});
+        DimsExprs const lists = expressions(builder, {25, 300});
+        DimsExprs const inputs[] = {query, query, query, expressions(builder, {25, 64}), lists, lists, expressions(builder, {places})};
+        return host::build(*plugin)->getOutputShapes(inputs, 7, nullptr, 0, &output, 1, builder);
+    };
+    CHECK(shapes(1370, 64, 1369) == 0 && output.nbDims == 4);
+    CHECK(shapes(kSymbolic, kSymbolic, 1369) == 0);
+    CHECK(shapes(1370, 64, 1370) != 0);
+    CHECK(mentions(library, "places has size 1370 on axis 0"));
+    CHECK(shapes(1370, 144, 1369) != 0);
+    CHECK(mentions(library, "head size D is 144"));
+}
+
 // Without a driver an execution is refused, with a reason, and nothing crashes.
 void walkRuntimeWithoutDriver(host::Library& library)
 {
@@ -423,6 +497,7 @@ int main(int argc, char** argv)
         walkMask(library);
         walkCore(library);
         walkSampling(library);
+        walkFocal(library);
         walkRuntimeWithoutDriver(library);
         CHECK(library.logger().take().empty());
     }

@@ -24,6 +24,8 @@ TEST_VARIANTS = (
     "finish-fp16-s64",
     "finish_chebyshev-fp16-s64",
     "output-fp16-s64-d64",
+    "focal_hot-fp16-d64",
+    "focal-fp16-d64",
     "fps_step-fp16-d16",
 )
 """One variant of each kernel of the commonest case; `fna plugin` compiles them all."""

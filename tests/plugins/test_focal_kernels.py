@@ -42,13 +42,13 @@ def attend(interpreter: ProcessPoolExecutor) -> Run:
     """Run the kernels; returns the output and all scratch."""
 
     def run(
-        focal: Focal, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None
+        focal: Focal, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, **options: int
     ) -> dict[str, Tensor]:
         lists = focal_keys(focal.patches, focal.prefix_tokens, focal.tile, focal.levels)
         queries, keys, bias, _ = lists.tensors()
         return interpreter.submit(
             run_focal, query, key, value, queries, keys, bias,
-            prefix_tokens=focal.prefix_tokens, hot=focal.hot, key_mask=key_mask,
+            prefix_tokens=focal.prefix_tokens, hot=focal.hot, key_mask=key_mask, **options,
         ).result()  # fmt: skip
 
     return run
@@ -108,6 +108,17 @@ def test_hot_keys_are_those_of_the_definition(attend: Run) -> None:
     query, key = inputs[0].double() * 32**-0.5, inputs[1].double()
     wanted = find_hot_keys(query, key, torch.zeros(key.shape[:3]), focal.prefix_tokens, focal.hot)
     assert torch.equal(tokens.long(), wanted[0])  # both with the highest score first
+
+
+def test_programs_that_share_a_head_find_the_same_hot_keys(attend: Run) -> None:
+    focal = Focal((30, 27), 2, 8, ((1, 0), (2, 2)), 20)
+    inputs = make_inputs(focal, torch.float16, head_size=48)
+    mask = (torch.rand(1, focal.tokens, generator=torch.Generator().manual_seed(0)) < 0.2).int()
+    alone, shared = (attend(focal, *inputs, key_mask=mask, multiprocessors=count) for count in (4, 100))
+    assert "query_sums" in shared
+    assert len(shared["query_sums"]) > len(alone["query_sums"])
+    assert torch.equal(shared["hot_tokens"], alone["hot_tokens"])
+    assert torch.equal(shared["out"], alone["out"])
 
 
 def test_all_patches_may_be_hot(attend: Run) -> None:

@@ -18,6 +18,7 @@ from fna.chebyshev import ChebyshevSteps
 from fna.export.operators.registry import attach_functions
 from fna.export.passes.lower import lower
 from fna.plugins.built import LIBRARIES
+from fna.plugins.focal_plan import FocalShape, focal_plan, focal_workspace_bound
 from fna.plugins.launch_plan import (
     DTYPES,
     AttentionShape,
@@ -283,6 +284,39 @@ def test_version_3_launches_what_the_plan_with_chebyshev_steps_says(
     for call, launch in zip(launches, expected, strict=True):  # the stand-in writes an fp32 in nine digits
         assert np.float32(call["arguments"]).tolist() == np.float32(launch["arguments"]).tolist()
         assert [int(a) for a in call["arguments"]] == [int(a) for a in launch["arguments"]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiprocessors", [16, 108])
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "head_size", "tiles", "tile_rows", "list_length", "prefix", "hot", "mask_rows"),
+    [
+        pytest.param(1, 6, 1370, 64, 25, 64, 317, 1, 16, 0, id="DINOv2 small"),
+        pytest.param(3, 2, 581, 80, 9, 81, 200, 5, 64, 3, id="tiles of two programs, a mask for each image"),
+        pytest.param(2, 12, 577, 128, 36, 16, 577, 0, 0, 1, id="no prefix, no hot keys, one mask"),
+        pytest.param(1, 1, 65, 16, 1, 64, 65, 1, 0, 0, id="nothing to prepare"),
+    ],
+)
+def test_the_library_plans_focal_attention_as_python_does(
+    all_variants_driver, dtype, batch, heads, tokens, head_size, tiles, tile_rows, list_length, prefix, hot, mask_rows,
+    multiprocessors,
+) -> None:  # fmt: skip
+    shape = FocalShape(
+        dtype, batch, heads, tokens, head_size, tiles, tile_rows, list_length,
+        masked=mask_rows > 0, shared_mask=mask_rows == 1,
+    )  # fmt: skip
+    plan = focal_plan(shape, prefix_tokens=prefix, hot=hot, scale=0.125, multiprocessors=multiprocessors)
+    done, calls = all_variants_driver.run(
+        "focal", TENSORRT_TYPE[dtype], batch, heads, tokens, head_size, tiles, tile_rows, list_length, prefix, hot, 0.125,
+        mask_rows, FNA_FAKE_CUDA_SM="87", FNA_FAKE_CUDA_MULTIPROCESSORS=str(multiprocessors),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert plan.workspace_bytes <= workspace_of(done) == focal_workspace_bound(shape)
+    launches = [call for call in calls if call["call"] == "launch"]
+    assert [call["symbol"] for call in launches] == [f"{each.variant.kernel}_kernel" for each in plan.launches] * 2
+    found = [{name: call[name] for name in ("grid", "arguments", "tail")} for call in launches]
+    inputs = ("query", "key", "value", "tile_queries", "tile_keys", "tile_bias", "places", "key_mask")
+    assert found == expected_launches(plan, inputs[: 8 if mask_rows else 7], "out") * 2
 
 
 def test_the_library_launches_sampling_as_planned(driver: FakeDriver) -> None:

@@ -25,11 +25,11 @@ from fna.arithmetic import nystrom_products
 from fna.chebyshev import ChebyshevSteps
 from fna.errors import InputFileError
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
-from fna.export.operators.registry import fna_nodes, node_attributes
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
+from fna.export.operators.registry import OPERATORS, fna_nodes, node_attributes
 from fna.export.passes.lower import lower
 from fna.plan import ITERATIONS_OF_VERSION_1
-from fna.plugins.ptx.emulated_plugin import emulate_attention, emulate_sampling
+from fna.plugins.ptx.emulated_plugin import emulate_attention, emulate_focal, emulate_sampling
 from fna.runtime import Arrays, open_session, run_session
 from fna.validate.budget.rounding import has_low_types, round_everywhere
 
@@ -102,6 +102,11 @@ class EmulatedFile:
         if FARTHEST_POINT_SAMPLING.is_called_by(node):
             return arrays[node.input[0]].size * int(node_attributes(node)["num_landmarks"]) / PRODUCTS_A_SECOND
         batch, heads, tokens, head_size = arrays[node.input[0]].shape
+        if FOCAL_ATTENTION.is_called_by(node):
+            tiles, rows = arrays[node.input[3]].shape
+            whole = int(node_attributes(node)["prefix_tokens"]) * tokens
+            pairs = whole + tiles * rows * (arrays[node.input[4]].shape[1] + int(node_attributes(node)["hot"]))
+            return 2 * batch * heads * pairs * head_size / PRODUCTS_A_SECOND
         iterations = int(node_attributes(node).get("iterations", ITERATIONS_OF_VERSION_1))
         landmarks = arrays[node.input[3]].shape[1]
         return batch * nystrom_products(tokens, landmarks, heads, head_size, iterations) / PRODUCTS_A_SECOND
@@ -137,6 +142,13 @@ class EmulatedFile:
             submitted = self._plugin.submit(emulate_sampling, tensors[0].to(kind), int(given["num_landmarks"]))
             return submitted.result().out.numpy()
         typed = [tensor.to(kind) for tensor in tensors[:3]]
+        if FOCAL_ATTENTION.is_called_by(node):
+            queries, keys, bias, *rest = tensors[3:]
+            submitted = self._plugin.submit(
+                emulate_focal, [*typed, queries.int(), keys.int(), bias.float(), *(t.int() for t in rest)],
+                scale=float(given["scale"]), prefix_tokens=int(given["prefix_tokens"]), hot=int(given.get("hot", 0)),
+            )  # fmt: skip
+            return submitted.result().out.float().numpy()
         landmarks, bias, *mask = tensors[3:]
         submitted = self._plugin.submit(
             emulate_attention, [*typed, landmarks.int(), bias.float(), *(m.int() for m in mask)],
@@ -188,10 +200,9 @@ def _cut(plain: ModelProto, nodes: list[NodeProto], types: dict[str, int]) -> Mo
 
 
 def _input_type(node: NodeProto, position: int, types: dict[str, int]) -> int:
-    typed = position < 3 if FAST_NYSTROM_ATTENTION.is_called_by(node) else True
-    if typed:
-        return types[node.output[0]]
-    return TensorProto.FLOAT if position == 4 else TensorProto.INT32
+    formal = OPERATORS[node.op_type].inputs[position]
+    fixed = {"FLOAT": TensorProto.FLOAT, "INT32": TensorProto.INT32}
+    return fixed.get(formal.type, types[node.output[0]])
 
 
 def _divide(graph: GraphProto, fna: list[NodeProto], pixels: str, outputs: list[str]) -> list[Piece]:

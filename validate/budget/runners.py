@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.errors import InputFileError
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
-from fna.export.operators.registry import attach_functions, fna_nodes
+from fna.export.operators.registry import OPERATORS, attach_functions, fna_nodes
 from fna.runtime import Arrays, open_session, run_session
 
 Run = Callable[[NDArray[np.float32]], Arrays]
@@ -90,8 +89,6 @@ def with_functions(model: ModelProto) -> ModelProto:
     if all((node.domain, node.op_type) in known for node in fna_nodes(model.graph)):
         return model
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    kinds = {
-        types.get(node.input[0], 0) for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)
-    }
+    kinds = {types.get(node.input[0], 0) for node in fna_nodes(model.graph) if OPERATORS[node.op_type].attends}
     attach_functions(model, kinds.pop() if len(kinds) == 1 else 0)
     return model

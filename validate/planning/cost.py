@@ -14,11 +14,9 @@ from fna.arithmetic import (
     correction_products,
     exact_products,
     focal_block_products,
-    fused_bytes,
     head_split_bytes,
     nystrom_products,
     sampling_products,
-    token_bytes,
 )
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.engines.targets import Target
@@ -27,7 +25,7 @@ from fna.plan import describe_validation_error
 from fna.plugins.programs import Multiprocessors
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
-from fna.validate.planning.counted import NOT_TIMED, DeviceRates, NystromSetting, counted_seconds
+from fna.validate.planning.counted import NOT_TIMED, DeviceRates, NystromSetting, counted_focal_seconds, counted_seconds
 from fna.validate.planning.subject import Layout
 
 
@@ -75,9 +73,6 @@ class ProductCost:
         total += sampling * share_of_choice(candidate, self.layout)
         return total + self.exact(self.layout.heads - heads)
 
-
-FOCAL_EFFICIENCY = 0.5
-"""Part of the tensor cores' peak that focal attention reaches: an assumption, as long as its kernel is not in the table of counts."""
 
 MOST_TOKENS = 1 << 18
 """Break-even is looked for up to here."""
@@ -165,19 +160,14 @@ class TimeCost:
         return self.calibration.nystrom * seconds
 
     def focal(self, candidate: FocalCandidate, heads: int) -> float:
-        """Seconds of one focal block: the choice of its hot keys, then its tiles, each reading its own keys and values."""
-        layout, element = self.layout, self.device.element
+        """Seconds of one focal block with the choice of its hot keys; calibrated as exact attention, whose kernel is like it."""
+        layout = self.layout
         assert layout.patches is not None
-        lists = candidate.lists(layout)
-        products = focal_block_products(
-            candidate.plan(0), layout.patches, layout.prefix_tokens, heads, layout.head_size
-        )
-        gathered = 2 * heads * (lists.keys.size + len(lists.keys) * candidate.hot) * layout.head_size * element
-        moved = fused_bytes(layout.tokens, heads, layout.head_size, element) + gathered
-        scoring = self._copies(1, token_bytes(layout.tokens, heads, layout.head_size, element))
-        rate = self.device.on.count * self.device.on.multiply_adds * self.device.clock * FOCAL_EFFICIENCY
-        tiles = max(products / rate, self.device.moving(moved)) + self.device.launch
-        return self.calibration.exact * (scoring + tiles)
+        seconds = counted_focal_seconds(
+            self.device, layout.patches, layout.prefix_tokens, heads, layout.head_size, tile=candidate.tile,
+            levels=candidate.levels, hot=candidate.hot,
+        )  # fmt: skip
+        return self.calibration.exact * seconds
 
     def _sampler(self, candidate: Candidate) -> float:
         sampler, count = find_sampler(candidate.sampler), candidate.landmarks

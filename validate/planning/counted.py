@@ -14,6 +14,9 @@ from functools import lru_cache
 from fna.arithmetic import token_bytes
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
+from fna.focal_keys import FocalKeys, Levels, focal_keys
+from fna.plugins.focal_plan import FocalShape, focal_plan
+from fna.plugins.focal_programs import focal_programs
 from fna.plugins.launch_plan import ELEMENT_BYTES, AttentionShape, Dtype, attention_plan, check_attention_shape
 from fna.plugins.programs import (
     LAUNCH_CYCLES,
@@ -104,6 +107,38 @@ def counted_seconds(
         moved = {"output": 2 * tensor}.get(kernel, 2 * tensor / landmark_launches if "landmark" in kernel else 0)
         seconds += _launch_seconds(device, programs, moved)
     return seconds
+
+
+@lru_cache(maxsize=4096)
+def counted_focal_seconds(
+    device: DeviceRates,
+    patches: tuple[int, int],
+    prefix_tokens: int,
+    heads: int,
+    head_size: int,
+    *,
+    tile: int,
+    levels: Levels,
+    hot: int,
+) -> float:
+    """Seconds of one block's focal attention, batch 1, the choice of its hot keys included. Keys that tiles read again are cached.
+
+    Raises:
+        InvalidShapeError, InvalidArgumentError: for sizes that the kernels do not take; the message names them.
+    """
+    lists = focal_keys(patches, prefix_tokens, tile, levels, 0)
+    tokens = prefix_tokens + patches[0] * patches[1]
+    shape = FocalShape(device.dtype, 1, heads, tokens, head_size, *_sizes(lists))
+    plan = focal_plan(shape, prefix_tokens=prefix_tokens, hot=hot, scale=1.0, multiprocessors=device.on.count)
+    launches = focal_programs(plan, shape, lists.key_counts.tolist(), prefix_tokens, hot)
+    tensor = token_bytes(tokens, heads, head_size, device.element)
+    # Queries and keys once for the hot keys, and everything once for the tiles.
+    moved = [2 * tensor / max(1, len(launches) - 1)] * (len(launches) - 1) + [4 * tensor]
+    return sum(_launch_seconds(device, parts, each) for parts, each in zip(launches, moved, strict=True))
+
+
+def _sizes(lists: FocalKeys) -> tuple[int, int, int]:
+    return len(lists.queries), lists.queries.shape[1], lists.keys.shape[1]
 
 
 def _launch_seconds(device: DeviceRates, programs: Sequence[Programs], moved: float) -> float:

@@ -121,22 +121,12 @@ bool checkShape(AttentionShape const& shape) noexcept
     {
         return false;
     }
-    if (shape.headSize < 1 || shape.headSize > kMaxHeadSize || shape.headSize % kHeadSizeStep != 0)
-    {
-        logError("head size D is ", shape.headSize, ", but the kernels take multiples of ", kHeadSizeStep, " up to ", kMaxHeadSize);
-        return false;
-    }
-    if (!checkCount(shape.landmarks, shape.tokens) || !checkStride("N", shape.tokens) || !checkStride("H", shape.heads)
+    if (!checkHeadSize(shape.headSize) || !checkCount(shape.landmarks, shape.tokens) || !checkStride("N", shape.tokens) || !checkStride("H", shape.heads)
         || !checkStride("H * N * D", shape.heads * shape.tokens * shape.headSize))
     {
         return false;
     }
-    if (shape.batch > kMaxGridY || shape.batch * shape.heads > kMaxGridY)
-    {
-        logError("B * H is ", shape.batch, " * ", shape.heads, ", but the kernels take at most ", kMaxGridY);
-        return false;
-    }
-    return true;
+    return checkHeads(shape.batch, shape.heads);
 }
 
 Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attributes, int32_t multiprocessors)

@@ -82,6 +82,26 @@ bool checkStride(char const* what, int64_t elements) noexcept
     return elements <= kMaxStride;
 }
 
+bool checkHeadSize(int64_t headSize) noexcept
+{
+    bool const good = headSize >= 1 && headSize <= kMaxHeadSize && headSize % kHeadSizeStep == 0;
+    if (!good)
+    {
+        logError("head size D is ", headSize, ", but the kernels take multiples of ", kHeadSizeStep, " up to ", kMaxHeadSize);
+    }
+    return good;
+}
+
+bool checkHeads(int64_t batch, int64_t heads) noexcept
+{
+    bool const good = batch <= kMaxGridY && batch * heads <= kMaxGridY;
+    if (!good)
+    {
+        logError("B * H is ", batch, " * ", heads, ", but the kernels take at most ", kMaxGridY);
+    }
+    return good;
+}
+
 bool loadPlan(Plan& plan, Device const& device) noexcept
 {
     for (Launch& launch : plan.launches)

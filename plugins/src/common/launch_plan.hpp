@@ -28,6 +28,10 @@ enum Slot : uint8_t
     kKeyMask, // null where nothing is masked: the kernels do not read it then
     kOut,
     kFeatures,
+    kTileQueries,
+    kTileKeys,
+    kTileBias,
+    kPlaces,
     kPartial, // from here on: scratch
     kStats,
     kMatrices,
@@ -39,6 +43,13 @@ enum Slot : uint8_t
     kDistance,
     kBest,
     kBestIndex,
+    kQuerySums,
+    kHotScores,
+    kCandidates,
+    kHotValues,
+    kHotTokens,
+    kOffsets,
+    kBiases,
     kSlots,
 };
 
@@ -104,6 +115,8 @@ size_t layOut(std::initializer_list<std::pair<Slot, int64_t>> sizes, std::array<
 bool checkAtLeastOne(char const* name, int64_t value) noexcept;
 bool checkCount(int64_t landmarks, int64_t tokens) noexcept;
 bool checkStride(char const* what, int64_t elements) noexcept;
+bool checkHeadSize(int64_t headSize) noexcept;
+bool checkHeads(int64_t batch, int64_t heads) noexcept;
 
 // Load the plan's kernels. Not while a stream is captured.
 bool loadPlan(Plan& plan, Device const& device) noexcept;

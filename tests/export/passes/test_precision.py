@@ -21,9 +21,12 @@ from fna.export.operators.registry import fna_nodes
 from fna.export.passes.precision import cast_model, norm_nodes
 from fna.export.passes.ranges import TensorRange, find_overflows, measure_ranges
 from fna.export.preprocessing import bundled_photographs
+from fna.export.sources.loading import load_model
+from fna.export.trace import TraceOptions, trace_model
 from fna.export.types import tensor_types
 from fna.export.variants import FileVariant, make_variant
 from fna.files import load_onnx, save_model
+from fna.plan import Plan
 from fna.runtime import open_session, run_session
 
 Find = Callable[[str], Path]
@@ -169,6 +172,15 @@ def test_a_file_that_is_not_fp32_is_refused(tiny_file: Find) -> None:
 def test_a_block_that_is_not_there_is_refused(tiny_file: Find) -> None:
     with pytest.raises(InvalidArgumentError, match="block 4 is to stay fp32, but the model has blocks 0 to 3"):
         cast_model(load_onnx(tiny_file("traced")), "fp16", keep_fp32=(4,))
+
+
+def test_the_biases_of_focal_lists_stay_fp32() -> None:
+    plan = Plan.model_validate({"num_blocks": 4, "focal": [{"block": 2, "tile": 2, "hot": 2}]})
+    model = trace_model(load_model("tiny_vit:make_vit"), plan, TraceOptions(32, 32))[0]
+    half = cast_model(model, "fp16")
+    (node,) = fna_nodes(half.graph)
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert types[node.input[5]] == TensorProto.FLOAT
 
 
 def test_a_block_that_overflows_fp16_is_named(

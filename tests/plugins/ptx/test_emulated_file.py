@@ -15,7 +15,7 @@ from fna.cli import main
 from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import save_model
-from fna.plan import uniform_plan
+from fna.plan import Plan, uniform_plan
 from fna.plugins.ptx.emulated_plugin import EmulatedGpu, emulated_plugin
 from fna.validate.budget.emulated import EmulatedFile
 from fna.validate.budget.rounding import round_everywhere
@@ -55,6 +55,18 @@ def test_the_file_with_the_plugin_is_the_file(plugin: ProcessPoolExecutor, half:
     assert 0 < max(errors) < 3e-4  # the kernels round otherwise, so the same numbers would not be theirs
     assert [(number, count) for _, number, count in said] == [(0, 2), (1, 2)]
     assert all("s left" in text for text, *_ in said)
+
+
+def test_focal_nodes_run_in_the_plugin(plugin: ProcessPoolExecutor, tmp_path: Path) -> None:
+    fields = {"num_blocks": 4, "blocks": [{"block": 3, "landmarks": 20}], "focal": [{"block": 1, "tile": 4, "hot": 3}]}
+    model = trace_model(
+        load_model("tiny_vit:make_vit"), Plan.model_validate(fields), TraceOptions(SIDE, SIDE, precision="fp16")
+    )[0]
+    emulated = EmulatedFile(model, tmp_path, "tiny", plugin, lambda *_: None)
+    assert [node.op_type for node in emulated.nodes] == ["FocalAttention", "FastNystromAttention"]
+    found = emulated.run(pixels())
+    wanted = OnnxRunner(round_everywhere(model), tmp_path, "tiny").run(pixels())
+    assert 0 < max(relative(found[name], wanted[name]) for name in wanted) < 5e-4  # the step of fp16
 
 
 def test_a_wrong_landmark_in_a_node_shows(plugin: ProcessPoolExecutor, half: ModelProto, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from torch import Tensor
 from fna.attention import nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps
 from fna.errors import CheckFailedError, MissingCapabilityError
+from fna.focal import focal_attention
+from fna.focal_keys import focal_keys
 from fna.plugins.ptx.cases import TOLERANCES
 from fna.plugins.ptx.driver import elf_size
 from fna.plugins.ptx.emulated_plugin import (
     EmulatedGpu,
     emulate_attention,
+    emulate_focal,
     emulate_sampling,
     emulated_plugin,
 )
@@ -95,6 +98,21 @@ def test_one_plugin_after_another_in_one_process(plugin: ProcessPoolExecutor) ->
         emulated = plugin.submit(emulate_attention, inputs, scale=0.125, iterations=2).result()
         wanted = reference(inputs, iterations=2, exact_rows=False)
         assert relative(emulated.out, wanted) < TOLERANCES["fp16"]
+
+
+@pytest.mark.parametrize(("batch", "masked"), [(1, False), (2, True)])
+def test_focal_attention_is_the_definition(plugin: ProcessPoolExecutor, batch: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(batch)
+    inputs = [torch.randn(batch, 2, 2 + 13 * 11, 64, generator=generator).half() for _ in range(3)]
+    lists = focal_keys((13, 11), 2, 8, ((1, 0), (2, 2)))
+    mask = (torch.rand(1, 2 + 13 * 11, generator=generator) < 0.2).int() if masked else None
+    given = [*inputs, *lists.tensors(), *([] if mask is None else [mask])]
+    emulated = plugin.submit(emulate_focal, given, scale=0.125, prefix_tokens=2, hot=9).result()
+    assert emulated.launches == ["focal_hot-fp16-d64", "focal-fp16-d64"]
+    wanted = focal_attention(
+        *(tensor.double() for tensor in inputs), patches=(13, 11), prefix_tokens=2, tile=8, hot=9, key_mask=mask
+    )
+    assert relative(emulated.out, wanted) < TOLERANCES["fp16"]
 
 
 def test_sampling_launches_once_a_landmark_and_is_the_twins(plugin: ProcessPoolExecutor) -> None:

@@ -15,6 +15,7 @@ from fna.plugins.programs import (
     launch_cycles,
 )
 from fna.plugins.ptx.count import CallSize, compile_exact, count_attention, count_exact, place_attention
+from fna.plugins.ptx.count_focal import FocalSize, count_focal, place_focal
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.programs import fit
 
@@ -43,3 +44,13 @@ def test_the_table_says_what_is_counted_of_exact_attention() -> None:
     size = CallSize(tokens=700, heads=3, landmarks=1, on=ON)
     said = launch_cycles(exact_programs("fp16", 700, 3, 64), counted_programs(), ON)
     assert said == pytest.approx(count_exact(compile_exact(80), size).overlapped, rel=0.03)
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 40])
+def test_the_table_says_what_is_counted_of_focal_attention(images: PtxImages, multiprocessors: int) -> None:
+    on = Multiprocessors(multiprocessors)
+    size = FocalSize((29, 28), 2, on, ((1, 0), (2, 2), (4, 6)))
+    counted = [launch.overlapped for launch in count_focal(images, 0, size)]
+    said = [launch_cycles(parts, counted_programs(), on) for parts in place_focal(size).programs]
+    assert len(said) == (2 if multiprocessors == 4 else 4)
+    assert said == pytest.approx(counted, rel=0.05)

@@ -8,10 +8,11 @@ import pytest
 
 from fna.chebyshev import ChebyshevSteps
 from fna.engines.targets import find_target
-from fna.errors import InvalidLandmarksError, InvalidShapeError
+from fna.errors import InvalidArgumentError, InvalidLandmarksError, InvalidShapeError
+from fna.focal_keys import Levels
 from fna.plugins.programs import Multiprocessors
 from fna.validate.planning.cost import device_of
-from fna.validate.planning.counted import NystromSetting, counted_seconds
+from fna.validate.planning.counted import NystromSetting, counted_focal_seconds, counted_seconds
 
 ORIN = device_of(find_target("jetson-agx-orin"))
 CHEBYSHEV = ChebyshevSteps(8, 0.05)
@@ -55,3 +56,18 @@ def test_what_the_kernels_do_not_take_is_named() -> None:
         counted_seconds(ORIN, 1370, 6, 160)
     with pytest.raises(InvalidLandmarksError, match="64 landmarks were given for 50 tokens"):
         counted_seconds(ORIN, 50, 6, 64, NystromSetting(64))
+
+
+def test_focal_attention_pays_more_with_more_tokens_and_less_with_more_keys() -> None:
+    def over(side: int, levels: Levels, hot: int = 16) -> float:
+        focal = counted_focal_seconds(ORIN, (side, side), 1, 12, 64, tile=8, levels=levels, hot=hot)
+        return focal / counted_seconds(ORIN, side * side + 1, 12, 64)
+
+    few, many = ((1, 0), (2, 2), (4, 6)), ((1, 0), (2, 2))
+    assert over(73, few) < over(37, few) < 0.5
+    assert over(37, few) < over(37, few, hot=64) < over(37, many, hot=64) < 1
+
+
+def test_focal_settings_that_the_kernels_do_not_take_are_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="hot is 65"):
+        counted_focal_seconds(ORIN, (37, 37), 1, 12, 64, tile=8, levels=((1, 0),), hot=65)
