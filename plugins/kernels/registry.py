@@ -101,6 +101,8 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
         # Here 8 warps spill 72 and 80 bytes a thread, 4 spill 48 (ptxas 12.9).
         if wide and variant.kernel == "landmark" and variant.landmarks == 2 * TILE and sm // 10 == 10:
             warps = 4
+        if not wide and variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER:
+            warps = 2
         stages = 1 if wide else 2
     elif variant.kernel.startswith("finish"):
         warps, stages = 4, 1
