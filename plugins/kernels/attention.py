@@ -14,7 +14,8 @@ Landmark indices are clamped to the tokens that exist, so wrong indices give wro
 Scratch, per head (`bh` = batch item * heads + head):
     partial   [bh, splits, S_PAD, BLOCK_D]    unnormalised sums of exp(score) * value over one stretch of keys
     stats     [bh, splits, 2, S_PAD]          the running maximum (base 2) and the sum of exponentials of that stretch
-    matrices  Newton-Schulz: [bh, 2 or 5, S_PAD, S_PAD], Z, W; and where they do not fit registers also A, T = 7 W - W W, Y = Z W.
+    matrices  Newton-Schulz: [bh, 5, S_PAD, S_PAD], Z, W, A, T = 7 W - W W, Y = Z W; where they fit registers [bh, 4, S_PAD, S_PAD]
+              as fp16, Z, R = 1 - A Z, and what fp16 leaves of Z.
               Chebyshev: [bh, 2, S_PAD, S_PAD], A and T = w A^T A, as fp16 where they fit registers
     colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (w itself for Chebyshev in registers)
     between   [bh, 2 or 3, S_PAD, BLOCK_D]    between the products of the last launch (where they do not fit registers)
@@ -197,7 +198,9 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
     for first in tl.range(0, splits, JOINED, num_stages=1):
         for place in tl.static_range(JOINED):
             there = row < tl.where(first + place < splits, S_PAD, 0)
-            maximum = tl.maximum(maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf")))
+            maximum = tl.maximum(
+                maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf"))
+            )
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, splits, JOINED, num_stages=1):
@@ -219,8 +222,9 @@ def finish_kernel(
 ):  # fmt: skip
     """Join the splits into Bv, and apply the last iteration to it: Z6 Bv = 1/4 Z5 (13 Bv - W (15 Bv - W (7 Bv - W Bv))).
 
-    Grid: (B * H, BLOCK_D / COLUMNS): columns of Bv do not depend on one another. fp32 with tf32x3 products for every input
-    type: 13 Bv + ... can pass the range of fp16. The result is divided by the largest magnitude of its column.
+    Grid: (B * H, BLOCK_D / COLUMNS): columns of Bv do not depend on one another. Through scratch in fp32 with tf32x3 products for
+    every input type: 13 Bv + ... can pass the range of fp16. In registers in fp16, of R = 1 - W and of Bv in units of a power of two.
+    The result is divided by the largest magnitude of its column.
     """
     bh = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -19,6 +19,7 @@ FLOOR = tl.constexpr(CHEBYSHEV_COLUMN_FLOOR)
 STEPS_AT_A_TIME = tl.constexpr(7)
 """All but the first of the 8 steps that are usual at 128 landmarks."""
 
+
 @triton.jit
 def row_weights(colsum, row, S_PAD: tl.constexpr):
     """W = 1 / max(column sum of A, floor) of the landmarks `row`, from the sums of every row tile of A."""

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fna.plugins.kernels.core import MATRIX_A, MATRIX_T, MATRIX_W, MATRIX_Y, MATRIX_Z
-from fna.plugins.kernels.tiles import TILE, dot_matrix, matrix_product, matrix_tile
+from fna.plugins.kernels.tiles import TILE, matrix_product, matrix_tile
 
 
 @triton.jit
@@ -111,7 +111,9 @@ def last_iteration_in_registers(known, matrices, S_PAD: tl.constexpr, COLUMNS: t
     step = tl.dot(r, step.to(tl.float16), known)
     step = tl.dot(r, step.to(tl.float16), known)
     high = step.to(tl.float16)
-    return tl.dot(z, (step - high.to(tl.float32)).to(tl.float16), tl.dot(z, high, tl.zeros([S_PAD, COLUMNS], tl.float32)))
+    return tl.dot(
+        z, (step - high.to(tl.float32)).to(tl.float16), tl.dot(z, high, tl.zeros([S_PAD, COLUMNS], tl.float32))
+    )
 
 
 @triton.jit
