@@ -30,7 +30,7 @@ POINTER_ALIGNMENT = 16
 TILE = 64
 LANDMARK_PADDINGS = (TILE, 2 * TILE, 4 * TILE)
 HEAD_PADDINGS = (64, 128)
-FINISH_COLUMNS = 32
+FINISH_COLUMNS = 16
 CHEBYSHEV_COLUMNS = 16
 """Columns of the values per program of the last launch before the output: fewer are more programs that each read the matrices."""
 MAX_QUERY_TILES = 8
@@ -264,9 +264,19 @@ def core_programs(s_pad: int, step: int) -> int:
 
 
 def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
-    """Query tiles per program of the output kernel: more than one only when the GPU stays full."""
-    programs = -(-shape.tokens // call_blocks(shape).query_block) * shape.batch * shape.heads
-    return max(1, min(MAX_QUERY_TILES, programs // (2 * WAVES * min(multiprocessors, MAX_MULTIPROCESSORS))))
+    """Query tiles per program of the output kernel: the number that takes the fewest rounds of the multiprocessors, in tiles.
+
+    A program's prologue takes about half of what a tile does, by count (`fna.plugins.programs`).
+    """
+    tiles = -(-shape.tokens // call_blocks(shape).query_block)
+    heads, there = shape.batch * shape.heads, min(multiprocessors, MAX_MULTIPROCESSORS)
+
+    def half_tiles(share: int) -> int:
+        programs = -(-tiles // share) * heads
+        rounds = -(-programs // there)
+        return rounds * (2 * share + 1)
+
+    return min(range(1, MAX_QUERY_TILES + 1), key=half_tiles)
 
 
 def attention_buffers(shape: AttentionShape, splits: int, *, chebyshev: bool = False) -> dict[str, Buffer]:

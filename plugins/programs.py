@@ -5,7 +5,8 @@ and its shared and global memory. They overlap at best (their maximum) and not a
 grows by the same amount with each block of keys, split, tile or step that it works on: a base and a slope per length, which
 `fna.plugins.ptx.programs` counted by running the compiled kernels, and `counted_programs.json` holds. A launch's critical path is
 that of its programs in order on the multiprocessors, one at a time each, and LAUNCH_CYCLES. Latencies, caches, registers and
-several programs on one multiprocessor are left out: these are counts, not times.
+several programs on one multiprocessor are left out; programs of two warps are taken to share one with another, since a warp uses a
+quarter of its tensor cores. These are counts, not times.
 """
 
 from __future__ import annotations

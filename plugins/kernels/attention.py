@@ -14,7 +14,8 @@ Landmark indices are clamped to the tokens that exist, so wrong indices give wro
 Scratch, per head (`bh` = batch item * heads + head):
     partial   [bh, splits, S_PAD, BLOCK_D]    unnormalised sums of exp(score) * value over one stretch of keys
     stats     [bh, splits, 2, S_PAD]          the running maximum (base 2) and the sum of exponentials of that stretch
-    matrices  Newton-Schulz: [bh, 2 or 5, S_PAD, S_PAD], Z, W; and where they do not fit registers also A, T = 7 W - W W, Y = Z W.
+    matrices  Newton-Schulz: [bh, 5, S_PAD, S_PAD], Z, W, A, T = 7 W - W W, Y = Z W; where they fit registers [bh, 4, S_PAD, S_PAD]
+              as fp16, Z, R = 1 - A Z, and what fp16 leaves of Z.
               Chebyshev: [bh, 2, S_PAD, S_PAD], A and T = w A^T A, as fp16 where they fit registers
     colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (w itself for Chebyshev in registers)
     between   [bh, 2 or 3, S_PAD, BLOCK_D]    between the products of the last launch (where they do not fit registers)
@@ -47,12 +48,17 @@ from fna.plugins.kernels.tiles import (
     LOG2E,
     MASKED,
     TILE,
+    attend_further,
     deep_scores,
     dot_input,
     gather_rows,
     landmark_index,
     mask_flags,
+    power_of_two,
 )
+
+JOINED = tl.constexpr(4)
+"""Splits of Bv whose sums are read at a time."""
 
 # Numbers that are never compiled in, so that PyTorch's just-in-time path has as few forms as the ahead-of-time build.
 _SIZES = ["heads", "tokens", "count", "landmark_stride", "bias_stride", "mask_stride", "mask_mode"]
@@ -82,7 +88,17 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     low = split * split_tokens
     high = tl.minimum(low + split_tokens, tokens)
-    for start in tl.range(low, high, BLOCK_N):
+    whole = low
+    if query.dtype.element_ty != tl.float32:
+        # Whole blocks of keys, none of them masked, need no test. That the queries serve two loops keeps them in registers.
+        whole += tl.where(mask_mode == 0, (high - low) // BLOCK_N * BLOCK_N, 0)
+        for start in tl.range(low, whole, BLOCK_N):
+            offset = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * stride_n + column[None, :]
+            keys = tl.load(key + offset, mask=in_head[None, :], other=0.0)
+            scores = dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_S, BLOCK_N], tl.float32), UPCAST)
+            values = tl.load(value + offset, mask=in_head[None, :], other=0.0)
+            maximum, total, acc = attend_further(scores * (scale * LOG2E), values, maximum, total, acc, UPCAST)
+    for start in tl.range(whole, high, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         mask = (token < high)[:, None] & in_head[None, :]
         offset = token.to(tl.int64)[:, None] * stride_n + column[None, :]
@@ -96,12 +112,7 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
         hidden = mask_flags(key_mask, mask_mode, token, token < high) * (MASKED * LOG2E)
         scores = scores * (scale * LOG2E) - ordinary[:, None] * hidden[None, :]
         scores = tl.where((token < high)[None, :], scores, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(scores, 1))
-        weight = tl.exp2(scores - larger[:, None])
-        shrink = tl.exp2(maximum - larger)
-        total = total * shrink + tl.sum(weight, 1)
-        acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
-        maximum = larger
+        maximum, total, acc = attend_further(scores, values, maximum, total, acc, UPCAST)
 
     tl.store(partial + (split * S_PAD + row)[:, None] * BLOCK_D + column[None, :], acc)
     tl.store(stats + split * 2 * S_PAD + row, maximum)
@@ -147,7 +158,7 @@ def landmark_kernel(
             scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
                                  S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             a = softmax_rows(scores, 0, count, S_PAD)
-            newton_registers(a, matrices, full_iterations, S_PAD, HALF)
+            newton_registers(a, matrices, full_iterations, S_PAD)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
                 core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
@@ -179,19 +190,27 @@ def landmark_kernel(
 @triton.jit
 def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: tl.constexpr,
                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Join the splits of Bv for a tile of rows and columns; rows of padding are zero."""
+    """Join the splits of Bv for a tile of rows and columns; rows of padding are zero.
+
+    The maximum of all splits comes first: then no split's sums wait for another's, and JOINED of them are on their way at a time.
+    """
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    for first in tl.range(0, splits, JOINED, num_stages=1):
+        for place in tl.static_range(JOINED):
+            there = row < tl.where(first + place < splits, S_PAD, 0)
+            maximum = tl.maximum(
+                maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf"))
+            )
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for split in tl.range(0, splits):
-        part_maximum = tl.load(stats + split * 2 * S_PAD + row)
-        part_total = tl.load(stats + (split * 2 + 1) * S_PAD + row)
-        part = tl.load(partial + (split * S_PAD + row)[:, None] * padded_d + column[None, :])
-        larger = tl.maximum(maximum, part_maximum)
-        shrink, part_shrink = tl.exp2(maximum - larger), tl.exp2(part_maximum - larger)
-        acc = acc * shrink[:, None] + part * part_shrink[:, None]
-        total = total * shrink + part_total * part_shrink
-        maximum = larger
+    for first in tl.range(0, splits, JOINED, num_stages=1):
+        for place in tl.static_range(JOINED):
+            split = first + place
+            there = row < tl.where(split < splits, S_PAD, 0)
+            part = partial + (split * S_PAD + row)[:, None] * padded_d + column[None, :]
+            shrink = tl.exp2(tl.load(stats + split * 2 * S_PAD + row, mask=there, other=float("-inf")) - maximum)
+            total += tl.load(stats + (split * 2 + 1) * S_PAD + row, mask=there, other=0.0) * shrink
+            acc += tl.load(part, mask=there[:, None], other=0.0) * shrink[:, None]
     return tl.where((row < count)[:, None], acc / total[:, None], 0.0)
 
 
@@ -203,8 +222,9 @@ def finish_kernel(
 ):  # fmt: skip
     """Join the splits into Bv, and apply the last iteration to it: Z6 Bv = 1/4 Z5 (13 Bv - W (15 Bv - W (7 Bv - W Bv))).
 
-    Grid: (B * H, BLOCK_D / COLUMNS): columns of Bv do not depend on one another. fp32 with tf32x3 products for every input
-    type: 13 Bv + ... can pass the range of fp16. The result is divided by the largest magnitude of its column.
+    Grid: (B * H, BLOCK_D / COLUMNS): columns of Bv do not depend on one another. Through scratch in fp32 with tf32x3 products for
+    every input type: 13 Bv + ... can pass the range of fp16. In registers in fp16, of R = 1 - W and of Bv in units of a power of two.
+    The result is divided by the largest magnitude of its column.
     """
     bh = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -214,14 +234,16 @@ def finish_kernel(
     exact += bh * S_PAD * padded_d
     mixed += bh * S_PAD * padded_d
     if IN_REGISTERS:
-        row = tl.arange(0, TILE)
+        row = tl.arange(0, S_PAD)
         cell = row[:, None] * padded_d + column[None, :]
-        known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
+        known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
         tl.store(exact + cell, known)
-        result = last_iteration_in_registers(known, matrices, COLUMNS)
+        unit = power_of_two(tl.max(tl.abs(known), 0))
+        result = last_iteration_in_registers(known / unit[None, :], matrices, S_PAD, COLUMNS)
         largest = tl.max(tl.abs(result), 0)
         largest = tl.where(largest > 0.0, largest, 1.0)
         tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
+        tl.store(mixed_scale + bh * padded_d + column, largest * unit)
     else:
         between += bh * 2 * S_PAD * padded_d
         even, odd = between, between + S_PAD * padded_d
@@ -235,7 +257,7 @@ def finish_kernel(
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             cell = (first + tl.arange(0, TILE))[:, None] * padded_d + column[None, :]
             tl.store(mixed + cell, (tl.load(odd + cell) / largest[None, :]).to(mixed.dtype.element_ty))
-    tl.store(mixed_scale + bh * padded_d + column, largest)
+        tl.store(mixed_scale + bh * padded_d + column, largest)
 
 
 @triton.jit(do_not_specialize=_PLAIN_CHEBYSHEV)
@@ -315,16 +337,6 @@ def _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TIL
     return tl.where(slot < count, offset, float("-inf"))
 
 
-@triton.jit
-def _attend_further(scores, values, maximum, total, acc, UPCAST: tl.constexpr):
-    """One more tile of scores (base 2) and values in an online softmax: the new maximum, total and unnormalised sum."""
-    larger = tl.maximum(maximum, tl.max(scores, 1))
-    weight = tl.exp2(scores - larger[:, None])
-    shrink = tl.exp2(maximum - larger)
-    acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
-    return larger, total * shrink + tl.sum(weight, 1), acc
-
-
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
 def output_kernel(
     query, key, landmarks, bias, key_mask, exact, mixed, mixed_scale, out,
@@ -385,7 +397,7 @@ def output_kernel(
                 scores = dot_input(queries, more_keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
                 offset = _landmark_offset(bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S)
                 scores = scores * (scale * LOG2E) + offset[None, :]
-                maximum, total, acc = _attend_further(scores, more_values, maximum, total, acc, UPCAST)
+                maximum, total, acc = attend_further(scores, more_values, maximum, total, acc, UPCAST)
         else:
             # Every tile has a landmark, so the maximum is finite from the first on.
             for first in tl.range(0, count, TILE_S, num_stages=1):
@@ -401,7 +413,7 @@ def output_kernel(
                 values = _landmark_mixed(mixed, first, TILE_S, BLOCK_D)
                 offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S)
                 scores = scores * (scale * LOG2E) + offset[None, :]
-                maximum, total, acc = _attend_further(scores, values, maximum, total, acc, UPCAST)
+                maximum, total, acc = attend_further(scores, values, maximum, total, acc, UPCAST)
         result = acc / total[:, None] * tl.load(mixed_scale + bh * BLOCK_D + column)[None, :]
         pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
         written = (token < tokens) & (mask_flags(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)

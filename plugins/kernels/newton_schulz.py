@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fna.plugins.kernels.core import MATRIX_A, MATRIX_T, MATRIX_W, MATRIX_Y, MATRIX_Z
-from fna.plugins.kernels.tiles import TILE, dot_matrix, matrix_product, matrix_tile
+from fna.plugins.kernels.tiles import TILE, matrix_product, matrix_tile
 
 
 @triton.jit
@@ -42,20 +42,39 @@ def newton_tile(matrices, colsum, row, column, phase, first, S_PAD: tl.constexpr
 
 
 @triton.jit
-def newton_registers(a, matrices, full_iterations, S_PAD: tl.constexpr, HALF: tl.constexpr):
-    """All iterations but the last on one head's A, [64, 64], held in registers; writes Z and W = A Z."""
+def newton_registers(a, matrices, full_iterations, S_PAD: tl.constexpr):
+    """All iterations but the last on one head's A, [64, 64], held in registers; writes Z and R = 1 - A Z as fp16.
+
+    The last product is of the Z that is written, and of A to twice the precision of fp16: what R says of Z is what the last
+    iteration mends, so R's error is the result's.
+    """
+    half = matrices.to(tl.pointer_type(tl.float16))
+    slot = tl.arange(0, S_PAD)
+    cell = slot[:, None] * S_PAD + slot[None, :]
     zero = tl.zeros([S_PAD, S_PAD], tl.float32)
+    high = a.to(tl.float16)
+    # Both halves of A lie in scratch, where Z and R go in the end: registers are short.
+    tl.store(half + cell, high)
+    tl.store(half + S_PAD * S_PAD + cell, (a - high.to(tl.float32)).to(tl.float16))
     z = tl.trans(a) / tl.max(tl.sum(a, 0), 0)
+    rounded = z.to(tl.float16)
+    rest = half + 2 * S_PAD * S_PAD + cell
+    tl.store(rest, (z - rounded.to(tl.float32)).to(tl.float16))
+    tl.debug_barrier()
     for _ in tl.range(0, full_iterations, num_stages=1):
-        w = dot_matrix(a, z, zero, HALF)
-        y = dot_matrix(z, w, zero, HALF)
-        z = 13.0 * z - 15.0 * y
-        w = 7.0 * w - dot_matrix(w, w, zero, HALF)
-        z = 0.25 * dot_matrix(y, w, z, HALF)
-    w = dot_matrix(a, z, zero, HALF)
-    cell = tl.arange(0, S_PAD)[:, None] * S_PAD + tl.arange(0, S_PAD)[None, :]
-    tl.store(matrices + MATRIX_Z * S_PAD * S_PAD + cell, z)
-    tl.store(matrices + MATRIX_W * S_PAD * S_PAD + cell, w)
+        w = tl.dot(tl.load(half + cell), rounded, zero).to(tl.float16)
+        t = tl.dot(w, w, -7.0 * w.to(tl.float32)).to(tl.float16)
+        y = tl.dot(rounded, w, zero)
+        z = 15.0 * y - 13.0 * (rounded.to(tl.float32) + tl.load(rest).to(tl.float32))
+        z = -0.25 * tl.dot(y.to(tl.float16), t, z)
+        rounded = z.to(tl.float16)
+        tl.store(rest, (z - rounded.to(tl.float32)).to(tl.float16))
+    w = tl.dot(tl.load(half + cell), rounded, zero)
+    w = tl.dot(tl.load(half + S_PAD * S_PAD + cell), rounded, w)
+    tl.debug_barrier()
+    tl.store(half + cell, rounded)
+    identity = tl.where(slot[:, None] == slot[None, :], 1.0, 0.0)
+    tl.store(half + S_PAD * S_PAD + cell, (identity - w).to(tl.float16))
 
 
 @triton.jit
@@ -80,15 +99,21 @@ def apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLUM
 
 
 @triton.jit
-def last_iteration_in_registers(known, matrices, COLUMNS: tl.constexpr):
-    """Z6 Bv of one tile of 64 rows, from Bv in registers."""
-    w = tl.load(matrix_tile(matrices + MATRIX_W * TILE * TILE, 0, 0, TILE))
-    zero = tl.zeros([TILE, COLUMNS], tl.float32)
-    step = 7.0 * known - tl.dot(w, known, zero, input_precision="tf32x3")
-    step = 15.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
-    step = 13.0 * known - tl.dot(w, step, zero, input_precision="tf32x3")
-    z = tl.load(matrix_tile(matrices + MATRIX_Z * TILE * TILE, 0, 0, TILE))
-    return 0.25 * tl.dot(z, step, zero, input_precision="tf32x3")
+def last_iteration_in_registers(known, matrices, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Z6 Bv of a whole head's rows, from Bv in units: with R = 1 - A Z, Z6 = Z (1 + R (1 + R (1 + R / 4))), which cancels nothing.
+
+    The step that Z is applied to is given to twice the precision of fp16.
+    """
+    slot = tl.arange(0, S_PAD)
+    half = matrices.to(tl.pointer_type(tl.float16)) + slot[:, None] * S_PAD + slot[None, :]
+    r, z = tl.load(half + S_PAD * S_PAD), tl.load(half)
+    step = tl.dot(r, (0.25 * known).to(tl.float16), known)
+    step = tl.dot(r, step.to(tl.float16), known)
+    step = tl.dot(r, step.to(tl.float16), known)
+    high = step.to(tl.float16)
+    return tl.dot(
+        z, (step - high.to(tl.float32)).to(tl.float16), tl.dot(z, high, tl.zeros([S_PAD, COLUMNS], tl.float32))
+    )
 
 
 @triton.jit

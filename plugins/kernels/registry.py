@@ -98,16 +98,19 @@ def _holds_landmarks(variant: KernelVariant) -> bool:
 def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
     """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
 
-    Fewer warps read fewer keys and values twice, since a warp reads them for its own rows. At 128 landmarks four hold what they need
-    up to compute capability 8.9; later chips (`sm`, the capability times ten) compile to more registers, and spill.
+    Fewer warps read fewer keys and values twice, since a warp reads them for its own rows. At 64 landmarks two hold what the landmark
+    kernel needs, at 128 four, up to compute capability 8.9; later chips (`sm`, the capability times ten) compile to more registers,
+    and spill, or multiply by four warps at a time.
 
     Sums of squares that have to tie exactly are not contracted to fused multiply-adds: lanes that hold one sum twice would
     round it differently (`fma(d, d, shuffled)`), and one of them is stored.
     """
     wide = variant.dtype == "fp32"
+    two_hold_64 = not wide and variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER
     four_hold_128 = variant.landmarks == 2 * TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER
     if variant.kernel.startswith("landmark"):
         warps = 4 if not wide and (variant.landmarks == TILE or four_hold_128) else 8
+        warps = 2 if two_hold_64 else warps
         # Here 8 warps spill 72 and 80 bytes a thread, 4 spill 48 (ptxas 12.9).
         if wide and variant.kernel == "landmark" and variant.landmarks == 2 * TILE and sm // 10 == 10:
             warps = 4

@@ -9,6 +9,9 @@ from fna.special_tokens import MASKED_SCORE
 LOG2E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(MASKED_SCORE)
 TILE = tl.constexpr(launch_plan.TILE)
+SMALLEST = tl.constexpr(1e-30)
+EXPONENT = tl.constexpr(0x7F800000)
+"""The exponent's bits of an fp32: what they leave of a number is the power of two below it."""
 
 
 @triton.jit
@@ -27,6 +30,16 @@ def dot_matrix(x, y, acc, HALF: tl.constexpr):
         return tl.dot(x.to(tl.float16), y.to(tl.float16), acc)
     else:
         return tl.dot(x, y, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def attend_further(scores, values, maximum, total, acc, UPCAST: tl.constexpr):
+    """One more tile of scores (base 2) and values in an online softmax: the new maximum, total and unnormalised sum."""
+    larger = tl.maximum(maximum, tl.max(scores, 1))
+    weight = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(maximum - larger)
+    acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
+    return larger, total * shrink + tl.sum(weight, 1), acc
 
 
 @triton.jit
@@ -92,3 +105,10 @@ def matrix_product(left, right, row, column, S_PAD: tl.constexpr, HALF: tl.const
         y = tl.load(right + (k + inner)[:, None] * S_PAD + j[None, :])
         acc = dot_matrix(x, y, acc, HALF)
     return acc
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two at or below each of some magnitudes: a unit that rounds nothing; 1 for what is next to nothing."""
+    largest = tl.where(largest > SMALLEST, largest, 1.0)
+    return (largest.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)

@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     programs = commands.add_parser("programs", help="count what the planner's predictions rest on, and write the table")
     programs.set_defaults(run=_programs)
     programs.add_argument("--output", type=Path, default=None, help="the file (counted_programs.json of this package)")
-    for command in (check, barriers):
-        command.add_argument("--only", default="", help="regular expression on the cases' names")
+    for command in (check, barriers, programs):
+        command.add_argument("--only", default="", help="regular expression on the names of cases or programs")
     for command in (check, barriers, count, programs):
         command.add_argument("--table", type=Path, default=DEFAULT_TABLE, help="folder of the table (build/plugin)")
         command.add_argument("--sm", default="", help="chips, such as 87,90; 0 is the fallback (all in the table)")
@@ -160,13 +160,13 @@ def _print_beside(launches: list[LaunchCount], whole: LaunchCount, clock: float)
 
 def _programs(arguments: argparse.Namespace) -> int:
     from fna.files import write_text
-    from fna.plugins.programs import COUNTED_PROGRAMS, dump_programs
+    from fna.plugins.programs import COUNTED_PROGRAMS, counted_programs, dump_programs
     from fna.plugins.ptx.programs import count_programs
 
     images, chips = _images(arguments)
     chip = 0 if 0 in chips else chips[0]
-    costs = {}
-    for key, cost in count_programs(images, chip):
+    costs = dict(counted_programs()) if arguments.only else {}
+    for key, cost in count_programs(images, chip, arguments.only):
         costs[key] = cost
         print(key, flush=True)
     about = "python -m fna.plugins.ptx programs: counts of the PTX of sm_80, not times"

@@ -72,13 +72,15 @@ class AttentionCase:
     hostile_landmarks: bool = False
     """Indices that are no token's, in the places where padding would be read; they are clamped, so what they give is known."""
     surroundings: Surroundings = PLAIN
+    spread: float = 1.0
+    """Standard deviation of query, key and value: wide ones attend to few tokens."""
 
     @property
     def name(self) -> str:
         """Readable."""
         size = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_size}"
         marks = ["packed"] * self.surroundings.packed + ["hostile"] * self.hostile_landmarks
-        marks += ["chebyshev"] * (self.chebyshev is not None)
+        marks += ["chebyshev"] * (self.chebyshev is not None) + ["wide"] * (self.spread > 1)
         return " ".join([f"attention {self.dtype} {size} S={self.landmarks} mask={self.mask}", *marks])
 
     @property
@@ -90,7 +92,9 @@ class AttentionCase:
         """Query, key, value, landmarks, bias and mask, the same at every call."""
         generator = torch.Generator().manual_seed(self.landmarks * 1000 + self.tokens)
         shape = self.batch, self.heads, self.tokens, self.head_size
-        query, key, value = (torch.randn(shape, generator=generator).to(TORCH_TYPES[self.dtype]) for _ in range(3))
+        query, key, value = (
+            (self.spread * torch.randn(shape, generator=generator)).to(TORCH_TYPES[self.dtype]) for _ in range(3)
+        )
         rows = [torch.randperm(self.tokens, generator=generator)[: self.landmarks] for _ in range(self.batch)]
         landmarks = torch.stack(rows).int()
         if self.hostile_landmarks:
@@ -301,6 +305,7 @@ def quick_cases() -> Iterator[Case]:
     """A part of them for every day: each kernel, type and number of padded landmarks."""
     yield AttentionCase("fp16", 64, 64, 261, heads=2, surroundings=ZEROS)
     yield AttentionCase("fp16", 33, 48, 131, mask="sinks", hostile_landmarks=True, surroundings=UNUSUAL)
+    yield AttentionCase("fp16", 33, 64, 131, spread=3.0)
     yield AttentionCase("bf16", 128, 64, 131, iterations=2, mask="keys", surroundings=UNUSUAL)
     yield AttentionCase("fp32", 33, 64, 131, mask="keys", hostile_landmarks=True, surroundings=UNUSUAL)
     yield AttentionCase("fp16", 200, 64, 203, iterations=1, exact_rows=False)

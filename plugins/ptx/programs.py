@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -31,16 +32,25 @@ _PROBES = ((1, 1000, 1, 6), (1, 1400, 16, 6), (1, 600, 2, 3), (2, 2000, 1, 8))
 """(heads, tokens, multiprocessors, core's length) of calls that differ in every length that a program's cost grows with."""
 _EXACT_BLOCKS = (4, 12)
 
+Wanted = Callable[[str], object]
 Samples = dict[str, list[tuple[dict[str, int], CtaCount]]]
 
 
-def count_programs(images: PtxImages, sm: int) -> Iterator[tuple[str, ProgramCost]]:
-    """Count every program of every kernel of FastNystromAttention, of FocalAttention and of exact attention."""
-    yield from count_focal_programs(images, sm)
+def count_programs(images: PtxImages, sm: int, only: str = "") -> Iterator[tuple[str, ProgramCost]]:
+    """Count every program of every kernel of FastNystromAttention, of FocalAttention and of exact attention.
+
+    Args:
+        images: the compiled kernels.
+        sm: whose.
+        only: regular expression on the programs' keys.
+    """
+    wanted = re.compile(only).search
+    if not only or wanted("focal"):
+        yield from count_focal_programs(images, sm)
     for dtype, block_d in product(COUNTED_DTYPES, HEAD_PADDINGS):
-        yield from fit(_exact_samples(sm, dtype, block_d)).items()
+        yield from fit(_exact_samples(sm, dtype, block_d, wanted)).items()
         for s_pad, chebyshev in product(LANDMARK_PADDINGS, (False, True)):
-            yield from fit(_attention_samples(images, sm, dtype, s_pad, block_d, chebyshev)).items()
+            yield from fit(_attention_samples(images, sm, dtype, s_pad, block_d, chebyshev, wanted)).items()
 
 
 def count_focal_programs(images: PtxImages, sm: int) -> Iterator[tuple[str, ProgramCost]]:
@@ -73,7 +83,9 @@ def _fit_one(found: list[tuple[dict[str, int], CtaCount]]) -> ProgramCost:
     return ProgramCost(base, dict(zip(varied, slopes, strict=True)))
 
 
-def _exact_samples(sm: int, dtype: Dtype, head_size: int) -> Samples:
+def _exact_samples(sm: int, dtype: Dtype, head_size: int, wanted: Wanted) -> Samples:
+    if not wanted(f"exact-{dtype}-d{head_size}"):
+        return {}
     kernel = compile_exact(sm, head_size, dtype)
     samples: Samples = {}
     for count in _EXACT_BLOCKS:
@@ -86,7 +98,9 @@ def _exact_samples(sm: int, dtype: Dtype, head_size: int) -> Samples:
     return samples
 
 
-def _attention_samples(images: PtxImages, sm: int, dtype: Dtype, s_pad: int, block_d: int, chebyshev: bool) -> Samples:
+def _attention_samples(
+    images: PtxImages, sm: int, dtype: Dtype, s_pad: int, block_d: int, chebyshev: bool, wanted: Wanted
+) -> Samples:
     samples: Samples = {}
     for heads, tokens, multiprocessors, length in _PROBES:
         steps = ChebyshevSteps(length, 0.05) if chebyshev else None
@@ -96,7 +110,7 @@ def _attention_samples(images: PtxImages, sm: int, dtype: Dtype, s_pad: int, blo
         seen: set[str] = set()
         for launch, parts in zip(call.plan.launches, launches, strict=True):
             for programs in parts:
-                if programs.key not in seen:
+                if programs.key not in seen and wanted(programs.key):
                     seen.add(programs.key)
                     kernel = images.kernel(launch.variant, sm, profile=True)
                     _add(samples, programs, kernel, call.memory, launch.grid, call.arguments(launch))

@@ -47,9 +47,18 @@ std::pair<double, double> chebyshevInterval(AttentionAttributes const& attribute
 
 int64_t queryTiles(AttentionShape const& shape, int64_t multiprocessors)
 {
-    int64_t const programs = divideUp(shape.tokens, blocksOf(shape).queryBlock) * shape.batch * shape.heads;
-    int64_t const share = programs / (2 * kWaves * std::min(multiprocessors, kMaxMultiprocessors));
-    return std::max<int64_t>(1, std::min(kMaxQueryTiles, share));
+    int64_t const tiles = divideUp(shape.tokens, blocksOf(shape).queryBlock);
+    int64_t const there = std::min(multiprocessors, kMaxMultiprocessors);
+    auto const halfTiles = [&](int64_t share) {
+        int64_t const rounds = divideUp(divideUp(tiles, share) * shape.batch * shape.heads, there);
+        return rounds * (2 * share + 1);
+    };
+    int64_t best = 1;
+    for (int64_t share = 2; share <= kMaxQueryTiles; ++share)
+    {
+        best = halfTiles(share) < halfTiles(best) ? share : best;
+    }
+    return best;
 }
 
 size_t attentionBuffers(AttentionShape const& shape, bool chebyshev, int64_t headSplits, std::array<size_t, kSlots>& offsets)
