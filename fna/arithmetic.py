@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fna.chebyshev import ChebyshevSteps
 from fna.plan import FocalBlockPlan, Plan, SharingKey
 from fna.samplers import find_sampler
 from fna.samplers.common.spacing import patch_grid
@@ -39,14 +40,21 @@ def last_iteration_products(landmarks: int, heads: int, head_size: int) -> int:
     return 4 * heads * landmarks * landmarks * head_size
 
 
-def nystrom_products(tokens: int, landmarks: int, heads: int, head_size: int, iterations: int) -> int:
-    """Products of FNA: A, Bv, Newton-Schulz as `fna.attention.newton_schulz_iterates` does it, the output."""
-    core = heads * landmarks * landmarks * head_size
+def chebyshev_products(landmarks: int, heads: int, head_size: int, steps: int) -> int:
+    """Products of `fna.attention.chebyshev_core`: A^T A, and S x S times S x D for A, for A^T, and for every step but the first."""
+    return heads * landmarks * landmarks * (landmarks + (steps + 1) * head_size)
+
+
+def nystrom_products(
+    tokens: int, landmarks: int, heads: int, head_size: int, iterations: int, chebyshev: ChebyshevSteps | None = None
+) -> int:
+    """Products of FNA: A, Bv, the core as `fna.attention` does it (`iterations` of Newton-Schulz without `chebyshev`), the output."""
+    matrix = heads * landmarks * landmarks * head_size
     rows = 2 * landmark_row_products(tokens, landmarks, heads, head_size)
-    inverse = newton_schulz_products(landmarks, heads, iterations) + last_iteration_products(
-        landmarks, heads, head_size
-    )
-    return core + rows + inverse
+    if chebyshev is not None:
+        return matrix + rows + chebyshev_products(landmarks, heads, head_size, chebyshev.steps)
+    last = last_iteration_products(landmarks, heads, head_size)
+    return matrix + rows + newton_schulz_products(landmarks, heads, iterations) + last
 
 
 def focal_products(
@@ -142,7 +150,8 @@ def block_products(plan: Plan, block: int, tokens: int, heads: int, head_size: i
     if planned is None:
         return exact_products(tokens, heads, head_size)
     count = heads if planned.heads is None else len(planned.heads)
-    total = nystrom_products(tokens, planned.landmarks, count, head_size, plan.iterations_of(planned))
+    core = plan.iterations_of(planned), plan.chebyshev_of(planned)
+    total = nystrom_products(tokens, planned.landmarks, count, head_size, *core)
     if planned.correction is not None:
         total += correction_products(tokens, count, head_size, planned.correction.size)
     return total + exact_products(tokens, heads - count, head_size)

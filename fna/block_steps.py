@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
+from fna.chebyshev import ChebyshevSteps
 from fna.errors import InvalidPlanError
 from fna.plan import Correction, Plan, TokenRange
 from fna.samplers import LandmarkRequest, Sampler, find_sampler
@@ -95,6 +96,7 @@ class NystromStep:
         heads: those that are FNA, ascending; None is all of them.
         landmarks: how they are chosen.
         iterations: of Newton-Schulz.
+        chebyshev: the cheaper core instead of Newton-Schulz; None for Newton-Schulz.
         exact_rows: whether the landmarks' own rows are written exactly.
         correction: of the FNA heads' result, None for none.
     """
@@ -102,6 +104,7 @@ class NystromStep:
     heads: tuple[int, ...] | None
     landmarks: LandmarkChoice
     iterations: int
+    chebyshev: ChebyshevSteps | None
     exact_rows: bool
     correction: Correction | None
 
@@ -173,7 +176,8 @@ def steps_of(plan: Plan, block: int) -> BlockSteps:
         _named_tokens(plan.find_landmark_range("exclude", block)),
         (plan.sharing_key(planned), block if alone else None),
     )
-    nystrom = NystromStep(planned.heads, landmarks, plan.iterations_of(planned), plan.exact_rows, planned.correction)
+    core = plan.iterations_of(planned), plan.chebyshev_of(planned)
+    nystrom = NystromStep(planned.heads, landmarks, *core, plan.exact_rows, planned.correction)
     return BlockSteps(block, masking, nystrom)
 
 

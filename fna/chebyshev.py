@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fna.errors import InvalidArgumentError
 
@@ -47,13 +49,57 @@ class ChebyshevSteps:
             )
 
 
+class CoreChoice(BaseModel):
+    """What stands for `Z @ Bv` in FNA, as plans say it.
+
+    Attributes:
+        core: `newton_schulz` or `chebyshev`. None in a block is the plan's, None in a plan is `newton_schulz`.
+        steps: of the chebyshev core, which needs them.
+        low: the lowest eigenvalue that they aim at.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    core: CoreName | None = None
+    steps: int | None = None
+    low: float | None = None
+
+    @model_validator(mode="after")
+    def _check_core(self) -> CoreChoice:
+        given = (self.steps, self.low)
+        if self.core == CHEBYSHEV and None in given:
+            raise ValueError(f"core is chebyshev, which needs steps and low, but they are {given[0]} and {given[1]}")
+        if self.core != CHEBYSHEV and given != (None, None):
+            raise ValueError(f"steps and low are of the chebyshev core, but core is {self.core or 'not given'}")
+        _ = self.chebyshev  # its values are in range
+        return self
+
+    @property
+    def chebyshev(self) -> ChebyshevSteps | None:
+        """The steps that are named here, None where none are."""
+        return None if self.steps is None or self.low is None else ChebyshevSteps(self.steps, self.low)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_older_versions_have_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        core = {name: fields.pop(name, None) for name in ("core", "steps", "low")}
+        return {**fields, **{name: value for name, value in core.items() if value is not None}}
+
+
 def chebyshev_from(steps: int, low: float) -> ChebyshevSteps | None:
     """Return the core of an operator's flat arguments: 0 steps are Newton-Schulz."""
     return ChebyshevSteps(steps, low) if steps else None
 
 
+def core_settings(iterations: int, chebyshev: ChebyshevSteps | None) -> dict[str, float]:
+    """Return the numbers that say a core, named so that those of two cores can be compared: of one that it is not, they are 0."""
+    if chebyshev is None:
+        return {"steps": 0, "low": 0.0, "iterations": iterations}
+    return {"steps": chebyshev.steps, "low": chebyshev.low, "iterations": 0}
+
+
 def usual_steps(landmarks: int) -> ChebyshevSteps:
-    """Return the steps for S landmarks: fewer landmarks take more, measured on real weights (docs/notes/core.md)."""
+    """Return the steps for S landmarks: fewer landmarks take more, measured on real weights."""
     return ChebyshevSteps(10, 0.03) if landmarks <= _MORE_STEPS_LANDMARKS else ChebyshevSteps(8, 0.05)
 
 
@@ -66,6 +112,25 @@ def default_core(landmarks: int, method: str) -> ChebyshevSteps | None:
     if method == "published" or landmarks <= _NEWTON_SCHULZ_LANDMARKS:
         return None
     return usual_steps(landmarks)
+
+
+def choose_core(
+    landmarks: int, method: str, core: CoreName | None, steps: int | None, low: float | None
+) -> ChebyshevSteps | None:
+    """Return the core that somebody names, None for Newton-Schulz; what is left open is as usual for S landmarks.
+
+    Raises:
+        InvalidArgumentError: for steps or a `low` of Newton-Schulz, or values out of range.
+    """
+    named = steps is not None or low is not None
+    if core == NEWTON_SCHULZ and named:
+        raise InvalidArgumentError("steps and low are of the chebyshev core, but core is newton_schulz; leave them out")
+    if core is None and not named:
+        return default_core(landmarks, method)
+    if core == NEWTON_SCHULZ:
+        return None
+    usual = usual_steps(landmarks)
+    return ChebyshevSteps(usual.steps if steps is None else steps, usual.low if low is None else low)
 
 
 def chebyshev_coefficients(steps: int, low: float) -> list[tuple[float, float]]:

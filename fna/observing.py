@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fna.chebyshev import chebyshev_from, core_settings
 from fna.errors import InvalidPlanError
 from fna.patching import AttentionBlock, exact_attention_forward, find_attention_blocks, is_patched, make_mask
 
@@ -57,7 +58,7 @@ class FocalCall:
     key_mask: Tensor | None = None  # [B, N] or [1, N]
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, float]:
         """The operator's attributes besides the scale."""
         return {"prefix_tokens": self.prefix_tokens, "hot": self.hot}
 
@@ -78,11 +79,16 @@ class NystromCall:
     exact_rows: bool
     key_mask: Tensor | None = None  # [B, N] or [1, N]
     sink: bool = False
+    steps: int = 0
+    low: float = 0.0
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, float]:
         """The operator's attributes besides the scale."""
-        return {"iterations": self.iterations, "exact_rows": int(self.exact_rows)}
+        return {
+            **core_settings(self.iterations, chebyshev_from(self.steps, self.low)),
+            "exact_rows": int(self.exact_rows),
+        }
 
 
 ReplacedCall = NystromCall | FocalCall

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from fna.block_numbers import format_layers, parse_layers
+from fna.chebyshev import CHEBYSHEV, ChebyshevSteps, CoreChoice, CoreName, choose_core
 from fna.errors import InputFileError, InvalidPlanError
 from fna.samplers import DEFAULT_SAMPLER, all_samplers, check_sampler_name, find_sampler
 
@@ -74,7 +75,7 @@ class Correction(BaseModel):
         return self
 
 
-class BlockPlan(BaseModel):
+class BlockPlan(CoreChoice):
     """One FNA block. Blocks that a plan does not list stay exact.
 
     Attributes:
@@ -87,8 +88,6 @@ class BlockPlan(BaseModel):
         resample: choose landmarks anew in this block; None is the plan's.
         correction: see `Correction`; None for none.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     block: int = Field(ge=0)
     landmarks: int = Field(ge=1)
@@ -167,14 +166,14 @@ def _iterations_of_the_method() -> int:
     return NEWTON_SCHULZ_ITERATIONS
 
 
-class Plan(BaseModel):
+class Plan(CoreChoice):
     """How a model's attention is to be replaced; docs/design.md says what the method and the samplers are.
 
     Attributes:
-        version: of this format.
+        version: of this format: 3 where a core is named, here or in a block, else 2 with focal blocks, else 1.
         num_blocks: attention blocks of the model the plan is for.
         blocks: the blocks that become FNA, ascending.
-        focal: the blocks that become focal attention, ascending; a file that lists some has version 2.
+        focal: the blocks that become focal attention, ascending.
         method: `weighted` (landmark weights and exact rows) or `published` (neither).
         iterations: Newton-Schulz iterations; the method's own number for a new plan, `ITERATIONS_OF_VERSION_1` for a file without.
         prefix_tokens: class and register tokens at the front; None means: detect them.
@@ -191,9 +190,7 @@ class Plan(BaseModel):
         made_from: free-form record of what the plan was made from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = 1
     num_blocks: int = Field(ge=1)
     blocks: tuple[BlockPlan, ...] = ()
     focal: tuple[FocalBlockPlan, ...] = ()
@@ -217,11 +214,13 @@ class Plan(BaseModel):
             return values
         if info.mode == "json":
             return {"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values}
-        return {"version": 2 if values.get("focal") else 1, **values}
+        blocks = (block if isinstance(block, dict) else vars(block) for block in values.get("blocks", ()))
+        cores = any(entry.get("core") for entry in (values, *blocks))
+        return {"version": 3 if cores else 2 if values.get("focal") else 1, **values}
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_version_1_has_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
+    def _leave_out_what_older_versions_have_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = super()._leave_out_what_older_versions_have_not(dump)
         if not self.focal:
             fields.pop("focal", None)
         return fields
@@ -239,6 +238,11 @@ class Plan(BaseModel):
             raise ValueError(f"block {both[0]} is listed under blocks and under focal, but it is one of both at most")
         if self.focal and self.version == 1:
             raise ValueError("focal blocks are listed, but version is 1; plans with them have version 2")
+        named = [entry for entry in (self, *self.blocks) if entry.core is not None]
+        if named and self.version < 3:
+            raise ValueError(f"a core is named, but version is {self.version}; plans that name one have version 3")
+        if self.method == "published" and any(entry.chebyshev for entry in named):
+            raise ValueError("core is chebyshev, but the published method has newton_schulz; use the weighted method")
         for key in ("masks", "landmarks_include", "landmarks_exclude"):
             self._check_ranges(key, getattr(self, key))
         return self
@@ -286,6 +290,10 @@ class Plan(BaseModel):
     def iterations_of(self, entry: BlockPlan) -> int:
         """Newton-Schulz iterations of a block."""
         return self.iterations if entry.iterations is None else entry.iterations
+
+    def chebyshev_of(self, entry: BlockPlan) -> ChebyshevSteps | None:
+        """Chebyshev steps of a block, None for Newton-Schulz."""
+        return self.chebyshev if entry.core is None else entry.chebyshev
 
     @property
     def needs_positions(self) -> bool:
@@ -347,7 +355,10 @@ class Plan(BaseModel):
         """Say in a line which blocks are what: `FNA blocks 6-11 of 12, S=64, grid, weighted; focal blocks 1-3, ...`."""
         counts = "/".join(str(count) for count in sorted({block.landmarks for block in self.blocks}))
         samplers = "/".join(sorted({block.sampler for block in self.blocks}))
-        settings = f", S={counts}, {samplers}, {self.method}" if self.blocks else ""
+        cores = {self.chebyshev_of(block) for block in self.blocks}
+        steps = "/".join(str(count) for count in sorted({core.steps for core in cores if core is not None}))
+        core = f", {steps} Chebyshev steps" * bool(steps) + " or Newton-Schulz" * (len(cores) > 1 and None in cores)
+        settings = f", S={counts}, {samplers}, {self.method}{core}" if self.blocks else ""
         numbers = format_layers(block.block for block in self.blocks)
         parts = [f"FNA blocks {numbers} of {self.num_blocks}{settings}"]
         if self.focal:
@@ -394,6 +405,9 @@ def uniform_plan(
     landmarks: int = DEFAULT_LANDMARKS,
     sampler: str = DEFAULT_SAMPLER,
     method: Method = DEFAULT_METHOD,
+    core: CoreName | None = None,
+    steps: int | None = None,
+    low: float | None = None,
     **settings: Any,
 ) -> Plan:
     """Make a plan that treats all chosen blocks alike.
@@ -404,6 +418,9 @@ def uniform_plan(
         landmarks: S for every chosen block.
         sampler: the sampler for every chosen block.
         method: `weighted` or `published`.
+        core: `newton_schulz` or `chebyshev`; None is the usual one for S landmarks (`fna.chebyshev.default_core`).
+        steps: of chebyshev; None is as many as are usual for S landmarks.
+        low: the lowest eigenvalue that they aim at, likewise.
         settings: further fields of `Plan`.
 
     Raises:
@@ -412,6 +429,9 @@ def uniform_plan(
     numbers = parse_layers(layers, num_blocks)
     try:
         blocks = tuple(BlockPlan(block=number, landmarks=landmarks, sampler=sampler) for number in numbers)
+        chosen = choose_core(landmarks, method, core, steps, low)
+        if chosen is not None:
+            settings |= {"core": CHEBYSHEV, "steps": chosen.steps, "low": chosen.low}
         return Plan(num_blocks=num_blocks, blocks=blocks, method=method, **settings)
     except ValidationError as error:
         raise InvalidPlanError(describe_validation_error("plan", error)) from None

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 from onnx import ModelProto
 
+from fna.chebyshev import CoreName
 from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanError
 from fna.export.operators.builder import HIGHEST_OPSET, LOWEST_OPSET
 from fna.export.surgery.graph.files import (
@@ -54,7 +55,8 @@ class GraftOptions:
         landmarks: S.
         sampler: how landmarks are chosen.
         method: `weighted` or `published`.
-        plan: a whole plan; takes the place of the four above.
+        core: as for `uniform_plan`, and likewise `steps` and `low`.
+        plan: a whole plan; takes the place of all the above.
         prefix_tokens: class and register tokens; None detects them.
         seed: for the random sampler.
         input_shapes: sizes to examine the file at, by input name, where it leaves them open.
@@ -67,6 +69,9 @@ class GraftOptions:
     landmarks: int = DEFAULT_LANDMARKS
     sampler: str = DEFAULT_SAMPLER
     method: str = DEFAULT_METHOD
+    core: CoreName | None = None
+    steps: int | None = None
+    low: float | None = None
     plan: Plan | None = None
     prefix_tokens: int | None = None
     seed: int = 0
@@ -327,6 +332,9 @@ def _decide(rows: Sequence[Row], options: GraftOptions) -> Plan:
             landmarks=options.landmarks,
             sampler=options.sampler,
             method=options.method,  # type: ignore[arg-type]
+            core=options.core,
+            steps=options.steps,
+            low=options.low,
             prefix_tokens=options.prefix_tokens,
             seed=options.seed,
         )

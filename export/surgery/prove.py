@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.errors import InputFileError
+from fna.export.operators.fast_nystrom_attention import core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.masked_attention import MASKED_ATTENTION
+from fna.export.operators.registry import node_attributes
 from fna.export.surgery.graph.files import names_read, node_proto, tensor_proto
 from fna.export.surgery.graph.fold import numpy_type
 from fna.export.surgery.graph.shapes import ShapePoint
@@ -135,7 +137,7 @@ def _compare_with_torch(replacement: Replacement, values: Sequence[NDArray[Any]]
         proof.failed[block] = "could not be checked: its operands overflow on random input"
         return
     site, scale = replacement.site, float(np.float32(attention.scale))
-    settings = {setting.name: helper.get_attribute_value(setting) for setting in replacement.fna.attribute}
+    settings = node_attributes(replacement.fna)
     sink = bool(settings.get("sink", 0))
     masked = (
         others
@@ -148,7 +150,7 @@ def _compare_with_torch(replacement: Replacement, values: Sequence[NDArray[Any]]
         landmarks, bias = others[:2]
         return nystrom_attention_reference(
             query, key, value, landmarks, bias, scale,
-            int(settings["iterations"]), bool(settings["exact_rows"]), key_mask, sink,
+            int(settings["iterations"]), bool(settings["exact_rows"]), key_mask, sink, core_of(settings),
         )  # fmt: skip
 
     def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

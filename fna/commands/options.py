@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from fna.chebyshev import CORES, MAX_CHEBYSHEV_STEPS
 from fna.errors import InvalidArgumentError
 from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, METHODS
 from fna.precision import PRECISIONS
@@ -147,6 +148,24 @@ PLAN: Mapping[str, Option] = {
         default=DEFAULT_METHOD,
         show_default=True,
         help="weighted: landmark weights and exact rows; published: the paper's.",
+    ),
+    "core": partial(
+        click.option,
+        "--core",
+        type=click.Choice(CORES),
+        help="What stands for the pseudo-inverse.  [default: chebyshev for more than 64 weighted landmarks, else newton_schulz]",
+    ),
+    "steps": partial(
+        click.option,
+        "--steps",
+        type=click.IntRange(1, MAX_CHEBYSHEV_STEPS),
+        help="Of the chebyshev core.  [default: 10 for up to 96 landmarks, else 8]",
+    ),
+    "low": partial(
+        click.option,
+        "--low",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="The lowest eigenvalue that the steps aim at.  [default: 0.03 for up to 96 landmarks, else 0.05]",
     ),
     "resample": partial(click.option, "--resample", is_flag=True, help="Choose landmarks anew in every block."),
     "prefix_tokens": partial(

@@ -73,6 +73,7 @@ def fna_attention_forward(
             landmark_bias=bias,
             scale=factor,
             iterations=step.iterations,
+            chebyshev=step.chebyshev,
             exact_rows=step.exact_rows,
             key_mask=key_mask,
             sink=sink,

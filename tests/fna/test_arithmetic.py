@@ -19,6 +19,7 @@ from fna.arithmetic import (
     saved_part,
 )
 from fna.attention import nystrom_attention_reference
+from fna.chebyshev import ChebyshevSteps
 from fna.plan import BlockPlan, Correction, Plan
 from fna.samplers.grid import grid_landmarks
 
@@ -29,6 +30,17 @@ def test_fna_multiplies_as_often_as_is_counted(iterations: int) -> None:
     with FlopCounterMode(display=False) as counter:
         nystrom_attention_reference(query, key, value, grid_landmarks(50, 8, 1), None, 0.25, iterations, False)
     assert counter.get_total_flops() == 2 * nystrom_products(50, 8, 2, 16, iterations)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_fna_with_the_cheaper_core_multiplies_as_often_as_is_counted(steps: int) -> None:
+    query, key, value = torch.randn(3, 1, 2, 50, 16)
+    core = ChebyshevSteps(steps, 0.05)
+    with FlopCounterMode(display=False) as counter:
+        nystrom_attention_reference(query, key, value, grid_landmarks(50, 8, 1), None, 0.25, 6, False, chebyshev=core)
+    assert counter.get_total_flops() == 2 * nystrom_products(50, 8, 2, 16, 6, core)
+    plan = Plan(num_blocks=1, blocks=(BlockPlan(block=0, landmarks=8),), core="chebyshev", steps=steps, low=0.05)
+    assert block_products(plan, 0, 50, 2, 16) == nystrom_products(50, 8, 2, 16, 6, core)
 
 
 def test_exact_attention_multiplies_as_often_as_is_counted() -> None:

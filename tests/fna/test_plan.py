@@ -11,7 +11,9 @@ import onnx
 import pytest
 
 from fna.arithmetic import saved_part
-from fna.errors import InputFileError, InvalidPlanError
+from fna.block_steps import steps_of
+from fna.chebyshev import ChebyshevSteps, default_core
+from fna.errors import InputFileError, InvalidArgumentError, InvalidPlanError
 from fna.export.metadata import read_metadata
 from fna.plan import (
     ITERATIONS_OF_VERSION_1,
@@ -42,7 +44,21 @@ def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     [
         ("{", "Invalid JSON"),
         ('{"num_blocks": 12, "colour": 1}', "colour"),
-        ('{"num_blocks": 12, "version": 3}', "version"),
+        ('{"num_blocks": 12, "version": 4}', "version"),
+        (
+            '{"num_blocks": 12, "core": "chebyshev", "steps": 8, "low": 0.05}',
+            "version is 1; plans that name one have version 3",
+        ),
+        (
+            '{"num_blocks": 12, "version": 3, "core": "chebyshev", "steps": 8}',
+            "needs steps and low, but they are 8 and None",
+        ),
+        ('{"num_blocks": 12, "version": 3, "core": "chebyshev", "steps": 8, "low": 1.5}', "low 1.5"),
+        ('{"num_blocks": 12, "version": 3, "steps": 8, "low": 0.05}', "of the chebyshev core, but core is not given"),
+        (
+            '{"num_blocks": 12, "version": 3, "method": "published", "core": "chebyshev", "steps": 8, "low": 0.05}',
+            "the published method has newton_schulz",
+        ),
         ('{"num_blocks": 12, "blocks": [{"block": 1, "landmarks": 0}]}', "blocks.0.landmarks"),
         ('{"num_blocks": 12, "blocks": [{"block": 12, "landmarks": 8}]}', "blocks 0 to 11"),
         ('{"num_blocks": 12, "blocks": [{"block": 3, "landmarks": 8}, {"block": 3, "landmarks": 8}]}', "once each"),
@@ -112,6 +128,64 @@ def test_blocks_override_the_plans_iterations_and_resampling() -> None:
     )
     assert [plan.iterations_of(entry) for entry in plan.blocks] == [6, 3]
     assert [plan.resamples(entry) for entry in plan.blocks] == [False, True]
+
+
+def test_blocks_override_the_plans_core() -> None:
+    blocks = (
+        BlockPlan(block=0, landmarks=8),
+        BlockPlan(block=1, landmarks=8, core="newton_schulz"),
+        BlockPlan(block=2, landmarks=8, core="chebyshev", steps=3, low=0.1),
+    )
+    plan = Plan(num_blocks=3, blocks=blocks, core="chebyshev", steps=8, low=0.05)
+    cores = [ChebyshevSteps(8, 0.05), None, ChebyshevSteps(3, 0.1)]
+    assert [plan.chebyshev_of(entry) for entry in plan.blocks] == cores
+    assert parse_plan(plan.dump_json()) == plan
+    assert plan.describe_blocks().endswith("weighted, 3/8 Chebyshev steps or Newton-Schulz")
+    assert [steps_of(plan, block).nystrom.chebyshev for block in range(3)] == cores  # type: ignore[union-attr]
+
+
+def test_only_plans_that_name_a_core_have_the_version_that_knows_it() -> None:
+    plain, focal = Plan(num_blocks=2), Plan(num_blocks=2, focal=(FocalBlockPlan(block=1),))
+    block = Plan(num_blocks=2, blocks=(BlockPlan(block=0, landmarks=8, core="chebyshev", steps=3, low=0.1),))
+    whole = Plan(num_blocks=2, core="newton_schulz")
+    written = [json.loads(plan.dump_json()) for plan in (plain, focal, block, whole)]
+    assert [fields["version"] for fields in written] == [1, 2, 3, 3]
+    assert [{"core", "steps", "low"} & {*fields} for fields in written] == [set(), set(), set(), {"core"}]
+    assert {"core", "steps", "low"} <= {*written[2]["blocks"][0]}
+    assert all("core" not in entry for fields in written[:2] for entry in fields["blocks"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_plan_file_without_a_core_means_newton_schulz_whatever_the_default_is(version: int) -> None:
+    text = f'{{"version": {version}, "num_blocks": 2, "blocks": [{{"block": 0, "landmarks": 128}}]}}'
+    plan = parse_plan(text)
+    assert plan.chebyshev_of(plan.blocks[0]) is None
+    assert uniform_plan(2, landmarks=128).chebyshev == default_core(128, "weighted")  # a new plan has the default
+
+
+@pytest.mark.parametrize(
+    ("settings", "core"),
+    [
+        ({"landmarks": 64}, None),
+        ({"landmarks": 96}, ChebyshevSteps(10, 0.03)),
+        ({"landmarks": 128, "method": "published"}, None),
+        ({"landmarks": 128, "core": "newton_schulz"}, None),
+        ({"landmarks": 64, "core": "chebyshev"}, ChebyshevSteps(10, 0.03)),
+        ({"landmarks": 64, "steps": 6}, ChebyshevSteps(6, 0.03)),
+        ({"landmarks": 128, "low": 0.2}, ChebyshevSteps(8, 0.2)),
+    ],
+)
+def test_a_uniform_plan_has_the_core_named_or_the_usual_one(
+    settings: dict[str, Any], core: ChebyshevSteps | None
+) -> None:
+    plan = uniform_plan(2, **settings)
+    assert plan.chebyshev == core
+    assert plan.version == (1 if core is None else 3)
+
+
+def test_steps_of_newton_schulz_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="core is newton_schulz; leave them out"):
+        uniform_plan(2, core="newton_schulz", steps=8)
 
 
 def test_the_plan_that_the_documentation_shows_can_be_read() -> None:

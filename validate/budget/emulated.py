@@ -8,7 +8,7 @@ compared with.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from torch import Tensor
 
 from fna.arithmetic import nystrom_products
-from fna.chebyshev import ChebyshevSteps
 from fna.errors import InputFileError
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
+from fna.export.operators.fast_nystrom_attention import core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.registry import OPERATORS, fna_nodes, node_attributes
 from fna.export.passes.lower import lower
@@ -107,9 +107,10 @@ class EmulatedFile:
             whole = int(node_attributes(node)["prefix_tokens"]) * tokens
             pairs = whole + tiles * rows * (arrays[node.input[4]].shape[1] + int(node_attributes(node)["hot"]))
             return 2 * batch * heads * pairs * head_size / PRODUCTS_A_SECOND
-        iterations = int(node_attributes(node).get("iterations", ITERATIONS_OF_VERSION_1))
+        given = node_attributes(node)
+        core = int(given.get("iterations", ITERATIONS_OF_VERSION_1)), core_of(given)
         landmarks = arrays[node.input[3]].shape[1]
-        return batch * nystrom_products(tokens, landmarks, heads, head_size, iterations) / PRODUCTS_A_SECOND
+        return batch * nystrom_products(tokens, landmarks, heads, head_size, *core) / PRODUCTS_A_SECOND
 
     def _run_piece(self, piece: Piece, arrays: Arrays) -> Arrays:
         if piece.session is None:
@@ -153,16 +154,9 @@ class EmulatedFile:
         submitted = self._plugin.submit(
             emulate_attention, [*typed, landmarks.int(), bias.float(), *(m.int() for m in mask)],
             scale=float(given["scale"]), iterations=int(given.get("iterations", ITERATIONS_OF_VERSION_1)),
-            exact_rows=bool(given.get("exact_rows", 0)), sink=bool(given.get("sink", 0)), chebyshev=_chebyshev(given),
+            exact_rows=bool(given.get("exact_rows", 0)), sink=bool(given.get("sink", 0)), chebyshev=core_of(given),
         )  # fmt: skip
         return submitted.result().out.float().numpy()
-
-
-def _chebyshev(given: Mapping[str, Any]) -> ChebyshevSteps | None:
-    """The cheaper core, of nodes that name it."""
-    if given.get("core") != "chebyshev":
-        return None
-    return ChebyshevSteps(int(given["steps"]), float(given["low"]))
 
 
 def _element_types(model: ModelProto, nodes: list[NodeProto]) -> dict[str, int]:

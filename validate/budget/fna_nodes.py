@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from fna.attention import nystrom_attention_reference
+from fna.chebyshev import chebyshev_from, core_settings
 from fna.export.blocks import attention_block
 from fna.export.metadata import FileMetadata
+from fna.export.operators.fast_nystrom_attention import core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.registry import approximating_operators, fna_nodes, node_attributes, node_inputs
 from fna.focal import focal_attention_reference
@@ -32,7 +34,7 @@ class FnaNode:
         inputs: tensor names by the operator's own names for them.
         output: the tensor it writes.
         scale: factor on the scores.
-        settings: the operator's other attributes: `iterations` and `exact_rows`, or `prefix_tokens` and `hot`.
+        settings: the operator's other attributes: those of its core and `exact_rows`, or `prefix_tokens` and `hot`.
         sink: whether masked tokens attend to themselves; see `fna.attention`.
         is_focal: whether it is focal attention.
     """
@@ -42,7 +44,7 @@ class FnaNode:
     inputs: dict[str, str]
     output: str
     scale: float
-    settings: dict[str, int]
+    settings: dict[str, float]
     sink: bool = False
     is_focal: bool = False
 
@@ -56,7 +58,11 @@ def list_fna_nodes(model: ModelProto) -> list[FnaNode]:
 def _describe(node: NodeProto, index: int) -> FnaNode:
     attributes = {"iterations": ITERATIONS_OF_VERSION_1, "exact_rows": 0, **node_attributes(node)}
     is_focal = FOCAL_ATTENTION.is_called_by(node)
-    names = ("prefix_tokens", "hot") if is_focal else ("iterations", "exact_rows")
+    if is_focal:
+        settings: dict[str, float] = {name: int(attributes[name]) for name in ("prefix_tokens", "hot")}
+    else:
+        settings = core_settings(int(attributes["iterations"]), core_of(attributes))
+        settings["exact_rows"] = int(attributes["exact_rows"])
     number = attention_block(node)
     return FnaNode(
         block=index if number is None else number,
@@ -64,7 +70,7 @@ def _describe(node: NodeProto, index: int) -> FnaNode:
         inputs=node_inputs(node),
         output=node.output[0],
         scale=float(attributes["scale"]),
-        settings={name: int(attributes[name]) for name in names},
+        settings=settings,
         sink=bool(attributes.get("sink", 0)),
         is_focal=is_focal,
     )
@@ -111,7 +117,7 @@ def expected_output(
     *,
     order: tuple[str, str, str] = ("query", "key", "value"),
     scale: float | None = None,
-    settings: Mapping[str, int] | None = None,
+    settings: Mapping[str, float] | None = None,
 ) -> NDArray[np.float32]:  # [B, H, N, D]
     """FNA or focal attention in PyTorch fp32 on what a node was given, as the node says or as the arguments say.
 
@@ -131,12 +137,13 @@ def expected_output(
             lists = [tensors[name] for name in ("tile_queries", "tile_keys", "tile_bias", "places")]
             out = focal_attention_reference(
                 query, key, value, lists[0], lists[1], lists[2], lists[3],
-                tensors.get("key_mask"), chosen["prefix_tokens"], chosen["hot"], factor,
+                tensors.get("key_mask"), int(chosen["prefix_tokens"]), int(chosen["hot"]), factor,
             )  # fmt: skip
         else:
             out = nystrom_attention_reference(
                 query, key, value, tensors["landmarks"], tensors["landmark_bias"].float(), factor,
-                chosen["iterations"], bool(chosen["exact_rows"]), tensors.get("key_mask"), node.sink,
+                int(chosen["iterations"]), bool(chosen["exact_rows"]), tensors.get("key_mask"), node.sink,
+                chebyshev_from(int(chosen["steps"]), chosen["low"]),
             )  # fmt: skip
     return out.numpy()
 
@@ -151,16 +158,18 @@ def planned_settings(node: FnaNode, metadata: FileMetadata) -> dict[str, float]:
     return {"scale": node.scale if scale is None else float(scale), **_planned_by_block(node, metadata.plan)}
 
 
-def _planned_by_block(node: FnaNode, plan: Plan) -> dict[str, int]:
+def _planned_by_block(node: FnaNode, plan: Plan) -> dict[str, float]:
     nystrom, focal = plan.find(node.block), plan.find_focal(node.block)
     if node.is_focal:
         return {} if focal is None else {"hot": focal.hot}
-    iterations = plan.iterations if nystrom is None else plan.iterations_of(nystrom)
-    return {"iterations": iterations, "exact_rows": int(plan.exact_rows)}
+    core = (plan.iterations, plan.chebyshev)
+    if nystrom is not None:
+        core = (plan.iterations_of(nystrom), plan.chebyshev_of(nystrom))
+    return {**core_settings(*core), "exact_rows": int(plan.exact_rows)}
 
 
 def planned_output(node: FnaNode, arrays: Arrays, metadata: FileMetadata) -> NDArray[np.float32]:  # [B, H, N, D]
     """As `expected_output`, with the settings that a grafted file's node should have."""
     needed = planned_settings(node, metadata)
     scale = needed.pop("scale")
-    return expected_output(node, arrays, scale=scale, settings={name: int(value) for name, value in needed.items()})
+    return expected_output(node, arrays, scale=scale, settings=needed)

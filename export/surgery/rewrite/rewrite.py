@@ -15,7 +15,7 @@ from fna.errors import InvalidPlanError
 from fna.export.blocks import grafted_node_name
 from fna.export.operators.artifact_tokens import ARTIFACT_TOKENS
 from fna.export.operators.builder import Builder
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_attributes
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.masked_attention import MASKED_ATTENTION
 from fna.export.operators.massive_tokens import MASSIVE_TOKENS
@@ -177,7 +177,7 @@ def _replace(writer: _Writer, row: Row) -> Replacement:
     else:
         landmarks, bias = _landmarks(writer, row, step.landmarks, attention, (query, key, value), before)
         inputs = [query, key, value, landmarks, bias, *key_mask]
-        attributes = {"iterations": step.iterations, "exact_rows": int(step.exact_rows)}
+        attributes = core_attributes(step.iterations, step.chebyshev) | {"exact_rows": int(step.exact_rows)}
         attributes |= {"sink": sink} if key_mask else {}
     after: list[NodeProto] = []
     output = _result_nodes(writer, attention.result, prefix, after)

@@ -12,11 +12,15 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from fna.chebyshev import ChebyshevSteps
 from fna.cli import main
 from fna.errors import InvalidPlanError
+from fna.export.metadata import read_metadata
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
+from fna.export.operators.registry import fna_nodes, node_attributes
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel, wrap_model
-from fna.export.surgery.graft import GraftOptions, graft
+from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.graph.files import import_model
 from fna.export.surgery.graph.shapes import infer_point
 from fna.export.surgery.graph.view import GraphView
@@ -86,6 +90,41 @@ def test_a_grafted_plan_computes_what_the_patched_model_computes(
     for array, same, tensor in zip(given, portable, expected, strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(same, tensor.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_traced_and_grafted_files_have_the_plans_core(source: LoadedModel, dense: Path, tmp_path: Path) -> None:
+    entry = BlockPlan(block=1, landmarks=9, heads=(0, 2), core="chebyshev", steps=4, low=0.1)
+    plan = Plan(num_blocks=3, blocks=(entry, BlockPlan(block=2, landmarks=9)), prefix_tokens=1, patches=(4, 6))
+    output = tmp_path / "core.onnx"
+    result = graft(dense, output, GraftOptions(plan=plan))
+    assert result.proof is not None
+    assert not result.proof.failed
+    traced, metadata = trace_model(source, plan, TraceOptions(56, 84))
+    assert metadata.plan.version == read_metadata(load_onnx(output), "core.onnx").plan.version == 3
+    assert [row.reason for row in inspect_file(output, {}) if row.family == "FNA"] == [
+        "it is FNA already, with 4 Chebyshev steps from 0.1",
+        "it is FNA already",
+    ]
+    pixels = torch.randn(2, 3, 56, 84)
+    outputs = {}
+    without = entry.model_copy(update={"core": None, "steps": None, "low": None})
+    other = plan.model_copy(update={"blocks": (without, plan.blocks[1])})
+    for name, chosen in (("chebyshev", plan), ("newton_schulz", other)):
+        patch(source.module, chosen)
+        try:
+            with torch.inference_mode():
+                outputs[name] = source.module(pixels)[0].numpy()
+        finally:
+            unpatch(source.module)
+    assert np.abs(outputs["chebyshev"] - outputs["newton_schulz"]).max() > 1e-2
+    for model in (load_onnx(output), traced):
+        nodes = [node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node)]
+        assert [core_of(node_attributes(node)) for node in nodes] == [ChebyshevSteps(4, 0.1), None]
+        assert [node_attributes(node)["plugin_version"] for node in nodes] == ["3", "1"]
+        for form in (model, lower(model, "portable"), lower(model, "fused")):
+            session = onnxruntime.InferenceSession(form.SerializeToString())
+            given = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
+            np.testing.assert_allclose(given, outputs["chebyshev"], rtol=1e-3, atol=1e-4)
 
 
 def test_heads_that_a_block_does_not_have_are_named(dense: Path, tmp_path: Path) -> None:

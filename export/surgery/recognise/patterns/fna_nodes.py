@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
 from fna.export.operators.registry import is_attention
 from fna.export.surgery.graph.view import attribute
 from fna.export.surgery.recognise.context import Context
@@ -17,7 +17,9 @@ def read(context: Context, node: gs.Node, row: Row) -> None:
     row.family, reason = (
         ("FNA", "it is FNA") if node.op == FAST_NYSTROM_ATTENTION.name else ("masked", "its keys are masked")
     )
-    row.decision, row.reason = Decision.KEPT, f"{reason} already"
+    core = core_of(node.attrs)
+    steps = "" if core is None else f", with {core.steps} Chebyshev steps from {core.low:g}"
+    row.decision, row.reason = Decision.KEPT, f"{reason} already{steps}"
     row.scale = float(attribute(node, "scale", 0.0))
     shape = context.points[0].shapes.get(node.inputs[0].name)
     if shape is not None and len(shape) == 4:
