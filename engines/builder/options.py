@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fna.engines.look_inside.debug_tensors import DebugTensors
-from fna.engines.targets import Flavour, Lowering, Target
+from fna.engines.targets import Flavour, Target
 from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata
+from fna.export.passes import Lowering
 
 
 @dataclass(frozen=True)
