@@ -34,7 +34,7 @@ class BuildOptions:
         targets: devices; none means all that TensorRT-RTX takes, or the device that TensorRT runs on.
         batch: batch sizes that the engine takes; None is 1 to 8 tuned for 1, or the file's own where it is fixed.
         resolutions: heights and widths for files that leave them open; an optimisation profile for each.
-        lowering: `plugin` or `portable`; None is what the flavour and the targets take.
+        lowering: form of the file; None is what `fna.engines.lowerings` says of the flavour, its version and the targets.
         plugin: the plugin library; None is where `make plugin` puts it.
         workspace_mib: most scratch memory that a layer may use, in MiB; None is all of the device's.
         optimization_level: 0 to 5, the builder's effort; None is its default.
