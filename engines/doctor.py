@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fna.engines.device import NoGpuError, read_gpu
-from fna.engines.flavours import FLAVOURS, default_plugin, lowering_of
+from fna.engines.flavours import FLAVOURS, default_plugin
 from fna.engines.targets import TARGETS, Target
 from fna.machine import command_output, memory_gib, power_mode, processor_name, read_lines, tool_versions
 
@@ -194,7 +194,7 @@ def _verdict(flavour: str, target: Target, report: dict[str, Any]) -> str:
             return f"{title} builds on the device itself, and this machine's GPU is {gpu['name']} ({gpu['capability']})"
     if not re.fullmatch(r"\d+(\.\d+)+\S*", str(report[flavour])):
         return f"{title} cannot be imported here; {FLAVOURS[flavour].remedy}"
-    if flavour == "tensorrt" and lowering_of("tensorrt", (target,)) == "plugin" and not default_plugin().is_file():
+    if flavour == "tensorrt" and target.lowering == "plugin" and not default_plugin().is_file():
         return f"the plugin is {report['plugin']}"
     return "yes"
 

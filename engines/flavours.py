@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fna.engines.device import Gpu, find_gpu
-from fna.engines.targets import TARGETS, Flavour, Lowering, Target, capability_text
+from fna.engines.targets import TARGETS, Flavour, Target, capability_text
 from fna.errors import InvalidArgumentError, MissingCapabilityError
 from fna.plugins.built import LIBRARY, library_folder
 
@@ -98,13 +98,6 @@ def choose_targets(name: Flavour, targets: Sequence[Target]) -> tuple[Target, ..
                 f"{target.name} ({capability_text(*target.capabilities)}); make a bundle with fna bundle and build there"
             )
     return tuple(targets)
-
-
-def lowering_of(name: Flavour, targets: Sequence[Target]) -> Lowering:
-    """Return which form of a file is built: TensorRT-RTX has no plugin layers, and Turing no kernels."""
-    if name == "tensorrt-rtx" or any(target.lowering == "portable" for target in targets):
-        return "portable"
-    return "plugin"
 
 
 def set_devices(trt: Any, config: Any, name: Flavour, targets: Sequence[Target]) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fna.engines.look_inside.debug_tensors import DebugTensors, Place
 from fna.engines.look_inside.layers import FnaLayer
 from fna.errors import InputFileError
+from fna.export.passes import Lowering
 from fna.export.preprocessing import Preprocessing
 from fna.files import file_sha256, write_text
 from fna.plan import Plan, describe_validation_error
@@ -70,7 +71,7 @@ class Manifest(BaseModel):
     onnx_sha256: str
     engine_sha256: str
     engine_bytes: int
-    lowering: Literal["portable", "plugin"]
+    lowering: Lowering
     plan: Plan
     precision: str
     preprocessing: Preprocessing

@@ -12,7 +12,6 @@ from typing import Literal
 from fna.errors import InvalidArgumentError
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-Lowering = Literal["plugin", "portable"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Target:
         flavours: which TensorRT exists there, with the lowest version that does: `{"tensorrt": "10.3"}`.
         systems: on a Jetson, the TensorRT that each JetPack brings.
         precisions: that its tensor cores compute in, among those that `fna` writes.
-        lowering: which form of a file TensorRT is given; TensorRT-RTX is always given the portable one.
+        lowering: `plugin` where the plugin has kernels for the device; what else a runtime is given, `engines.lowerings` says.
         limits: what does not work there, for people.
     """
 
@@ -46,7 +45,7 @@ class Target:
     flavours: Mapping[str, str]
     systems: Mapping[str, str]
     precisions: tuple[str, ...]
-    lowering: Lowering
+    lowering: Literal["plugin", "portable"]
     limits: str = ""
 
     @property

@@ -1,7 +1,7 @@
 """Building engines from FNA files: one builder over both TensorRT flavours.
 
 Files are lowered here and never by a parser: to the plugin's nodes for TensorRT, to standard operators for TensorRT-RTX, which has
-no plugin layers and builds for all its GPUs on a machine that has none.
+no plugin layers and builds for all its GPUs on a machine that has none; `fna.engines.lowerings` has the table.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from fna.engines.builder.attention import prepare_attention
 from fna.engines.builder.network import EngineBuilder
 from fna.engines.builder.options import BuildOptions, check_options, check_precision
 from fna.engines.builder.profiles import input_profiles
@@ -24,7 +25,6 @@ from fna.engines.flavours import (
     default_plugin,
     import_flavour,
     load_plugins,
-    lowering_of,
     make_logger,
 )
 from fna.engines.look_inside.debug_tensors import find_places
@@ -36,11 +36,12 @@ from fna.engines.look_inside.layers import (
     requested_layers,
     with_network_types,
 )
+from fna.engines.lowerings import check_fused, choose_lowering
 from fna.engines.manifest import Manifest, ShapeRange, write_manifest
-from fna.engines.targets import Lowering
 from fna.errors import BuildError, InvalidArgumentError
 from fna.export.metadata import read_metadata
 from fna.export.operators.registry import fna_nodes, node_attributes
+from fna.export.passes import Lowering
 from fna.export.passes.lower import lower
 from fna.files import file_sha256, load_onnx, written_whole
 
@@ -69,10 +70,14 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     metadata = read_metadata(model, str(path))
     check_precision(path, metadata, targets)
     profiles = [input_profiles(model, options.batch, metadata, size) for size in options.resolutions or (None,)]
-    lowering = options.lowering or lowering_of(options.backend, targets)
+    lowering = options.lowering or choose_lowering(options.backend, trt.__version__, targets)
+    refusal = check_fused(model) if lowering == "fused" else None
+    if refusal is not None and options.lowering is not None:
+        raise InvalidArgumentError(f"--lowering fused was asked for, but {refusal}; leave it out")
+    lowering = lowering if refusal is None else "portable"
     requested = requested_layers(model)
     places = find_places(model, metadata.plan) if options.debug_tensors is not None else ()
-    lowered = lower(model, lowering)
+    lowered = prepare_attention(lower(model, lowering))
     del model
     plugin = _plugin_of(lowered, options)
     if plugin is not None and options.version_compatible:

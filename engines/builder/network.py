@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from fna.engines.builder.attention import allow_decomposition, check_attention
 from fna.engines.builder.options import BuildOptions
 from fna.engines.builder.progress import Progress, make_monitor, run_interruptibly
 from fna.engines.device import Gpu
@@ -68,6 +69,8 @@ class EngineBuilder:
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
         self._parse(parser, model)
+        attentions = allow_decomposition(trt, network)
+        check_attention(self._title, model, attentions)
         self._check_network(network, plugin_layers)
         if self._options.debug_tensors is not None:
             outputs = [value.name for value in model.graph.output]
@@ -83,7 +86,8 @@ class EngineBuilder:
         config.progress_monitor = make_monitor(trt, on_progress, stop)
         serialized = run_interruptibly(lambda: builder.build_serialized_network(network, config), stop)
         if serialized is None:
-            raise BuildError(f"{self._title} could not build the engine: {self._reason()}")
+            way_out = "; build with --lowering portable" if attentions else ""
+            raise BuildError(f"{self._title} could not build the engine: {self._reason()}{way_out}")
         self._keep_timings(config)
         return bytes(serialized)
 

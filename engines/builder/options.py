@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fna.engines.look_inside.debug_tensors import DebugTensors
-from fna.engines.targets import Flavour, Lowering, Target
+from fna.engines.targets import Flavour, Target
 from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata
+from fna.export.passes import Lowering
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class BuildOptions:
         targets: devices; none means all that TensorRT-RTX takes, or the device that TensorRT runs on.
         batch: batch sizes that the engine takes; None is 1 to 8 tuned for 1, or the file's own where it is fixed.
         resolutions: heights and widths for files that leave them open; an optimisation profile for each.
-        lowering: `plugin` or `portable`; None is what the flavour and the targets take.
+        lowering: form of the file; None is what `fna.engines.lowerings` says of the flavour, its version and the targets.
         plugin: the plugin library; None is where `fna plugin` puts it.
         workspace_mib: most scratch memory that a layer may use, in MiB; None is all of the device's.
         optimization_level: 0 to 5, the builder's effort; None is its default.

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata
-from fna.export.passes.lower import Lowering
+from fna.export.passes import Lowering
 from fna.files import file_sha256
 from fna.plan import describe_validation_error
 

@@ -12,7 +12,8 @@ from fna.engines.bundle.format import BundledModel, BundleManifest, PluginLayer
 from fna.engines.look_inside.layers import requested_layers
 from fna.errors import InputFileError
 from fna.export.operators.registry import fna_nodes, has_plugin, plugin_operators
-from fna.export.passes.lower import Lowering, lower
+from fna.export.passes import Lowering
+from fna.export.passes.lower import lower
 
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the ONNX file, where shape inference can read them."""

@@ -80,7 +80,7 @@ def requested_layers(model: ModelProto) -> tuple[RequestedLayer, ...]:
 
 
 def describe_layers(
-    requested: Sequence[RequestedLayer], lowering: Literal["portable", "plugin"], information: str | None
+    requested: Sequence[RequestedLayer], lowering: str, information: str | None
 ) -> tuple[FnaLayer, ...]:
     """Match the FNA nodes of a file with the layers of its engine.
 

@@ -7,8 +7,6 @@ of the same name is registered, from 10.7 on it takes the plugin.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import onnx.inliner
 from onnx import FunctionProto, ModelProto, TensorProto
 
@@ -22,11 +20,10 @@ from fna.export.operators.registry import (
     model_opset,
     plugin_operators,
 )
+from fna.export.passes import LOWERINGS, Lowering
 from fna.export.passes.fuse_exact import fuse_exact_attention
 from fna.export.passes.raise_opset import raise_opset
 from fna.export.types import tensor_types
-
-Lowering = Literal["portable", "fused", "plugin"]
 
 
 def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
@@ -41,8 +38,10 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
     Raises:
         InvalidArgumentError: for another lowering, or for a model whose `fna` nodes have no functions to inline.
     """
-    if lowering not in get_args(Lowering):
-        raise InvalidArgumentError(f"lowering {lowering!r} is not known; choose portable, fused or plugin")
+    if lowering not in LOWERINGS:
+        raise InvalidArgumentError(
+            f"lowering {lowering!r} is not known; choose {', '.join(LOWERINGS[:-1])} or {LOWERINGS[-1]}"
+        )
     known = {(function.domain, function.name) for function in model.functions}
     for node in fna_nodes(model.graph):
         if (

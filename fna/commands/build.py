@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @options.resolution("resolutions", multiple=True)
 @options.precision_options
 @options.images()
-@click.option("--lowering", type=click.Choice(("plugin", "portable")), help="[default: what backend and target take]")
+@options.lowering()
 @options.plugin()
 @click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory of a layer, in MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="The builder's effort.  [default: the builder's]")

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from fna.chebyshev import CORES, MAX_CHEBYSHEV_STEPS
 from fna.errors import InvalidArgumentError
+from fna.export.passes import LOWERINGS
 from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, METHODS
 from fna.precision import PRECISIONS
 from fna.samplers import DEFAULT_SAMPLER, sampler_names
@@ -111,6 +112,12 @@ keep_linear: Option = partial(
     help="Linear layers that stay out of 8 bits: NAME,NAME, or auto:0.9995 for as few as keep that cosine.",
 )
 target: Option = partial(click.option, "--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
+lowering: Option = partial(
+    click.option,
+    "--lowering",
+    type=click.Choice(LOWERINGS),
+    help="Form of the file.  [default: what docs/engines.md says of the runtime, its version and the target]",
+)
 plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")
 plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of fna plugin]")
 json_file: Option = partial(

@@ -28,8 +28,10 @@ def write_model(
     torch.manual_seed(0)
     pixels = helper.make_tensor_value_info("pixel_values", element_type, ["batch", 3, 32, 32])
     tokens = helper.make_tensor_value_info("tokens", element_type, None)
+    numpy_type = helper.tensor_dtype_to_np_dtype(element_type)
     constants = {
-        "kernel": torch.randn(32, 3, 4, 4).numpy().astype(helper.tensor_dtype_to_np_dtype(element_type)),
+        "kernel": torch.randn(32, 3, 4, 4).numpy().astype(numpy_type),
+        "key_weights": torch.randn(16).numpy().astype(numpy_type),
         "shape": torch.tensor([0, 2, 16, 64]).numpy(),
         "bias": torch.zeros(1, 8).numpy(),
         "hidden_shape": torch.tensor([0, 64, 32]).numpy(),
@@ -39,10 +41,11 @@ def write_model(
         helper.make_node("Conv", ["pixel_values", "kernel"], ["patches"], strides=[4, 4], name="patches"),
         helper.make_node("Reshape", ["patches", "shape"], ["flat"], name="flatten"),
         helper.make_node("Transpose", ["flat"], ["heads"], perm=[0, 1, 3, 2], name="heads"),
+        helper.make_node("Mul", ["heads", "key_weights"], ["keys"], name="keys"),
         helper.make_node("Reshape", ["heads", "hidden_shape"], ["hidden"], name="hidden"),
         sampler.make_node(["hidden"], ["landmarks"], "/blocks.0/sampler", **settings),
         FAST_NYSTROM_ATTENTION.make_node(
-            ["heads", "heads", "heads", "landmarks", "bias"], ["mixed"], "/blocks.0/fna",
+            ["heads", "keys", "heads", "landmarks", "bias"], ["mixed"], "/blocks.0/fna",
             scale=0.25, iterations=6, exact_rows=1,
         ),
         helper.make_node(extra or "Relu", ["mixed"], ["tokens"], name="last"),

@@ -37,7 +37,7 @@ def test_the_engine_and_its_manifest_are_written(built: Path) -> None:
     assert manifest.backend_version == needs_rtx.__version__
     assert manifest.onnx_sha256 == file_sha256(built.parent / "tiny.onnx")
     assert manifest.compute_capabilities == (80, 86, 89, 120)
-    assert manifest.lowering == "portable"
+    assert manifest.lowering == "fused"
     assert manifest.layers_with_fna == ("/blocks.0/sampler", "/blocks.0/fna")
     shapes = manifest.profiles["pixel_values"]
     assert (shapes.smallest, shapes.usual, shapes.largest) == ((1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))

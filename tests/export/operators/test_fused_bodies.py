@@ -92,8 +92,8 @@ def test_masked_attention_equals_pytorch(opset: int, element: int, sink: bool) -
 @every_type
 @every_opset
 @pytest.mark.parametrize("hot", [0, 3])
-@pytest.mark.parametrize("mask", [False, True])
-def test_focal_attention_equals_pytorch(opset: int, element: int, hot: int, mask: bool) -> None:
+@pytest.mark.parametrize("mask", [None, "some", "all patches"])
+def test_focal_attention_equals_pytorch(opset: int, element: int, hot: int, mask: str | None) -> None:
     levels = ((1, 0), (2, 1), (4, 3))
     inputs = attention_tensors(element, 1 + 7 * 9)
     lists = focal_keys((7, 9), 1, 4, levels, 2)
@@ -103,6 +103,8 @@ def test_focal_attention_equals_pytorch(opset: int, element: int, hot: int, mask
     kinds |= {"tile_bias": TensorProto.FLOAT, "places": TensorProto.INT32}
     if mask:
         inputs["key_mask"] = (np.random.default_rng(6).random((2, 64)) < 0.3).astype(np.int32)
+        if mask == "all patches":  # hot keys are masked then too, and the prefix token is all that is left
+            inputs["key_mask"][:] = np.arange(64) >= 1
         kinds["key_mask"] = TensorProto.INT32
     tensors = as_fp32(inputs)
     expected = focal_attention(

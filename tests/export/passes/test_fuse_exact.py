@@ -16,6 +16,7 @@ from fna.export.sources.loading import LoadedModel
 from fna.export.trace import TraceOptions, trace_model
 from fna.plan import Plan, uniform_plan
 
+TOKENS = 1 + 4 * 4
 PIXELS = np.random.default_rng(0).standard_normal((2, 3, 56, 56)).astype(np.float32)
 
 
@@ -84,3 +85,27 @@ def test_the_exact_attention_of_grafted_files_is_left_alone(traced: ModelProto) 
         if entry.key == "fna.origin":
             entry.value = "graft"
     assert len(attentions(lower(grafted, "fused"))) == 2 * 2
+
+
+def test_no_product_with_a_row_for_each_token_is_fp32_in_a_half_precision_file(traced: ModelProto) -> None:
+    half = cast_model(traced, "fp16")
+
+    def wide_products(model: ModelProto) -> list[str]:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        known = {value.name: value.type.tensor_type for value in [*inferred.value_info, *inferred.output]}
+        return [
+            node.name
+            for node in inferred.node
+            if node.op_type == "MatMul"
+            and known[node.output[0]].elem_type == TensorProto.FLOAT
+            and TOKENS
+            in [
+                side.dim_value
+                for name in (*node.input, *node.output)
+                if name in known
+                for side in known[name].shape.dim
+            ]
+        ]
+
+    assert len(wide_products(lower(half, "portable"))) == 2 * 4
+    assert wide_products(lower(half, "fused")) == []
