@@ -18,7 +18,7 @@ from fna.export.operators.registry import model_opset
 from fna.files import LARGEST_SINGLE_FILE
 from fna.runtime import open_session, run_session
 
-SAMPLED_ROWS = 1024
+SAMPLED_ROWS = 640
 """Rows of each tensor that are kept, of all photographs together."""
 
 

@@ -12,7 +12,7 @@ from fna.export.passes.calibration import InputStatistics
 from fna.export.passes.eight_bit import INT8, Array, EightBit
 from fna.export.passes.equalise import Equalisation
 
-STANDING_OUT = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+STANDING_OUT = (0.0, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Candidates: this share of the channels, the widest, is divided down to the width of the next."""
 
 
@@ -78,27 +78,23 @@ class _Trial:
     movable: bool
 
     def best_of(self, kind: EightBit) -> _Setting:
-        """Return the best portion to divide down, and for that the best headroom."""
+        """Return the best portion to divide down together with the best headroom."""
         portions = STANDING_OUT if self.movable and kind is INT8 else (0.0,)
-        first = self._try(kind, [(portion, HEADROOM[1]) for portion in portions])
-        rest = [(first.portion, headroom) for headroom in HEADROOM if headroom != HEADROOM[1]]
-        return min(first, self._try(kind, rest), key=lambda setting: setting.error)
-
-    def _try(self, kind: EightBit, settings: Sequence[tuple[float, float]]) -> _Setting:
         count = len(self.statistics.rows)
-        errors = np.zeros(len(settings))
+        errors = np.zeros((len(portions), len(HEADROOM)))
         for left_out in range(count):
             others = [number for number in range(count) if number != left_out] or [left_out]
             rows = self.statistics.rows[left_out]
             exact = rows @ self.weight
-            for index, (portion, headroom) in enumerate(settings):
+            for index, portion in enumerate(portions):
                 equalisation = _equalisation(kind, self.statistics, others, portion, self.movable)
-                largest = headroom * _largest(self.statistics, others, equalisation)
-                scaled = equalisation.scale[:, None].astype(np.float32) * self.weight
-                difference = round_rows(kind, equalisation, largest, rows) @ round_weight(kind, scaled) - exact
-                errors[index] += float(difference.var(axis=0) @ self.shares) / count
-        best = int(errors.argmin())
-        return _Setting(kind, *settings[best], float(errors[best]))
+                largest = _largest(self.statistics, others, equalisation)
+                weight = round_weight(kind, equalisation.scale[:, None].astype(np.float32) * self.weight)
+                for place, headroom in enumerate(HEADROOM):
+                    difference = round_rows(kind, equalisation, headroom * largest, rows) @ weight - exact
+                    errors[index, place] += float(difference.var(axis=0) @ self.shares) / count
+        index, place = np.unravel_index(int(errors.argmin()), errors.shape)
+        return _Setting(kind, portions[index], HEADROOM[place], float(errors[index, place]))
 
 
 def _shares(statistics: InputStatistics, weights: Sequence[Array]) -> NDArray[np.float64]:
