@@ -70,6 +70,8 @@ _CORES = ((86, 128), (0, 64))
 _TENSORRT_ONLY: Mapping[str, str] = {"tensorrt": "10.3"}
 _BOTH: Mapping[str, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
 _AMPERE_ON = ("fp32", "fp16", "bf16", "int8")
+# fp8 (E4M3) in tensor cores: compute capability 8.9 and up, by TensorRT's support matrix; TensorRT-RTX refuses 8.6.
+_ADA_ON = (*_AMPERE_ON, "fp8")
 _TURING = ("fp32", "fp16", "int8")
 _TURING_LIMITS = (
     "TensorRT-RTX refuses fp32 matrix products on Turing, and FNA computes in fp32 inside; the plugin's kernels start at "
@@ -105,7 +107,7 @@ TARGETS = (
     # dense is an eighth; fp32 = 2 x 2560 x 1.575 GHz. Capability 11.0 since CUDA 13 (10.1 before).
     Target(
         "jetson-thor", (110,), "Jetson Thor T5000", 128, 273, 258, 8.06, 20,
-        {"tensorrt": "10.13"}, {"JetPack 7": "10.13"}, _AMPERE_ON, "plugin",
+        {"tensorrt": "10.13"}, {"JetPack 7": "10.13"}, _ADA_ON, "plugin",
     ),
     # NVIDIA Turing architecture white paper, GeForce RTX 2080 Ti, reference clocks.
     Target(
@@ -120,12 +122,12 @@ TARGETS = (
     # NVIDIA Ada GPU architecture white paper, GeForce RTX 4090.
     Target(
         "rtx-ada", (89,), "GeForce RTX 4090; RTX 40, RTX Ada, L40", 24, 1008, 165.2, 82.6, 128,
-        _BOTH, {}, _AMPERE_ON, "plugin",
+        _BOTH, {}, _ADA_ON, "plugin",
     ),
     # NVIDIA RTX Blackwell GPU architecture white paper, GeForce RTX 5090.
     Target(
         "rtx-blackwell", (120,), "GeForce RTX 5090; RTX 50, RTX PRO Blackwell", 32, 1792, 209.5, 104.8, 170,
-        {"tensorrt": "10.8", "tensorrt-rtx": "1.3"}, {}, _AMPERE_ON, "plugin",
+        {"tensorrt": "10.8", "tensorrt-rtx": "1.3"}, {}, _ADA_ON, "plugin",
     ),
     # NVIDIA DGX Spark data sheet, GB10: 6144 cores (48 SMs), 128 GB at 273 GB/s, 1000 sparse fp4 TFLOPS, of which fp16 dense is an
     # eighth; fp32 = 2 x 6144 x 2.4 GHz.
@@ -134,7 +136,7 @@ TARGETS = (
         {"tensorrt": "10.13"}, {}, _AMPERE_ON, "plugin", "TensorRT-RTX names compute capability 12.1 only from 1.5 on",
     ),
     # L4 data sheet: 242 fp16 TFLOPS with sparsity, dense is half.
-    Target("l4", (89,), "L4", 24, 300, 121, 30.3, 58, _BOTH, {}, _AMPERE_ON, "plugin"),
+    Target("l4", (89,), "L4", 24, 300, 121, 30.3, 58, _BOTH, {}, _ADA_ON, "plugin"),
     # T4 data sheet; 320 GB/s is 256 bits at 10 Gbit/s ("300+" in the sheet).
     Target("t4", (75,), "T4", 16, 320, 65, 8.1, 40, _TENSORRT_ONLY, {}, _TURING, "portable", _TURING_LIMITS),
     # A100 data sheet, 80 GB SXM.
@@ -142,12 +144,12 @@ TARGETS = (
     # H100 data sheet, SXM: 1979 fp16 TFLOPS with sparsity, dense is half.
     Target(
         "h100", (90,), "H100 80 GB SXM", 80, 3350, 989, 67, 132,
-        _TENSORRT_ONLY, {}, _AMPERE_ON, "plugin", _HOPPER_LIMITS,
+        _TENSORRT_ONLY, {}, _ADA_ON, "plugin", _HOPPER_LIMITS,
     ),
     # H200 data sheet, SXM: the H100's GPU with more and faster memory.
     Target(
         "h200", (90,), "H200 141 GB SXM", 141, 4800, 989, 67, 132,
-        _TENSORRT_ONLY, {}, _AMPERE_ON, "plugin", _HOPPER_LIMITS,
+        _TENSORRT_ONLY, {}, _ADA_ON, "plugin", _HOPPER_LIMITS,
     ),
     # HGX B300 data sheet, a GPU's eighth: 18 dense fp16 PFLOPS and 0.6 fp32 PFLOPS in all, 288 GB at 8 TB/s; 148 SMs as the B200.
     Target(

@@ -108,7 +108,7 @@ def check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Target
         InvalidArgumentError: naming the target and its types.
     """
     for target in targets:
-        for wanted in (metadata.precision, metadata.quantized or metadata.precision):
+        for wanted in (metadata.precision, *(metadata.quantized.split("+") if metadata.quantized else ())):
             if wanted not in target.precisions:
                 raise InvalidArgumentError(
                     f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "

@@ -18,9 +18,6 @@ from fna.export.operators.registry import model_opset
 from fna.files import LARGEST_SINGLE_FILE
 from fna.runtime import open_session, run_session
 
-SAMPLED_ROWS = 640
-"""Rows of each tensor that are kept, of all photographs together."""
-
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -43,6 +40,7 @@ def measure_inputs(
     model: ModelProto,
     channels: Mapping[str, int],
     pixels: Sequence[NDArray[np.float32]],
+    rows: int,
     name: str = "the file",
 ) -> dict[str, InputStatistics]:
     """Run an fp32 file on photographs and return what tensors of it held.
@@ -51,6 +49,7 @@ def measure_inputs(
         model: with its functions and tensors.
         channels: the tensors, with the size K of their last axis.
         pixels: preprocessed photographs, `[1, 3, H, W]` each.
+        rows: how many of each tensor are kept, of all photographs together.
         name: says in errors which file it was.
 
     Raises:
@@ -59,7 +58,7 @@ def measure_inputs(
     observed = ModelProto()
     observed.CopyFrom(model)
     op = Builder(model_opset(model), prefix="fna_observed/")
-    places = np.arange(-(-SAMPLED_ROWS // max(1, len(pixels))), dtype=np.int64)
+    places = np.arange(-(-rows // max(1, len(pixels))), dtype=np.int64)
     results: dict[str, tuple[str, ...]] = {}
     for tensor, size in channels.items():
         flat = op.Reshape(tensor, [-1, size])

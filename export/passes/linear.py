@@ -129,12 +129,12 @@ class LinearGraph:
         return name
 
     def insert(self, op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
-        """Put a node right behind the one that makes its first input, and return its output's name."""
+        """Put a node right behind those that make its inputs, and return its output's name."""
         output = output if output not in self.makers else self._new_name(output)
         node = helper.make_node(op_type, inputs, [output], name=self._new_name(f"{output}/{op_type}"), **attributes)
-        maker = self.makers.get(inputs[0])
-        places = [index for index, other in enumerate(self.nodes) if other is maker]
-        self.nodes.insert(places[0] + 1 if places else 0, node)
+        makers = [self.makers[value] for value in inputs if value in self.makers]
+        places = [index for index, other in enumerate(self.nodes) if any(other is maker for maker in makers)]
+        self.nodes.insert(max(places) + 1 if places else 0, node)
         self.makers[output] = node
         return output
 

@@ -7,20 +7,34 @@ enters each layer is equalised before (`fna.export.passes.equalise`), and the me
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata, write_metadata
+from fna.export.operators.registry import attach_functions, model_opset
 from fna.export.passes.calibration import InputStatistics, measure_inputs
-from fna.export.passes.eight_bit import INT8, SMALLEST_SCALE, EightBit
+from fna.export.passes.eight_bit import FP8, INT8, SMALLEST_SCALE, EightBit
 from fna.export.passes.equalise import can_equalise, equalise
 from fna.export.passes.linear import LinearGraph, LinearLayer, find_linear_layers
-from fna.export.passes.recipe import Candidate, choose, round_rows, round_weight, weight_scale
+from fna.export.passes.raise_opset import raise_opset
+from fna.export.passes.recipe import (
+    ROWS_FOR_CHOOSING,
+    ROWS_FOR_ROUNDING,
+    Candidate,
+    choose,
+    round_rows,
+    round_weight,
+    round_weight_in_turn,
+    weight_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +44,20 @@ class Quantized:
     Attributes:
         model: the file.
         types: of the linear layers that compute in 8 bits, by name.
+        share: of the linear layers' multiply-adds, that are in 8 bits.
         notes: what the user should know, a line each.
     """
 
     model: ModelProto
     types: dict[str, str]
+    share: float
     notes: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Say how much computes in which type."""
+        counts = Counter(self.types.values())
+        layers = ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items(), reverse=True))
+        return f"linear layers: {layers}; {100 * self.share:.1f} % of their multiply-adds in 8 bits"
 
 
 def quantize_model(
@@ -63,19 +85,26 @@ def quantize_model(
     """
     metadata = read_metadata(model, name)
     _check(model, metadata, pixels, keep, name)
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = _at_opset(model, max(kind.opset for kind in kinds))
     graph = LinearGraph(result)
-    inputs = _inputs_of(graph, find_linear_layers(graph, result, metadata.plan.num_blocks), keep, keep_layers, name)
-    channels = {source: len(graph.weight(layers[0])) for source, layers in inputs.items()}
-    statistics = measure_inputs(model, channels, pixels, name)
+    layers = find_linear_layers(graph, result, metadata.plan.num_blocks)
+    inputs = _inputs_of(layers, keep, keep_layers, name)
+    sizes = {layer.name: graph.weight(layer).size for layer in layers}
+    channels = {source: len(graph.weight(sharing[0])) for source, sharing in inputs.items()}
+    rows = ROWS_FOR_ROUNDING if FP8 in kinds else ROWS_FOR_CHOOSING
+    statistics = measure_inputs(result, channels, pixels, rows, name)
     chosen: dict[str, Candidate] = {}
     notes: list[str] = []
-    for source, layers in inputs.items():
-        movable = can_equalise(graph, source)
-        candidate = choose(kinds, statistics[source], [graph.weight(layer) for layer in layers], movable)
+
+    def choose_for(source: str) -> Candidate:
+        weights = [graph.weight(layer) for layer in inputs[source]]
+        return choose(kinds, statistics[source], weights, can_equalise(graph, source))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        candidates = dict(zip(inputs, pool.map(choose_for, inputs), strict=True))
+    for source, candidate in candidates.items():
         if candidate.largest < SMALLEST_SCALE * candidate.kind.largest:
-            named = ", ".join(layer.name for layer in layers)
+            named = ", ".join(layer.name for layer in inputs[source])
             notes.append(
                 f"{named} stays as it is: what enters is zero on all photographs, or too small to have a scale"
             )
@@ -90,8 +119,22 @@ def quantize_model(
     types: dict[str, str] = {
         layer.name: candidate.kind.name for source, candidate in chosen.items() for layer in inputs[source]
     }
+    if not types:
+        raise InvalidArgumentError(f"{name} has no linear layer that could be quantised: {notes[0]}")
     write_metadata(result, metadata.model_copy(update={"quantized": "+".join(sorted({*types.values()}, reverse=True))}))
-    return Quantized(result, types, tuple(notes))
+    return Quantized(result, types, sum(sizes[layer] for layer in types) / sum(sizes.values()), tuple(notes))
+
+
+def _at_opset(model: ModelProto, opset: int) -> ModelProto:
+    """A copy of a file, at a later opset where it must be, its functions written anew."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    if model_opset(model) >= opset:
+        return result
+    del result.functions[:]
+    result = raise_opset(result, opset)
+    attach_functions(result, TensorProto.FLOAT)
+    return result
 
 
 def _check(
@@ -114,7 +157,7 @@ def _check(
 
 
 def _inputs_of(
-    graph: LinearGraph, layers: Sequence[LinearLayer], keep: Sequence[int], keep_layers: Sequence[str], name: str
+    layers: Sequence[LinearLayer], keep: Sequence[int], keep_layers: Sequence[str], name: str
 ) -> dict[str, list[LinearLayer]]:
     """The layers to quantise, by the tensor that enters them."""
     unknown = sorted({*keep_layers} - {layer.name for layer in layers})
@@ -150,11 +193,15 @@ def _quantize(
     rounded_mean = rounded.mean(axis=(0, 1), dtype=np.float64)
     for layer in layers:
         weight = graph.weight(layer)
-        graph.add_to_bias(layer, mean @ weight - rounded_mean @ round_weight(kind, weight))
+        if kind is FP8:  # int8 gains nothing by it
+            rounded_weight = round_weight_in_turn(kind, weight, rounded.reshape(-1, len(weight)))
+            scale = weight_scale(kind, weight)
+            graph.set_weight(layer, rounded_weight)
+        else:
+            rounded_weight, scale = round_weight(kind, weight), weight_scale(kind, weight)
+        graph.add_to_bias(layer, mean @ weight - rounded_mean @ rounded_weight)
         layer.node.input[0] = entering
-        layer.node.input[1] = _pair(
-            graph, layer.node.input[1], kind, weight_scale(kind, weight), axis=0 if layer.is_transposed else 1
-        )
+        layer.node.input[1] = _pair(graph, layer.node.input[1], kind, scale, axis=0 if layer.is_transposed else 1)
 
 
 def _pair(graph: LinearGraph, tensor: str, kind: EightBit, scale: NDArray[np.float32], **attributes: int) -> str:

@@ -96,6 +96,18 @@ precision: Option = partial(click.option, "--precision", type=click.Choice(PRECI
 keep_fp32: Option = partial(
     click.option, "--keep-fp32", help="Blocks that stay fp32 in models that are cast, as in 0,11."
 )
+int8: Option = partial(
+    click.option, "--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."
+)
+fp8: Option = partial(
+    click.option, "--fp8", is_flag=True, help="Linear layers in fp8 (E4M3); with --int8 each in what it bears best."
+)
+keep_linear: Option = partial(
+    click.option,
+    "--keep-fp16-linear",
+    "keep_linear",
+    help="Linear layers that stay out of 8 bits: NAME,NAME, or auto:0.9995 for as few as keep that cosine.",
+)
 target: Option = partial(click.option, "--target", help="The device, as in jetson-agx-orin; fna doctor lists them.")
 plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")
 plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of make plugin]")
@@ -193,7 +205,9 @@ class PrecisionChoice:
 
     precision: str | None
     int8: bool
+    fp8: bool
     keep_fp32: str | None
+    keep_linear: str | None
 
     def variant(self) -> FileVariant:
         """Return what to make of an fp32 file.
@@ -204,7 +218,12 @@ class PrecisionChoice:
         from fna.block_numbers import parse_blocks
         from fna.export.variants import FileVariant
 
-        return FileVariant(self.precision or "fp32", self.int8, parse_blocks(self.keep_fp32))  # type: ignore[arg-type]
+        if self.keep_linear is not None and not (self.int8 or self.fp8):
+            raise InvalidArgumentError("--keep-fp16-linear keeps layers out of 8 bits; give --int8 or --fp8 with it")
+        eight_bit = tuple(kind for kind, wanted in (("int8", self.int8), ("fp8", self.fp8)) if wanted)
+        kept, goal = _parse_kept_layers(self.keep_linear or "")
+        precision: Any = self.precision or "fp32"
+        return FileVariant(precision, eight_bit, parse_blocks(self.keep_fp32), kept, goal)  # type: ignore[arg-type]
 
 
 def plan_options(*, without: Sequence[str] = (), **changes: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -228,10 +247,27 @@ def precision_options(function: Any) -> Any:
         "precision": precision(
             help="Cast weights and activations; inputs, outputs, norms and softmax stay fp32.  [default: the file's]"
         ),
-        "int8": click.option("--int8", is_flag=True, help="Linear layers in int8, calibrated on the photographs."),
+        "int8": int8(),
+        "fp8": fp8(),
         "keep_fp32": keep_fp32(),
+        "keep_linear": keep_linear(),
     }
     return _gathered("precision", members, lambda values: PrecisionChoice(**values))(function)
+
+
+def _parse_kept_layers(text: str) -> tuple[tuple[str, ...], float | None]:
+    """Names of linear layers, or the cosine of `auto:0.9995`."""
+    if not text.startswith("auto:"):
+        return tuple(part.strip() for part in text.split(",") if part.strip()), None
+    try:
+        goal = float(text.removeprefix("auto:"))
+    except ValueError:
+        goal = 0.0
+    if not 0 < goal < 1:
+        raise InvalidArgumentError(
+            f"--keep-fp16-linear {text!r} cannot be read; a cosine below 1 is needed, as in auto:0.9995"
+        )
+    return (), goal
 
 
 def _gathered(

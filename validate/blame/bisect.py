@@ -14,7 +14,7 @@ from fna.validate.blame.inside import BlockPartError, compare_block_parts
 from fna.validate.budget.block_parts import BlockPart
 from fna.validate.budget.chain import Chain, Say
 
-_BASELINE = {"fp32": 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2}
+_BASELINE = {"fp32": 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2, "fp8": 1e-2, "int8+fp8": 1e-2}
 """Errors as small as this are rounding and no sign of anything; growth is counted from here."""
 
 

@@ -12,23 +12,23 @@ STEPS = ("approximation", "export", "precision", "plugin", "engine")
 TOLERANCES: Mapping[str, Mapping[str, float | None]] = MappingProxyType(
     {
         # How much approximation is too much is the user's choice: --tolerance approximation=0.1 makes it a check.
-        "approximation": MappingProxyType({"fp32": None, "fp16": None, "bf16": None, "int8": None}),
+        "approximation": MappingProxyType({"fp32": None, "fp16": None, "bf16": None, "int8": None, "fp8": None}),
         # Always measured in fp32, whatever the file's precision: the same arithmetic in another order.
-        "export": MappingProxyType({"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-3}),
-        # 11 and 8 significant bits in weights and activations; int8 is measured, not derived, and depends on calibration.
-        "precision": MappingProxyType({"fp32": None, "fp16": 2e-2, "bf16": 1e-1, "int8": 3e-1}),
+        "export": MappingProxyType({"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-3, "fp8": 1e-3}),
+        # 11 and 8 significant bits in weights and activations; 8 bits are measured, not derived, and depend on calibration.
+        "precision": MappingProxyType({"fp32": None, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 1e-1}),
         # The kernels' products take fp16 or bf16 where the file's operators compute in fp32 inside, and sum in another order.
-        "plugin": MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2}),
+        "plugin": MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}),
         # Another implementation of the same arithmetic at the same precision.
-        "engine": MappingProxyType({"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}),
+        "engine": MappingProxyType({"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 1e-1}),
     }
 )
 """Of the relative L2 error of every output. None: the step is measured and not judged."""
 
 
 def find_tolerance(step: str, precision: str, overrides: Mapping[str, float]) -> float | None:
-    """Return the tolerance of a step: the override, else the table's."""
-    return overrides.get(step, TOLERANCES[step].get(precision))
+    """Return the tolerance of a step: the override, else the table's; of `int8+fp8` it is that of the first."""
+    return overrides.get(step, TOLERANCES[step].get(precision.partition("+")[0]))
 
 
 def parse_tolerances(texts: Iterable[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from tiny_engines import write_model
 
 from fna.cli import main
 from fna.engines.builder.build import build_engine
-from fna.engines.builder.options import BatchRange, BuildOptions
+from fna.engines.builder.options import BatchRange, BuildOptions, check_precision
 from fna.engines.look_inside.layers import (
     FnaLayer,
     RequestedLayer,
@@ -36,10 +36,11 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra
 Find = Callable[[str], Path]
 THREE = "rtx-ampere,rtx-ada,rtx-blackwell"
 FP16 = FileVariant("fp16", check=False)
-INT8_FP16 = FileVariant("fp16", int8=True, check=False)
+INT8 = FileVariant(eight_bit=("int8",))
+INT8_FP16 = FileVariant("fp16", ("int8",), check=False)
 BUILDS = {
-    "traced": [FileVariant(), FP16, FileVariant("bf16"), FileVariant(int8=True)],
-    "grafted": [FileVariant(), FP16, FileVariant(int8=True), INT8_FP16],
+    "traced": [FileVariant(), FP16, FileVariant("bf16"), INT8],
+    "grafted": [FileVariant(), FP16, INT8, INT8_FP16],
 }
 
 
@@ -65,6 +66,20 @@ def test_engines_for_three_targets_in_every_precision(
     assert {layer.implementation for layer in manifest.layers} == {"operators"}
     assert manifest.onnx_sha256 == file_sha256(path)
     assert read_manifest(tmp_path / "x.engine") == manifest
+
+
+@pytest.mark.parametrize("name", ["traced", "grafted"])
+def test_fp8_is_built_for_chips_that_have_it_and_refused_for_others_by_name(
+    tiny_file: Find, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "x.onnx"
+    variant = FileVariant("fp16", ("fp8",), check=False)
+    make_variant(tiny_file(name), path, variant, bundled_photographs()[:2])
+    manifest = build_engine(path, tmp_path / "x.engine", BuildOptions(targets=find_targets("rtx-ada,rtx-blackwell")))
+    assert manifest.compute_capabilities == (89, 120)
+    for target in ("rtx-ampere", "jetson-agx-orin"):
+        with pytest.raises(InvalidArgumentError, match=f"is fp8, but {target} computes in fp32, fp16, bf16, int8 only"):
+            check_precision(path, read_metadata(load_onnx(path), "x"), find_targets(target))
 
 
 def test_a_file_with_open_size_gets_a_profile_per_resolution(tiny_file: Find, tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def test_int8_linear_layers_are_a_precision_step_of_their_own(tiny, tmp_path: Pa
     save_model(quantize_model(model, pixels).model, path)
     result, _ = validate_file(path, tiny.images[:1])
     step = result.steps[2]
-    assert (step.step, step.tolerance) == ("precision", 0.3)
+    assert (step.step, step.tolerance) == ("precision", 0.1)
     assert "int8" in step.compares
-    assert 1e-3 < max(error.relative_l2 for error in step.errors) < 0.3
+    assert 1e-3 < max(error.relative_l2 for error in step.errors) < 0.1
 
 
 def test_portable_and_plugin_lowered_files_are_as_good_as_the_one_they_came_from(tiny, tmp_path: Path) -> None:

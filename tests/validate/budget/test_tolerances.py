@@ -10,7 +10,7 @@ from fna.validate.budget.tolerances import STEPS, TOLERANCES, find_tolerance, pa
 
 def test_the_table_has_every_step_and_precision() -> None:
     assert set(TOLERANCES) == set(STEPS)
-    assert {tuple(row) for row in TOLERANCES.values()} == {("fp32", "fp16", "bf16", "int8")}
+    assert {tuple(row) for row in TOLERANCES.values()} == {("fp32", "fp16", "bf16", "int8", "fp8")}
 
 
 def test_an_override_takes_the_tables_place() -> None:
