@@ -99,7 +99,7 @@ class _Trial:
                 for place, headroom in enumerate(HEADROOM):
                     difference = round_rows(kind, equalisation, headroom * largest, rows) @ weight - exact
                     errors[index, place] += float(difference.var(axis=0) @ self.shares) / count
-        index, place = np.unravel_index(int(errors.argmin()), errors.shape)
+        index, place = divmod(int(errors.argmin()), len(HEADROOM))
         return _Setting(kind, portions[index], HEADROOM[place], float(errors[index, place]))
 
 
