@@ -132,7 +132,7 @@ TARGETS = (
     # eighth; fp32 = 2 x 6144 x 2.4 GHz.
     Target(
         "dgx-spark", (121,), "DGX Spark (GB10)", 128, 273, 125, 29.5, 48,
-        {"tensorrt": "10.13"}, {}, _AMPERE_ON, "plugin", "TensorRT-RTX names compute capability 12.1 only from 1.5 on",
+        {"tensorrt": "10.13"}, {}, _ADA_ON, "plugin", "TensorRT-RTX names compute capability 12.1 only from 1.5 on",
     ),
     # L4 data sheet: 242 fp16 TFLOPS with sparsity, dense is half.
     Target("l4", (89,), "L4", 24, 300, 121, 30.3, 58, _BOTH, {}, _ADA_ON, "plugin"),
@@ -153,7 +153,7 @@ TARGETS = (
     # HGX B300 data sheet, a GPU's eighth: 18 dense fp16 PFLOPS and 0.6 fp32 PFLOPS in all, 288 GB at 8 TB/s; 148 SMs as the B200.
     Target(
         "b300", (103,), "B300 288 GB", 288, 8000, 2250, 75, 148,
-        {"tensorrt": "10.13"}, {}, _AMPERE_ON, "plugin", "TensorRT-RTX does not name compute capability 10.3",
+        {"tensorrt": "10.13"}, {}, _ADA_ON, "plugin", "TensorRT-RTX does not name compute capability 10.3",
     ),
 )  # fmt: skip
 TARGET_NAMES = (*(target.name for target in TARGETS), "all")

@@ -169,22 +169,20 @@ def write_archive(root: Path, output: Path) -> None:
 
 
 def _check_precisions(metadata: FileMetadata, options: BundleOptions) -> tuple[Precision, ...]:
-    if metadata.quantized is not None:
-        raise InvalidArgumentError(
-            f"the file is {metadata.quantized}, for which no tolerance has been measured that a device could be held to; "
-            "bundle the file that it was made from"
-        )
     chosen: tuple[Precision, ...] = tuple(dict.fromkeys(options.precisions)) or (metadata.precision,)
-    for precision in chosen:
+    kinds = metadata.quantized.split("+") if metadata.quantized is not None else []
+    for precision in (*kinds, *chosen):
         if precision not in options.target.precisions:
             raise InvalidArgumentError(
                 f"{precision} was asked for, but {options.target.name} computes in {', '.join(options.target.precisions)}; "
                 "choose another --precision"
             )
-        if precision != metadata.precision and metadata.precision != "fp32":
-            raise InvalidArgumentError(
-                f"the file is {metadata.precision}, so there is no {precision} to be had from it; bundle the fp32 file"
-            )
+    wrong = [precision for precision in chosen if precision != metadata.precision]
+    if wrong and (kinds or metadata.precision != "fp32"):
+        kind = " and ".join([*kinds, metadata.precision])
+        raise InvalidArgumentError(
+            f"the file is {kind}, so there is no {wrong[0]} to be had from it; bundle the fp32 file that it was made from"
+        )
     return chosen
 
 

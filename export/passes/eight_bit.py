@@ -8,7 +8,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
 Array = NDArray[np.floating]
 EightBitName = Literal["int8", "fp8"]
@@ -53,3 +53,14 @@ class EightBit:
 INT8 = EightBit("int8", 127.0, TensorProto.INT8, 13)
 FP8 = EightBit("fp8", 448.0, TensorProto.FLOAT8E4M3FN, 19)
 EIGHT_BIT = {kind.name: kind for kind in (INT8, FP8)}
+
+
+def quantized_types(model: ModelProto) -> str | None:
+    """Return the 8-bit types of a file's pairs as its metadata says them, `int8+fp8`, whoever wrote them; None without pairs."""
+    points = {
+        node.input[2]
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+    }
+    found = {tensor.data_type for tensor in model.graph.initializer if tensor.name in points}
+    return "+".join(kind.name for kind in (INT8, FP8) if kind.kind in found) or None

@@ -21,7 +21,7 @@ from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata, write_metadata
 from fna.export.operators.registry import attach_functions, model_opset
 from fna.export.passes.calibration import InputStatistics, measure_inputs
-from fna.export.passes.eight_bit import FP8, INT8, SMALLEST_SCALE, EightBit
+from fna.export.passes.eight_bit import FP8, INT8, SMALLEST_SCALE, EightBit, quantized_types
 from fna.export.passes.equalise import can_equalise, equalise
 from fna.export.passes.linear import LinearGraph, LinearLayer, find_linear_layers
 from fna.export.passes.raise_opset import raise_opset
@@ -121,7 +121,7 @@ def quantize_model(
     }
     if not types:
         raise InvalidArgumentError(f"{name} has no linear layer that could be quantised: {notes[0]}")
-    write_metadata(result, metadata.model_copy(update={"quantized": "+".join(sorted({*types.values()}, reverse=True))}))
+    write_metadata(result, metadata.model_copy(update={"quantized": quantized_types(result)}))
     return Quantized(result, types, sum(sizes[layer] for layer in types) / sum(sizes.values()), tuple(notes))
 
 

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto
 import fna
 from fna.errors import InputFileError
 from fna.export.metadata import FileMetadata, write_metadata
+from fna.export.passes.eight_bit import quantized_types
 from fna.export.preprocessing import Preprocessing
 from fna.export.surgery.graph.files import all_tensors, external_file, one_line
 from fna.export.surgery.recognise.rows import Decision, Row
@@ -47,6 +48,7 @@ def describe_graft(
         source=source,
         origin="graft",
         precision=_precision(model),
+        quantized=quantized_types(model),
         height=height,
         width=width,
         patch_size=_patch_size(model),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     metavar="P[,P...]",
     help="Models to hold: fp32, fp16, bf16, the default first; build_engine.sh --precision chooses.  [default: the file's]",
 )
+@options.int8(help="Its linear layers in int8, calibrated on the photographs; takes one --precision.")
+@options.fp8(help="Its linear layers in fp8 (E4M3); with --int8 each in what it bears best.")
 @options.keep_fp32()
 @options.resolution()
 @click.option(
@@ -56,6 +60,8 @@ def command(
     target: str | None,
     batch: str,
     precisions: str | None,
+    int8: bool,
+    fp8: bool,
     keep_fp32: str | None,
     resolution: tuple[int, int] | None,
     record: int,
@@ -78,29 +84,27 @@ def command(
         raise InvalidArgumentError("--output is needed to make a bundle, or --triton-repository to make only that")
     if output is not None and target is None:
         raise InvalidArgumentError("--target is needed to make a bundle, as in --target jetson-agx-orin")
-    lines = []
-    with progress(quiet) as say:
+    lines: list[str] = []
+    with progress(quiet) as say, tempfile.TemporaryDirectory() as folder:
         say("importing PyTorch")
+        from fna.block_numbers import parse_blocks
         from fna.engines.builder.options import parse_batch
         from fna.engines.serving.model_repository import write_model_repository
 
         range_ = parse_batch(batch)
+        chosen, kept = _parse_precisions(precisions), parse_blocks(keep_fp32)
+        photographs, skipped = options.load_photographs(images)
+        if int8 or fp8:
+            eight_bit = tuple(kind for kind, wanted in (("int8", int8), ("fp8", fp8)) if wanted)
+            file, doubts = _in_eight_bits(file, Path(folder), eight_bit, chosen, kept, photographs, resolution, say)
+            lines, chosen = [*doubts], ()
         if output is not None and target is not None:
-            from fna.block_numbers import parse_blocks
             from fna.engines.bundle.write import BundleOptions, write_bundle
             from fna.engines.targets import find_target
             from fna.plugins.built import table_folder
 
-            device = find_target(target)
-            photographs, skipped = options.load_photographs(images)
             bundle_options = BundleOptions(
-                device,
-                photographs[:record],
-                range_,
-                _parse_precisions(precisions),
-                parse_blocks(keep_fp32),
-                resolution,
-                table or table_folder(),
+                find_target(target), photographs[:record], range_, chosen, kept, resolution, table or table_folder()
             )
             manifest, notes = write_bundle(file, output, bundle_options, say)
             lines += [_describe(manifest, output), *notes]
@@ -115,6 +119,28 @@ def command(
             lines += [f"dropped {reason}" for reason in written.dropped]
     for line in lines:
         make_console(quiet).print(line)
+
+
+def _in_eight_bits(
+    file: Path,
+    folder: Path,
+    eight_bit: tuple[Any, ...],
+    precisions: tuple[Any, ...],
+    keep_fp32: tuple[int, ...],
+    photographs: list[tuple[str, Any]],
+    resolution: tuple[int, int] | None,
+    say: Callable[[str], None],
+) -> tuple[Path, list[str]]:
+    """Write the file with its linear layers in 8 bits into a folder, and return it with what there is to say."""
+    from fna.export.variants import FileVariant, make_variant
+
+    if len(precisions) > 1:
+        raise InvalidArgumentError(
+            f"--precision {','.join(precisions)} was given, but a bundle in 8 bits holds one model; give one precision"
+        )
+    variant = FileVariant(precisions[0] if precisions else "fp32", eight_bit, keep_fp32)
+    made = folder / f"{file.name.removesuffix('.onnx')}-{variant.label}.onnx"
+    return made, make_variant(file, made, variant, photographs, resolution=resolution, on_step=say)
 
 
 def _parse_precisions(text: str | None) -> tuple[Any, ...]:

@@ -13,10 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fna.errors import InvalidArgumentError
+from fna.export.passes.layer_costs import LayerCost
 from fna.machine import describe_machine, tool_versions
 from fna.plugins.ptx.emulated_plugin import emulated_plugin
 from fna.validate.bench.models import bench_quickly, read_bench
 from fna.validate.blame.bisect import Bisection, Divergence, bisect, locate, why_not_located
+from fna.validate.blame.linear_layers import describe_linear_layers, measure_linear_layers
 from fna.validate.budget.chain import Chain, Say, open_chain, open_validated_file
 from fna.validate.budget.measure import Outputs, Validation, last_stage, measure_chain
 from fna.validate.photographs import Photographs
@@ -58,6 +60,7 @@ class Document(BaseModel):
         image_source: where the images come from.
         validation: the error budget.
         bisection: of `--bisect`.
+        linear_layers: of `--bisect` on a file in 8 bits, the costliest first.
         divergences: the block to blame for each step that is out of tolerance.
         not_located: why that is not known, by step.
         task: of `--task`.
@@ -74,6 +77,7 @@ class Document(BaseModel):
     image_source: str
     validation: Validation
     bisection: Bisection | None = None
+    linear_layers: tuple[LayerCost, ...] = ()
     divergences: tuple[Divergence, ...] = ()
     not_located: dict[str, str] = {}
     task: TaskResult | None = None
@@ -106,6 +110,7 @@ class Document(BaseModel):
                 for step, why in self.bisection.not_measured.items()
                 if step in measured and step not in self.not_located
             ]
+        lines += describe_linear_layers(self.linear_layers)
         if self.task is not None:
             lines += [
                 f"{measure.task}: {measure.measure} {measure.value:.4f} ({measure.detail})"
@@ -166,6 +171,10 @@ def _measure_document(
         chain, photographs.images, skipped=photographs.skipped, tolerances=tolerances, on_step=on_step
     )
     bisection, divergences, not_located = _find_blame(chain, validation, photographs, extras, on_step)
+    first = [
+        chain.metadata.preprocessing.apply(image, chain.height, chain.width)[None]
+        for _, image in photographs.images[:BISECT_IMAGES]
+    ]
     document = Document(
         command=extras.command,
         date=_today(),
@@ -176,6 +185,7 @@ def _measure_document(
         image_source=photographs.source,
         validation=validation,
         bisection=bisection,
+        linear_layers=measure_linear_layers(chain, first, on_step) if extras.bisect else (),
         divergences=divergences,
         not_located=not_located,
         task=measure_tasks(chain, last_stage(chain), photographs, outputs, on_step) if extras.task else None,

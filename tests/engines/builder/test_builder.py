@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from tiny_engines import write_model
 
 from fna.cli import main
@@ -28,6 +31,7 @@ from fna.engines.targets import find_targets
 from fna.errors import BuildError, InvalidArgumentError
 from fna.export.metadata import read_metadata
 from fna.export.preprocessing import bundled_photographs
+from fna.export.surgery.graft import GraftOptions, graft
 from fna.export.variants import FileVariant, make_variant
 from fna.files import file_sha256, load_onnx
 
@@ -80,6 +84,48 @@ def test_fp8_is_built_for_chips_that_have_it_and_refused_for_others_by_name(
     for target in ("rtx-ampere", "jetson-agx-orin"):
         with pytest.raises(InvalidArgumentError, match=f"is fp8, but {target} computes in fp32, fp16, bf16, int8 only"):
             check_precision(path, read_metadata(load_onnx(path), "x"), find_targets(target))
+
+
+def test_pairs_that_another_tool_wrote_are_grafted_built_validated_and_bundled(
+    tiny_file: Find, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Model Optimizer writes them by ONNX Runtime's quantiser: int8 weights with DequantizeLinear alone."""
+    source, path = tmp_path / "pairs.onnx", tmp_path / "grafted.onnx"
+    quantize_by_onnxruntime(tiny_file("grafted").with_suffix(".source.onnx"), source)
+    graft(source, path, GraftOptions(landmarks=5, layers="2-3"))
+    assert read_metadata(load_onnx(path), "x").quantized == "int8"
+    options = BuildOptions(targets=find_targets(THREE))
+    assert build_engine(path, tmp_path / "x.engine", options).compute_capabilities == (86, 89, 120)
+    assert main(["validate", str(path), "-o", str(tmp_path / "validation"), "--tolerance", "approximation=1"]) == 0
+    assert main(["bundle", str(path), "-o", str(tmp_path / "x"), "--target", "t4", "--record", "1"]) == 0
+    assert "1 photographs recorded" in " ".join(capsys.readouterr().out.split())
+
+
+def quantize_by_onnxruntime(source: Path, target: Path) -> None:
+    """Linear layers alone, symmetric."""
+    nodes = [node.name for node in load_onnx(source).graph.node if re.search(r"(proj|fc\d)/MatMul", node.name)]
+    assert len(nodes) == 24
+
+    class OneImage(CalibrationDataReader):  # type: ignore[misc]
+        images = iter([{"pixels": np.random.default_rng(0).normal(size=(1, 3, 56, 56)).astype(np.float32)}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.images, None)
+
+    quantize_static(
+        str(source),
+        str(target),
+        OneImage(),
+        nodes_to_quantize=nodes,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "OpTypesToExcludeOutputQuantization": ["MatMul"],
+        },
+    )
 
 
 def test_a_file_with_open_size_gets_a_profile_per_resolution(tiny_file: Find, tmp_path: Path) -> None:

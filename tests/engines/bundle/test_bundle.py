@@ -101,6 +101,35 @@ def test_the_same_inputs_give_the_same_bytes(
     assert packed.read_bytes() == archive.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["traced", "grafted"])
+def test_linear_layers_in_8_bits_are_bundled_in_one_step(
+    tiny: Path, tiny_file: Callable[[str], Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny if name == "traced" else tiny_file(name)
+    arguments = ["--target", "t4", "--record", "1", "--int8", "--precision", "fp16"]
+    assert main(["bundle", str(file), "-o", str(tmp_path / "x"), *arguments]) == 0
+    assert "in int8; 100.0 % of their multiply-adds in 8 bits" in " ".join(capsys.readouterr().out.split())
+    opened = open_bundle(tmp_path / "x")
+    assert (opened.precisions, opened.manifest.metadata.quantized) == (("fp16",), "int8")
+    tolerance = opened.manifest.check.tolerances["fp16"]
+    assert (tolerance.relative_l2, tolerance.cosine) == (0.1, 0.995)
+    outputs = run_session(open_session(opened.model("portable")), opened.recorded_inputs())
+    for output, expected in opened.recorded_outputs().items():
+        error = np.linalg.norm(outputs[output] - expected) / np.linalg.norm(expected)
+        assert error < tolerance.relative_l2
+        assert (error > 1e-5) == (name == "traced")  # a grafted file is its own reference
+
+
+def test_what_a_target_has_not_and_several_precisions_are_refused_in_8_bits(
+    tiny_file: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["bundle", str(tiny_file("traced")), "-o", str(tmp_path / "x"), "--target", "jetson-agx-orin"]
+    assert main([*base, "--fp8"]) == 2
+    assert "fp8 was asked for, but jetson-agx-orin computes in" in " ".join(capsys.readouterr().err.split())
+    assert main([*base, "--int8", "--precision", "fp16,fp32"]) == 2
+    assert "a bundle in 8 bits holds one model" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_archive_opens_as_its_folder_does(bundle: Path, archive: Path) -> None:
     assert is_bundle(archive)
     assert is_bundle(bundle)

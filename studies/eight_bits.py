@@ -1,0 +1,77 @@
+"""What 8 bits cost on photographs that they were not calibrated on: `python -m studies.eight_bits FILE --types int8 fp8 int8+fp8`.
+
+FILE is an fp32 file of `fna export` or `fna graft`. It is calibrated on the five bundled photographs. Each quantised file is compared
+with it, in onnxruntime, on eight others that scikit-image carries. Prints the cosines of the tokens, and of the map as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage
+from numpy.typing import NDArray
+from onnx import ModelProto
+from PIL import Image
+
+from fna.export.metadata import read_metadata
+from fna.export.passes.eight_bit import EIGHT_BIT
+from fna.export.passes.quantize import quantize_model
+from fna.export.preprocessing import bundled_photographs
+from fna.export.variants import image_size
+from fna.files import load_onnx
+from fna.runtime import Arrays, open_session, run_session
+
+UNSEEN = (
+    "rocket.jpg", "camera.png", "motorcycle_left.png", "coins.png", "moon.png", "retina.jpg", "ihc.png", "hubble_deep_field.jpg",
+)  # fmt: skip
+
+
+def unseen_photographs() -> list[Image.Image]:
+    """Photographs that are not among the bundled ones."""
+    folder = Path(skimage.__file__).parent / "data"
+    return [Image.open(folder / name).convert("RGB") for name in UNSEEN]
+
+
+def cosines(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each token of `[1, N, C]`, or of all else as a whole."""
+    size = one.shape[-1] if one.ndim == 3 else one.size
+    rows = [array.reshape(-1, size).astype(np.float64) for array in (one, other)]
+    products = np.sum(rows[0] * rows[1], axis=1)
+    return np.asarray(products / np.linalg.norm(rows[0], axis=1) / np.linalg.norm(rows[1], axis=1))
+
+
+def run_all(model: ModelProto, pixels: list[NDArray[np.float32]]) -> list[Arrays]:
+    """Run a file on each photograph."""
+    session = open_session(model)
+    name = session.get_inputs()[0].name
+    return [run_session(session, {name: image}) for image in pixels]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--types", nargs="+", default=["int8", "fp8", "int8+fp8"])
+    arguments = parser.parse_args()
+    model = load_onnx(arguments.file)
+    metadata = read_metadata(model, str(arguments.file))
+    size = image_size(model, metadata, None)
+    calibration = [metadata.preprocessing.apply(image, *size)[None] for _, image in bundled_photographs()]
+    pixels = [metadata.preprocessing.apply(image, *size)[None] for image in unseen_photographs()]
+    exact = run_all(model, pixels)
+    for text in arguments.types:
+        started = time.perf_counter()
+        quantized = quantize_model(model, calibration, kinds=[EIGHT_BIT[name] for name in text.split("+")])
+        print(f"{text}: {quantized.describe()}, in {time.perf_counter() - started:.0f} s")
+        found = run_all(quantized.model, pixels)
+        for output in exact[0]:
+            values = np.concatenate([cosines(a[output], b[output]) for a, b in zip(exact, found, strict=True)])
+            print(f"  {output}: mean {values.mean():.5f}, 5th percentile {np.percentile(values, 5):.5f}, "
+                  f"smallest {values.min():.4f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
