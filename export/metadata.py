@@ -15,6 +15,8 @@ from fna.precision import Precision
 
 PREFIX = "fna."
 
+QuantizedTypes = Literal["int8", "fp8", "int8+fp8"]
+
 
 class FileMetadata(BaseModel):
     """The metadata of a traced or grafted ONNX file.
@@ -46,7 +48,7 @@ class FileMetadata(BaseModel):
     origin: Literal["trace", "graft"]
     precision: Precision = "fp32"
     fp32_blocks: tuple[int, ...] = ()
-    quantized: Literal["int8", "fp8", "int8+fp8"] | None = None
+    quantized: QuantizedTypes | None = None
     height: int | None = None
     width: int | None = None
     patch_size: int | None = None

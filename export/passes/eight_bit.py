@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
+
+from fna.export.metadata import QuantizedTypes
 
 Array = NDArray[np.floating]
 EightBitName = Literal["int8", "fp8"]
@@ -55,7 +57,7 @@ FP8 = EightBit("fp8", 448.0, TensorProto.FLOAT8E4M3FN, 19)
 EIGHT_BIT = {kind.name: kind for kind in (INT8, FP8)}
 
 
-def quantized_types(model: ModelProto) -> str | None:
+def quantized_types(model: ModelProto) -> QuantizedTypes | None:
     """Return the 8-bit types of a file's pairs as its metadata says them, `int8+fp8`, whoever wrote them; None without pairs."""
     points = {
         node.input[2]
@@ -63,4 +65,5 @@ def quantized_types(model: ModelProto) -> str | None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
     }
     found = {tensor.data_type for tensor in model.graph.initializer if tensor.name in points}
-    return "+".join(kind.name for kind in (INT8, FP8) if kind.kind in found) or None
+    names = "+".join(kind.name for kind in (INT8, FP8) if kind.kind in found)
+    return cast(QuantizedTypes, names) if names else None
