@@ -59,13 +59,23 @@ def test_what_the_kernels_do_not_take_is_named() -> None:
 
 
 def test_focal_attention_pays_more_with_more_tokens_and_less_with_more_keys() -> None:
+    device = replace(ORIN, bandwidth=1e15)
+
     def over(side: int, levels: Levels, hot: int = 16) -> float:
-        focal = counted_focal_seconds(ORIN, (side, side), 1, 12, 64, tile=8, levels=levels, hot=hot)
-        return focal / counted_seconds(ORIN, side * side + 1, 12, 64)
+        focal = counted_focal_seconds(device, (side, side), 1, 12, 64, tile=8, levels=levels, hot=hot)
+        return focal / counted_seconds(device, side * side + 1, 12, 64)
 
     few, many = ((1, 0), (2, 2), (4, 6)), ((1, 0), (2, 2))
-    assert over(73, few) < over(37, few) < 0.5
+    assert over(73, few) < 0.25 < over(37, few) < 0.4
     assert over(37, few) < over(37, few, hot=64) < over(37, many, hot=64) < 1
+
+
+def test_bytes_bound_focal_attention_where_memory_is_slow() -> None:
+    slow = replace(ORIN, bandwidth=7e6)
+    seconds = counted_focal_seconds(slow, (37, 37), 1, 6, 64, tile=8, levels=((1, 0), (2, 2)), hot=16)
+    assert seconds == pytest.approx(
+        6 * 1370 * 6 * 64 * 2 / (0.7 * 7e6)
+    )  # two tensors for the hot keys, four for the tiles
 
 
 def test_focal_settings_that_the_kernels_do_not_take_are_named() -> None:
