@@ -35,6 +35,9 @@ KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
 HOT_BLOCK, PREFIX_BLOCK, LIST_BLOCK = 16, 64, 256
 """Hot keys per step, keys per step of a prefix row, and keys of a list whose biases are prepared at a time."""
 
+SCAN_BLOCK, RANK_BLOCK = 1024, 32
+"""Scores that are held against the threshold, and candidates that are ranked, at a time."""
+
 HOT_SPLIT_TOKENS = 256
 """Patches that one of several programs of a head sums and scores, at least."""
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from fna.plugins.focal_plan import HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK, FocalShape
+from fna.plugins.focal_plan import (
+    HOT_BLOCK,
+    KEY_BLOCK,
+    LIST_BLOCK,
+    PREFIX_BLOCK,
+    RANK_BLOCK,
+    FocalShape,
+)
 from fna.plugins.launch_plan import Launch, LaunchPlan
 from fna.plugins.programs import Programs
 
 _STEP, _SPLIT_TOKENS, _SPLITS = -2, -3, -4
 """Where the arguments of `focal_hot` have them."""
+
+
+USUAL_EXCESS = 3
+"""Patches that reach the threshold beside the hot ones, as counted on random keys."""
 
 
 def focal_programs(
@@ -26,16 +37,16 @@ def focal_programs(
         hot: likewise.
     """
     *preparing, attending = plan.launches
-    return [[_hot_programs(launch)] for launch in preparing] + [
+    return [[_hot_programs(launch, hot)] for launch in preparing] + [
         _attending_programs(attending, shape, key_counts, prefix_tokens, hot)
     ]
 
 
-def _hot_programs(launch: Launch) -> Programs:
+def _hot_programs(launch: Launch, hot: int) -> Programs:
     splits, tokens, step = (launch.arguments[place] for place in (_SPLITS, _SPLIT_TOKENS, _STEP))
     heads, count, _ = launch.grid
     covered = int(tokens) * int(splits) if count == 1 else int(tokens)  # one program sees what all splits wrote
-    lengths = {"tokens": -(-covered // PREFIX_BLOCK)}
+    lengths = {"tokens": -(-covered // PREFIX_BLOCK), "ranked": -(-(hot + USUAL_EXCESS) // RANK_BLOCK)}
     return Programs(f"{launch.variant.name} step {step}", heads * count, 0, lengths)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.focal_plan import FOCAL_ROWS, HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK
+from fna.plugins.focal_plan import FOCAL_ROWS, HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK, RANK_BLOCK, SCAN_BLOCK
 from fna.plugins.kernels import attention, focal, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
@@ -66,7 +66,7 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
         tiles = {"TILE_S": blocks.landmark_block, "BLOCK_M": blocks.query_block, "HELD": _holds_landmarks(variant)}
         return {**padded, "S_PAD": blocks.landmarks, **tiles}
     if variant.kernel == "focal_hot":
-        return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": 1024, "BLOCK_R": 32}
+        return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": SCAN_BLOCK, "BLOCK_R": RANK_BLOCK}
     if variant.kernel == "focal":
         keys = {
             "BLOCK_N": KEY_BLOCK[variant.dtype],

@@ -60,6 +60,9 @@ def count_focal_programs(images: PtxImages, sm: int) -> Iterator[tuple[str, Prog
         for call in count_focal.probes(dtype, block_d):
             for number, (launch, parts) in enumerate(zip(call.plan.launches, call.programs, strict=True)):
                 kernel = images.kernel(launch.variant, sm, profile=True)
+                if number + 1 < len(call.plan.launches):
+                    # What the launches after it read.
+                    kernel.launch(call.memory, launch.grid, call.arguments(number))
                 lengths = set()
                 for programs in parts:
                     if tuple(programs.lengths.items()) not in lengths:
