@@ -216,7 +216,7 @@ def _reduce(operands: Operands, made: Instruction, position: int) -> list[str]:
     target, source, members = made.operands
     if made.parts[2] not in ("min", "max", "add") or made.guard:
         return _unmodelled(made)
-    kind = "s32" if made.parts[-1] == "s32" else "u32"
+    kind = made.parts[-1] if made.parts[-1] in ("s32", "f32") else "u32"
     everyone = operands.uniform(members, "b32")
     reduced = f"reduce_warp({operands.bits(source)}, {everyone}, {made.parts[2]!r}, {kind})"
     return [f"{operands.bits(target)} = {reduced}"]

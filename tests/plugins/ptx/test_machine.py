@@ -288,6 +288,7 @@ def test_matrix_instructions_multiply() -> None:
         ("shfl.sync.bfly.b32 %r10, %r1, 5, 31, -1", lambda t: t ^ 5),
         ("shfl.sync.up.b32 %r10, %r1, 3, 0, -1", lambda t: np.where(t % 32 < 3, t, t - 3)),
         ("redux.sync.max.u32 %r10, %r1, -1", lambda t: t | 31),
+        ("mov.b32 %r9, 0fBF800000;\n redux.sync.max.f32 %r10, %r9, -1", lambda t: 0 * t + 0xBF800000),
         ("rem.u32 %r10, %r1, 7", lambda t: t % 7),
         ("cvt.rn.f32.s32 %r10, %r1", lambda t: t.astype(np.float32).view(np.uint32)),
         ("selp.b32 %r10, %r1, 9, %p1", lambda t: np.where(t < 8, t, 9)),
