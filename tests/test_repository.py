@@ -280,10 +280,10 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
     for setting, tokens, patches, class_token, speed, counted in rows:
         assert any(f"| {patches} |" in line and f"| {class_token} |" in line for line in fidelities), setting
         assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
-        column = 3 if "S=64" in setting else 4  # the DINOv2-S of the table has six heads
-        row = next(line for line in cycles if line.startswith(f"| {tokens} | 6 |"))
-        numbers = {round(float(number), 1) for number in re.findall(r"\d\.\d+", row.split("|")[column])}
-        assert {round(float(number), 1) for number in re.findall(r"\d\.\d+", counted)} <= numbers, setting
+        column = 5 if "S=64" in setting else 7
+        found = [line.split("|")[column] for line in cycles if line.startswith(f"| 16 | {tokens} | ")]
+        numbers = re.findall(r"\d\.\d+", " ".join(found))
+        assert set(re.findall(r"\d\.\d+", counted)) <= {*numbers, "1.00"}, setting
 
 
 def test_the_default_number_of_iterations_is_written_once() -> None:

@@ -88,7 +88,7 @@ def test_every_torch_operator_of_ours_has_a_translation() -> None:
 
 
 def test_plugins_are_those_whose_records_say_so() -> None:
-    assert set(plugin_operators()) == {"FastNystromAttention", "FarthestPointSampling"}
+    assert set(plugin_operators()) == {"FastNystromAttention", "FarthestPointSampling", "FocalAttention"}
 
 
 def test_an_operator_is_registered_by_its_record_alone(monkeypatch: pytest.MonkeyPatch) -> None:
