@@ -24,15 +24,15 @@ from fna.export.variants import image_size
 from fna.files import load_onnx
 from fna.runtime import Arrays, open_session, run_session
 
-UNSEEN = (
+OTHERS = (
     "rocket.jpg", "camera.png", "motorcycle_left.png", "coins.png", "moon.png", "retina.jpg", "ihc.png", "hubble_deep_field.jpg",
 )  # fmt: skip
 
 
-def unseen_photographs() -> list[Image.Image]:
+def photographs_not_calibrated_on() -> list[Image.Image]:
     """Photographs that are not among the bundled ones."""
     folder = Path(skimage.__file__).parent / "data"
-    return [Image.open(folder / name).convert("RGB") for name in UNSEEN]
+    return [Image.open(folder / name).convert("RGB") for name in OTHERS]
 
 
 def cosines(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -60,7 +60,7 @@ def main() -> None:
     metadata = read_metadata(model, str(arguments.file))
     size = image_size(model, metadata, None)
     calibration = [metadata.preprocessing.apply(image, *size)[None] for _, image in bundled_photographs()]
-    pixels = [metadata.preprocessing.apply(image, *size)[None] for image in unseen_photographs()]
+    pixels = [metadata.preprocessing.apply(image, *size)[None] for image in photographs_not_calibrated_on()]
     exact = run_all(model, pixels)
     for text in arguments.types:
         started = time.perf_counter()

@@ -25,8 +25,8 @@ TOLERANCES = {
     "fp8": Tolerance(relative_l2=1e-1, cosine=0.995),
 }
 """Relative L2 as for the export error of `fna validate`; two vectors of equal length that are apart by a relative L2 of e have cosine
-1 - e^2 / 2, and the limits here leave room for different lengths. 8 bits: two to three times what was measured on unseen
-photographs (docs/engines.md)."""
+1 - e^2 / 2, and the limits here leave room for different lengths. 8 bits: two to three times what was measured on
+photographs that nothing was calibrated on (docs/engines.md)."""
 
 
 def record_images(

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fna.focal_keys import FAR_BELOW
 from fna.plugins import launch_plan
-from fna.plugins.kernels.tiles import LOG2E, MASKED, deep_scores, dot_input, gather_rows, mask_flags
+from fna.plugins.kernels.tiles import LOG2E, MASKED, attend_further, deep_scores, dot_input, gather_rows, mask_flags
 
 HIDDEN = tl.constexpr(FAR_BELOW)
 HOT = tl.constexpr(launch_plan.MAX_HOT)
@@ -229,11 +229,7 @@ def _attend_keys(query, key, value, queries, own, index, inside, offset, maximum
         scores = dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
     values = gather_rows(value, stride_n, index, head_size, BLOCK_D)
     scores = scores * (scale * LOG2E) + offset[None, :]
-    larger = tl.maximum(maximum, tl.max(scores, 1))
-    weight = tl.exp2(scores - larger[:, None])
-    shrink = tl.exp2(maximum - larger)
-    acc = dot_input(weight.to(values.dtype), values, acc * shrink[:, None], UPCAST)
-    return larger, total * shrink + tl.sum(weight, 1), acc
+    return attend_further(scores, values, maximum, total, acc, UPCAST)
 
 
 @triton.jit

@@ -286,9 +286,7 @@ def export_model(graph: gs.Graph, weights: dict[str, TensorProto] | None = None)
                 target.value_info.append(kept[name])
             elif tensor.dtype is not None or tensor.shape is not None:
                 target.value_info.append(_write_info(tensor, infos))
-    target.quantization_annotation.extend(
-        annotation for annotation in old.quantization_annotation if annotation.tensor_name in tensors
-    )
+    target.quantization_annotation.extend(note for note in old.quantization_annotation if note.tensor_name in tensors)
     target.metadata_props.extend(old.metadata_props)
     return model
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from casts import outputs_of, relative_error, types_by_operator
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 from PIL import Image
-from tiny_files import SIDE
 
 from fna.errors import InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
@@ -23,33 +23,11 @@ from fna.export.passes.layer_costs import measure_layer_costs
 from fna.export.passes.precision import cast_model
 from fna.export.passes.quantize import quantize_model
 from fna.export.passes.recipe import choose, round_weight, round_weight_in_turn, weight_scale
-from fna.export.preprocessing import Preprocessing, bundled_photographs
-from fna.export.types import tensor_types
+from fna.export.preprocessing import bundled_photographs
 from fna.export.variants import FileVariant, make_variant
 from fna.files import load_onnx, save_model
-from fna.runtime import open_session, run_session
 
 Find = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def pixels() -> list[NDArray[np.float32]]:
-    """Photographs, in the preprocessing of the tiny model."""
-    return [Preprocessing().apply(image, SIDE, SIDE)[None] for _, image in bundled_photographs()]
-
-
-def outputs_of(path: Path, image: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    session = open_session(path)
-    return list(run_session(session, {session.get_inputs()[0].name: image}).values())
-
-
-def relative_error(wanted: list[NDArray[np.float32]], found: list[NDArray[np.float32]]) -> float:
-    return max(float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in zip(wanted, found, strict=True))
-
-
-def types_by_operator(model: ModelProto, op_type: str) -> set[int]:
-    types = tensor_types(model)
-    return {types[node.input[0]] for node in model.graph.node if node.op_type == op_type}
 
 
 @pytest.mark.parametrize("name", ["traced", "grafted"])
