@@ -23,8 +23,10 @@ CHEBYSHEV_COLUMN_FLOOR = 0.1
 
 MAX_CHEBYSHEV_STEPS = 64
 
-_NEWTON_SCHULZ_LANDMARKS = 64
-_MORE_STEPS_LANDMARKS = 96
+NEWTON_SCHULZ_LANDMARKS = 64
+"""Up to so many landmarks nobody who names no core gets this one."""
+MORE_STEPS_LANDMARKS = 96
+"""Up to so many landmarks take more steps."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def core_settings(iterations: int, chebyshev: ChebyshevSteps | None) -> dict[str
 
 def usual_steps(landmarks: int) -> ChebyshevSteps:
     """Return the steps for S landmarks: fewer landmarks take more, measured on real weights."""
-    return ChebyshevSteps(10, 0.03) if landmarks <= _MORE_STEPS_LANDMARKS else ChebyshevSteps(8, 0.05)
+    return ChebyshevSteps(10, 0.03) if landmarks <= MORE_STEPS_LANDMARKS else ChebyshevSteps(8, 0.05)
 
 
 def default_core(landmarks: int, method: str) -> ChebyshevSteps | None:
@@ -109,7 +111,7 @@ def default_core(landmarks: int, method: str) -> ChebyshevSteps | None:
     The published method has Newton-Schulz. So have up to 64 landmarks, whose iterations are short and no farther from exact
     attention.
     """
-    if method == "published" or landmarks <= _NEWTON_SCHULZ_LANDMARKS:
+    if method == "published" or landmarks <= NEWTON_SCHULZ_LANDMARKS:
         return None
     return usual_steps(landmarks)
 

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from fna.chebyshev import CORES, MAX_CHEBYSHEV_STEPS
+from fna.chebyshev import (
+    CORES,
+    MAX_CHEBYSHEV_STEPS,
+    MORE_STEPS_LANDMARKS,
+    NEWTON_SCHULZ_LANDMARKS,
+    usual_steps,
+)
 from fna.errors import InvalidArgumentError
 from fna.export.passes import LOWERINGS
 from fna.plan import DEFAULT_LANDMARKS, DEFAULT_METHOD, METHODS
@@ -126,6 +132,8 @@ json_file: Option = partial(
 quiet: Option = partial(click.option, "--quiet", is_flag=True, help="Print nothing but errors.")
 
 # By the name of what they set: an argument of `uniform_plan`, or a field of `Plan`.
+_USUAL_STEPS = usual_steps(MORE_STEPS_LANDMARKS), usual_steps(MORE_STEPS_LANDMARKS + 1)
+
 PLAN: Mapping[str, Option] = {
     "layers": partial(
         click.option,
@@ -160,19 +168,22 @@ PLAN: Mapping[str, Option] = {
         click.option,
         "--core",
         type=click.Choice(CORES),
-        help="What stands for the pseudo-inverse.  [default: chebyshev for more than 64 weighted landmarks, else newton_schulz]",
+        help=f"What stands for the pseudo-inverse.  [default: chebyshev for more than {NEWTON_SCHULZ_LANDMARKS} weighted landmarks, "
+        "else newton_schulz]",
     ),
     "steps": partial(
         click.option,
         "--steps",
         type=click.IntRange(1, MAX_CHEBYSHEV_STEPS),
-        help="Of the chebyshev core.  [default: 10 for up to 96 landmarks, else 8]",
+        help=f"Of the chebyshev core.  [default: {_USUAL_STEPS[0].steps} for up to {MORE_STEPS_LANDMARKS} landmarks, "
+        f"else {_USUAL_STEPS[1].steps}]",
     ),
     "low": partial(
         click.option,
         "--low",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="The lowest eigenvalue that the steps aim at.  [default: 0.03 for up to 96 landmarks, else 0.05]",
+        help=f"The lowest eigenvalue that the steps aim at.  [default: {_USUAL_STEPS[0].low} for up to {MORE_STEPS_LANDMARKS} "
+        f"landmarks, else {_USUAL_STEPS[1].low}]",
     ),
     "resample": partial(click.option, "--resample", is_flag=True, help="Choose landmarks anew in every block."),
     "prefix_tokens": partial(

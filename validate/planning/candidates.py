@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from fna.arithmetic import exact_products, focal_block_products, nystrom_products
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import ChebyshevSteps
 from fna.focal_keys import FocalKeys, Levels, focal_keys
 from fna.plan import FocalBlockPlan
 from fna.samplers import all_samplers, find_sampler
@@ -32,7 +33,8 @@ class Candidate:
     sampler: str
     resample: bool
     iterations: int
-    corrected: bool = True
+    chebyshev: ChebyshevSteps | None = None
+    """The cheaper core, of settings that are run for comparison; the search tries Newton-Schulz."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import ModelProto
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
+from fna.chebyshev import CHEBYSHEV
 from fna.machine import describe_machine, tool_versions
 from fna.plan import BlockPlan, Correction, Plan
 from fna.runtime import open_session, run_session
@@ -80,8 +81,13 @@ class CpuCost:
         return seconds
 
     def _nystrom(self, candidate: Candidate) -> float:
-        name = f"FNA, S={candidate.landmarks}, {candidate.iterations} iterations"
-        block = BlockPlan(block=0, landmarks=candidate.landmarks, iterations=candidate.iterations)
+        core, name = candidate.chebyshev, f"{candidate.iterations} iterations"
+        settings: dict[str, Any] = {"iterations": candidate.iterations}
+        if core is not None:
+            name = f"{core.steps} Chebyshev steps from {core.low:g}"
+            settings = {"core": CHEBYSHEV, "steps": core.steps, "low": core.low}
+        name = f"FNA, S={candidate.landmarks}, {name}"
+        block = BlockPlan(block=0, landmarks=candidate.landmarks, **settings)
         return self._time(name, lambda: self._nystrom_block(block))
 
     def _choice(self, candidate: Candidate) -> float:

@@ -66,7 +66,8 @@ class ProductCost:
         if isinstance(candidate, FocalCandidate):
             assert self.layout.patches is not None
             return focal_block_products(candidate.plan(0), self.layout.patches, self.layout.prefix_tokens, heads, size)
-        total: float = nystrom_products(tokens, candidate.landmarks, heads, size, candidate.iterations)
+        core = candidate.iterations, candidate.chebyshev
+        total: float = nystrom_products(tokens, candidate.landmarks, heads, size, *core)
         if kernel:
             total += correction_products(tokens, heads, size, kernel)
         sampling = sampling_products(candidate.sampler, tokens, candidate.landmarks, self.layout.channels)
@@ -153,7 +154,7 @@ class TimeCost:
 
     def nystrom(self, candidate: Candidate, heads: int) -> float:
         """Seconds of one FNA node, the choice of its landmarks included where it chooses anew."""
-        setting = NystromSetting(candidate.landmarks, candidate.iterations)
+        setting = NystromSetting(candidate.landmarks, candidate.iterations, candidate.chebyshev)
         seconds = counted_seconds(self.device, self.layout.tokens, heads, self.layout.head_size, setting)
         if find_sampler(candidate.sampler).looks_at_features:
             seconds += self._sampler(candidate) * share_of_choice(candidate, self.layout)

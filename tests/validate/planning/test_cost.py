@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from fna.arithmetic import block_products
 from fna.engines.targets import find_target
 from fna.errors import InputFileError
+from fna.plan import Method, uniform_plan
 from fna.validate.planning.candidates import Candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of, find_break_even, read_calibration
+from fna.validate.planning.counted import NystromSetting, counted_seconds
 from fna.validate.planning.subject import Layout
+from fna.validate.planning.uniform import uniform_candidate
 
 LAYOUT = Layout("m", 12, {}, 1370, 6, 64, 384, 1, (37, 37), (518, 518))
 ORIN = device_of(find_target("jetson-agx-orin"))
@@ -24,6 +28,16 @@ def test_more_exact_heads_and_more_landmarks_cost_more(cost: ProductCost | TimeC
     assert 0 < cost.exact(1) < cost.exact(6)
     assert cost.block(GRID, 6, 0) < cost.block(replace(GRID, landmarks=256), 6, 0)
     assert cost.block(GRID, 6, 0) < cost.block(GRID, 6, 5)
+
+
+@pytest.mark.parametrize("method", ["weighted", "published"])
+def test_a_uniform_setting_costs_what_its_plan_computes(method: Method) -> None:
+    candidate = uniform_candidate(128, "grid", method)
+    plan = uniform_plan(12, layers="6", landmarks=128, method=method, prefix_tokens=1)
+    assert ProductCost(LAYOUT).block(candidate, 6, 0) == block_products(plan, 6, 1370, 6, 64)
+    core = plan.chebyshev_of(plan.blocks[0])
+    seconds = counted_seconds(ORIN, 1370, 6, 64, NystromSetting(128, plan.iterations, core))
+    assert TimeCost(LAYOUT, ORIN).block(candidate, 6, 0) == pytest.approx(seconds)
 
 
 def test_a_faster_device_is_predicted_to_be_faster() -> None:
