@@ -41,6 +41,7 @@ class Manifest(BaseModel):
         engine_sha256: of the engine file.
         engine_bytes: its size.
         lowering: which lowering of the ONNX file was built.
+        not_fused: why it is not the fused one that the runtime is usually given; empty where it is, or where one was asked for.
         plan: which blocks are FNA.
         precision: of weights and activations in the ONNX file.
         preprocessing: how photographs become the input.
@@ -72,6 +73,7 @@ class Manifest(BaseModel):
     engine_sha256: str
     engine_bytes: int
     lowering: Lowering
+    not_fused: str = ""
     plan: Plan
     precision: str
     preprocessing: Preprocessing

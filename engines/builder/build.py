@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onnx import ModelProto
 
 from fna.engines.builder.attention import prepare_attention
-from fna.engines.builder.network import EngineBuilder
+from fna.engines.builder.network import EngineBuilder, FusedRefusedError
 from fna.engines.builder.options import BuildOptions, check_options, check_precision
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.builder.progress import Progress
@@ -63,6 +64,18 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
         BuildError: if the parser or builder refuses the model, naming the node, or the engine has not the layers asked for.
         MissingCapabilityError: if this machine lacks the flavour, or for TensorRT a GPU or the plugin.
     """
+    try:
+        return _build(path, output, options, on_progress)
+    except FusedRefusedError as error:
+        if options.lowering is not None:
+            raise
+        reason = str(error).partition(";")[0]
+        return _build(path, output, replace(options, lowering="portable"), on_progress, reason)
+
+
+def _build(
+    path: Path, output: Path, options: BuildOptions, on_progress: Progress | None, not_fused: str = ""
+) -> Manifest:
     check_options(options)
     trt = import_flavour(options.backend)
     targets = choose_targets(options.backend, options.targets)
@@ -74,7 +87,8 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
     refusal = check_fused(model) if lowering == "fused" else None
     if refusal is not None and options.lowering is not None:
         raise InvalidArgumentError(f"--lowering fused was asked for, but {refusal}; leave it out")
-    lowering = lowering if refusal is None else "portable"
+    if refusal is not None:
+        lowering, not_fused = "portable", refusal
     requested = requested_layers(model)
     places = find_places(model, metadata.plan) if options.debug_tensors is not None else ()
     lowered = prepare_attention(lower(model, lowering))
@@ -113,6 +127,7 @@ def build_engine(path: Path, output: Path, options: BuildOptions, on_progress: P
             engine_sha256=file_sha256(temporary),
             engine_bytes=temporary.stat().st_size,
             lowering=lowering,
+            not_fused=not_fused,
             plan=metadata.plan,
             precision=metadata.precision,
             preprocessing=metadata.preprocessing,

@@ -30,6 +30,10 @@ from fna.export.operators.registry import plugin_operators
 from fna.files import LARGEST_SINGLE_FILE, save_model, written_whole
 
 
+class FusedRefusedError(BuildError):
+    """The builder takes the file's attention layers and then cannot build them."""
+
+
 class EngineBuilder:
     """One build; holds what TensorRT's objects refer to, for as long as they live."""
 
@@ -86,8 +90,8 @@ class EngineBuilder:
         config.progress_monitor = make_monitor(trt, on_progress, stop)
         serialized = run_interruptibly(lambda: builder.build_serialized_network(network, config), stop)
         if serialized is None:
-            way_out = "; build with --lowering portable" if attentions else ""
-            raise BuildError(f"{self._title} could not build the engine: {self._reason()}{way_out}")
+            reason = f"{self._title} could not build the engine: {self._reason()}"
+            raise FusedRefusedError(f"{reason}; build with --lowering portable") if attentions else BuildError(reason)
         self._keep_timings(config)
         return bytes(serialized)
 

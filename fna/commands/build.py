@@ -109,6 +109,8 @@ def _print(manifest: Manifest, output: Path, notes: list[str], quiet: bool) -> N
         f"{capability_text(*manifest.compute_capabilities)}, "
         f"{manifest.lowering} lowering, built in {manifest.seconds:.1f} s"
     )
+    if manifest.not_fused:
+        console.print(f"note: portable instead of fused: {manifest.not_fused}", markup=False)
     plugins = sum(layer.implementation == "plugin" for layer in manifest.layers)
     kinds = ", ".join(sorted({layer.precision or layer.requested for layer in manifest.layers}))
     if manifest.layers:

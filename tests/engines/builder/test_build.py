@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from tiny_engines import write_model
@@ -15,7 +16,9 @@ from fna.engines.manifest import manifest_path, read_manifest
 from fna.engines.run.requirements import check_engine_can_run
 from fna.engines.targets import find_targets
 from fna.errors import BuildError, InputFileError, InvalidArgumentError, MissingCapabilityError
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.norm_grid_landmarks import NORM_GRID_LANDMARKS
+from fna.export.operators.registry import fna_nodes
 from fna.files import file_sha256, load_onnx
 
 needs_rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra 'rtx')")
@@ -42,6 +45,27 @@ def test_the_engine_and_its_manifest_are_written(built: Path) -> None:
     shapes = manifest.profiles["pixel_values"]
     assert (shapes.smallest, shapes.usual, shapes.largest) == ((1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
     assert sorted(path.name for path in built.parent.iterdir()) == ["tiny.engine", "tiny.engine.json", "tiny.onnx"]
+
+
+def test_where_the_builder_refuses_the_fused_form_the_portable_one_is_built_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorRT-RTX 1.7.1 does where an FNA node's queries are its keys."""
+    path, engine = write_model(tmp_path / "tiny.onnx"), tmp_path / "tiny.engine"
+    model = load_onnx(path)
+    node = next(node for node in fna_nodes(model.graph) if FAST_NYSTROM_ATTENTION.is_called_by(node))
+    node.input[1] = node.input[0]
+    onnx.save(model, path)
+    assert main(["build", str(path), "-o", str(engine), "--target", "rtx-ada", "--lowering", "fused"]) == 2
+    assert "build with --lowering portable" in " ".join(capsys.readouterr().err.split())
+    assert not engine.exists()
+    assert main(["build", str(path), "-o", str(engine), "--target", "rtx-ada"]) == 0
+    assert "note: portable instead of fused: TensorRT-RTX could not build the engine" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    manifest = read_manifest(engine)
+    assert manifest.lowering == "portable"
+    assert "Myelin" in manifest.not_fused
 
 
 def test_norm_grid_landmarks_build_too(tmp_path: Path) -> None:
