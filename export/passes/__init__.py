@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Lowering = Literal["portable", "fused", "plugin"]
+Lowering = Literal["portable", "fused", "plugin", "onnxruntime"]
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 """The forms that a file can be given; see `fna.export.passes.lower`."""
+
+EXACT_FORMS: dict[Lowering, str] = {
+    "portable": "MatMul, Softmax, MatMul",
+    "fused": "ONNX Attention",
+    "onnxruntime": "com.microsoft MultiHeadAttention",
+}
+"""What onnxruntime computes exact attention of a traced file as, by the file's form."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ _HEADS_FIRST = 4
 
 
 @dataclass(frozen=True)
-class _Exact:
-    """One exact attention; `first` to `last` become one node."""
+class ExactAttention:
+    """One exact attention; `replaced`, up to `last`, become one node."""
 
     query: str  # [B, H, N, D]
     key: str  # [B, H, N, D], or [B, H, D, N] where `swap` is set
@@ -26,7 +27,7 @@ class _Exact:
     replaced: tuple[NodeProto, ...]
 
 
-class _Graph:
+class GraphIndex:
     """Who makes each value, and how many read it."""
 
     def __init__(self, graph: GraphProto) -> None:
@@ -41,6 +42,11 @@ class _Graph:
     def made_by(self, value: str, op_type: str) -> NodeProto | None:
         node = self.makers.get(value)
         return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+    def only_reader(self, value: str, op_type: str) -> NodeProto | None:
+        """Return the node of that kind that alone reads a value."""
+        readers = [node for node in self.makers.values() if value in node.input]
+        return readers[0] if self.readers[value] == 1 and readers and readers[0].op_type == op_type else None
 
     def past_casts(self, value: str, gone: list[NodeProto]) -> str:
         """Follow a value back through Casts that nothing else reads."""
@@ -75,14 +81,19 @@ def fuse_exact_attention(graph: GraphProto) -> int:
     Returns:
         How many were replaced.
     """
-    index = _Graph(graph)
-    found = [match for node in graph.node if node.op_type == "Softmax" and (match := _match(index, node))]
+    index = GraphIndex(graph)
+    found = find_exact_attention(graph, index)
     for match in found:
-        _replace(graph, index, match)
+        replace_nodes(graph, index, match.replaced, _attention(match))
     return len(found)
 
 
-def _match(graph: _Graph, softmax: NodeProto) -> _Exact | None:
+def find_exact_attention(graph: GraphProto, index: GraphIndex) -> list[ExactAttention]:
+    """Return each exact attention without a bias."""
+    return [match for node in graph.node if node.op_type == "Softmax" and (match := _match(index, node))]
+
+
+def _match(graph: GraphIndex, softmax: NodeProto) -> ExactAttention | None:
     gone: list[NodeProto] = [softmax]
     scores = graph.past_casts(softmax.input[0], gone)
     product = graph.made_by(scores, "MatMul")
@@ -95,12 +106,12 @@ def _match(graph: _Graph, softmax: NodeProto) -> _Exact | None:
     if not graph.is_four_dimensional(value) or not graph.is_four_dimensional(query):
         return None
     straight = _before_swap(graph, key)
-    return _Exact(
+    return ExactAttention(
         query, straight or key, value, query_scale * key_scale, straight is None, last, (*gone, product, last)
     )
 
 
-def _reader_past_casts(graph: _Graph, softmax: NodeProto, gone: list[NodeProto]) -> NodeProto | None:
+def _reader_past_casts(graph: GraphIndex, softmax: NodeProto, gone: list[NodeProto]) -> NodeProto | None:
     """Return the MatMul whose first operand a softmax is, through Casts."""
     value = softmax.output[0]
     while graph.readers[value] == 1:
@@ -119,14 +130,14 @@ def _is_last_axis(softmax: NodeProto) -> bool:
     return axes in ([], [-1], [_HEADS_FIRST - 1])
 
 
-def _unscaled(graph: _Graph, value: str) -> tuple[str, float]:
+def _unscaled(graph: GraphIndex, value: str) -> tuple[str, float]:
     """Return what a value is a constant multiple of, and the factor."""
     product = graph.made_by(value, "Mul")
     factor = None if product is None else graph.number(product.input[1])
     return (value, 1.0) if product is None or factor is None else (product.input[0], factor)
 
 
-def _before_swap(graph: _Graph, value: str) -> str | None:
+def _before_swap(graph: GraphIndex, value: str) -> str | None:
     """Return the `[B, H, N, D]` whose last axes were swapped: by one Transpose, or between two Reshapes, over `[B * H, N, D]`."""
     swap = graph.made_by(value, "Transpose")
     if swap is not None and list(swap.attribute[0].ints) == [0, 1, 3, 2]:
@@ -139,7 +150,7 @@ def _before_swap(graph: _Graph, value: str) -> str | None:
     return str(inner.input[0]) if graph.is_four_dimensional(inner.input[0]) else None
 
 
-def _replace(graph: GraphProto, index: _Graph, match: _Exact) -> None:
+def _attention(match: ExactAttention) -> list[NodeProto]:
     nodes = []
     key, name = match.key, match.last.name or match.last.output[0]
     if match.swap:
@@ -151,20 +162,28 @@ def _replace(graph: GraphProto, index: _Graph, match: _Exact) -> None:
             scale=match.scale, softmax_precision=TensorProto.FLOAT,
         )
     )  # fmt: skip
-    position = next(number for number, node in enumerate(graph.node) if node.output[:1] == match.last.output[:1])
-    before = [
-        node for node in graph.node[:position] if not any(node.output[:1] == old.output[:1] for old in match.replaced)
-    ]
-    after = list(graph.node[position + 1 :])
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in [*before, *nodes, *after]]
+    return nodes
+
+
+def replace_nodes(
+    graph: GraphProto, index: GraphIndex, replaced: Sequence[NodeProto], nodes: Sequence[NodeProto]
+) -> None:
+    """Put nodes where the last of others was, in place, and remove those with all that nothing else reads."""
+    gone = {old.output[0] for old in replaced}
+    kept: list[NodeProto] = []
+    for node in graph.node:
+        if not gone & set(node.output[:1]):
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+        elif node.output[0] == replaced[-1].output[0]:
+            kept.extend(nodes)
     del graph.node[:]
     graph.node.extend(kept)
-    for old in match.replaced:
+    for old in replaced:
         for operand in old.input:
             _remove_unread(graph, index, operand)
 
 
-def _remove_unread(graph: GraphProto, index: _Graph, value: str) -> None:
+def _remove_unread(graph: GraphProto, index: GraphIndex, value: str) -> None:
     """Remove what makes a value that nothing reads any more."""
     if any(value in node.input for node in graph.node) or any(output.name == value for output in graph.output):
         return

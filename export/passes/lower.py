@@ -1,5 +1,5 @@
-"""Three forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (the same with ONNX Attention for every
-product with N rows) and `plugin` (custom nodes for TensorRT).
+"""Four forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (the same with ONNX Attention for every
+product with N rows), `plugin` (custom nodes for TensorRT) and `onnxruntime` (with onnxruntime's own MultiHeadAttention).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -8,7 +8,7 @@ of the same name is registered, from 10.7 on it takes the plugin.
 from __future__ import annotations
 
 import onnx.inliner
-from onnx import FunctionProto, ModelProto, TensorProto
+from onnx import FunctionProto, ModelProto, TensorProto, helper
 
 from fna.errors import InvalidArgumentError
 from fna.export.operators.onnx_attention import ATTENTION_OPSET
@@ -22,6 +22,7 @@ from fna.export.operators.registry import (
 )
 from fna.export.passes import LOWERINGS, Lowering
 from fna.export.passes.fuse_exact import fuse_exact_attention
+from fna.export.passes.multi_head_attention import ONNXRUNTIME_DOMAIN, fuse_multi_head_attention
 from fna.export.passes.raise_opset import raise_opset
 from fna.export.types import tensor_types
 
@@ -33,7 +34,8 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
         model: with `fna` nodes and their functions. Load files with external data by `load_external_data=False`.
         lowering: `portable` inlines every function; `fused` inlines bodies with ONNX Attention, raises the file to opset 23
             where it is below, and fuses the exact attention of files that this project traced; `plugin` keeps the nodes that a
-            plugin implements and strips their functions.
+            plugin implements and strips their functions; `onnxruntime` inlines every function and makes the exact attention of files
+            that this project traced onnxruntime's own operator.
 
     Raises:
         InvalidArgumentError: for another lowering, or for a model whose `fna` nodes have no functions to inline.
@@ -54,6 +56,8 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
             )
     if lowering == "fused":
         return _fused(model)
+    if lowering == "onnxruntime":
+        return _own_operators(model)
     return _inlined(model, plugin_operators() if lowering == "plugin" else ())
 
 
@@ -65,9 +69,20 @@ def _fused(model: ModelProto) -> ModelProto:
     kinds = {node.name: types.get(node.input[0], TensorProto.UNDEFINED) for node in fna_nodes(waiting.graph)}
     attach_functions(waiting, element_types=kinds, fused=True)
     fused = _inlined(waiting, ())
-    if any((pair.key, pair.value) == ("fna.origin", "trace") for pair in fused.metadata_props):
+    if _was_traced(fused):
         fuse_exact_attention(fused.graph)
     return fused
+
+
+def _own_operators(model: ModelProto) -> ModelProto:
+    lowered = _inlined(model, ())
+    if _was_traced(lowered) and fuse_multi_head_attention(lowered.graph):
+        lowered.opset_import.append(helper.make_opsetid(ONNXRUNTIME_DOMAIN, 1))
+    return lowered
+
+
+def _was_traced(model: ModelProto) -> bool:
+    return any((pair.key, pair.value) == ("fna.origin", "trace") for pair in model.metadata_props)
 
 
 def _inlined(model: ModelProto, kept: tuple[str, ...]) -> ModelProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from fna.errors import MissingCapabilityError
+from fna.export.passes import EXACT_FORMS, Lowering
+from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, TraceOptions, export_onnx
+from fna.files import load_onnx, save_model
 from fna.patching import patch
 from fna.plan import Plan
 from fna.precision import Precision
@@ -42,14 +46,44 @@ class Setting:
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
     def export(self, plan: Plan, precision: Precision) -> Path:
-        """Write the ONNX file of one plan."""
-        counts = "-".join(str(entry.landmarks) for entry in plan.blocks) or "dense"
-        path = self.folder / f"{counts}-{self.resolution}.onnx"
-        export_onnx(self.model, plan, TraceOptions(self.resolution, self.resolution, precision=precision), path)
+        """Write the ONNX file of one plan, once."""
+        digest = hashlib.sha256(f"{plan.model_dump_json()} {precision}".encode()).hexdigest()[:16]
+        path = self.folder / f"{digest}-{self.resolution}.onnx"
+        if not path.exists():
+            export_onnx(self.model, plan, TraceOptions(self.resolution, self.resolution, precision=precision), path)
         return path
 
 
-Opener = Callable[[Setting, Plan], OpenModel]
+@dataclass(frozen=True)
+class Form:
+    """One way in which a backend computes a model's attention.
+
+    Attributes:
+        name: for people; a speed-up names the form of exact attention that it is against.
+        lowering: of the ONNX file that is run; None where there is none.
+    """
+
+    name: str
+    lowering: Lowering | None = None
+
+
+def forms_of(backend: Backend, model: LoadedModel) -> tuple[Form, ...]:
+    """Return the forms of exact attention that a backend offers: the fastest one is the baseline."""
+    if backend in ("onnxruntime", "onnxruntime-cuda"):
+        return tuple(Form(name, lowering) for lowering, name in EXACT_FORMS.items())
+    if backend in ("torch", "torch-compile"):
+        attention = getattr(getattr(model.module, "config", None), "_attn_implementation", None) or "the model's own"
+        return (Form(f"PyTorch, {attention} attention" + (", compiled" if backend == "torch-compile" else "")),)
+    from fna.engines.flavours import import_flavour
+    from fna.engines.lowerings import find_rule
+
+    lowerings: list[Lowering] = ["portable"]
+    if find_rule(backend, import_flavour(backend).__version__).lowering == "fused":  # type: ignore[arg-type]
+        lowerings.append("fused")
+    return tuple(Form(EXACT_FORMS[lowering], lowering) for lowering in lowerings)
+
+
+Opener = Callable[[Setting, Plan, Form], OpenModel]
 
 
 def check_backend(backend: str) -> None:
@@ -63,10 +97,13 @@ def check_backend(backend: str) -> None:
 
 
 def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Opener:
-    def opener(setting: Setting, plan: Plan) -> OpenModel:
+    def opener(setting: Setting, plan: Plan, form: Form) -> OpenModel:
         if provider == "cuda":
             _need_gpu("onnxruntime-cuda")
-        path = setting.export(plan, setting.precision)
+        assert form.lowering is not None
+        exported = setting.export(plan, setting.precision)
+        path = exported.with_name(f"{exported.stem}-{form.lowering}.onnx")
+        save_model(lower(load_onnx(exported), form.lowering), path)
         with peak_memory() as peak:
             session = open_session(path, provider=provider)
             inputs = {INPUT_NAME: setting.pixels}
@@ -76,11 +113,11 @@ def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Opener:
     return opener
 
 
-def _open_torch(setting: Setting, plan: Plan) -> OpenModel:
+def _open_torch(setting: Setting, plan: Plan, _form: Form) -> OpenModel:
     return _torch(setting, plan, lambda module: module)
 
 
-def _open_compiled(setting: Setting, plan: Plan) -> OpenModel:
+def _open_compiled(setting: Setting, plan: Plan, _form: Form) -> OpenModel:
     def compile_module(module: Any) -> Any:
         torch.compiler.reset()
         return torch.compile(module, dynamic=False)
@@ -100,7 +137,7 @@ def _torch(setting: Setting, plan: Plan, prepare: Callable[[Any], Any]) -> OpenM
         torch.cuda.resetpeak_memory_stats()
     with peak_memory() as peak, torch.inference_mode():
         module = copy.deepcopy(setting.model.module).to(device, TORCH_TYPES[setting.precision])
-        if plan.blocks:
+        if plan.replaced_blocks:
             patch(module, plan)
         ready = prepare(module)
         pixels = torch.from_numpy(setting.pixels).to(device, TORCH_TYPES[setting.precision])
@@ -123,7 +160,7 @@ def _synchronised(module: Any, pixels: torch.Tensor, device: torch.device) -> No
 def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Opener:
     """An engine built for this machine's GPU; each turn is several launches, timed on the device."""
 
-    def opener(setting: Setting, plan: Plan) -> OpenModel:
+    def opener(setting: Setting, plan: Plan, form: Form) -> OpenModel:
         from fna.engines.builder.build import build_engine
         from fna.engines.builder.options import BatchRange, BuildOptions
         from fna.engines.device import read_gpu
@@ -141,9 +178,10 @@ def _open_engine(flavour: Literal["tensorrt", "tensorrt-rtx"]) -> Opener:
             path = cast
         targets = tuple(target for target in TARGETS if read_gpu().capability in target.capabilities)[:1]
         batch = BatchRange(1, setting.batch, setting.batch)
-        build_engine(path, path.with_suffix(".engine"), BuildOptions(flavour, targets, batch))
+        built = path.with_name(f"{path.stem}-{form.lowering}.engine")
+        build_engine(path, built, BuildOptions(flavour, targets, batch, lowering=form.lowering))
         before = _free_device_memory()
-        engine = Engine(path.with_suffix(".engine"))
+        engine = Engine(built)
         inputs = {INPUT_NAME: setting.pixels}
         engine.run(inputs)
         taken = (before - _free_device_memory()) / 2**20
@@ -191,4 +229,4 @@ OPENERS: dict[Backend, Opener] = {
     "tensorrt": _open_engine("tensorrt"),
     "tensorrt-rtx": _open_engine("tensorrt-rtx"),
 }
-"""How each backend opens the model of a plan."""
+"""How each backend opens the model of a plan in a form."""

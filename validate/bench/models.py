@@ -20,7 +20,7 @@ from fna.plan import Plan
 from fna.precision import Precision
 from fna.special_tokens import detect_prefix_tokens
 from fna.validate.bench import Backend
-from fna.validate.bench.backends import OPENERS, Setting
+from fna.validate.bench.backends import OPENERS, Setting, forms_of
 from fna.validate.bench.counts import Counts, count, head_sizes
 from fna.validate.bench.timing import Timing, time_in_turns
 from fna.validate.budget.chain import Say
@@ -40,8 +40,11 @@ class BenchRow(BaseModel):
         tokens: tokens per image, prefix tokens included.
         landmarks: S.
         blocks: how many blocks were FNA.
-        dense: latency with exact attention.
-        fna: latency with FNA.
+        baseline: the fastest form of exact attention that the backend offers, which the speed-up is against.
+        dense: latency of that form.
+        exact_forms: latency of each form that was timed, taking turns, by its name.
+        fna: latency by the plan, in the fastest form.
+        fna_form: that form.
         speedup: median of dense over median of FNA.
         counts: operations and bytes.
     """
@@ -53,8 +56,11 @@ class BenchRow(BaseModel):
     tokens: int
     landmarks: int
     blocks: int
+    baseline: str
     dense: Timing
+    exact_forms: dict[str, Timing] = {}
     fna: Timing
+    fna_form: str = ""
     speedup: float
     counts: Counts | None = None
 
@@ -120,7 +126,7 @@ def bench(
     launches: int = 10,
     on_step: Say = lambda *_progress: None,
 ) -> BenchResult:
-    """Time a model dense and by each plan, taking turns.
+    """Time a model dense and by each plan, each in every form that the backend offers, taking turns; the fastest form counts.
 
     Args:
         model: to be timed.
@@ -145,21 +151,25 @@ def bench(
         for plan in plans:
             plan.check_fits(model.name, (resolution, resolution))
         _check_landmarks(model, plans, resolution)
-    open_model = OPENERS[backend]
+    open_model, forms = OPENERS[backend], forms_of(backend, model)
     rows = []
     for place, resolution in enumerate(sorted(set(resolutions))):
         on_step(f"preparing {resolution}", place, len(resolutions))
-        dense_plan = plans[0].model_copy(update={"blocks": ()})
+        dense_plan = plans[0].model_copy(update={"blocks": (), "focal": ()})
         with tempfile.TemporaryDirectory() as folder:
             setting = Setting(model, resolution, batch, precision, Path(folder), launches)
-            opened = [open_model(setting, plan) for plan in (dense_plan, *plans)]
+            opened = [open_model(setting, plan, form) for plan in (dense_plan, *plans) for form in forms]
             on_step(f"timing at {resolution}", place, len(resolutions))
             timings = time_in_turns(opened, runs, warm_up, batch)
             for timed in opened:
                 timed.close()
+        by_form = [
+            {form.name: timing for form, timing in zip(forms, group, strict=True)}
+            for group in (timings[start : start + len(forms)] for start in range(0, len(timings), len(forms)))
+        ]
         rows += [
-            _row(model, plan, resolution, backend, precision, timings[0], timing)
-            for plan, timing in zip(plans, timings[1:], strict=True)
+            _row(model, plan, resolution, backend, precision, by_form[0], of_plan)
+            for plan, of_plan in zip(plans, by_form[1:], strict=True)
         ]
     return BenchResult(
         model=model.name,
@@ -167,7 +177,7 @@ def bench(
         batch=batch,
         precision=precision,
         runs=runs,
-        blocks=len(plans[0].blocks),
+        blocks=len(plans[0].replaced_blocks),
         num_blocks=plans[0].num_blocks,
         machine=describe_machine(),
         plan=plans[0].model_dump(mode="json"),
@@ -266,20 +276,30 @@ def block_sizes(model: LoadedModel, resolutions: Sequence[int]) -> list[BlockSiz
 
 
 def _row(
-    model: LoadedModel, plan: Plan, resolution: int, backend: Backend, precision: str, dense: Timing, fna: Timing
+    model: LoadedModel,
+    plan: Plan,
+    resolution: int,
+    backend: Backend,
+    precision: str,
+    exact: dict[str, Timing],  # by the form's name
+    planned: dict[str, Timing],
 ) -> BenchRow:
     prefix = plan.prefix_tokens
     if prefix is None:
         prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
     full = plan.model_copy(update={"prefix_tokens": prefix})
+    baseline, fna_form = (min(timings, key=lambda name: timings[name].median) for timings in (exact, planned))
     return BenchRow(
         backend=backend,
         resolution=resolution,
         tokens=(resolution // model.patch_size) ** 2 + prefix,
         landmarks=max((entry.landmarks for entry in plan.blocks), default=0),
-        blocks=len(plan.blocks),
-        dense=dense,
-        fna=fna,
-        speedup=dense.median / fna.median,
+        blocks=len(plan.replaced_blocks),
+        baseline=baseline,
+        dense=exact[baseline],
+        exact_forms=exact,
+        fna=planned[fna_form],
+        fna_form=fna_form,
+        speedup=exact[baseline].median / planned[fna_form].median,
         counts=count(model, full, resolution, resolution, precision),
     )

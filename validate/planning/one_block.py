@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from fna.export import passes
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx, save_model
 from fna.plan import Plan
 from fna.validate.planning.subject import Layout
 
-EXACT_FORMS = ("MatMul, Softmax, MatMul", "ONNX Attention", "com.microsoft MultiHeadAttention")
+EXACT_FORMS = tuple(passes.EXACT_FORMS.values())
 """The first is what traced and grafted files hold."""
 
 _ATTENTION_OPSET = 23

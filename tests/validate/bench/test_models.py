@@ -12,7 +12,8 @@ from fna.arithmetic import exact_products, nystrom_products, saved_part
 from fna.cli import main
 from fna.engines.device import find_gpu
 from fna.export.sources.loading import load_model
-from fna.plan import BlockPlan, Correction, Plan, uniform_plan
+from fna.plan import BlockPlan, Correction, FocalBlockPlan, Plan, uniform_plan
+from fna.validate.bench.backends import OPENERS
 from fna.validate.bench.counts import count, total_flop
 from fna.validate.bench.models import BenchRow, bench, find_break_even, read_bench
 from fna.validate.bench.output import draw, dump_csv
@@ -47,8 +48,8 @@ def row(tokens: int, speedup: float, landmarks: int = 8) -> BenchRow:
         Timing(median=ms, fastest=ms, slowest=ms, runs=1, images_per_second=1e3 / ms) for ms in (10.0, 10.0 / speedup)
     ]
     return BenchRow(
-        backend="torch", resolution=1, tokens=tokens, landmarks=landmarks, blocks=1, dense=timings[0], fna=timings[1],
-        speedup=speedup,
+        backend="torch", resolution=1, tokens=tokens, landmarks=landmarks, blocks=1, baseline="PyTorch",
+        dense=timings[0], fna=timings[1], speedup=speedup,
     )  # fmt: skip
 
 
@@ -86,6 +87,48 @@ def test_rows_for_every_size_and_s_in_json_and_csv(tiny, tmp_path: Path) -> None
     for name in ("plot.png", "plot.svg"):
         draw(result, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_a_speed_up_is_against_the_fastest_form_of_exact_attention_and_names_it(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    milliseconds = iter([9.0, 7.0, 8.0, 4.0, 5.0, 3.5])  # exact in three forms, then the plan in three
+
+    def timed(models: list[OpenModel], *_settings: int) -> list[Timing]:
+        for model in models:
+            model.run()
+        return [
+            Timing(median=ms, fastest=ms, slowest=ms, runs=1, images_per_second=1.0)
+            for ms, _ in zip(milliseconds, models)
+        ]
+
+    monkeypatch.setattr("fna.validate.bench.models.time_in_turns", timed)
+    path = tmp_path / "bench.json"
+    assert main(["bench", "validate_tiny:tiny", "--landmarks", "6", "--resolution", "56", "--json", str(path)]) == 0
+    (found,) = read_bench(path)["rows"]
+    assert list(found["exact_forms"]) == [
+        "MatMul, Softmax, MatMul", "ONNX Attention", "com.microsoft MultiHeadAttention"
+    ]  # fmt: skip
+    assert (found["baseline"], found["dense"]["median"]) == ("ONNX Attention", 7.0)
+    assert (found["fna_form"], found["fna"]["median"]) == ("com.microsoft MultiHeadAttention", 3.5)
+    assert found["speedup"] == 2.0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "speed-up against ONNX Attention, the fastest form of exact attention here" in printed
+
+
+def test_what_a_focal_plan_is_compared_with_is_exact_in_every_block(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def opener(_setting: object, plan: Plan, _form: object) -> OpenModel:
+        plans.append(plan)
+        return OpenModel(lambda: 1.0)
+
+    monkeypatch.setitem(OPENERS, "torch", opener)
+    focal = FocalBlockPlan(block=1, tile=2, levels=((1, 0), (2, 1)), hot=2, seed=0)
+    plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1)
+    result = bench(load_model("validate_tiny:tiny"), [plan], [112], backend="torch", runs=1)
+    assert [seen.replaced_blocks for seen in plans] == [[], [1]]
+    assert (result.rows[0].landmarks, result.rows[0].blocks) == (0, 1)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
