@@ -40,6 +40,7 @@ class GraphIndex:
                 self.constants[node.output[0]] = node.attribute[0].t
 
     def made_by(self, value: str, op_type: str) -> NodeProto | None:
+        """Return the node that makes a value if it is a standard operator of that kind."""
         node = self.makers.get(value)
         return node if node is not None and node.domain == "" and node.op_type == op_type else None
 
@@ -56,12 +57,14 @@ class GraphIndex:
         return value
 
     def number(self, value: str) -> float | None:
+        """Return a constant of one element as a number."""
         tensor = self.constants.get(value)
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL or int(np.prod(tensor.dims)) != 1:
             return None
         return float(numpy_helper.to_array(tensor).astype(np.float64).reshape(()))
 
     def is_four_dimensional(self, value: str) -> bool:
+        """Whether a value has the axes of heads, by what made it."""
         node = self.makers.get(value)
         while node is not None and node.op_type in _SAME_RANK:
             node = self.makers.get(node.input[0])
