@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from fna import __version__
+from fna.chebyshev import ChebyshevSteps
 from fna.files import written_whole
 from fna.validate.planning.candidates import Candidate, FocalCandidate
 from fna.validate.planning.measure import MOMENTS, Measurement, Moments
 
-KINDS: dict[str, Callable[..., Any]] = {kind.kind: kind for kind in (Candidate, FocalCandidate)}
+
+def _candidate(*settings: Any) -> Candidate:
+    *rest, core = settings
+    return Candidate(*rest, core and ChebyshevSteps(*core))
+
+
+KINDS: dict[str, Callable[..., Any]] = {Candidate.kind: _candidate, FocalCandidate.kind: FocalCandidate}
 
 
 def load_or_make(folder: Path | None, name: str, settings: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -55,7 +62,11 @@ def _pack(value: Any) -> Any:
     if isinstance(value, Measurement):
         rows = []
         for (block, candidate), moments in value.moments.items():
-            settings = [candidate.kind, *(getattr(candidate, part.name) for part in fields(candidate))]
+            values = (getattr(candidate, part.name) for part in fields(candidate))
+            settings = [
+                candidate.kind,
+                *(astuple(each) if isinstance(each, ChebyshevSteps) else each for each in values),
+            ]
             rows.append([block, settings, [getattr(moments, name) for name in MOMENTS]])
         return {"images": value.images, "rows": rows}
     return value

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from fna.arithmetic import exact_products, focal_block_products, nystrom_products
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
-from fna.chebyshev import ChebyshevSteps
+from fna.chebyshev import ChebyshevSteps, default_core
 from fna.focal_keys import FocalKeys, Levels, focal_keys
-from fna.plan import FocalBlockPlan
+from fna.plan import FocalBlockPlan, Method
 from fna.samplers import all_samplers, find_sampler
 from fna.validate.planning.subject import Layout
 
@@ -34,7 +34,7 @@ class Candidate:
     resample: bool
     iterations: int
     chebyshev: ChebyshevSteps | None = None
-    """The cheaper core, of settings that are run for comparison; the search tries Newton-Schulz."""
+    """The cheaper core, where it takes the place of the iterations."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class FocalCandidate:
 
 
 AnyCandidate = Candidate | FocalCandidate
+
+
+def usual_candidate(landmarks: int, sampler: str, method: Method = "weighted") -> Candidate:
+    """One block as `uniform_plan` makes it."""
+    return Candidate(landmarks, sampler, False, NEWTON_SCHULZ_ITERATIONS, default_core(landmarks, method))
+
 
 FOCAL_TILES = (4, 8)
 FOCAL_LEVELS: tuple[Levels, ...] = (
@@ -86,7 +92,7 @@ class SearchRange:
     Attributes:
         samplers: by name.
         landmarks: values of S.
-        iterations: of Newton-Schulz.
+        iterations: of Newton-Schulz; where so many landmarks usually have the cheaper core, it takes the place of the usual number.
         shared: for samplers that look at the image, also landmarks chosen once, at the first block.
         corrections: fit a correction.
         kernel: side of its kernel.
@@ -128,6 +134,7 @@ class SearchRange:
                     continue
                 for resample in (False, True) if looks and self.shared else (looks,):
                     for steps in self.iterations:
-                        if nystrom_products(layout.tokens, count, 1, layout.head_size, steps) <= DEAREST * exact:
-                            found.append(Candidate(count, name, resample, steps))
+                        core = default_core(count, "weighted") if steps == NEWTON_SCHULZ_ITERATIONS else None
+                        if nystrom_products(layout.tokens, count, 1, layout.head_size, steps, core) <= DEAREST * exact:
+                            found.append(Candidate(count, name, resample, steps, core))
         return found

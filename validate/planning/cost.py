@@ -18,13 +18,12 @@ from fna.arithmetic import (
     nystrom_products,
     sampling_products,
 )
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.engines.targets import Target
 from fna.errors import InputFileError
-from fna.plan import describe_validation_error
+from fna.plan import Method, describe_validation_error
 from fna.plugins.programs import Multiprocessors
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
-from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
+from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate, usual_candidate
 from fna.validate.planning.counted import NOT_TIMED, DeviceRates, NystromSetting, counted_focal_seconds, counted_seconds
 from fna.validate.planning.subject import Layout
 
@@ -188,7 +187,7 @@ def find_break_even(
     layout: Layout, device: DeviceRates, landmarks: int = 64, calibration: Calibration | None = None
 ) -> int:
     """Return about how many tokens a block needs for FNA with so many grid landmarks to be predicted faster than exact attention."""
-    candidate = Candidate(landmarks, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
+    candidate = usual_candidate(landmarks, DEFAULT_SAMPLER)
 
     def pays(tokens: int) -> bool:
         cost = TimeCost(replace(layout, tokens=tokens), device, calibration)
@@ -215,8 +214,13 @@ class _BenchRow(BaseModel):
     fna: _Timing
 
 
+class _BenchPlan(BaseModel):
+    method: Method = "weighted"
+
+
 class _Bench(BaseModel):
     rows: list[_BenchRow]
+    plan: _BenchPlan = _BenchPlan()
 
 
 def read_calibration(path: Path, layout: Layout, device: DeviceRates) -> Calibration:
@@ -242,7 +246,7 @@ def read_calibration(path: Path, layout: Layout, device: DeviceRates) -> Calibra
     for row in bench.rows:
         cost = TimeCost(replace(layout, tokens=row.tokens), device)
         exact = cost.exact(layout.heads)
-        nystrom = cost.nystrom(Candidate(row.landmarks, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS), layout.heads)
+        nystrom = cost.nystrom(usual_candidate(row.landmarks, DEFAULT_SAMPLER, bench.plan.method), layout.heads)
         kept = layout.num_blocks - row.blocks
         system += [[row.tokens, layout.num_blocks * exact, 0.0], [row.tokens, kept * exact, row.blocks * nystrom]]
         seconds += [row.dense.median / 1e3, row.fna.median / 1e3]

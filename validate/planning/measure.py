@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fna.attention import nystrom_attention_iterates
+from fna.chebyshev import ChebyshevSteps
 from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
 from fna.validate.planning.candidates import AnyCandidate, Candidate
 from fna.validate.planning.subject import BlockView, Layout
@@ -168,10 +169,7 @@ def measure_block(
             landmarks = _choose(sampler, view.hidden if resample else shared.hidden, view, layout, count, order)
             bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
             rows = landmarks[0].long()
-            outputs = nystrom_attention_iterates(
-                view.query, view.key, view.value, landmarks, bias, view.scale,
-                [candidate.iterations for candidate in group], exact_rows=True, known_rows=view.exact[:, :, rows],
-            )  # fmt: skip
+            outputs = _outputs(view, landmarks, bias, group)
             patches = rows[rows >= prefix] - prefix
             is_known = torch.zeros(count_patches, dtype=torch.bool).index_fill(0, patches, True)
             hit = is_known[sample]
@@ -212,6 +210,26 @@ def measure_block(
                 cross = cross + common[..., 0] * (sums.mT @ sum_exact[..., None])[..., 0]
                 found[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
     return found
+
+
+def _outputs(
+    view: BlockView,
+    landmarks: Tensor,  # [1, S]
+    bias: Tensor | None,
+    group: Sequence[Candidate],
+) -> list[Tensor]:  # each [1, H, N, D]
+    """FNA by candidates that differ in their core alone."""
+    known = view.exact[:, :, landmarks[0].long()]
+
+    def attend(iterations: Sequence[int], chebyshev: ChebyshevSteps | None) -> list[Tensor]:
+        return nystrom_attention_iterates(
+            view.query, view.key, view.value, landmarks, bias, view.scale, iterations, exact_rows=True,
+            known_rows=known, chebyshev=chebyshev,
+        )  # fmt: skip
+
+    iterated = [candidate.iterations for candidate in group if candidate.chebyshev is None]
+    iterates = iter(attend(iterated, None) if iterated else ())
+    return [next(iterates) if c.chebyshev is None else attend((), c.chebyshev)[0] for c in group]
 
 
 class Taps:

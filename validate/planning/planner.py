@@ -14,16 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from fna.arithmetic import saved_part
+from fna.chebyshev import CHEBYSHEV
 from fna.errors import InvalidArgumentError
 from fna.plan import BlockPlan, Correction, Plan
 from fna.runtime import Arrays
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
+from fna.validate.planning import subject as looking
 from fna.validate.planning.cache import digest_pixels, load_or_make
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
 from fna.validate.planning.cost import CostModel
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import measure_agreement, resolve_goals
 from fna.validate.planning.measure import (
+    SAMPLED_ROWS,
     Fit,
     Measurement,
     SharedFeatures,
@@ -31,7 +34,7 @@ from fna.validate.planning.measure import (
     fit_correction,
     measure_block,
 )
-from fna.validate.planning.measure_focal import measure_focal
+from fna.validate.planning.measure_focal import SAMPLED_QUERIES, measure_focal
 from fna.validate.planning.search import BlockOption, drop_dominated
 from fna.validate.planning.subject import BlockView, Subject
 from fna.validate.planning.wish import Wish
@@ -145,7 +148,8 @@ class Planner:
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what `make` returned when it was called before for this model, these candidates and this version, or call it."""
-        return load_or_make(self.cache, name, (self.layout, self.wish.tried), make)
+        measured_by = (looking.PROBES, SAMPLED_ROWS, SAMPLED_QUERIES)
+        return load_or_make(self.cache, name, (self.layout, self.wish.tried, measured_by), make)
 
     # ------------------------------------------------------------ choosing
 
@@ -240,12 +244,15 @@ class Planner:
                 gains=tuple(round(float(fit.gains[head]), 5) for head in heads),
             )
         looks = find_sampler(candidate.sampler).looks_at_features
+        core: dict[str, Any] = {"iterations": candidate.iterations}
+        if candidate.chebyshev is not None:
+            core = {"core": CHEBYSHEV, "steps": candidate.chebyshev.steps, "low": candidate.chebyshev.low}
         return BlockPlan(
             block=number,
             landmarks=candidate.landmarks,
             sampler=candidate.sampler,
             heads=None if len(heads) == self.layout.heads else heads,
-            iterations=candidate.iterations,
+            **core,
             resample=True if looks and candidate.resample else None,
             correction=correction,
         )
@@ -270,7 +277,13 @@ class Planner:
         return self.images[:: -(-len(self.images) // RUN_IMAGES)]
 
     def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
-        """Really run a plan and compare with exact attention."""
+        """Really run a plan and compare with exact attention; a run found in the cache is not made again."""
+        tasks = [goal.name for goal in self.wish.goals]
+        said = f"{plan.model_dump_json()} {tasks} {[digest_pixels(pixels) for pixels in images]}"
+        label = f"run-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        return Fidelity.model_validate(self.cached(label, lambda: self._run(plan, images).model_dump()))
+
+    def _run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         exact = [self._reference(pixels) for pixels in images]
         given = [self.subject.run(pixels, plan) for pixels in images]
         expected, reached = ([self.subject.tokens(outputs) for outputs in group] for group in (exact, given))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
-from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.block_numbers import parse_layers
-from fna.chebyshev import default_core
 from fna.plan import Method, uniform_plan
 from fna.samplers import DEFAULT_SAMPLER, all_samplers
-from fna.validate.planning.candidates import Candidate
+from fna.validate.planning.candidates import usual_candidate
 from fna.validate.planning.planner import Planner
 from fna.validate.planning.result import UniformRun
 
@@ -36,7 +34,7 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
     found = []
     for name, landmarks, (sampler, method) in product(names, sizes, uniform_settings()):
         blocks = [number for number in parse_layers(name, count) if number in planner.blocks]
-        block = cost.block(uniform_candidate(landmarks, sampler, method), layout.heads, 0)
+        block = cost.block(usual_candidate(landmarks, sampler, method), layout.heads, 0)
         total = len(blocks) * block + (count - len(blocks)) * exact
         if not blocks or total >= count * exact:
             continue
@@ -52,9 +50,3 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
         measured = planner.run(plan, planner.held_out)
         found.append(UniformRun(name, landmarks, sampler, method, total, planner.saved(plan), measured))
     return tuple(found)
-
-
-def uniform_candidate(landmarks: int, sampler: str, method: Method) -> Candidate:
-    """One block as `uniform_plan` makes it."""
-    core = default_core(landmarks, method)
-    return Candidate(landmarks, sampler, False, NEWTON_SCHULZ_ITERATIONS, core)

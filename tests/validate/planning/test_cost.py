@@ -12,11 +12,10 @@ from fna.arithmetic import block_products
 from fna.engines.targets import find_target
 from fna.errors import InputFileError
 from fna.plan import Method, uniform_plan
-from fna.validate.planning.candidates import Candidate
+from fna.validate.planning.candidates import Candidate, usual_candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of, find_break_even, read_calibration
 from fna.validate.planning.counted import NystromSetting, counted_seconds
 from fna.validate.planning.subject import Layout
-from fna.validate.planning.uniform import uniform_candidate
 
 LAYOUT = Layout("m", 12, {}, 1370, 6, 64, 384, 1, (37, 37), (518, 518))
 ORIN = device_of(find_target("jetson-agx-orin"))
@@ -32,7 +31,7 @@ def test_more_exact_heads_and_more_landmarks_cost_more(cost: ProductCost | TimeC
 
 @pytest.mark.parametrize("method", ["weighted", "published"])
 def test_a_uniform_setting_costs_what_its_plan_computes(method: Method) -> None:
-    candidate = uniform_candidate(128, "grid", method)
+    candidate = usual_candidate(128, "grid", method)
     plan = uniform_plan(12, layers="6", landmarks=128, method=method, prefix_tokens=1)
     assert ProductCost(LAYOUT).block(candidate, 6, 0) == block_products(plan, 6, 1370, 6, 64)
     core = plan.chebyshev_of(plan.blocks[0])
@@ -52,12 +51,15 @@ def test_break_even_is_where_the_prediction_changes_sides() -> None:
         assert (cost.nystrom(GRID, 6) < cost.exact(6)) is pays
 
 
-def test_a_measurement_calibrates_both_kinds_of_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize("landmarks", [64, 128])
+def test_a_measurement_calibrates_both_kinds_of_attention(tmp_path: Path, landmarks: int) -> None:
     def row(tokens: int) -> dict[str, object]:
         cost = TimeCost(replace(LAYOUT, tokens=tokens), ORIN)
-        rest, exact, fna = 1e-6 * tokens, 3 * cost.exact(6), 5 * cost.nystrom(GRID, 6)
+        rest, exact, fna = 1e-6 * tokens, 3 * cost.exact(6), 5 * cost.nystrom(usual_candidate(landmarks, "grid"), 6)
         times = {"dense": rest + 12 * exact, "fna": rest + 4 * exact + 8 * fna}
-        return {"tokens": tokens, "landmarks": 64, "blocks": 8} | {k: {"median": v * 1e3} for k, v in times.items()}
+        return {"tokens": tokens, "landmarks": landmarks, "blocks": 8} | {
+            k: {"median": v * 1e3} for k, v in times.items()
+        }
 
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({"machine": {}, "rows": [row(1370), row(5330)]}))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fna.attention import fast_nystrom_attention
+from fna.chebyshev import ChebyshevSteps
 from fna.composition import correct
 from fna.export.sources.loading import LoadedModel
 from fna.focal import focal_attention
@@ -42,7 +43,7 @@ def error_of(view: BlockView, candidate: Candidate, correction: Correction | Non
     bias = landmark_bias(view.query.shape[2], candidate.landmarks, method=candidate.sampler)
     out = fast_nystrom_attention(
         view.query, view.key, view.value, landmarks, landmark_bias=bias, scale=view.scale,
-        iterations=candidate.iterations, exact_rows=True,
+        iterations=candidate.iterations, exact_rows=True, chebyshev=candidate.chebyshev,
     )  # fmt: skip
     if correction is not None:
         out = correct(out, view.value, landmarks, correction, prefix_tokens=1, patches=(8, 8), exact_rows=True)
@@ -57,13 +58,17 @@ def direct_loss(view: BlockView, error: Tensor) -> Tensor:  # [H]
 
 
 @pytest.mark.parametrize("sampler", ["lattice", "grid", "norm-grid", "fps"])
-@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("corrected", "core"), [(False, None), (True, None), (False, ChebyshevSteps(8, 0.05))])
 def test_moments_give_the_loss_that_the_error_has(
-    subject: TorchSubject, views: list[BlockView], sampler: Any, corrected: bool
+    subject: TorchSubject, views: list[BlockView], sampler: Any, corrected: bool, core: ChebyshevSteps | None
 ) -> None:
-    candidate = Candidate(9, sampler, True, 3)
+    group = [
+        Candidate(9, sampler, True, 6),
+        candidate := Candidate(9, sampler, True, 3, core),
+        Candidate(9, sampler, True, 2),
+    ]
     for view in views:
-        found = measure_block(view, subject.layout, [candidate], SharedFeatures(), kernel=3)[candidate]
+        found = measure_block(view, subject.layout, group, SharedFeatures(), kernel=3)[candidate]
         fit = fit_correction(found, 1, corrected=corrected)
         kernels = tuple(tuple(row) for row in fit.kernels.tolist())
         correction = Correction(size=3, kernels=kernels, gains=tuple(fit.gains.tolist())) if corrected else None

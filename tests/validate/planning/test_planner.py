@@ -16,16 +16,16 @@ from fna.arithmetic import block_products
 from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
-from fna.plan import BlockPlan, Plan
+from fna.plan import BlockPlan, Plan, uniform_plan
 from fna.validate.planning.best_plan import make_best_plan
-from fna.validate.planning.candidates import Candidate, FocalCandidate, SearchRange
+from fna.validate.planning.candidates import Candidate, FocalCandidate, SearchRange, usual_candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
 from fna.validate.planning.onnx_subject import OnnxSubject
 from fna.validate.planning.planner import PickedHeads, Planner
 from fna.validate.planning.result import Planned
-from fna.validate.planning.subject import Subject, TorchSubject
+from fna.validate.planning.subject import Layout, Subject, TorchSubject
 from fna.validate.planning.uniform import run_uniform_settings
 from fna.validate.planning.wish import Wish
 
@@ -35,6 +35,7 @@ TRIED = SearchRange(samplers=("lattice", "norm-grid"), landmarks=(4, 8, 16), ite
 
 NEAR = FocalCandidate(4, ((1, 0), (2, 1)), 2)
 FAR = FocalCandidate(4, ((1, 0), (2, 1), (4, 2)), 2)
+WIDE = Layout("m", 12, {}, 1370, 6, 64, 384, 1, (37, 37), (518, 518))
 MIXED = replace(TRIED, focal=(NEAR, FAR))
 
 
@@ -235,6 +236,47 @@ def test_an_interrupted_run_goes_on_where_it_was(subject: TorchSubject, pictures
     assert found.moments.keys() == fresh.moments.keys()
     for key, moments in fresh.moments.items():
         torch.testing.assert_close(found.moments[key].gram, moments.gram)
+
+
+def test_the_cheaper_core_is_tried_where_it_is_usual_and_comes_back_from_the_cache(
+    subject: TorchSubject, pictures: Pictures, tmp_path: Path
+) -> None:
+    (candidate,) = SearchRange(samplers=("grid",), landmarks=(128,), iterations=(6,), focal=()).candidates(WIDE)
+    assert candidate == usual_candidate(128, "grid")
+    assert isinstance(candidate, Candidate)
+    assert candidate.chebyshev is not None
+    tried = replace(candidate, landmarks=16)
+    planner = planner_for(subject, pictures)
+    planner.cache = tmp_path
+    made = [planner.cached("step", lambda: planner._measure_image(pictures[0], {n: [tried] for n in range(3)}))]
+    made.append(planner.cached("step", lambda: pytest.fail("made a second time")))
+    assert made[0].moments.keys() == made[1].moments.keys() == {(number, tried) for number in range(3)}
+    fits = planner.fits(made[1])
+    plan = planner.make_plan([PickedHeads(tried, (0, 1, 2, 3)), PickedHeads(), PickedHeads()], fits)
+    assert plan.chebyshev_of(plan.blocks[0]) == tried.chebyshev
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_what_was_measured_with_other_gradients_is_measured_anew(
+    subject: TorchSubject, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = planner_for(subject, pictures)
+    planner.cache = tmp_path
+    assert planner.cached("step", lambda: 1) == 1
+    monkeypatch.setattr("fna.validate.planning.subject.PROBES", 4)
+    assert planner.cached("step", lambda: 2) == 2
+
+
+def test_a_plan_that_was_run_is_not_run_again(subject: TorchSubject, pictures: Pictures, tmp_path: Path) -> None:
+    planner = planner_for(subject, pictures)
+    planner.cache = tmp_path
+    plan = uniform_plan(3, layers="1", landmarks=8, prefix_tokens=1)
+    found = planner.run(plan, pictures[3:4])
+    planner._run = lambda *_: pytest.fail("run a second time")  # type: ignore[method-assign, assignment]
+    assert planner.run(plan, pictures[3:4]) == found
+    planner._run = lambda *_: found.model_copy(update={"mean": 0.5})  # type: ignore[method-assign]
+    assert planner.run(plan, pictures[2:3]).mean == 0.5
+    assert planner.run(plan.only([]), pictures[3:4]).mean == 0.5
 
 
 def test_an_onnx_file_is_planned_through_its_attention_blocks(planned_file: Path, pictures: Pictures) -> None:
