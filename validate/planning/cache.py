@@ -19,9 +19,10 @@ from fna.validate.planning.candidates import Candidate, FocalCandidate
 from fna.validate.planning.measure import MOMENTS, Measurement, Moments
 
 
-def _candidate(*settings: Any) -> Candidate:
-    *rest, core = settings
-    return Candidate(*rest, core and ChebyshevSteps(*core))
+def _candidate(
+    landmarks: int, sampler: str, resample: bool, iterations: int, core: tuple[int, float] | None
+) -> Candidate:
+    return Candidate(landmarks, sampler, resample, iterations, None if core is None else ChebyshevSteps(*core))
 
 
 KINDS: dict[str, Callable[..., Any]] = {Candidate.kind: _candidate, FocalCandidate.kind: FocalCandidate}
