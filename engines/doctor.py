@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fna.engines.device import NoGpuError, read_gpu
-from fna.engines.flavours import FLAVOURS, default_plugin
-from fna.engines.targets import TARGETS, Target
+from fna.engines.flavours import FLAVOURS, default_plugin, how_to_install
+from fna.engines.targets import TARGETS, Flavour, Target
 from fna.machine import command_output, memory_gib, power_mode, processor_name, read_lines, tool_versions
 
 PACKAGES = (
@@ -138,17 +138,16 @@ def _driver() -> str:
     )
 
 
-def _import_flavour(name: str) -> str:
+def _import_flavour(name: Flavour) -> str:
     """A flavour's version if it can be imported, or what Python said."""
-    info = FLAVOURS[name]
-    code = f"import {info.module} as module; print(module.__version__)"
+    code = f"import {FLAVOURS[name].module} as module; print(module.__version__)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
     )
     if done.returncode == 0:
         return done.stdout.strip()
     reason = (done.stderr.strip().splitlines() or [f"the import ended with {done.returncode}"])[-1]
-    return f"cannot be imported ({reason}); {info.remedy}"
+    return f"cannot be imported ({reason}); {how_to_install(name)}"
 
 
 def _providers() -> str:
@@ -180,10 +179,10 @@ def _nvcc() -> bool:
 
 def _verdicts(target: Target, report: dict[str, Any]) -> dict[str, str]:
     """For each flavour: yes, or why not."""
-    return {flavour: _verdict(flavour, target, report) for flavour in FLAVOURS}
+    return {str(flavour): _verdict(flavour, target, report) for flavour in FLAVOURS}
 
 
-def _verdict(flavour: str, target: Target, report: dict[str, Any]) -> str:
+def _verdict(flavour: Flavour, target: Target, report: dict[str, Any]) -> str:
     if flavour not in target.flavours:
         return target.limits or f"there is no {FLAVOURS[flavour].title} for it"
     title, gpu = FLAVOURS[flavour].title, report["gpu"]
@@ -193,7 +192,7 @@ def _verdict(flavour: str, target: Target, report: dict[str, Any]) -> str:
         if round(gpu["capability"] * 10) not in target.capabilities:
             return f"{title} builds on the device itself, and this machine's GPU is {gpu['name']} ({gpu['capability']})"
     if not re.fullmatch(r"\d+(\.\d+)+\S*", str(report[flavour])):
-        return f"{title} cannot be imported here; {FLAVOURS[flavour].remedy}"
+        return f"{title} cannot be imported here; {how_to_install(flavour)}"
     if flavour == "tensorrt" and target.lowering == "plugin" and not default_plugin().is_file():
         return f"the plugin is {report['plugin']}"
     return "yes"

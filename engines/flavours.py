@@ -12,30 +12,46 @@ from typing import Any
 from fna.engines.device import Gpu, find_gpu
 from fna.engines.targets import TARGETS, Flavour, Target, capability_text
 from fna.errors import InvalidArgumentError, MissingCapabilityError
+from fna.machine import read_lines
 from fna.plugins.built import LIBRARY, library_folder
 
 
 @dataclass(frozen=True)
 class FlavourInfo:
-    """How a flavour is called, imported and had."""
+    """How a flavour is called and imported, and the extra of this project that has it."""
 
     name: Flavour
     title: str
     module: str
-    remedy: str
+    extra: str
 
 
-FLAVOURS: dict[str, FlavourInfo] = {
-    "tensorrt": FlavourInfo(
-        "tensorrt",
-        "TensorRT",
-        "tensorrt",
-        "JetPack brings it (apt-get install python3-libnvinfer); elsewhere install it with: pip install 'fna[tensorrt]'",
-    ),
-    "tensorrt-rtx": FlavourInfo(
-        "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "install it with: pip install 'fna[rtx]'"
-    ),
+FLAVOURS: dict[Flavour, FlavourInfo] = {
+    "tensorrt": FlavourInfo("tensorrt", "TensorRT", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": FlavourInfo("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx"),
 }
+
+_FIRST_WITH_NEW_PYTHON = 38
+"""Release of Jetson Linux from which on (JetPack 7) its Python, 3.12, is new enough; that of JetPack 6 is R36 with 3.10."""
+
+
+def how_to_install(name: Flavour) -> str:
+    """Return what to do on this machine where a flavour cannot be imported."""
+    release = jetson_linux() if name == "tensorrt" else None
+    if release is None:
+        return f"install it with: pip install 'fna[{FLAVOURS[name].extra}]'"
+    if release < _FIRST_WITH_NEW_PYTHON:
+        return (
+            f"JetPack's module (Jetson Linux R{release}) is for its own Python 3.10, and fna needs 3.11: make a bundle with fna bundle, "
+            "elsewhere, and build from it here; it needs no Python"
+        )
+    return "JetPack has it for its own Python: apt-get install python3-libnvinfer, and python3 -m venv --system-site-packages"
+
+
+def jetson_linux() -> int | None:
+    """Return the release of Jetson Linux that this machine runs, 36 for R36; None on other machines."""
+    found = re.search(r"\bR(\d+)\b", " ".join(read_lines("/etc/nv_tegra_release")))
+    return None if found is None else int(found[1])
 
 
 def import_flavour(name: Flavour) -> Any:
@@ -48,7 +64,7 @@ def import_flavour(name: Flavour) -> Any:
     try:
         return import_module(info.module)
     except (ImportError, OSError) as error:
-        raise MissingCapabilityError(f"{info.title} cannot be imported ({error}); {info.remedy}") from None
+        raise MissingCapabilityError(f"{info.title} cannot be imported ({error}); {how_to_install(name)}") from None
 
 
 def make_logger(trt: Any, messages: list[str]) -> Any:

@@ -49,6 +49,11 @@ class Target:
     limits: str = ""
 
     @property
+    def is_jetson(self) -> bool:
+        """Whether it runs JetPack."""
+        return bool(self.systems)
+
+    @property
     def clock_ghz(self) -> float:
         """The clock at which its cores reach `fp32_tflops`: two operations a cycle of each."""
         cores = next(count for capability, count in _CORES if self.capabilities[0] >= capability)

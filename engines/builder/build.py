@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 from fna.engines.builder.attention import prepare_attention
 from fna.engines.builder.network import EngineBuilder, FusedRefusedError
-from fna.engines.builder.options import BuildOptions, check_options, check_precision
+from fna.engines.builder.options import BuildOptions, check_hardware_compatible, check_options, check_precision
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.builder.progress import Progress
 from fna.engines.device import find_gpu
@@ -79,6 +79,7 @@ def _build(
     check_options(options)
     trt = import_flavour(options.backend)
     targets = choose_targets(options.backend, options.targets)
+    check_hardware_compatible(options, targets)
     model = load_onnx(path)
     metadata = read_metadata(model, str(path))
     check_precision(path, metadata, targets)

@@ -98,8 +98,23 @@ def check_options(options: BuildOptions) -> None:
                     f"{name} was asked for, but TensorRT-RTX does not take it (it has no plugin layers, and one engine serves "
                     "all its targets); leave it out, or use --backend tensorrt"
                 )
+    check_hardware_compatible(options, options.targets)
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise InvalidArgumentError(f"optimisation level {options.optimization_level} was asked for, but it is 0 to 5")
+
+
+def check_hardware_compatible(options: BuildOptions, targets: Sequence[Target]) -> None:
+    """Refuse --hardware-compatible on a Jetson, where TensorRT has no such engines (Developer Guide, "Hardware Compatibility").
+
+    Raises:
+        InvalidArgumentError: naming the device.
+    """
+    jetson = next((target.name for target in targets if target.is_jetson), None)
+    if options.hardware_compatible and jetson is not None:
+        raise InvalidArgumentError(
+            f"--hardware-compatible was asked for, but TensorRT has no such engines on JetPack, which {jetson} runs; leave it out, and "
+            "build on each kind of device"
+        )
 
 
 def check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Target]) -> None:

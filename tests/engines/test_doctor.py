@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from fna import machine
 from fna.cli import main
-from fna.engines import device, doctor
+from fna.engines import device, doctor, flavours
 from fna.engines.targets import TARGETS
 from fna.plugins import built
 
@@ -68,6 +69,26 @@ def test_what_tensorrt_needs_to_build_for_an_orin(
     report = {"tensorrt": "10.3.0", "gpu": gpu, "plugin": "not built; fna plugin builds it"}
     orin = next(target for target in TARGETS if target.name == "jetson-agx-orin")
     assert doctor._verdict("tensorrt", orin, report).endswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("release", "advice"),
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic", "R36.*Python 3.10.*fna bundle"),
+        ("# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic", "apt-get install python3-libnvinfer"),
+        ("", r"pip install 'fna\[tensorrt\]'"),
+    ],
+    ids=["JetPack 6", "JetPack 7", "no Jetson"],
+)
+def test_what_to_install_is_what_this_machine_can_use(
+    monkeypatch: pytest.MonkeyPatch, release: str, advice: str
+) -> None:
+    """JetPack 6 has TensorRT's module for Python 3.10 alone, which fna does not run on."""
+    monkeypatch.setattr(flavours, "read_lines", lambda _path: [release])
+    orin = next(target for target in TARGETS if target.name == "jetson-agx-orin")
+    verdict = doctor._verdict("tensorrt", orin, {"tensorrt": "cannot be imported", "gpu": GPU})
+    assert re.search(advice, verdict)
+    assert ("libnvinfer" in verdict) == ("R38" in release)
 
 
 def test_it_imports_the_standard_library_alone() -> None:

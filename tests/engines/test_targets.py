@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fna.engines.builder.options import BuildOptions, check_options
 from fna.engines.targets import TARGET_NAMES, TARGETS, find_target, find_targets
 from fna.errors import InvalidArgumentError
 from fna.plugins.table.chips import CHIPS
@@ -30,6 +31,17 @@ def test_agx_orin_keeps_the_command_line_on_jetpack_7() -> None:
     assert find_target("jetson-agx-orin").systems == {"JetPack 6": "10.3", "JetPack 7.2": "10.16"}
 
 
+@pytest.mark.parametrize("name", ["jetson-orin-nano", "jetson-thor", "rtx-ada", "dgx-spark"])
+def test_engines_for_other_chips_are_refused_on_a_jetson_by_name(name: str) -> None:
+    """Before a GPU is looked for, so that a workstation says it as well."""
+    options = BuildOptions(backend="tensorrt", targets=(find_target(name),), hardware_compatible=True)
+    if not find_target(name).is_jetson:
+        check_options(options)
+        return
+    with pytest.raises(InvalidArgumentError, match=f"--hardware-compatible was asked for.*{name}"):
+        check_options(options)
+
+
 def test_an_unknown_target_is_refused_with_the_list() -> None:
     with pytest.raises(InvalidArgumentError, match="voodoo.*rtx-ada"):
         find_targets("rtx-ada,voodoo")
@@ -45,5 +57,5 @@ def test_rates_and_lowerings_are_consistent(target) -> None:
     assert (target.lowering == "plugin") == (set(target.capabilities) <= set(CHIPS))
     assert ("bf16" in target.precisions) == (min(target.capabilities) >= 80)
     assert set(target.systems.values()) <= {"10.3", "10.13", "10.16"}
-    assert bool(target.systems) == target.name.startswith("jetson")
+    assert target.is_jetson == target.name.startswith("jetson")
     assert find_target(target.name) is target

@@ -29,6 +29,7 @@ from fna.export.passes.precision import cast_model
 from fna.files import file_sha256, load_onnx, save_model
 
 ORIN = Gpu("Orin", 87, 61 * 2**30, 16, "12.6")
+L4 = Gpu("NVIDIA L4", 89, 24 * 2**30, 58, "12.6")
 
 # Which of TensorRT's classes a name in our code stands for.
 ROLES = {
@@ -199,13 +200,14 @@ def fake_build(
     monkeypatch: pytest.MonkeyPatch,
     fake: FakeTensorRT,
     element_type: int = TensorProto.FLOAT16,
+    gpu: Gpu = ORIN,
     **options,
 ) -> Manifest:
     plugin = tmp_path / "libfna_plugin.so"
     plugin.write_bytes(b"plugin")
     monkeypatch.setattr(build, "import_flavour", lambda _name: fake)
-    monkeypatch.setattr(build, "find_gpu", lambda: ORIN)
-    monkeypatch.setattr(flavours, "find_gpu", lambda: ORIN)
+    monkeypatch.setattr(build, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(flavours, "find_gpu", lambda: gpu)
     path = write_model(tmp_path / "tiny.onnx", element_type=element_type)
     settings = BuildOptions(backend="tensorrt", batch=BatchRange(1, 4, 8), plugin=plugin, **options)
     return build_engine(path, tmp_path / "tiny.engine", settings)
@@ -221,7 +223,6 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
         fake,
         workspace_mib=64,
         optimization_level=4,
-        hardware_compatible=True,
     )
     assert manifest.targets == ("jetson-agx-orin",)
     assert (manifest.backend, manifest.lowering, manifest.device) == ("tensorrt", "plugin", "Orin")
@@ -238,6 +239,14 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
     assert calls["IBuilderConfig.clear_flag"] == (fake.BuilderFlag.TF32,)
     assert calls["Builder.create_network"] == (1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
     assert fake.settings["IBuilderConfig.builder_optimization_level"] == 4
+
+def test_an_engine_for_other_chips_is_built_on_a_workstation_and_refused_on_a_jetson(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surface: Surface
+) -> None:
+    fake = FakeTensorRT(surface, "10.3.0")
+    with pytest.raises(InvalidArgumentError, match=r"--hardware-compatible was asked for.*jetson-agx-orin"):
+        fake_build(tmp_path, monkeypatch, fake, hardware_compatible=True)
+    assert fake_build(tmp_path, monkeypatch, fake, gpu=L4, hardware_compatible=True).hardware_compatible
     assert fake.settings["IBuilderConfig.hardware_compatibility_level"] == fake.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
