@@ -120,6 +120,8 @@ def bad_requests(sample: Sample, largest_batch: int) -> dict[str, NDArray[np.gen
         "channels": np.ascontiguousarray(image[..., :2]),
         "rank": image[0],
         "empty": image[:, :0, :0],
+        "no columns": image[:, :, :0],
+        "no photograph": image[:0],
         "batch": np.repeat(image[:, :8, :8], largest_batch + 1, axis=0),
     }
 

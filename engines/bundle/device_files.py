@@ -20,9 +20,11 @@ _HERE = Path(__file__).resolve().parent
 
 def write_device_files(root: Path, manifest: BundleManifest, target: Target) -> None:
     """Write them into a bundle's folder."""
-    for name in ("build_engine.sh", "check.sh"):
+    for name in ("build_engine.sh", "check.sh", "serve.sh"):
         shutil.copyfile(_HERE / "scripts" / name, root / name)
         (root / name).chmod(0o755)
+    if "JetPack 6" in target.systems:  # the only one that has an image of its own
+        shutil.copyfile(_HERE / "scripts" / "Dockerfile", root / "Dockerfile")
     (root / "runner").mkdir()
     for source in sorted((_HERE / "runner").iterdir()):
         shutil.copyfile(source, root / "runner" / source.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ VERSION = "1"
 PORTABLE = "model.onnx"
 
 _SCRIPTS = Path(__file__).resolve().parent.parent / "bundle" / "scripts"
+_DEPLOY = Path(__file__).resolve().parent / "deploy"
 _TYPES = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "TYPE_FP16", TensorProto.BFLOAT16: "TYPE_BF16"}
 _RESIZE = {"bilinear": "linear", "bicubic": "cubic"}  # onnxruntime breaks ties of nearest otherwise than Pillow
 _IMAGE = "raw_image"
@@ -125,7 +126,7 @@ def write_model_repository(
                 f"the ensembles from photographs: ONNX has no operator that resizes as Pillow's {metadata.preprocessing.resize} does"
             )
         models = tuple(sorted(folder.name for folder in root.iterdir()))
-        (root / "README.md").write_text(_readme(name, names, source, batch, left_out), encoding="utf-8")
+        _write_documents(root, name, names, source, batch, left_out)
         dropped = _replace(root, output)
     first = name if name in models else names["tensorrt"]
     return ModelRepository((first, *(other for other in models if other != first)), tuple(left_out), dropped)
@@ -162,9 +163,15 @@ def make_preprocess_model(
         "preprocess/half": np.array(0.5, np.float32),
         "preprocess/black": np.array(0, np.float32),
         "preprocess/white": np.array(255, np.float32),
+        "preprocess/one": np.array([1], np.int64),
+        "preprocess/zeros": np.zeros(5, np.int64),
+        "preprocess/zero": np.array([0], np.int64),
+        "preprocess/height": np.array([height], np.int64),
+        "preprocess/row_axis": np.array([2], np.int64),
     }
     nodes = [
-        helper.make_node("Transpose", [_IMAGE], ["preprocess/planes"], perm=[0, 3, 1, 2]),
+        *_fill_empty(),
+        helper.make_node("Transpose", ["preprocess/filled"], ["preprocess/planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Cast", ["preprocess/planes"], ["preprocess/pixels"], to=TensorProto.FLOAT),
         helper.make_node("Shape", ["preprocess/pixels"], ["preprocess/rows_shape"], start=0, end=3),
         helper.make_node("Concat", ["preprocess/rows_shape", "preprocess/columns"], ["preprocess/wide_shape"], axis=0),
@@ -175,18 +182,40 @@ def make_preprocess_model(
         helper.make_node("Mul", ["preprocess/resized", "preprocess/rescale"], ["preprocess/scaled"]),
         helper.make_node("Sub", ["preprocess/scaled", "preprocess/mean"], ["preprocess/centred"]),
         helper.make_node("Div", ["preprocess/centred", "preprocess/std"], ["preprocess/normalised"]),
-        helper.make_node("Cast", ["preprocess/normalised"], [output], to=element_type),
+        helper.make_node("Cast", ["preprocess/normalised"], ["preprocess/cast"], to=element_type),
+        helper.make_node(
+            "Slice", ["preprocess/cast", "preprocess/zero", "preprocess/rows", "preprocess/row_axis"], [output]
+        ),
     ]
     graph = helper.make_graph(
         nodes,
         "preprocess",
         [helper.make_tensor_value_info(_IMAGE, TensorProto.UINT8, ["batch", "rows", "columns", 3])],
-        [helper.make_tensor_value_info(output, element_type, ["batch", 3, height, width])],
+        [helper.make_tensor_value_info(output, element_type, ["batch", 3, "height", width])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", PREPROCESS_OPSET)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _fill_empty() -> list[onnx.NodeProto]:
+    """Make a black pixel of an empty photograph, which no resize takes, and `preprocess/rows` 0 for it: the height for all others.
+
+    The model behind then gets a photograph without rows, which Triton refuses as a wrong shape (400), where an operator that
+    fails would be an error of the server's (500).
+    """
+    return [
+        helper.make_node("Shape", [_IMAGE], ["preprocess/sides"], start=1, end=3),
+        helper.make_node("Min", ["preprocess/sides", "preprocess/one"], ["preprocess/there"]),
+        helper.make_node("Sub", ["preprocess/one", "preprocess/there"], ["preprocess/missing"]),
+        helper.make_node(
+            "Concat", ["preprocess/zeros", "preprocess/missing", "preprocess/zero"], ["preprocess/pads"], axis=0
+        ),
+        helper.make_node("Pad", [_IMAGE, "preprocess/pads"], ["preprocess/filled"]),
+        helper.make_node("ReduceMin", ["preprocess/there"], ["preprocess/whole"], keepdims=1),
+        helper.make_node("Mul", ["preprocess/whole", "preprocess/height"], ["preprocess/rows"]),
+    ]
 
 
 def _resize(source: str, shape: str, result: str, name: str) -> list[onnx.NodeProto]:
@@ -290,7 +319,7 @@ def _write_preprocess(
         f'default_model_filename: "{PORTABLE}"',
         f"max_batch_size: {batch.largest}",
         *_tensors("input", [Tensor(_IMAGE, "TYPE_UINT8", (-1, -1, 3))]),
-        *_tensors("output", [source]),
+        *_tensors("output", [replace(source, dims=(source.dims[0], -1, source.dims[2]))]),
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
     ]
     _write_config(folder, lines)
@@ -366,18 +395,23 @@ def _write_config(folder: Path, lines: Sequence[str]) -> None:
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _readme(name: str, names: dict[str, str], source: Tensor, batch: BatchRange, left_out: Sequence[str]) -> str:
-    text = (_SCRIPTS / "TRITON.md").read_text(encoding="utf-8")
+def _write_documents(
+    root: Path, name: str, names: dict[str, str], source: Tensor, batch: BatchRange, left_out: Sequence[str]
+) -> None:
+    """Write what a person reads, and what starts a server: Compose, Kubernetes, an image for a Jetson."""
     values = {
         **names,
         "name": name,
+        "application": f"triton-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40]}".rstrip("-"),
         "batch": f"{batch.smallest}:{batch.usual}:{batch.largest}",
         "input": source.name,
         "dims": "x".join(map(str, source.dims)),
         "left_out": "".join(f"\nLeft out: {reason}.\n" for reason in left_out),
         "version": __version__,
     }
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], text)
+    for template, output in ((_SCRIPTS / "TRITON.md", "README.md"), *((path, path.name) for path in _DEPLOY.iterdir())):
+        text = re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values[match[1]], template.read_text(encoding="utf-8"))
+        (root / output).write_text(text, encoding="utf-8")
 
 
 def _replace(root: Path, output: Path) -> tuple[str, ...]:

@@ -367,6 +367,6 @@ if [[ -n $output ]]; then
   say "copied to $output"
 fi
 if [[ -n $register ]]; then say "for Triton: tritonserver --backend-config=tensorrt,plugins=$PWD/$register --model-repository=MODELS"; fi
-printf '%s=%q\n' ENGINE "$engine" PLUGIN "$plugin" PRECISION "$precision" LOWERING "$lowering" FLAVOUR "$flavour" RUNNER "$runner" \
+printf '%s=%q\n' ENGINE "$engine" PLUGIN "$plugin" REGISTER "$register" PRECISION "$precision" LOWERING "$lowering" FLAVOUR "$flavour" RUNNER "$runner" \
   HOST_CODE "$host_code" \
   > build/last.sh

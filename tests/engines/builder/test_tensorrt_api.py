@@ -240,6 +240,7 @@ def test_a_tensorrt_build_calls_only_what_exists_and_records_its_plugin_layers(
     assert calls["Builder.create_network"] == (1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED),)
     assert fake.settings["IBuilderConfig.builder_optimization_level"] == 4
 
+
 def test_an_engine_for_other_chips_is_built_on_a_workstation_and_refused_on_a_jetson(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surface: Surface
 ) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fna.engines import load_test
+from fna.engines.builder.options import BatchRange
+from fna.engines.serving.model_repository import write_model_repository
 
 from ..conftest import ROOT
 from .test_scripts import make_device
@@ -19,7 +21,7 @@ LOAD_TEST = ".venv/bin/python -m fna.engines.load_test "
 BLOCKS = re.findall(r"```([a-z ]+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = {
     *re.findall(r"`(\./(?:check|build_engine)\.sh[^`]*)`", TEXT),
-    *re.findall(r"^\./(?:check|build_engine)\.sh.*$", TEXT, re.MULTILINE),
+    *re.findall(r"^\./(?:check|build_engine|serve)\.sh.*$", TEXT, re.MULTILINE),
 } - {"./check.sh --flavour tensorrt-rtx"}  # test_tensorrt_rtx_gets_the_portable_model builds such a bundle
 
 
@@ -51,10 +53,14 @@ def test_the_load_test_is_run_as_it_is_written(
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_the_devices_commands_run_with_stand_ins(bundle: Path, tmp_path: Path, command: str) -> None:
-    device = make_device(shutil.copytree(bundle, tmp_path / "bundle"), tmp_path / "bin", "trtexec", "runner")
+def test_the_devices_commands_run_with_stand_ins(bundle: Path, tiny: Path, tmp_path: Path, command: str) -> None:
+    device = make_device(
+        shutil.copytree(bundle, tmp_path / "bundle"), tmp_path / "bin", "trtexec", "runner", "tritonserver"
+    )
+    if "MODELS" in command:
+        write_model_repository(tiny, tmp_path / "models", batch=BatchRange(1, 4, 8))
     script, *arguments = shlex.split(
-        command.replace("MODELS/model_tensorrt/1/model.plan", str(tmp_path / "model.plan"))
+        command.replace("MODELS", str(tmp_path / "models")).replace("model_tensorrt", "tiny_tensorrt")
     )
     done = device.run(script.removeprefix("./"), *arguments)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ def test_shellcheck_has_nothing_to_say(bundle: Path) -> None:
     files = [
         SCRIPTS / "build_engine.sh",
         SCRIPTS / "check.sh",
+        SCRIPTS / "serve.sh",
         STAND_IN / "trtexec",
         STAND_IN / "runner",
         bundle / "settings.sh",
@@ -65,6 +66,7 @@ def make_device(root: Path, folder: Path, *tools: str) -> Device:
     for tool in tools:
         shutil.copy(STAND_IN / ("trtexec" if "trt" in tool or "rtx" in tool else tool), folder / tool)
     env = {"STAND_IN_LOG": str(folder / "trtexec.log"), "STAND_IN_RUNNER_LOG": str(folder / "runner.log")}
+    env["STAND_IN_TRITON_LOG"] = str(folder / "tritonserver.log")
     return Device(root, folder, {**env, "FNA_RUNNER": str(folder / "runner")})
 
 
@@ -166,6 +168,53 @@ def test_an_engine_of_another_file_is_not_put_into_a_repository(device: Device, 
     assert done.returncode == 2
     assert "is in a repository of another file than this bundle's" in done.stderr
     assert not plan.exists()
+
+
+@pytest.fixture
+def server(device: Device) -> Device:
+    """A device in Triton's image."""
+    shutil.copy(STAND_IN / "tritonserver", device.bin)
+    return device
+
+
+def test_a_server_starts_with_the_engine_in_its_repository_and_the_plugin(
+    server: Device, tiny: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    write_model_repository(tiny, repository, batch=BatchRange(1, 2, 4))
+    done = server.run("serve.sh", str(repository), "--batch", "1:2:4", "--", "--exit-timeout-secs=30")
+    assert done.returncode == 0, done.stderr
+    assert (repository / "tiny_tensorrt" / "1" / "model.plan").read_bytes() == (server.root / ENGINE).read_bytes()
+    register = server.root / "plugin/prebuilt" / os.uname().machine / "libfna_plugin_register.so"
+    assert server.calls("tritonserver") == [
+        [f"--model-repository={repository}", f"--backend-config=tensorrt,plugins={register}", "--exit-timeout-secs=30"]
+    ]
+    assert "--maxShapes=pixel_values:4x3x56x56" in server.calls()[0]
+    server.run("serve.sh", str(repository), "--batch", "1:2:4")
+    assert len(server.calls()) == 1  # the engine is there
+
+
+@pytest.mark.parametrize("case", ["another file", "no folder", "not Triton's image", "no library that registers"])
+def test_what_cannot_be_served_is_refused_by_name(server: Device, tiny: Path, tmp_path: Path, case: str) -> None:
+    repository = tmp_path / "models"
+    write_model_repository(tiny, repository, batch=BatchRange(1, 2, 4))
+    settings = {}
+    if case == "another file":
+        (repository / "tiny_tensorrt" / "source.sha256").write_text("0" * 64 + "\n")
+    elif case == "not Triton's image":
+        (server.bin / "tritonserver").unlink()
+    elif case == "no library that registers":
+        settings = {"STAND_IN_VERSION": "120000", "CXX": "no-such-compiler"}
+    done = server.run("serve.sh", "/nowhere" if case == "no folder" else str(repository), **settings)
+    code, said = {
+        "another file": (2, "has no model of the file that this bundle is of"),
+        "no folder": (2, "/nowhere is no folder"),
+        "not Triton's image": (3, "tritonserver is not on this machine"),
+        "no library that registers": (3, "no library that registers it in this TensorRT"),
+    }[case]
+    assert done.returncode == code
+    assert said in done.stderr
+    assert not server.calls("tritonserver")
 
 
 def test_a_dry_run_prints_the_command_and_builds_nothing(device: Device) -> None:

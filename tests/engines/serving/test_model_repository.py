@@ -88,13 +88,15 @@ def test_the_engine_is_batched_as_its_profile_says(configs: dict[str, Any], mode
     assert list(config.model_warmup[0].inputs["pixel_values"].dims) == [3, 56, 56]
 
 
-def test_an_ensembles_tensors_are_those_of_its_steps(configs: dict[str, Any]) -> None:
+def test_an_ensembles_tensors_are_those_of_its_steps(configs: dict[str, Any], model_config: Any) -> None:
+    """But for the rows, which preprocessing leaves open: of an empty photograph there are none, and the model refuses that."""
     for name, inner in (("tiny", "tiny_tensorrt"), ("tiny_portable", "tiny_onnxruntime")):
         ensemble = configs[name]
         first, second = ensemble.ensemble_scheduling.step
         assert [first.model_name, second.model_name] == ["tiny_preprocess", inner]
         assert shapes(ensemble.input) == shapes(configs["tiny_preprocess"].input)
-        assert shapes(configs["tiny_preprocess"].output) == shapes(configs[inner].input)
+        assert shapes(configs["tiny_preprocess"].output) == {"pixel_values": (model_config.TYPE_FP32, [3, -1, 56])}
+        assert shapes(configs[inner].input) == {"pixel_values": (model_config.TYPE_FP32, [3, 56, 56])}
         assert shapes(ensemble.output) == shapes(configs[inner].output)
         assert set(first.output_map.values()) == set(second.input_map.values())
         assert set(second.output_map.values()) == {tensor.name for tensor in ensemble.output}
@@ -130,6 +132,17 @@ def test_photographs_are_resized_as_pillow_does_it(resize: Any, size: tuple[int,
         name
     )  # Pillow computes in fixed point, so a value at a half may round the other way
     assert (bytes_apart > 0.5).mean() < 0.01
+
+
+@pytest.mark.parametrize("sides", [(0, 0), (0, 8), (8, 0)], ids=str)
+def test_an_empty_photograph_becomes_one_without_rows_not_an_error(sides: tuple[int, int]) -> None:
+    """Triton's core refuses a shape of the client's with a 400; an operator that fails would be a 500."""
+    made = make_preprocess_model(Preprocessing(), 28, 42, "pixels")
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    (pixels,) = session.run(None, {"raw_image": np.zeros((2, *sides, 3), np.uint8)})
+    assert pixels.shape == (2, 3, 0, 42)
+    (pixels,) = session.run(None, {"raw_image": np.zeros((2, 1, 1, 3), np.uint8)})
+    assert pixels.shape == (2, 3, 28, 42)
 
 
 def test_a_filter_that_onnx_has_not_leaves_the_ensembles_out_and_says_so(tiny: Path, tmp_path: Path) -> None:
