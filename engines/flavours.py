@@ -42,8 +42,8 @@ def how_to_install(name: Flavour) -> str:
         return f"install it with: pip install 'fna[{FLAVOURS[name].extra}]'"
     if release < _FIRST_WITH_NEW_PYTHON:
         return (
-            f"JetPack's module (Jetson Linux R{release}) is for its own Python 3.10, and fna needs 3.11: make a bundle with fna bundle, "
-            "elsewhere, and build from it here; it needs no Python"
+            f"JetPack's module (Jetson Linux R{release}) is for its own Python 3.10, and fna needs 3.11: make a bundle with "
+            "fna bundle, elsewhere, and build from it here; it needs no Python"
         )
     return "JetPack has it for its own Python: apt-get install python3-libnvinfer, and python3 -m venv --system-site-packages"
 

@@ -112,8 +112,8 @@ def check_hardware_compatible(options: BuildOptions, targets: Sequence[Target]) 
     jetson = next((target.name for target in targets if target.is_jetson), None)
     if options.hardware_compatible and jetson is not None:
         raise InvalidArgumentError(
-            f"--hardware-compatible was asked for, but TensorRT has no such engines on JetPack, which {jetson} runs; leave it out, and "
-            "build on each kind of device"
+            f"--hardware-compatible was asked for, but TensorRT has no such engines on JetPack, which {jetson} runs; leave it "
+            "out, and build on each kind of device"
         )
 
 

@@ -43,7 +43,8 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 def test_it_holds_what_a_device_needs(bundle: Path) -> None:
     names = list_files(bundle)
     for name in (
-        "Dockerfile", "README.md", "SHA256SUMS", "build_engine.sh", "check.sh", "serve.sh", "check/input.npy", "check/expected.last_hidden_state.npy",
+        "Dockerfile", "README.md", "SHA256SUMS", "build_engine.sh", "check.sh", "serve.sh", "check/input.npy",
+        "check/expected.last_hidden_state.npy",
         "check/plugin_layers.fp32.txt", "manifest.json", "model.plugin.onnx", "model.portable.onnx", "model.weights",
         "model.fp16.plugin.onnx", "plugin/kernels/kernels.bin", "plugin/kernels/kernel_table.inc",
         "plugin/kernels/launch_constants.hpp", "plugin/src/common/exports.map",
