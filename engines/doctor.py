@@ -19,7 +19,7 @@ from typing import Any
 
 from fna.engines.device import NoGpuError, read_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, how_to_install
-from fna.engines.targets import TARGETS, Flavour, Target
+from fna.engines.targets import TARGETS, Target
 from fna.machine import command_output, memory_gib, power_mode, processor_name, read_lines, tool_versions
 
 PACKAGES = (
@@ -138,7 +138,7 @@ def _driver() -> str:
     )
 
 
-def _import_flavour(name: Flavour) -> str:
+def _import_flavour(name: str) -> str:
     """A flavour's version if it can be imported, or what Python said."""
     code = f"import {FLAVOURS[name].module} as module; print(module.__version__)"
     done = subprocess.run(
@@ -179,10 +179,10 @@ def _nvcc() -> bool:
 
 def _verdicts(target: Target, report: dict[str, Any]) -> dict[str, str]:
     """For each flavour: yes, or why not."""
-    return {str(flavour): _verdict(flavour, target, report) for flavour in FLAVOURS}
+    return {flavour: _verdict(flavour, target, report) for flavour in FLAVOURS}
 
 
-def _verdict(flavour: Flavour, target: Target, report: dict[str, Any]) -> str:
+def _verdict(flavour: str, target: Target, report: dict[str, Any]) -> str:
     if flavour not in target.flavours:
         return target.limits or f"there is no {FLAVOURS[flavour].title} for it"
     title, gpu = FLAVOURS[flavour].title, report["gpu"]

@@ -26,7 +26,7 @@ class FlavourInfo:
     extra: str
 
 
-FLAVOURS: dict[Flavour, FlavourInfo] = {
+FLAVOURS: dict[str, FlavourInfo] = {
     "tensorrt": FlavourInfo("tensorrt", "TensorRT", "tensorrt", "tensorrt"),
     "tensorrt-rtx": FlavourInfo("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx"),
 }
@@ -35,7 +35,7 @@ _FIRST_WITH_NEW_PYTHON = 38
 """Release of Jetson Linux from which on (JetPack 7) its Python, 3.12, is new enough; that of JetPack 6 is R36 with 3.10."""
 
 
-def how_to_install(name: Flavour) -> str:
+def how_to_install(name: str) -> str:
     """Return what to do on this machine where a flavour cannot be imported."""
     release = jetson_linux() if name == "tensorrt" else None
     if release is None:
