@@ -54,8 +54,8 @@ LOWERING_RULES = (
         "no attention operator before 10.14",
     ),
     LoweringRule(
-        "onnxruntime", "0", "portable", "portable",
-        "any version runs standard operators",
+        "onnxruntime", "0", "onnxruntime", "onnxruntime",
+        "timed with 1.32 on a CPU: its own MultiHeadAttention is the fastest form of exact attention at 1370 and 5330 tokens",
     ),
 )  # fmt: skip
 

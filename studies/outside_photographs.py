@@ -1,6 +1,7 @@
 """How close plans keep a model on photographs that no plan was made or verified on: `python -m studies.outside_photographs PLAN...`.
 
-A plan is a file of `fna plan`, or `focal:TILE:LEVELS:HOT`, all blocks alike, as in `focal:8:1,0/2,2:16`, each with a draw of its own.
+A plan is a file of `fna plan`, or `focal:TILE:LEVELS:HOT`, all blocks alike, as in `focal:8:1,0/2,2:16`, each with a draw of its own, or
+`nystrom:LAYERS:S:METHOD`, as in `nystrom:6-11:128:weighted`.
 Prints the products saved and the cosines of the final patch tokens to exact attention on three groups of photographs: those that
 `fna plan` measures losses on, those that it verifies on, and seven others that scikit-image carries.
 """
@@ -15,7 +16,7 @@ from PIL import Image
 from fna.arithmetic import saved_part
 from fna.export.preprocessing import bundled_photographs
 from fna.export.sources.loading import load_model
-from fna.plan import FocalBlockPlan, Plan, load_plan
+from fna.plan import FocalBlockPlan, Plan, load_plan, uniform_plan
 from fna.validate.planning.fidelity import measure_fidelity
 from fna.validate.planning.images import planning_photographs
 from fna.validate.planning.subject import TorchSubject
@@ -34,7 +35,17 @@ GROUPS = {"planned on": planning_photographs, "verified on": bundled_photographs
 
 
 def read_plan(text: str, subject: TorchSubject) -> Plan:
-    """A plan file, or a setting of focal attention for all blocks."""
+    """A plan file, a setting of focal attention for all blocks, or one of FNA."""
+    if text.startswith("nystrom:"):
+        _, layers, landmarks, method = text.split(":")
+        layout = subject.layout
+        return uniform_plan(
+            layout.num_blocks,
+            layers=layers,
+            landmarks=int(landmarks),
+            method=method,
+            prefix_tokens=layout.prefix_tokens,
+        )  # type: ignore[arg-type]
     if not text.startswith("focal:"):
         return load_plan(Path(text))
     _, tile, levels, hot = text.split(":")

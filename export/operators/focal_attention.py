@@ -43,30 +43,34 @@ def _body(
         flags = op.Cast(op.Cast(key_mask, to="BOOL"), to="FLOAT")
         taken_off = op.Unsqueeze(op.Mul(flags, MASKED_SCORE), axes=[1])  # [B, 1, N]
 
-    query_tiles = op.Gather(scaled, tile_queries, axis=2, name="query_tiles")  # [B, H, T, Q, D]
-    keys = op.Gather(key_float, tile_keys, axis=2, name="key_tiles")  # [B, H, T, K, D]
-    scores = op.MatMul(query_tiles, op.Transpose(keys, perm=(0, 1, 2, 4, 3)), name="scores")
     bias = op.Unsqueeze(tile_bias, axes=[0, 1])  # [1, 1, T, K]
-    if taken_off is not None:
-        bias = op.Sub(bias, op.Gather(taken_off, tile_keys, axis=2))
-    values = op.Gather(value_float, tile_keys, axis=2, name="value_tiles")
     if hot:
+        # Hot keys follow the others, so that the lists name them like any key.
+        size = op.Shape(query)
         tokens = _hot_tokens(op, scaled, key_float, taken_off, prefix_tokens, hot)  # [B, H, hot]
-        bias = op.Add(bias, op.Gather(_once(op, key_float, tokens), tile_keys, axis=2))
-        rows = op.Expand(op.Unsqueeze(tokens, axes=[3]), op.Concat([1, 1, 1], op.Gather(op.Shape(query), [3]), axis=0))
-        hot_keys, hot_values = (op.GatherElements(tensor, rows, axis=2) for tensor in (key_float, value_float))
-        hot_columns = op.Unsqueeze(op.Transpose(hot_keys, perm=_SWAP_LAST), axes=[2])
-        hot_scores = op.MatMul(query_tiles, hot_columns, name="hot_scores")  # [B, H, T, Q, hot]
+        rows = op.Expand(op.Unsqueeze(tokens, axes=[3]), op.Concat([1, 1, 1], op.Gather(size, [3]), axis=0))
+        of_each_tile = op.Concat(op.Gather(op.Shape(tile_keys), [0]), [hot], axis=0)
+        places_of_hot = op.Cast(op.Add(op.Gather(size, [2]), list(range(hot))), to="INT32")
+        tile_keys = op.Concat(tile_keys, op.Expand(places_of_hot, of_each_tile), axis=1)
+        bias = op.Unsqueeze(op.Concat(tile_bias, op.Expand(0.0, of_each_tile), axis=1), axes=[0, 1])
+        key_bias = op.Concat(_once(op, key_float, tokens), op.Expand(0.0, op.Shape(tokens)), axis=2)
         if taken_off is not None:
-            spread = op.Expand(taken_off, op.Gather(op.Shape(key), [0, 1, 2]))
-            hot_scores = op.Sub(hot_scores, op.Unsqueeze(op.GatherElements(spread, tokens, axis=2), axes=[2, 3]))
-        scores = op.Concat(op.Add(scores, op.Unsqueeze(bias, axes=[3])), hot_scores, axis=-1)
-        weights = op.Softmax(scores, axis=-1, name="weights")
-        listed, extra = _split_last(op, weights, hot)
-        tiles = op.Add(op.MatMul(listed, values), op.MatMul(extra, op.Unsqueeze(hot_values, axes=[2])))
+            spread = op.Expand(taken_off, op.Gather(size, [0, 1, 2]))
+            key_bias = op.Sub(key_bias, op.Concat(spread, op.GatherElements(spread, tokens, axis=2), axis=2))
+        bias = op.Add(bias, op.Gather(key_bias, tile_keys, axis=2))
+        all_keys, all_values = (
+            op.Concat(tensor, op.GatherElements(tensor, rows, axis=2), axis=2) for tensor in (key_float, value_float)
+        )  # [B, H, N + hot, D]
     else:
-        weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, axes=[3])), axis=-1, name="weights")
-        tiles = op.MatMul(weights, values)
+        all_keys, all_values = key_float, value_float
+        if taken_off is not None:
+            bias = op.Sub(bias, op.Gather(taken_off, tile_keys, axis=2))
+    query_tiles = op.Gather(scaled, tile_queries, axis=2, name="query_tiles")  # [B, H, T, Q, D]
+    keys = op.Gather(all_keys, tile_keys, axis=2, name="key_tiles")  # [B, H, T, K + hot, D]
+    values = op.Gather(all_values, tile_keys, axis=2, name="value_tiles")
+    scores = op.MatMul(query_tiles, op.Transpose(keys, perm=(0, 1, 2, 4, 3)), name="scores")
+    weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, axes=[3])), axis=-1, name="weights")
+    tiles = op.MatMul(weights, values)
     size = op.Shape(query)
     flat = op.Reshape(tiles, op.Concat(op.Gather(size, [0, 1]), [-1], op.Gather(size, [3]), axis=0))
     patches = op.Gather(flat, places, axis=2, name="patches")
@@ -166,11 +170,6 @@ def _once(op: Builder, key: str, tokens: str) -> str:
     size = op.Gather(op.Shape(key), [0, 1, 2])
     nothing = op.Expand(0.0, size)
     return str(op.ScatterElements(nothing, tokens, op.Expand(FAR_BELOW, op.Shape(tokens)), axis=2))
-
-
-def _split_last(op: Builder, tensor: str, last: int) -> tuple[str, str]:
-    front = op.Slice(tensor, [0], [-last], [4])
-    return str(front), str(op.Slice(tensor, [-last], [2**31 - 1], [4]))
 
 
 def _slice(op: Builder, tensor: str, start: int, end: int) -> str:

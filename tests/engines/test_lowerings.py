@@ -22,7 +22,7 @@ from fna.export.operators.registry import attach_functions
         ("tensorrt", "10.14.1", "jetson-agx-orin", "plugin"),
         ("tensorrt", "11.4.0.106", "t4", "fused"),
         ("tensorrt", "11.4.0.106", "l4,t4", "fused"),
-        ("onnxruntime", "1.26.0", "l4", "portable"),
+        ("onnxruntime", "1.26.0", "l4", "onnxruntime"),
     ],
 )
 def test_the_lowering_follows_runtime_version_and_target(

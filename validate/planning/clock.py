@@ -34,7 +34,7 @@ LANDMARKS = 64
 
 
 class CpuCost:
-    """Seconds of onnxruntime on this machine, batch 1, fp32, in the form that files hold.
+    """Seconds of onnxruntime on this machine, batch 1, fp32, in the form that it is given files in.
 
     FNA on some of the heads is taken as a linear share, besides what taking heads apart and joining them costs. Corrections,
     samplers and splits are timed with one number of landmarks and added.
@@ -53,7 +53,9 @@ class CpuCost:
         self._settings = (*machine, *sizes)
 
     def exact(self, heads: int) -> float:
-        """See `CostModel.exact`; as MatMul, Softmax, MatMul, which files hold."""
+        """See `CostModel.exact`: whole blocks in the fastest form, as MatMul, Softmax, MatMul where heads are split."""
+        if heads == self.layout.heads:
+            return self.baseline()[0]
         return self.exact_form(EXACT_FORMS[0]) * heads / self.layout.heads
 
     def baseline(self) -> tuple[float, str]:
