@@ -1,6 +1,6 @@
 """How close plans keep a model on photographs that no plan was made or verified on: `python -m studies.outside_photographs PLAN...`.
 
-A plan is a file of `fna plan`, or `focal:TILE:LEVELS:HOT`, all blocks alike, as in `focal:8:1,0/2,2:16`, each with a draw of its own, or
+A plan is a file of `fna plan`, or `focal:TILE:LEVELS:HOT`, all blocks alike, as in `focal:8:1,0/2,2:16`, each with its own draw, or
 `nystrom:LAYERS:S:METHOD`, as in `nystrom:6-11:128:weighted`.
 Prints the products saved and the cosines of the final patch tokens to exact attention on three groups of photographs: those that
 `fna plan` measures losses on, those that it verifies on, and seven others that scikit-image carries.
