@@ -58,31 +58,31 @@ def build_table(
     cache = cache or output / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     images = _compile_all(tasks, cache, jobs or os.cpu_count() or 1, progress)
-    compiled = [entry for entries in images for sm, entry in entries.items() if sm in chips]
-    for entry in compiled:
-        check_entry(entry)
+    compiled = [kernel for entries in images for sm, kernel in entries.items() if sm in chips]
+    for kernel in compiled:
+        check_kernel(kernel)
     write_table(compiled, output)
     return compiled
 
 
-def check_entry(entry: Compiled) -> None:
+def check_kernel(kernel: Compiled) -> None:
     """Refuse a kernel that spills, does not fit, or that older drivers would refuse; names kernel and chip."""
-    newest = newest_toolkit(entry.sm)
-    if entry.sm != FALLBACK and int(entry.toolkit.split(".")[0]) > newest:
+    newest = newest_toolkit(kernel.sm)
+    if kernel.sm != FALLBACK and int(kernel.toolkit.split(".")[0]) > newest:
         raise CheckFailedError(
-            f"{entry.variant} on {chip_name(entry.sm)} was assembled by CUDA {entry.toolkit}, whose images drivers of CUDA {newest} "
+            f"{kernel.variant} on {chip_name(kernel.sm)} was assembled by CUDA {kernel.toolkit}, whose images drivers of CUDA {newest} "
             f"refuse; use a Triton that carries the ptxas of CUDA {newest}"
         )
-    if entry.stack > MAX_SPILL_BYTES:
+    if kernel.stack > MAX_SPILL_BYTES:
         raise CheckFailedError(
-            f"{entry.variant} on {chip_name(entry.sm)} spills {entry.stack} bytes per thread, but at most {MAX_SPILL_BYTES} are "
+            f"{kernel.variant} on {chip_name(kernel.sm)} spills {kernel.stack} bytes per thread, but at most {MAX_SPILL_BYTES} are "
             "allowed; make its blocks smaller in plugins/launch_plan.py or change its warps in plugins/kernels/registry.py"
         )
-    limit = shared_limit(entry.sm)
-    used = entry.shared + entry.static_shared
+    limit = shared_limit(kernel.sm)
+    used = kernel.shared + kernel.static_shared
     if used > limit:
         raise CheckFailedError(
-            f"{entry.variant} on {chip_name(entry.sm)} needs {used} bytes of shared memory, but a block has {limit} there; "
+            f"{kernel.variant} on {chip_name(kernel.sm)} needs {used} bytes of shared memory, but a block has {limit} there; "
             "use fewer stages in plugins/kernels/registry.py or smaller blocks in plugins/launch_plan.py"
         )
 
@@ -98,8 +98,8 @@ def _compile_all(
     done: dict[tuple[KernelVariant, int], dict[int, Compiled]] = {}
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(tasks))
-        for key, entry in _in_pool(tasks, cache, jobs):
-            done[key] = entry
+        for key, kernel in _in_pool(tasks, cache, jobs):
+            done[key] = kernel
             bar.advance(task)
     return [done[key] for key in tasks]
 

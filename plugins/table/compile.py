@@ -44,7 +44,7 @@ def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[in
     """Compile one variant for one chip, or take it from the cache; runs in a worker.
 
     Returns:
-        The entry of the chip; for sm_80 the entry of the fallback too, since its PTX is written on the way.
+        The kernel of the chip; for sm_80 the kernel of the fallback too, since its PTX is written on the way.
     """
     try:
         import triton
@@ -98,14 +98,14 @@ def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[in
     usage = _resource_usage(built.asm["cubin"])
     write_bytes(images[target], built.asm["cubin"])
     write_bytes(text, built.asm["ptx"].encode() + b"\0")
-    entry = Compiled(
+    compiled = Compiled(
         variant=variant.name, sm=target, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
         warps=meta.num_warps, registers=usage["REG"], stack=usage["STACK"],
         layout=registry.parameter_layout(variant), image=str(images[target]), ptx=str(text),
         toolkit=toolkit_of(built.asm["cubin"]),
     )  # fmt: skip
-    write_bytes(record, json.dumps(asdict(entry)).encode())
-    return {sm: replace(entry, sm=sm, image=str(image)) for sm, image in images.items()}
+    write_bytes(record, json.dumps(asdict(compiled)).encode())
+    return {sm: replace(compiled, sm=sm, image=str(image)) for sm, image in images.items()}
 
 
 @cache

@@ -27,12 +27,12 @@ from fna.plugins.table.read import CompiledKernel
 def write_table(compiled: Sequence[Compiled], output: Path) -> None:
     """Write all files of a table, each whole or not at all."""
     packed = []
-    for entry in sorted(compiled, key=lambda e: (e.variant, e.sm)):
-        raw = Path(entry.image).read_bytes()
+    for kernel in sorted(compiled, key=lambda e: (e.variant, e.sm)):
+        raw = Path(kernel.image).read_bytes()
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         image = packer.compress(raw) + packer.flush()
         kernel = CompiledKernel(
-            entry.variant, entry.sm, 0, len(image), len(raw), entry.shared, entry.warps, entry.symbol, entry.layout
+            kernel.variant, kernel.sm, 0, len(image), len(raw), kernel.shared, kernel.warps, kernel.symbol, kernel.layout
         )
         packed.append((kernel, image))
     output.mkdir(parents=True, exist_ok=True)
@@ -46,13 +46,13 @@ def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
     folder = output / "ptx"
     folder.mkdir(exist_ok=True)
     rows: list[dict[str, str | int]] = []
-    for entry in sorted((e for e in compiled if e.ptx), key=lambda e: (e.variant, e.sm)):
-        name = f"{entry.variant}-sm{entry.sm}.ptx.z"
-        write_bytes(folder / name, zlib.compress(Path(entry.ptx).read_bytes().rstrip(b"\0")))
-        image = hashlib.sha256(Path(entry.image).read_bytes()).hexdigest()
-        row: dict[str, str | int] = {"variant": entry.variant, "sm": entry.sm}
+    for kernel in sorted((e for e in compiled if e.ptx), key=lambda e: (e.variant, e.sm)):
+        name = f"{kernel.variant}-sm{kernel.sm}.ptx.z"
+        write_bytes(folder / name, zlib.compress(Path(kernel.ptx).read_bytes().rstrip(b"\0")))
+        image = hashlib.sha256(Path(kernel.image).read_bytes()).hexdigest()
+        row: dict[str, str | int] = {"variant": kernel.variant, "sm": kernel.sm}
         row |= {"file": f"ptx/{name}", "image_sha256": image}
-        row |= {"symbol": entry.symbol, "shared": entry.shared, "warps": entry.warps, "layout": entry.layout}
+        row |= {"symbol": kernel.symbol, "shared": kernel.shared, "warps": kernel.warps, "layout": kernel.layout}
         rows.append(row)
     for stale in set(folder.glob("*.ptx.z")) - {output / str(row["file"]) for row in rows}:
         stale.unlink()

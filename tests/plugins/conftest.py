@@ -7,16 +7,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from shared_build import BUILD, ROOT, locked
+from shared_build import BUILD, KERNEL_CACHE, ROOT, locked
 
-from fna.plugins.launch_plan import all_variants
+from fna.plugins.launch_plan import KernelVariant, all_variants
 from fna.plugins.library import build_libraries
+from fna.plugins.table.chips import ALL_IMAGES, FALLBACK
 
 TEST_VARIANTS = (
     "landmark-fp16-s64-d64",
@@ -29,6 +30,23 @@ TEST_VARIANTS = (
     "fps_step-fp16-d16",
 )
 """One variant of each kernel of the commonest case; `fna plugin` compiles them all."""
+
+WHOLE_CHIPS = (80, 87, 90, FALLBACK)
+"""Chips with all of TEST_VARIANTS: the oldest, the Jetson that emulated plugins are, and the one with wgmma."""
+
+FOR_EVERY_CHIP = ("output-fp16-s64-d64", "finish-fp16-s64", "fps_step-fp16-d16")
+"""Variants for the other chips as well, where every further kernel costs seconds; the kernels' release builds all."""
+
+TEST_TABLE = {
+    TEST_VARIANTS: WHOLE_CHIPS,
+    FOR_EVERY_CHIP: tuple(sm for sm in ALL_IMAGES if sm not in WHOLE_CHIPS),
+}
+"""The images of the tests' table: names of variants, and the chips that they are compiled for."""
+
+
+def variants_named(names: Iterable[str]) -> list[KernelVariant]:
+    """The variants of these names."""
+    return [variant for variant in all_variants() if variant.name in set(names)]
 
 
 def needs_triton() -> None:
@@ -49,14 +67,17 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture(scope="session")
 def table() -> Path:
-    """A folder with a kernel table of TEST_VARIANTS for every chip, compiled once and cached under build/."""
+    """A folder with a kernel table of TEST_VARIANTS, compiled once and cached under build/."""
     needs_triton()
-    from fna.plugins.table.build import build_table
+    from fna.plugins.table.build import build_table, write_table
 
     folder = BUILD / "test-plugin"
-    chosen = [variant for variant in all_variants() if variant.name in TEST_VARIANTS]
     with locked("table"):
-        build_table(folder, variants=chosen, jobs=2)
+        parts = [
+            build_table(folder, chips=chips, variants=variants_named(names), jobs=2, cache=KERNEL_CACHE)
+            for names, chips in TEST_TABLE.items()
+        ]
+        write_table([entry for part in parts for entry in part], folder)
     return folder
 
 

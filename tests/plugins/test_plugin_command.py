@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from shared_build import KERNEL_CACHE
 
 from fna.cli import main
 from fna.plugins import built, library
@@ -14,7 +15,7 @@ from .conftest import Programs
 
 def test_one_kernel_for_one_chip(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the cache of the tests' table."""
-    (tmp_path / "cache").symlink_to(table / "cache")
+    (tmp_path / "cache").symlink_to(KERNEL_CACHE)
     arguments = [
         "plugin",
         "-o",

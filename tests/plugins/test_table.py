@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from shared_build import KERNEL_CACHE
 
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
-from fna.plugins.launch_plan import DTYPES, AttentionShape, all_variants, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.launch_plan import DTYPES, AttentionShape, attention_plan, norm_grid_plan, sampling_plan
 from fna.plugins.ptx.images import load_images
 from fna.plugins.table import chips
-from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_entry
+from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_kernel
 from fna.plugins.table.chips import ALL_IMAGES, FALLBACK
 from fna.plugins.table.compile import Compiled, toolkit_of
 from fna.plugins.table.read import find_table, load_table
 
-from .conftest import TEST_VARIANTS, needs_triton
+from .conftest import TEST_TABLE, TEST_VARIANTS, needs_triton, variants_named
 
 FINE = Compiled(
     variant="output-fp16-s64-d64", sm=86, symbol="output_kernel", shared=99 * 1024, static_shared=0, warps=8,
@@ -29,7 +30,8 @@ FINE = Compiled(
 
 def test_every_chip_compiles_within_the_gates(table: Path) -> None:
     found = {(kernel.variant, kernel.sm) for kernel in load_table(table).kernels.values()}
-    assert found == {(variant, sm) for variant in TEST_VARIANTS for sm in ALL_IMAGES}
+    assert found == {(variant, sm) for names, chips in TEST_TABLE.items() for variant in names for sm in chips}
+    assert {sm for _, sm in found} == set(ALL_IMAGES)
 
 
 def test_images_are_cubins_and_the_fallback_is_ptx_for_old_drivers(table: Path) -> None:
@@ -60,25 +62,24 @@ def test_the_ptx_of_every_image_is_kept_beside_the_table(table: Path) -> None:
 
 
 def test_a_second_build_takes_everything_from_the_cache(table: Path, tmp_path: Path, monkeypatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (table / "cache").glob("*.cubin")}
-    chosen = [variant for variant in all_variants() if variant.name in TEST_VARIANTS]
-    build_table(tmp_path, chips=(87, 90), variants=chosen, jobs=1, cache=table / "cache")
+    before = {path: path.stat().st_mtime_ns for path in KERNEL_CACHE.glob("*.cubin")}
+    build_table(tmp_path, chips=(87, 90), variants=variants_named(TEST_VARIANTS), jobs=1, cache=KERNEL_CACHE)
     assert before
-    assert {path: path.stat().st_mtime_ns for path in (table / "cache").glob("*.cubin")} == before
+    assert {path: path.stat().st_mtime_ns for path in KERNEL_CACHE.glob("*.cubin")} == before
 
 
 def test_a_kernel_that_spills_fails_the_build_by_name() -> None:
-    check_entry(FINE)
+    check_kernel(FINE)
     with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 spills 65 bytes"):
-        check_entry(replace(FINE, stack=MAX_SPILL_BYTES + 1))
+        check_kernel(replace(FINE, stack=MAX_SPILL_BYTES + 1))
 
 
 def test_a_kernel_with_too_much_shared_memory_fails_the_build_by_name() -> None:
-    check_entry(replace(FINE, sm=90, shared=227 * 1024))
+    check_kernel(replace(FINE, sm=90, shared=227 * 1024))
     with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 needs 101377 bytes of shared memory"):
-        check_entry(replace(FINE, static_shared=1))
+        check_kernel(replace(FINE, static_shared=1))
     with pytest.raises(CheckFailedError, match="on sm_80 PTX needs"):
-        check_entry(replace(FINE, sm=FALLBACK, shared=163 * 1024))
+        check_kernel(replace(FINE, sm=FALLBACK, shared=163 * 1024))
 
 
 def test_images_are_by_the_oldest_assembler_that_knows_their_chip(table: Path) -> None:
@@ -93,17 +94,17 @@ def test_images_are_by_the_oldest_assembler_that_knows_their_chip(table: Path) -
 
 
 def test_an_image_that_older_drivers_refuse_fails_the_build_by_name() -> None:
-    check_entry(replace(FINE, sm=110, toolkit="13.4"))
+    check_kernel(replace(FINE, sm=110, toolkit="13.4"))
     with pytest.raises(CheckFailedError, match=r"output-fp16-s64-d64 on sm_86 was assembled by CUDA 13\.4"):
-        check_entry(replace(FINE, toolkit="13.4"))
+        check_kernel(replace(FINE, toolkit="13.4"))
 
 
 def test_the_gate_is_wired_into_the_build(table: Path, tmp_path: Path, monkeypatch) -> None:
     """A limit below what the kernels use stops a real build, before any table is written."""
     monkeypatch.setitem(chips.SHARED_KIB, 87, 1)
-    chosen = [variant for variant in all_variants() if variant.name == "output-fp16-s64-d64"]
+    chosen = variants_named(["output-fp16-s64-d64"])
     with pytest.raises(CheckFailedError, match="output-fp16-s64-d64 on sm_87"):
-        build_table(tmp_path, chips=(87,), variants=chosen, jobs=1, cache=table / "cache")
+        build_table(tmp_path, chips=(87,), variants=chosen, jobs=1, cache=KERNEL_CACHE)
     assert not (tmp_path / "kernels.bin").exists()
 
 

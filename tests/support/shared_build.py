@@ -10,6 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 
+KERNEL_CACHE = BUILD / "kernel-cache"
+"""Compiled kernels of all tables of the tests, by what went into them."""
+
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:

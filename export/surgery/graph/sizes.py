@@ -29,10 +29,10 @@ def find_points(graph: GraphView, overrides: dict[str, Shape] | None = None) -> 
     Raises:
         ShapeConflictError: if it holds together at none; the message is that of the last size tried.
     """
-    given = overrides or {}
+    fixed = overrides or {}
     dims = {tensor.name: _declared(tensor) for tensor in graph.inputs}
-    open_spatial = any(_is_open(name, dims, given, spatial=True) for name in dims)
-    open_batch = any(_is_open(name, dims, given, spatial=False) for name in dims)
+    open_spatial = any(_is_open(name, dims, fixed, spatial=True) for name in dims)
+    open_batch = any(_is_open(name, dims, fixed, spatial=False) for name in dims)
     points: list[ShapePoint] = []
     failure = "no input sizes fit"
     batches = (2, 3) if open_batch else (1,)
@@ -42,7 +42,7 @@ def find_points(graph: GraphView, overrides: dict[str, Shape] | None = None) -> 
     for attempt, size in enumerate(candidates):
         for batch in batches[:1] + ((1,) if open_batch else ()):
             try:
-                points.append(_point_at(graph, dims, given, batch, (size, size), attempt))
+                points.append(_point_at(graph, dims, fixed, batch, (size, size), attempt))
                 first, first_attempt = size, attempt
                 break
             except ShapeConflictError as error:
@@ -60,7 +60,7 @@ def find_points(graph: GraphView, overrides: dict[str, Shape] | None = None) -> 
         if len(points) == 3:
             break
         try:
-            points.append(_point_at(graph, dims, given, batch, pair, first_attempt))
+            points.append(_point_at(graph, dims, fixed, batch, pair, first_attempt))
         except ShapeConflictError:
             continue
     return points
@@ -115,8 +115,8 @@ def _declared(tensor: gs.Variable) -> list[int | str | None]:
     return [size if not isinstance(size, int) or size > 0 else None for size in tensor.shape or ()]
 
 
-def _is_open(name: str, dims: dict[str, list[int | str | None]], given: dict[str, Shape], *, spatial: bool) -> bool:
-    if name in given:
+def _is_open(name: str, dims: dict[str, list[int | str | None]], fixed: dict[str, Shape], *, spatial: bool) -> bool:
+    if name in fixed:
         return False
     sizes = dims[name][1:] if spatial else dims[name][:1]
     return any(not isinstance(size, int) for size in sizes)
@@ -125,7 +125,7 @@ def _is_open(name: str, dims: dict[str, list[int | str | None]], given: dict[str
 def _point_at(
     graph: GraphView,
     dims: dict[str, list[int | str | None]],
-    given: dict[str, Shape],
+    fixed: dict[str, Shape],
     batch: int,
     size: tuple[int, int],
     attempt: int = 0,
@@ -134,7 +134,7 @@ def _point_at(
     for sizes in dims.values():
         if sizes and isinstance(sizes[0], str):
             named[sizes[0]] = batch
-    feeds = {name: given.get(name) or _concrete(sizes, batch, size, named, attempt) for name, sizes in dims.items()}
+    feeds = {name: fixed.get(name) or _concrete(sizes, batch, size, named, attempt) for name, sizes in dims.items()}
     if any(0 in shape for shape in feeds.values()):
         raise ShapeConflictError("an input has a dimension of size 0")
     batches = [feeds[tensor.name][0] for tensor in graph.inputs if len(feeds[tensor.name]) > 1]

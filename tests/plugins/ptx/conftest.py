@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from shared_build import BUILD, locked
+from shared_build import BUILD, KERNEL_CACHE, locked
 
-from fna.plugins.launch_plan import all_variants
 from fna.plugins.ptx.cases import quick_cases
 from fna.plugins.ptx.images import PtxImages, load_images
+
+from ..conftest import variants_named
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +20,5 @@ def images() -> PtxImages:
     needed = {name for case in quick_cases() for name in case.variants}
     folder = BUILD / "test-ptx"
     with locked("ptx-table"):
-        build_table(folder, chips=(80, 0), variants=[v for v in all_variants() if v.name in needed], jobs=2)
+        build_table(folder, chips=(80, 0), variants=variants_named(needed), jobs=2, cache=KERNEL_CACHE)
     return load_images(folder)

@@ -13,8 +13,13 @@ from fna.validate.bench.cycles import CountedBench, usual_cores
 def counted(tiny_files, tmp_path_factory: pytest.TempPathFactory) -> CountedBench:
     """The command on a small model: its record."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from shared_build import BUILD
+    from shared_build import BUILD, KERNEL_CACHE
 
+    tables = BUILD / "test-counted" / "counted-kernels"
+    if not tables.exists():
+        KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
+        tables.mkdir(parents=True)
+        (tables / "cache").symlink_to(KERNEL_CACHE)
     record = tmp_path_factory.mktemp("counted") / "counted.json"
     arguments = ["bench", "validate_tiny:tiny", "--count", "--target", "jetson-agx-orin", "--landmarks", "12"]
     with pytest.MonkeyPatch.context() as patch:
