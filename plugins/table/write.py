@@ -32,7 +32,15 @@ def write_table(compiled: Sequence[Compiled], output: Path) -> None:
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         image = packer.compress(raw) + packer.flush()
         kernel = CompiledKernel(
-            kernel.variant, kernel.sm, 0, len(image), len(raw), kernel.shared, kernel.warps, kernel.symbol, kernel.layout
+            kernel.variant,
+            kernel.sm,
+            0,
+            len(image),
+            len(raw),
+            kernel.shared,
+            kernel.warps,
+            kernel.symbol,
+            kernel.layout,
         )
         packed.append((kernel, image))
     output.mkdir(parents=True, exist_ok=True)
