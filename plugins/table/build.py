@@ -70,8 +70,8 @@ def check_kernel(kernel: Compiled) -> None:
     newest = newest_toolkit(kernel.sm)
     if kernel.sm != FALLBACK and int(kernel.toolkit.split(".")[0]) > newest:
         raise CheckFailedError(
-            f"{kernel.variant} on {chip_name(kernel.sm)} was assembled by CUDA {kernel.toolkit}, whose images drivers of CUDA {newest} "
-            f"refuse; use a Triton that carries the ptxas of CUDA {newest}"
+            f"{kernel.variant} on {chip_name(kernel.sm)} was assembled by CUDA {kernel.toolkit}, whose images "
+            f"drivers of CUDA {newest} refuse; use a Triton that carries the ptxas of CUDA {newest}"
         )
     if kernel.stack > MAX_SPILL_BYTES:
         raise CheckFailedError(
