@@ -27,20 +27,12 @@ from fna.plugins.table.read import CompiledKernel
 def write_table(compiled: Sequence[Compiled], output: Path) -> None:
     """Write all files of a table, each whole or not at all."""
     packed = []
-    for kernel in sorted(compiled, key=lambda e: (e.variant, e.sm)):
-        raw = Path(kernel.image).read_bytes()
+    for built in sorted(compiled, key=lambda e: (e.variant, e.sm)):
+        raw = Path(built.image).read_bytes()
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         image = packer.compress(raw) + packer.flush()
         kernel = CompiledKernel(
-            kernel.variant,
-            kernel.sm,
-            0,
-            len(image),
-            len(raw),
-            kernel.shared,
-            kernel.warps,
-            kernel.symbol,
-            kernel.layout,
+            built.variant, built.sm, 0, len(image), len(raw), built.shared, built.warps, built.symbol, built.layout
         )
         packed.append((kernel, image))
     output.mkdir(parents=True, exist_ok=True)
