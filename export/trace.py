@@ -32,7 +32,6 @@ from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.precision import Precision
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
-from fna.special_tokens import detect_prefix_tokens
 
 TORCH_TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INPUT_NAME = "pixel_values"
@@ -91,7 +90,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
             f"trace it at one size, such as {model.native_resolution}"
         )
     blocks = find_attention_blocks(model.module)
-    prefix = plan.prefix_tokens if plan.prefix_tokens is not None else detect_prefix_tokens(blocks[0].tower)
+    prefix = plan.prefix_tokens if plan.prefix_tokens is not None else blocks[0].prefix_tokens
     plan.check_fits(model.name, None if options.dynamic_size else (options.height, options.width))
     plan = plan.model_copy(update={"prefix_tokens": prefix})
     if plan.needs_positions and options.dynamic_size:

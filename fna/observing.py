@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fna.chebyshev import chebyshev_from, core_settings
 from fna.errors import InvalidPlanError
 from fna.patching import AttentionBlock, exact_attention_forward, find_attention_blocks, is_patched, make_mask
+from fna.patching.calls import CallHandler, intercept, release
+from fna.patching.record import as_tokens, entering_tokens
 
 OBSERVED_NAME = "fna-observed"
 _OBSERVER = "_fna_observer"
@@ -131,29 +134,29 @@ def observed(
             stack.enter_context(_exact_attention_observed(blocks, attention))
         running: list[int] = [-1]
         for block in blocks:
-            hook = _before_layer(block.number, running, entering)
+            hook = _before_layer(block, running, entering)
             stack.callback(block.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if leaving is not None:
-                stack.callback(block.layer.register_forward_hook(_after_layer(block.number, leaving)).remove)
+                stack.callback(block.layer.register_forward_hook(_after_layer(block, leaving)).remove)
         if replaced is not None:
             stack.enter_context(_OperatorMode(replaced, running))
         yield blocks
 
 
-def _before_layer(number: int, running: list[int], observer: HiddenObserver | None) -> Callable[..., None]:
+def _before_layer(block: AttentionBlock, running: list[int], observer: HiddenObserver | None) -> Callable[..., None]:
     def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
-        running[0] = number
-        if observer is not None:
-            observer(number, args[0] if args else kwargs["hidden_states"])
+        running[0] = block.number
+        if observer is not None and block.entering is not None:
+            observer(block.number, entering_tokens(block.entering, args, kwargs))
 
     return hook
 
 
-def _after_layer(number: int, observer: HiddenObserver) -> Callable[..., None]:
+def _after_layer(block: AttentionBlock, observer: HiddenObserver) -> Callable[..., None]:
     def hook(_layer: nn.Module, _args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(hidden, Tensor):
-            observer(number, hidden)
+        if isinstance(hidden, Tensor) and block.entering is not None:
+            observer(block.number, as_tokens(hidden, block.entering))
 
     return hook
 
@@ -182,6 +185,39 @@ class _OperatorMode(TorchDispatchMode):
 
 @contextmanager
 def _exact_attention_observed(blocks: list[AttentionBlock], observer: AttentionObserver) -> Iterator[None]:
+    with ExitStack() as stack:
+        interface = [block for block in blocks if block.call is None]
+        if interface:
+            stack.enter_context(_interface_observed(interface, observer))
+        handlers: dict[nn.Module, dict[int, CallHandler]] = {}
+        for block in blocks:
+            if block.call is not None and block.refusal is None:
+                handlers.setdefault(block.attention, {})[block.call] = _ObservedCall(block.number, observer)
+        for module, answers in handlers.items():
+            intercept(module, answers)
+            stack.callback(release, module)
+        yield
+
+
+@dataclass
+class _ObservedCall:
+    """Answers an intercepted call of `scaled_dot_product_attention` by itself, or what the observer returns."""
+
+    number: int
+    observer: AttentionObserver
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, /, **options: Any) -> Tensor:
+        """See `fna.patching.calls.CallHandler`."""
+        out = scaled_dot_product_attention(query, key, value, **options)
+        scale = options.get("scale")
+        factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        is_plain = options.get("attn_mask") is None and not options.get("is_causal") and key.shape == query.shape
+        replaced = self.observer(AttentionCall(self.number, query, key, value, factor, out, is_plain))
+        return out if replaced is None else replaced
+
+
+@contextmanager
+def _interface_observed(blocks: list[AttentionBlock], observer: AttentionObserver) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(OBSERVED_NAME, _observed_forward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fna.observing import AttentionCall, observed
-from fna.special_tokens import MINIMAL_GAP, class_attention, detect_prefix_tokens, find_massive_tokens
+from fna.special_tokens import MINIMAL_GAP, class_attention, find_massive_tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def survey_tokens(
 
     with observed(model, look, leaving=lambda block, hidden: outputs.update({block: hidden.detach()})) as blocks:
         if prefix is None:
-            prefix = detect_prefix_tokens(blocks[0].tower)
+            prefix = blocks[0].prefix_tokens
         with torch.no_grad():
             run()
     return [

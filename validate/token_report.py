@@ -19,7 +19,7 @@ from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.files import written_whole
 from fna.patching import find_attention_blocks
 from fna.plan import TokenRange
-from fna.special_tokens import MINIMAL_GAP, detect_prefix_tokens
+from fna.special_tokens import MINIMAL_GAP
 from fna.token_survey import BlockTokens, survey_tokens
 
 _SIDE = 256
@@ -146,7 +146,7 @@ def survey_photographs(
     """
     height, width = size
     check_resolution(model, height, width)
-    prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+    prefix = find_attention_blocks(model.module)[0].prefix_tokens
     grid = (height // model.patch_size, width // model.patch_size)
     reports = []
     for name, image in images:

@@ -1,4 +1,4 @@
-"""Where models come from: the built-in list, a transformers id or folder, or a Python factory."""
+"""Where models come from: the built-in list, a transformers id or folder, another library, or a Python factory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from fna.errors import ModelSourceError, first_line
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources.dino_saliency import BUILT_IN, load_dino_saliency
 from fna.export.sources.factory import call_factory
+from fna.export.sources.libraries import LIBRARIES, load_from_library
+from fna.export.sources.model_names import parse_model_name
 from fna.export.sources.transformers_models import find_preprocessing, load_transformers
 from fna.export.sources.vision_modules import PatchifiedVision, ProjectedTokens, VisionOutputs
-from fna.patching import find_attention_blocks
+from fna.patching import AttentionBlock, find_attention_blocks
+from fna.patching.survey import guess_input
 
 DEFAULT_MODEL = BUILT_IN[0]
+
+_USUAL_PATCH = 16
 
 _OUTPUT_FIELDS = (
     "logits",
@@ -64,18 +69,26 @@ class LoadedModel:
 
 
 def load_model(name: str) -> LoadedModel:
-    """Load a model by a built-in name, a transformers model id or local folder, or `module.path:factory`.
+    """Load a model by a built-in name, a transformers model id or local folder, `library:name`, or `module.path:factory`.
+
+    Behind the latter two there may be arguments, and `weights=FILE`: see `fna.export.sources.model_names`.
 
     Weights are read through safetensors or `torch.load(weights_only=True)` only, and no code from a model repository runs.
 
     Raises:
         ModelSourceError: if there is no such model, it cannot be loaded, or has no vision transformer in it.
+        InputFileError: if the file of weights cannot be read.
+        MissingCapabilityError: if the library is not installed.
         UnsupportedAttentionError: if none of its attention blocks can be found.
     """
     if name in BUILT_IN:
         return _built_in(name)
-    if ":" in name and not Path(name).exists():
-        return wrap_model(name, call_factory(name))
+    if (":" in name or "," in name) and not Path(name).exists():
+        called = parse_model_name(name)
+        if called.source in LIBRARIES:
+            module, preprocessing = load_from_library(called, name)
+            return wrap_model(name, module, preprocessing=preprocessing)
+        return wrap_model(name, call_factory(called))
     return wrap_model(name, *load_transformers(name))
 
 
@@ -114,23 +127,26 @@ def _built_in(name: str) -> LoadedModel:
     )
 
 
-def wrap_model(name: str, model: nn.Module, missing: tuple[str, ...] = ()) -> LoadedModel:
+def wrap_model(
+    name: str,
+    model: nn.Module,
+    missing: tuple[str, ...] = (),
+    preprocessing: Preprocessing | None = None,
+) -> LoadedModel:
     """Find the vision tower, probe which outputs it has, and wrap it to take and return plain tensors."""
     model.eval()
     blocks = find_attention_blocks(model)
-    config = blocks[0].attention.config
     tower = _vision_part(model, blocks[0].tower)
     absent = _check_missing(name, missing)
-    patch = _first_int(getattr(config, "patch_size", 16))
-    native = _native_resolution(config, patch)
+    native, patch = _image_sizes(model, blocks[0])
     arguments = _forward_arguments(tower)
     fields = tuple(field for field in _probe_fields(name, tower, arguments, native) if field not in absent)
     if absent and not fields:
         raise ModelSourceError(
             f"model {name!r} has no trained weights for any of its outputs: {', '.join(missing[:3])}"
         )
-    wrapped = VisionOutputs(tower, fields, arguments)
-    names, tokens, maps = _classify(wrapped, fields, native)
+    wrapped = VisionOutputs(tower, fields, arguments, (3, native, native))
+    names, tokens, maps = _classify(wrapped, fields, native, (native // patch) ** 2)
     any_resolution = _takes_any_resolution(wrapped, native, patch)
     return LoadedModel(
         name=name,
@@ -142,10 +158,20 @@ def wrap_model(name: str, model: nn.Module, missing: tuple[str, ...] = ()) -> Lo
         native_resolution=native,
         any_resolution=any_resolution,
         num_blocks=len(blocks),
-        preprocessing=find_preprocessing(name),
+        preprocessing=find_preprocessing(name) if preprocessing is None else preprocessing,
         # SigLIP 2's resize weights are made for one size; the exporter would bake that size in and not say so
         open_size=any_resolution and not isinstance(tower, PatchifiedVision),
     )
+
+
+def _image_sizes(model: nn.Module, block: AttentionBlock) -> tuple[int, int]:
+    """The side of the images that a model was made for, and of its patches, in pixels."""
+    if block.call is None:
+        config = block.attention.config
+        patch = _first_int(getattr(config, "patch_size", 16))
+        return _native_resolution(config, patch), patch
+    native = guess_input(model).shape[-2]
+    return native, native // block.patches[0] if block.patches else _USUAL_PATCH
 
 
 def _check_missing(name: str, missing: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,7 +227,7 @@ def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], size: 
     return fields
 
 
-def _classify(wrapped: nn.Module, fields: tuple[str, ...], size: int) -> tuple[tuple[str, ...], ...]:
+def _classify(wrapped: nn.Module, fields: tuple[str, ...], size: int, patches: int) -> tuple[tuple[str, ...], ...]:
     with torch.inference_mode():
         tensors = wrapped(torch.zeros(1, 3, size, size))
     plain = [field for field in fields if field != "feature_maps"]
@@ -209,7 +235,11 @@ def _classify(wrapped: nn.Module, fields: tuple[str, ...], size: int) -> tuple[t
     tokens = tuple(
         name
         for name, tensor in zip(names, tensors, strict=True)
-        if tensor.dim() == 3 and name in ("last_hidden_state", "image_features")
+        if tensor.dim() == 3
+        and (
+            name in ("last_hidden_state", "image_features")
+            or (name.startswith("output") and tensor.shape[1] >= patches)
+        )
     )
     maps = tuple(name for name in names if name == "predicted_depth")
     return tuple(names), tokens, maps

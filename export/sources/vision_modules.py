@@ -11,8 +11,15 @@ from torch import Tensor, nn
 class VisionOutputs(nn.Module):
     """A vision model with plain tensors in and out, as `torch.export` and ONNX need it."""
 
-    def __init__(self, model: nn.Module, fields: tuple[str, ...], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        fields: tuple[str, ...],
+        arguments: dict[str, Any],
+        example_shape: tuple[int, ...],
+    ) -> None:
         super().__init__()
+        self.example_shape = example_shape  # of one input; see `fna.patching.survey.guess_input`
         self.model = model
         self.fields = fields
         self.arguments = arguments

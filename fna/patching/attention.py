@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ def fna_attention_forward(
             exact_name, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _refuse_call(state.name, query, key, attention_mask, dropout, kwargs)
+    return planned_attention(state, query, key, value, scaling).transpose(1, 2), None
+
+
+def planned_attention(
+    state: BlockState,
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, N, D]
+    value: Tensor,  # [B, H, N, D]
+    scaling: float | None,
+) -> Tensor:  # [B, H, N, D]
+    """Compute a block's plain self-attention by its plan: FNA, focal, masked, some heads exact."""
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if state.artifact_finder is not None:
         state.artifact_finder.find(query, key, factor)
@@ -57,11 +69,10 @@ def fna_attention_forward(
         return scaled_dot_product_attention(query, key, value, scale=scaling)
 
     if state.steps.focal is not None:
-        out = _focal(state.name, state.steps.focal, query, key, value, state.prefix_tokens, factor, key_mask)
-        return out.transpose(1, 2), None
+        return _focal(state.name, state.steps.focal, query, key, value, state.prefix_tokens, factor, key_mask)
     step = state.steps.nystrom
     if step is None:
-        return exact(query, key, value).transpose(1, 2), None
+        return exact(query, key, value)
     landmarks, bias = state.landmarks_for(query, key, value)
 
     def nystrom(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -80,7 +91,33 @@ def fna_attention_forward(
         )
 
     wiring = TorchWiring(nystrom, exact, landmarks, state.prefix_tokens, step.landmarks.patches, step.exact_rows)
-    return wire_block(state.steps, query.shape[1], query, key, value, wiring).transpose(1, 2), None
+    return wire_block(state.steps, query.shape[1], query, key, value, wiring)
+
+
+@dataclass
+class PlannedCall:
+    """Answers an intercepted call of `scaled_dot_product_attention` by the plan."""
+
+    state: BlockState
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        /,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """See `fna.patching.calls.CallHandler`.
+
+        Raises:
+            UnsupportedAttentionError: if the block is called with a mask, causally or as cross-attention.
+        """
+        _refuse_call(self.state.name, query, key, attn_mask, dropout_p, options)
+        return planned_attention(self.state, query, key, value, scale)
 
 
 def _focal(

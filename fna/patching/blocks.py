@@ -5,41 +5,37 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from fna.errors import UnsupportedAttentionError
+from fna.errors import FnaError, ModelSourceError, UnsupportedAttentionError
+from fna.patching.called_blocks import find_called_blocks
+from fna.patching.record import PATCH, AttentionBlock
+from fna.patching.survey import Example
+from fna.special_tokens import detect_prefix_tokens
+
+_NO_MODULES = "it has no attention modules"
 
 
-@dataclass(frozen=True)
-class AttentionBlock:
-    """One attention block of a vision model, as found by `find_attention_blocks`.
+def find_attention_blocks(model: nn.Module, example: Example = None) -> list[AttentionBlock]:
+    """List the self-attention blocks of a vision model, those included that cannot be FNA.
 
-    Attributes:
-        number: its place among the blocks, from 0.
-        name: its module path in the model.
-        attention: the attention module.
-        layer: the transformer layer that holds it; the hidden states `[B, N, C]` that enter it are the residual stream.
-        tower: the vision model that it belongs to.
-        refusal: why it cannot be FNA, or None.
-    """
+    Blocks are found by transformers' attention interface where a model has it; any other model is run once, and its calls of
+    PyTorch's attention functions are watched.
 
-    number: int
-    name: str
-    attention: nn.Module
-    layer: nn.Module
-    tower: nn.Module
-    refusal: str | None
-
-
-def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
-    """List the self-attention blocks of a model's vision tower, those included that cannot be FNA.
+    Args:
+        model: a vision model.
+        example: what a model without the attention interface is called with; None is images of the size that its attributes name.
 
     Raises:
-        UnsupportedAttentionError: if there are none, if none of several stages can be FNA, or if the model has more than one
-            vision tower.
+        ModelSourceError: if a model without the attention interface does not run on that.
+        UnsupportedAttentionError: if there are none, if none of them can be FNA, or if the model has more than one vision tower of
+            transformers.
     """
+    patched: list[AttentionBlock] = getattr(getattr(model, PATCH, None), "blocks", [])
+    if any(block.call is not None for block in patched):  # their calls cannot be seen any more
+        return patched
     towers: dict[str, list[AttentionBlock]] = {}
     for name, attention in model.named_modules():
         if not _uses_attention_interface(attention):
@@ -50,12 +46,35 @@ def find_attention_blocks(model: nn.Module) -> list[AttentionBlock]:
         path, layer = _enclosing_layer(model, name)
         blocks = towers.setdefault(path, [])
         refusal = _find_refusal(attention, layer, tower)
-        blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal))
+        prefix = blocks[0].prefix_tokens if blocks else detect_prefix_tokens(tower)
+        sizes = _head_sizes(attention.config)
+        blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal, prefix, *sizes))
     if not towers:
-        raise UnsupportedAttentionError(_say_why_none(model))
+        return _find_without_interface(model, example)
     if len(towers) > 1:
         raise UnsupportedAttentionError(_say_why_several(model, towers))
     return next(iter(towers.values()))
+
+
+def _find_without_interface(model: nn.Module, example: Example) -> list[AttentionBlock]:
+    from transformers import PreTrainedModel
+
+    try:
+        return find_called_blocks(model, example)
+    except FnaError as error:
+        reason = _say_why_none(model)
+        unknown = isinstance(error, ModelSourceError) and _NO_MODULES in reason
+        if unknown or any(isinstance(module, PreTrainedModel) for module in model.modules()):
+            raise UnsupportedAttentionError(reason) from None
+        raise
+
+
+def _head_sizes(config: Any) -> tuple[int, int]:
+    """H and D of an attention's configuration; 0 where they differ from stage to stage."""
+    heads = config.num_attention_heads
+    if not isinstance(heads, int):
+        return 0, 0
+    return heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | None = None) -> str | None:
@@ -123,7 +142,7 @@ def _say_why_none(model: nn.Module) -> str:
             refusal = _find_refusal(module, _enclosing_layer(model, name)[1])
             reasons[name] = refusal or "it does not use transformers' attention interface on images"
     if not reasons:
-        seen = "it has no attention modules"
+        seen = _NO_MODULES
     else:
         telling = (name for name, reason in reasons.items() if "interface" not in reason)
         name = next(telling, next(iter(reasons)))

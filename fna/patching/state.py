@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fna.block_steps import BlockSteps, LandmarkChoice, NamedTokens
+from fna.patching.record import Entering
 from fna.samplers import landmark_bias
 from fna.samplers.common.roles import guided_landmarks
 from fna.special_tokens import listed_tokens_mask
@@ -21,6 +22,7 @@ class TokenFinder:
 
     kind: Literal["artifact", "massive"]
     prefix_tokens: int
+    entering: Entering = "tokens"
     mask: Tensor | None = None  # [B, N], of the run that is under way
 
     def find(self, *tensors: Tensor | float) -> None:
@@ -59,6 +61,7 @@ class BlockState:
         include: tokens that are landmarks.
         exclude: tokens that are not.
         artifact_finder: of artifact tokens that are to be found at this block.
+        entering: how the block's layer is given its tokens.
         hidden: what entered the block's layer, kept until its attention runs.
     """
 
@@ -71,6 +74,7 @@ class BlockState:
     include: TokenMask | None = None
     exclude: TokenMask | None = None
     artifact_finder: TokenFinder | None = None
+    entering: Entering = "tokens"
     hidden: list[Tensor] = field(default_factory=list)
 
     @property

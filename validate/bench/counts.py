@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -64,7 +63,8 @@ def count(model: LoadedModel, plan: Plan, height: int, width: int, precision: st
         width: of the image, in pixels.
         precision: of weights and activations.
     """
-    heads, head_size = head_sizes(find_attention_blocks(model.module)[0].attention.config)
+    block = find_attention_blocks(model.module)[0]
+    heads, head_size = block.heads, block.head_size
     tokens = (height // model.patch_size) * (width // model.patch_size) + (plan.prefix_tokens or 0)
     size = BYTES[precision]
     total = total_flop(model, height, width)
@@ -81,12 +81,6 @@ def count(model: LoadedModel, plan: Plan, height: int, width: int, precision: st
         fna_attention_mib=plan_bytes(plan, *shape, size) / 2**20,
         fused_attention_mib=plan.num_blocks * fused_bytes(*shape, size) / 2**20,
     )
-
-
-def head_sizes(config: Any) -> tuple[int, int]:
-    """H and D of an attention's configuration."""
-    heads = int(config.num_attention_heads)
-    return heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def total_flop(model: LoadedModel, height: int, width: int) -> int:

@@ -18,10 +18,9 @@ from fna.machine import describe_machine
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
 from fna.precision import Precision
-from fna.special_tokens import detect_prefix_tokens
 from fna.validate.bench import Backend
 from fna.validate.bench.backends import OPENERS, Setting, forms_of
-from fna.validate.bench.counts import Counts, count, head_sizes
+from fna.validate.bench.counts import Counts, count
 from fna.validate.bench.timing import Timing, time_in_turns
 from fna.validate.budget.chain import Say
 
@@ -188,7 +187,7 @@ def bench(
 
 def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], resolution: int) -> None:
     most = max((entry.landmarks for plan in plans for entry in plan.blocks), default=0)
-    tokens = (resolution // model.patch_size) ** 2 + detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+    tokens = (resolution // model.patch_size) ** 2 + find_attention_blocks(model.module)[0].prefix_tokens
     if most > tokens:
         raise InvalidLandmarksError(
             f"{most} landmarks were asked for, but at resolution {resolution} there are only {tokens} tokens; ask for fewer"
@@ -266,11 +265,11 @@ def block_sizes(model: LoadedModel, resolutions: Sequence[int]) -> list[BlockSiz
         ModelSourceError: for a resolution that the model does not take.
     """
     block = find_attention_blocks(model.module)[0]
-    heads, head_size = head_sizes(block.attention.config)
+    heads, head_size = block.heads, block.head_size
     sizes = []
     for side in resolutions:
         check_resolution(model, side, side)
-        tokens = (side // model.patch_size) ** 2 + detect_prefix_tokens(block.tower)
+        tokens = (side // model.patch_size) ** 2 + block.prefix_tokens
         sizes.append(BlockSize(side, tokens, heads, head_size))
     return sizes
 
@@ -286,7 +285,7 @@ def _row(
 ) -> BenchRow:
     prefix = plan.prefix_tokens
     if prefix is None:
-        prefix = detect_prefix_tokens(find_attention_blocks(model.module)[0].tower)
+        prefix = find_attention_blocks(model.module)[0].prefix_tokens
     full = plan.model_copy(update={"prefix_tokens": prefix})
     baseline, fna_form = (min(timings, key=lambda name: timings[name].median) for timings in (exact, planned))
     return BenchRow(

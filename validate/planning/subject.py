@@ -18,7 +18,6 @@ from fna.observing import AttentionCall, observed
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
 from fna.runtime import Arrays
-from fna.special_tokens import detect_prefix_tokens
 from fna.validate.task.inputs import OutputKinds
 
 PROBES = 2
@@ -120,7 +119,7 @@ class TorchSubject:
         check_resolution(model, height, width)
         self.model, self.preprocessing = model, model.preprocessing
         blocks = find_attention_blocks(model.module)
-        prefix = detect_prefix_tokens(blocks[0].tower)
+        prefix = blocks[0].prefix_tokens
         shapes: list[torch.Size] = []
 
         with torch.inference_mode(), observed(model.module, lambda call: shapes.append(call.query.shape)):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import transformers
 from model_families import FAMILIES, IMAGE, REFUSED, SIZES, Family, build_tiny, sample_pixels, siglip2_inputs
 from torch import nn
 
-from fna.errors import FnaError, ModelSourceError, UnsupportedAttentionError
+from fna.errors import FnaError, MissingCapabilityError, ModelSourceError, UnsupportedAttentionError
 from fna.export.sources import loading, transformers_models
 from fna.export.sources.loading import BUILT_IN, check_resolution, load_model
 from fna.export.sources.vision_modules import antialiased_bilinear
@@ -365,6 +366,40 @@ def test_a_factorys_model_without_a_vision_transformer_is_refused(
     monkeypatch.setattr(loading, "call_factory", lambda _: nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(UnsupportedAttentionError, match="Sequential has no self-attention block"):
         load_model(f"{factories}:vit")
+
+
+def test_a_factory_takes_arguments_and_weights(factories: str, in_tmp: Path) -> None:
+    (in_tmp / f"{factories}.py").write_text(
+        "from called_models import OwnViT, build\ndef make(prefix=1, kind='plain'):\n    return build(OwnViT(kind, prefix=prefix))\n"
+    )
+    loaded = load_model(f"{factories}:make,prefix=2,kind=plain")
+    assert (loaded.patch_size, loaded.native_resolution, loaded.num_blocks, loaded.any_resolution) == (4, 32, 1, False)
+    assert loaded.module(sample_pixels())[0].shape == (2, 66, 32)
+    assert loaded.token_outputs == loaded.output_names == ("output",)
+    weights = {key: tensor + 1 for key, tensor in loaded.module.model.state_dict().items()}
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in weights.items()}}, in_tmp / "own.pth")
+    again = load_model(f"{factories}:make,prefix=2,weights={in_tmp / 'own.pth'}").module.model.state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
+
+
+@pytest.mark.parametrize("written", ["prefix", "prefix=2,prefix=3", "2=3", ""])
+def test_an_argument_that_cannot_be_read_is_refused(factories: str, written: str) -> None:
+    refuse(f"{factories}:vit,{written}", "cannot be read; write", "size=518")
+
+
+def test_an_argument_that_the_factory_does_not_take_is_refused(factories: str) -> None:
+    refuse(f"{factories}:vit,colour=7", "raised TypeError", "colour")
+
+
+def test_a_library_that_is_not_installed_or_not_usable_is_said(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        MissingCapabilityError, match=r"models of timm need the Python package timm.*install it with pip"
+    ):
+        load_model("timm:vit_small_patch14_dinov2")
+    (in_tmp / "open_clip.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(in_tmp))
+    refuse("open_clip:ViT-B-16", "open_clip cannot be imported: operator torchvision::nms does not exist")
 
 
 # Resolutions

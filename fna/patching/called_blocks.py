@@ -1,0 +1,138 @@
+"""The attention blocks of a model that calls PyTorch's attention functions, from watching it run once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import prod
+
+from torch import nn
+
+from fna.errors import UnsupportedAttentionError
+from fna.patching.record import AttentionBlock, Entering
+from fna.patching.survey import CallSite, Example, Survey, survey
+from fna.special_tokens import detect_prefix_tokens
+
+_NONE = "{} has no self-attention block that can be FNA"
+_NUMBERED = re.compile(r"(^|_)\d+$")
+_NAMED_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_USUAL = ("linear", "layer_norm", "dropout", "softmax", "gelu", "relu", "conv", "Tensor.")
+
+
+def find_called_blocks(model: nn.Module, example: Example = None) -> list[AttentionBlock]:
+    """List the attention blocks of a model in the order in which they run, those included that cannot be FNA.
+
+    Args:
+        model: any PyTorch model.
+        example: what it is called with; None is images of the size that its attributes name.
+
+    Raises:
+        ModelSourceError: if the model does not run on that.
+        UnsupportedAttentionError: if there are none, or if none of them can be FNA.
+    """
+    seen = survey(model, example)
+    if not seen.sites:
+        raise UnsupportedAttentionError(_say_why_unseen(model, seen))
+    modules = dict(model.named_modules())
+    grids: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
+    blocks = []
+    for number, site in enumerate(seen.sites):
+        patches, images = grids.setdefault(_tower_path(site.path), (site.patches, site.images))
+        refusal = _refuse_windows(site, images) or site.refusal
+        layer, entering = _find_layer(site, seen)
+        known = len(site.query) == 4
+        blocks.append(
+            AttentionBlock(
+                number=number,
+                name=site.path + (f"#{site.ordinal}" if site.ordinal else ""),
+                attention=modules[site.path],
+                layer=modules[layer],
+                tower=model,
+                refusal=refusal,
+                prefix_tokens=_count_prefix(site, patches, model, modules),
+                heads=site.query[1] if known else 0,
+                head_size=site.query[3] if known else 0,
+                entering=entering,
+                patches=patches,
+                call=site.ordinal,
+                runs=site.calls,
+            )
+        )
+    if all(block.refusal for block in blocks):
+        alike = ", and so for all" if len({block.refusal for block in blocks}) == 1 else "; attention in all:"
+        raise UnsupportedAttentionError(
+            f"{_NONE.format(type(model).__name__)}: block 0 ({blocks[0].name}): {blocks[0].refusal}{alike} {len(blocks)}"
+        )
+    return blocks
+
+
+def _tower_path(path: str) -> str:
+    """The path of the stack that a module is in: up to the first part that is a number."""
+    parts = path.split(".")
+    first = next((place for place, part in enumerate(parts) if _NUMBERED.search(part)), len(parts))
+    return ".".join(parts[:first])
+
+
+def _refuse_windows(site: CallSite, images: int | None) -> str | None:
+    if images is None or not site.query:
+        return None
+    batch, tokens = site.query[0], site.query[-2]
+    folded = site.query[1] if len(site.query) == 5 else 1
+    if batch * folded > images and len(site.query) != 3:
+        return f"it attends within windows ({batch * folded // images} of {tokens} tokens for each image)"
+    return None
+
+
+def _count_prefix(
+    site: CallSite, patches: tuple[int, int] | None, model: nn.Module, modules: dict[str, nn.Module]
+) -> int:
+    """The tokens that are no patches of the grid; where there is no grid, what the nearest module says of itself."""
+    if patches is not None and site.query:
+        extra = site.query[-2] - prod(patches)
+        if 0 <= extra < prod(patches):
+            return extra
+    parts = site.path.split(".")
+    for end in range(len(parts), -1, -1):
+        count = getattr(modules[".".join(parts[:end])], "num_prefix_tokens", None)
+        if isinstance(count, int):
+            return count
+    return detect_prefix_tokens(model)
+
+
+def _find_layer(site: CallSite, seen: Survey) -> tuple[str, Entering | None]:
+    """The outermost module around a site that holds no other and is given all tokens, and how; else the module itself."""
+    parts = site.path.split(".") if site.path else []
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        inside = {other.path for other in seen.sites if f"{other.path}.".startswith(f"{path}.")}
+        entering = _how_tokens_enter(seen.entered.get(path), site.query)
+        if inside == {site.path} and entering is not None:
+            return path, entering
+    return site.path, None
+
+
+def _how_tokens_enter(shape: Sequence[int] | None, query: Sequence[int]) -> Entering | None:
+    if shape is None or len(query) != 4:
+        return None
+    batch, tokens = query[0], query[2]
+    if len(shape) == 3 and tuple(shape[:2]) == (batch, tokens):
+        return "tokens"
+    if len(shape) == 3 and tuple(shape[:2]) == (tokens, batch):
+        return "tokens first"
+    return "map" if len(shape) == 4 and shape[0] == batch and prod(shape[1:3]) == tokens else None
+
+
+def _say_why_unseen(model: nn.Module, seen: Survey) -> str:
+    none = _NONE.format(type(model).__name__)
+    suspects = [path for path in seen.called if _NAMED_ATTENTION.search(path.rpartition(".")[2])]
+    if not suspects:
+        return (
+            f"{none} (no module called torch.nn.functional.scaled_dot_product_attention or computed softmax(q @ k.T) @ v); choose a "
+            "Vision Transformer"
+        )
+    path = suspects[0]
+    called = sorted(seen.called[path], key=lambda function: (function.startswith(_USUAL), function))
+    return (
+        f"{none} ({path} called {', '.join(called[:4])} and not torch.nn.functional.scaled_dot_product_attention); have it call that "
+        "function, or export the model to ONNX and use fna graft"
+    )
