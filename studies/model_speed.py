@@ -1,8 +1,8 @@
 """Whole models on this machine's onnxruntime, plans against the fastest exact form: `python -m studies.model_speed PLAN...`.
 
-Everything is timed in each form that `fna bench` times, taking turns in one process, batch 1, fp32; the fastest form of each counts. A
-PLAN is as `studies.outside_photographs` has it. With --processor the time is the process's own, with one thread: it can be had
-beside other work, which a clock cannot. Milliseconds, median (fastest to slowest).
+Exact attention is timed in each form that onnxruntime has, a plan in the form that onnxruntime is given (docs/engines.md), all taking
+turns in one process, batch 1, fp32. A PLAN is as `studies.outside_photographs` has it. With --processor the time is the process's
+own, with one thread: it can be had beside other work, which a clock cannot. Milliseconds, median (fastest to slowest).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,30 +41,31 @@ def main() -> None:
     subject = TorchSubject(load_model(arguments.model), side, side)
     plans = {"exact": uniform_plan(subject.layout.num_blocks, layers="none")}
     plans |= {text: read_plan(text, subject) for text in arguments.plans}
-    sessions = {}
+    sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         for text, plan in plans.items():
             export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
-            for lowering, form in EXACT_FORMS.items():
+            for lowering in EXACT_FORMS if text == "exact" else ("onnxruntime",):
                 threads = 1 if arguments.processor else 0
-                sessions[text, form] = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
+                session = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
+                sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session
     pixels = {INPUT_NAME: np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)}
-    outputs = {key: session.run(None, pixels)[0] for key, session in sessions.items()}
-    for (text, form), output in outputs.items():
-        np.testing.assert_allclose(output, outputs[text, EXACT_FORMS["portable"]], atol=2e-3, err_msg=form)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in sessions}
+    outputs = {name: session.run(None, pixels)[0] for name, session in sessions.items()}
+    forms = [name for name in sessions if name.startswith("exact, ")]
+    for name in forms[1:]:
+        np.testing.assert_allclose(outputs[name], outputs[forms[0]], atol=2e-3)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(arguments.runs):
-        for key, session in sessions.items():
+        for name, session in sessions.items():
             start = clock()
             session.run(None, pixels)
-            times[key].append(1e3 * (clock() - start))
-    medians = {key: statistics.median(taken) for key, taken in times.items()}
-    fastest = {text: min((key for key in medians if key[0] == text), key=medians.__getitem__) for text in plans}
-    for key, taken in times.items():
-        best = f", {medians[fastest['exact']] / medians[key]:.2f} times exact as {fastest['exact'][1]}"
-        shown = best if key == fastest[key[0]] else ""
-        print(f"{key[0]}, {key[1]}: {medians[key]:.0f} ms ({min(taken):.0f} to {max(taken):.0f}){shown}", flush=True)
+            times[name].append(1e3 * (clock() - start))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    baseline = min(forms, key=medians.__getitem__)
+    for name, taken in times.items():
+        speed = medians[baseline] / medians[name]
+        print(f"{name}: {medians[name]:.0f} ms ({min(taken):.0f} to {max(taken):.0f}), {speed:.2f} times {baseline}")
 
 
 if __name__ == "__main__":
