@@ -70,6 +70,11 @@ def write_metadata(model: ModelProto, metadata: FileMetadata) -> None:
         model.metadata_props.add(key=PREFIX + key, value=text)
 
 
+def has_metadata(model: ModelProto) -> bool:
+    """Return whether this project wrote a file."""
+    return any(written.key.startswith(PREFIX) for written in model.metadata_props)
+
+
 def read_metadata(model: ModelProto, name: str) -> FileMetadata:
     """Read the `fna.*` keys; `name` says in errors which file it was.
 

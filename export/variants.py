@@ -152,7 +152,7 @@ def _costliest(
     names: list[str] = []
     for cost in costs:
         names += cost.layers
-        if cost.without >= goal:
+        if cost.without is not None and cost.without >= goal:
             return names
     raise InvalidArgumentError(
         f"no choice of layers in 8 bits reaches a cosine of {goal}; with none in 8 bits it is {costs[-1].without:.6f}"

@@ -10,7 +10,7 @@ plugin: $(STAMP) ## Compile the kernels for every chip, and the TensorRT plugin 
 	$(BIN)/fna plugin -o $(PLUGIN_TABLE) --machine $(ARCH) $(call given,SM,--sm ) --checks
 
 release: $(STAMP) ## Make the source distribution and wheels with kernels and libraries (build/dist)
-	$(BIN)/fna plugin -o $(PLUGIN_TABLE) --machine x86_64,aarch64
+	$(BIN)/fna plugin -o $(PLUGIN_TABLE) --machine x86_64,aarch64 $(call given,SM,--sm )
 	$(BIN)/python -m fna.plugins.release . --table $(PLUGIN_TABLE) -o $(BUILD)/dist
 
 test-gpu: $(STAMP) ## Check the kernels and the plugin on this machine's GPU, compute-sanitizer included

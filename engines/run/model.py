@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from fna.engines.lowerings import choose_lowering
 from fna.engines.run.engine import Engine
 from fna.engines.run.latency import Latency, seconds_of, summarise
+from fna.export.metadata import has_metadata
+from fna.export.passes.lower import lower
+from fna.files import load_onnx
 from fna.runtime import Arrays, Provider, cast_inputs, open_session, run_session
 
 
@@ -27,8 +31,13 @@ class OnnxModel:
     """An ONNX file on onnxruntime."""
 
     def __init__(self, path: Path, *, provider: Provider = "cpu", threads: int = 0) -> None:
-        """Open it; errors are those of `open_session`."""
-        self._session = open_session(path, threads=threads, provider=provider)
+        """Open it in the form that onnxruntime is given; errors are those of `open_session`."""
+        import onnxruntime
+
+        model = load_onnx(path, tensors=False)
+        if has_metadata(model):
+            model = lower(model, choose_lowering("onnxruntime", onnxruntime.__version__))
+        self._session = open_session(model, name=str(path), folder=path.parent, threads=threads, provider=provider)
         self._name = path.name
         self._provider = provider
 

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,9 @@ def serve(
         }
         log = Path(temporary) / "triton.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         server = CpuServer(f"127.0.0.1:{http}", process, log)
         try:
             _wait_until_ready(server)
@@ -119,6 +121,8 @@ def serve(
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+            with suppress(ProcessLookupError):  # a server stopped under load leaves its models' Python processes behind
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _backends(package: Path, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Writing a Triton Inference Server model repository for an FNA file.
 
 Two ways to the same outputs, each as a model and, in front of it, an ensemble that takes decoded photographs: TensorRT, whose plan is
-built on the server by the bundle's `build_engine.sh`, and onnxruntime, which runs the portable lowering and needs no plugin.
+built on the server by the bundle's `build_engine.sh`, and onnxruntime, which is given the form of `fna.engines.lowerings` and needs no plugin.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fna.engines.builder.options import BatchRange
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.bundle.format import safe_name
 from fna.engines.bundle.models import split_weights
+from fna.engines.lowerings import choose_lowering
 from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
@@ -42,6 +43,9 @@ VERSION = "1"
 """The version that is written; others in a repository are other people's, and stay."""
 
 PORTABLE = "model.onnx"
+
+_OLDEST_ONNXRUNTIME = "1.18"
+"""Of the servers that a repository may go to: that of Triton 24.08, the image of `Dockerfile.igpu`."""
 
 _SCRIPTS = Path(__file__).resolve().parent.parent / "bundle" / "scripts"
 _DEPLOY = Path(__file__).resolve().parent / "deploy"
@@ -290,7 +294,8 @@ def _write_onnxruntime(
 ) -> None:
     (folder / VERSION).mkdir(parents=True)
     split_weights(model, source_folder, folder / VERSION / "model.weights")
-    (folder / VERSION / PORTABLE).write_bytes(lower(model, "portable").SerializeToString(deterministic=True))
+    lowering = choose_lowering("onnxruntime", _OLDEST_ONNXRUNTIME)
+    (folder / VERSION / PORTABLE).write_bytes(lower(model, lowering).SerializeToString(deterministic=True))
     lines = [
         f'name: "{folder.name}"',
         'backend: "onnxruntime"',

@@ -23,13 +23,13 @@ class LayerCost:
         layers: names of their nodes.
         alone: mean cosine of the outputs, rows of the last axis, with these layers alone in 8 bits, to those with none.
         everything: the same with all layers in 8 bits.
-        without: the same with all in 8 bits but these and those that cost more.
+        without: the same with all in 8 bits but these and those that cost more; None where that was not measured.
     """
 
     layers: tuple[str, ...]
     alone: float
     everything: float
-    without: float
+    without: float | None
 
 
 def measure_layer_costs(
@@ -37,6 +37,8 @@ def measure_layer_costs(
     pixels: Sequence[NDArray[np.float32]],
     output: str,
     on_layer: Callable[[int, int], None] = lambda _done, _of: None,
+    *,
+    most: int | None = None,
 ) -> list[LayerCost]:
     """Measure the linear layers of a file with pairs of QuantizeLinear and DequantizeLinear, the costliest alone first.
 
@@ -45,11 +47,13 @@ def measure_layer_costs(
         pixels: preprocessed photographs, `[1, 3, H, W]` each.
         output: the output that is compared, `[..., C]`.
         on_layer: called with how many runs are done, and of how many.
+        most: how many of the costliest are left out of 8 bits one after the other; None is all.
     """
     switched, groups = _with_switches(model)
     session = open_session(switched)
     name = next(value.name for value in session.get_inputs() if value.name != _SWITCHES)
-    runs = [0, len(pixels) * (2 + 2 * len(groups))]
+    most = len(groups) if most is None else min(most, len(groups))
+    runs = [0, len(pixels) * (2 + len(groups) + most)]
 
     def run(on: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
         results = []
@@ -67,9 +71,10 @@ def measure_layer_costs(
     on = np.ones(count, bool)
     everything = _cosine(exact, run(on))
     costs = []
-    for index in order:
+    for place, index in enumerate(order):
         on[index] = False
-        costs.append(LayerCost(groups[index], alone[index], everything, _cosine(exact, run(on))))
+        without = _cosine(exact, run(on)) if place < most else None
+        costs.append(LayerCost(groups[index], alone[index], everything, without))
     return costs
 
 

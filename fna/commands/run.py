@@ -84,7 +84,7 @@ def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int,
     """Return a file's input, its height and width, and how photographs become it."""
     from fna.engines.builder.profiles import check_size
     from fna.errors import InputFileError
-    from fna.export.metadata import read_metadata
+    from fna.export.metadata import has_metadata, read_metadata
     from fna.export.preprocessing import Preprocessing
     from fna.files import load_onnx
 
@@ -97,8 +97,7 @@ def _describe(file: Path, size: tuple[int, int] | None) -> tuple[str, tuple[int,
     model = load_onnx(file, tensors=False)
     constant = {tensor.name for tensor in model.graph.initializer}
     value = next(tensor for tensor in model.graph.input if tensor.name not in constant)
-    has_metadata = any(field.key.startswith("fna.") for field in model.metadata_props)
-    preprocessing = read_metadata(model, str(file)).preprocessing if has_metadata else Preprocessing()
+    preprocessing = read_metadata(model, str(file)).preprocessing if has_metadata(model) else Preprocessing()
     sides = [dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim]
     if len(sides) == 4:
         height, width = sides[2:]

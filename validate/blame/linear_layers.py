@@ -22,7 +22,11 @@ def measure_linear_layers(chain: Chain, pixels: Sequence[NDArray[np.float32]], o
     model = round_everywhere(chain.proto) if has_low_types(chain.proto) else chain.proto
     output = next((name for name in chain.outputs if name in chain.metadata.token_outputs), chain.outputs[0])
     costs = measure_layer_costs(
-        model, pixels, output, lambda done, of: on_step("measuring each linear layer in 8 bits", done, of)
+        model,
+        pixels,
+        output,
+        lambda done, of: on_step("measuring each linear layer in 8 bits", done, of),
+        most=KEPT[-1],
     )
     return tuple(costs)
 

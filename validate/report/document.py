@@ -60,7 +60,7 @@ class Document(BaseModel):
         image_source: where the images come from.
         validation: the error budget.
         bisection: of `--bisect`.
-        linear_layers: of `--bisect` on a file in 8 bits, the costliest first.
+        linear_layers: of a file in 8 bits, the costliest first.
         divergences: the block to blame for each step that is out of tolerance.
         not_located: why that is not known, by step.
         task: of `--task`.
@@ -185,7 +185,7 @@ def _measure_document(
         image_source=photographs.source,
         validation=validation,
         bisection=bisection,
-        linear_layers=measure_linear_layers(chain, first, on_step) if extras.bisect else (),
+        linear_layers=measure_linear_layers(chain, first, on_step),
         divergences=divergences,
         not_located=not_located,
         task=measure_tasks(chain, last_stage(chain), photographs, outputs, on_step) if extras.task else None,

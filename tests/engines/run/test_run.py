@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import ModelProto
 from tiny_engines import write_model
 from tiny_files import SIDE
 
@@ -18,6 +19,7 @@ from fna.cli import main
 from fna.engines.device import Gpu
 from fna.engines.manifest import Manifest, ShapeRange, manifest_path, write_manifest
 from fna.engines.run import engine as run
+from fna.engines.run import model as model_module
 from fna.engines.run import requirements
 from fna.engines.run.model import OnnxModel
 from fna.engines.run.requirements import check_engine_can_run
@@ -143,14 +145,32 @@ def test_a_manifest_of_another_flavour_than_there_is_is_refused(engine: Path) ->
         check_engine_can_run(engine)
 
 
-def test_an_opened_file_gives_what_onnxruntime_gives(tiny_file: Find) -> None:
+def test_an_opened_file_is_given_the_form_of_onnxruntime_and_gives_what_the_file_gives(
+    tiny_file: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelProto] = []
+    monkeypatch.setattr(
+        model_module, "open_session", lambda model, **k: asked.append(model) or open_session(model, **k)
+    )
     pixels = np.random.default_rng(0).standard_normal((2, 3, SIDE, SIDE), dtype=np.float32)
     wanted = run_session(open_session(tiny_file("traced")), {"pixel_values": pixels})
     model = OnnxModel(tiny_file("traced"))
     found = model.run({"pixel_values": pixels})
     model.close()
     assert list(found) == list(wanted)
-    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, atol=2e-5)
+    assert "MultiHeadAttention" in {node.op_type for node in asked[0].graph.node}
+
+
+def test_a_file_of_another_project_is_opened_as_it_is(tiny_file: Find, tmp_path: Path) -> None:
+    model = load_onnx(tiny_file("traced"))
+    del model.metadata_props[:]
+    save_model(model, tmp_path / "other.onnx")
+    pixels = np.zeros((1, 3, SIDE, SIDE), np.float32)
+    assert OnnxModel(tmp_path / "other.onnx").run({"pixel_values": pixels}).keys() == {
+        value.name for value in model.graph.output
+    }
 
 
 def test_inputs_are_cast_to_the_files_types(tiny_file: Find, tmp_path: Path) -> None:

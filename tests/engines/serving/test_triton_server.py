@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,10 @@ def server(repository: Path) -> Iterator[CpuServer]:
         pytest.skip(str(missing))
     with serve(repository, ["tiny_portable"]) as running:
         yield running
+    with pytest.raises(ProcessLookupError):  # none of its processes is left, once init has reaped them
+        for _ in range(100):
+            os.killpg(running.process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_a_photograph_over_http_gets_what_fna_run_gives(server: CpuServer, tiny: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which linear layers of a file in 8 bits cost most, as `fna validate --bisect` says it."""
+"""Which linear layers of a file in 8 bits cost most, as `fna validate` says it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from fna.export.passes.layer_costs import LayerCost
 from fna.export.variants import FileVariant, make_variant
-from fna.validate.blame.linear_layers import describe_linear_layers, measure_linear_layers
+from fna.validate.blame.linear_layers import KEPT, describe_linear_layers, measure_linear_layers
 from fna.validate.budget.chain import open_chain, open_validated_file
+from fna.validate.photographs import Photographs
+from fna.validate.report.document import Extras, make_document
 
 
 def test_every_layer_of_an_8_bit_file_is_measured_and_none_of_another(tiny, tmp_path: Path) -> None:
@@ -20,9 +22,11 @@ def test_every_layer_of_an_8_bit_file_is_measured_and_none_of_another(tiny, tmp_
         return measure_linear_layers(chain, pixels, lambda *_: None)
 
     assert measured(tiny.file("fp32")) == ()
-    costs = measured(path)
+    document, _ = make_document(path, Photographs(tiny.images[:1]), {}, None, None, Extras(), lambda *_: None)
+    costs = document.linear_layers  # without being asked for
     assert [cost.alone for cost in costs] == sorted(cost.alone for cost in costs)
     assert costs[0].everything < costs[-1].alone
+    assert [cost.without is None for cost in costs] == [place >= KEPT[-1] for place in range(len(costs))]
     assert describe_linear_layers(costs)[0].startswith("linear layers in 8 bits, mean cosine: 0.9")
 
 
