@@ -1,7 +1,7 @@
 """Writing a Triton Inference Server model repository for an FNA file.
 
 Two ways to the same outputs, each as a model and, in front of it, an ensemble that takes decoded photographs: TensorRT, whose plan is
-built on the server by the bundle's `build_engine.sh`, and onnxruntime, which is given the form of `fna.engines.lowerings` and needs no plugin.
+built on the server by the bundle's `build_engine.sh`, and onnxruntime, which needs no plugin.
 """
 
 from __future__ import annotations
