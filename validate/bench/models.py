@@ -198,8 +198,10 @@ def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say)
     """Time a model in PyTorch at up to three sizes, a few runs each, for the report."""
     patch_size = model.patch_size
     sides = {round(resolution * share / patch_size) * patch_size for share in QUICK_SHARES}
-    tokens_needed = max((entry.landmarks for entry in plan.blocks), default=1)
-    fitting = [side for side in sides if (side // patch_size) ** 2 > tokens_needed] or [resolution]
+    landmarks = max((block.landmarks for block in plan.blocks), default=1)
+    hot, tile = (max((getattr(block, name) for block in plan.focal), default=0) for name in ("hot", "tile"))
+    grids = {side: side // patch_size for side in sides}
+    fitting = [side for side, grid in grids.items() if grid**2 > max(landmarks, hot) and grid >= tile] or [resolution]
     chosen = sorted(fitting) if model.any_resolution else [resolution]
     result = bench(model, [plan.for_squares()], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
     data: dict[str, Any] = json.loads(result.model_dump_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ def measure_digits_probe(results: Results, inputs: TaskInputs) -> None:
 
 
 def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
-    """Return the plan for square images of fewer tokens: as many landmarks in proportion, at least two beside the prefix tokens.
+    """Return the plan for square images of fewer tokens: as many landmarks in proportion, at least two beside the prefix tokens, and
+    as many hot keys in proportion, in tiles that are no larger than the images.
 
     What was fitted to the plan's own resolution, such as corrections, is kept as it is.
     """
@@ -69,7 +71,13 @@ def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
         )
         for block in plan.blocks
     )
-    return plan.for_squares().model_copy(update={"blocks": blocks})
+    focal = tuple(
+        block.model_copy(
+            update={"hot": math.ceil(block.hot * share), "tile": min(block.tile, math.isqrt(tokens - prefix))}
+        )
+        for block in plan.focal
+    )
+    return plan.for_squares().model_copy(update={"blocks": blocks, "focal": focal})
 
 
 def load_digit_images(chain: Chain, side: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

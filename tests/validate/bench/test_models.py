@@ -15,7 +15,7 @@ from fna.export.sources.loading import load_model
 from fna.plan import BlockPlan, Correction, FocalBlockPlan, Plan, uniform_plan
 from fna.validate.bench.backends import OPENERS
 from fna.validate.bench.counts import count, total_flop
-from fna.validate.bench.models import BenchRow, bench, find_break_even, read_bench
+from fna.validate.bench.models import BenchRow, bench, bench_quickly, find_break_even, read_bench
 from fna.validate.bench.output import draw, dump_csv
 from fna.validate.bench.timing import OpenModel, Timing, time_in_turns
 
@@ -127,6 +127,15 @@ def test_what_a_focal_plan_is_compared_with_is_exact_in_every_block(tiny, monkey
     result = bench(load_model("validate_tiny:tiny"), [plan], [112], backend="torch", runs=1)
     assert [seen.replaced_blocks for seen in plans] == [[], [1]]
     assert (result.rows[0].landmarks, result.rows[0].blocks) == (0, 1)
+
+
+def test_a_quick_bench_leaves_out_sizes_that_a_focal_plan_does_not_fit(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPENERS, "torch", lambda *_: OpenModel(lambda: 1.0))
+    for settings, tokens in (({"hot": 30}, [37, 65]), ({"tile": 7}, [65]), ({}, [10, 37, 65])):
+        focal = FocalBlockPlan.model_validate({"block": 1, "tile": 2, "levels": ((1, 0), (2, 1)), "hot": 2} | settings)
+        plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1)
+        found = bench_quickly(load_model("validate_tiny:tiny"), plan, 112, lambda *_: None)
+        assert [row["tokens"] for row in found["rows"]] == tokens
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")

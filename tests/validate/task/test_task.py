@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from fna.errors import InputFileError
 from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, export_onnx
-from fna.plan import uniform_plan
+from fna.plan import FocalBlockPlan, Plan, uniform_plan
 from fna.validate.budget.chain import DEPLOYED, EXACT, open_chain, open_validated_file
 from fna.validate.budget.measure import measure_chain, prefix_of
 from fna.validate.photographs import Photographs, load_labelled
@@ -80,6 +80,12 @@ def test_a_smaller_image_gets_landmarks_in_proportion() -> None:
     plan = uniform_plan(12, layers="6-11", landmarks=128, prefix_tokens=1)
     assert {entry.landmarks for entry in shrink_plan(plan, 50, 1369).blocks} == {6}
     assert {entry.landmarks for entry in shrink_plan(plan, 4, 1369).blocks} == {3}
+
+
+def test_a_focal_block_has_fewer_hot_keys_and_fitting_tiles_on_smaller_images() -> None:
+    focal = FocalBlockPlan(block=1, tile=8, levels=((1, 0), (2, 2)), hot=64, seed=1)
+    small = shrink_plan(Plan(num_blocks=2, focal=(focal,), prefix_tokens=1), 50, 37 * 37).focal[0]
+    assert (small.tile, small.hot, small.levels, small.seed) == (7, 3, focal.levels, 1)
 
 
 def test_labels_are_the_models_names_or_numbers() -> None:

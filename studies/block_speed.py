@@ -1,0 +1,68 @@
+"""One block's attention on this machine's onnxruntime, by form: `python -m studies.block_speed --resolution 518`.
+
+Processor time of one thread, which can be had beside other work; the shape is DINOv2-S's: 6 heads of 64. All take turns in one
+process. Milliseconds, median (fastest to slowest), and the share of the fastest exact form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+from fna.chebyshev import CHEBYSHEV, default_core
+from fna.focal_keys import Levels
+from fna.plan import BlockPlan, FocalBlockPlan, Plan
+from fna.runtime import open_session
+from fna.validate.planning.one_block import EXACT_FORMS, exact_block, planned_block
+from fna.validate.planning.subject import Layout
+
+FOCAL: dict[str, tuple[int, Levels, int]] = {
+    "tiles of 8, cells of 2 from 2": (8, ((1, 0), (2, 2)), 16),
+    "tiles of 8, cells of 2 from 2, 4 from 12": (8, ((1, 0), (2, 2), (4, 12)), 32),
+    "tiles of 4, cells of 2 from 2, 4 from 4, 8 from 12": (4, ((1, 0), (2, 2), (4, 4), (8, 12)), 16),
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resolution", type=int, default=518)
+    parser.add_argument("--runs", type=int, default=9)
+    arguments = parser.parse_args()
+    side = arguments.resolution // 14
+    layout = Layout("one block", 1, {}, side * side + 1, 6, 64, 384, 1, (side, side), (arguments.resolution,) * 2)
+
+    def planned(**blocks: object) -> Plan:
+        return Plan.model_validate({"num_blocks": 1, "prefix_tokens": 1, "patches": (side, side), **blocks})
+
+    models = {f"exact, {form}": exact_block(layout, form) for form in EXACT_FORMS}
+    for name, (tile, levels, hot) in FOCAL.items():
+        focal = FocalBlockPlan(block=0, tile=tile, levels=levels, hot=hot)
+        models[f"focal, {name}, {hot} hot keys"] = planned_block(layout, planned(focal=[focal]))
+    for landmarks in (64, 128):
+        block = BlockPlan(block=0, landmarks=landmarks)
+        models[f"FNA, S={landmarks}, Newton-Schulz"] = planned_block(layout, planned(blocks=[block]))
+    core = default_core(128, "weighted")
+    assert core is not None
+    block = BlockPlan(block=0, landmarks=128, core=CHEBYSHEV, steps=core.steps, low=core.low)
+    models["FNA, S=128, Chebyshev steps"] = planned_block(layout, planned(blocks=[block]))
+    sessions = {name: open_session(model, name=name, threads=1) for name, model in models.items()}
+    hidden = np.random.default_rng(0).standard_normal((1, layout.tokens, layout.channels)).astype(np.float32)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for turn in range(arguments.runs + 1):
+        for name, session in sessions.items():
+            start = time.process_time()
+            session.run(None, {"hidden": hidden})
+            if turn:
+                times[name].append(1e3 * (time.process_time() - start))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    fastest = min(median for name, median in medians.items() if name.startswith("exact"))
+    for name, taken in times.items():
+        print(f"{name}: {medians[name]:.1f} ms ({min(taken):.1f} to {max(taken):.1f}), {medians[name] / fastest:.2f}")
+
+
+if __name__ == "__main__":
+    main()
