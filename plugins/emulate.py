@@ -19,7 +19,8 @@ from torch import Tensor
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
 from fna.plugins.focal_plan import focal_plan
-from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, sampling_plan
+from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan
+from fna.plugins.sampling_plan import sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, focal_shape, launch_jit, scratch_views
 
 POISON = 0x7F

@@ -1,13 +1,15 @@
 """Which kernels run, in which order, with which grids, arguments and scratch: the one description of a launch sequence.
 
-`attention_plan` and `sampling_plan` are pure arithmetic. The ahead-of-time build enumerates its variants from here, PyTorch's
-CUDA path and the tests execute these plans, and `plugins/src/` has the same arithmetic in C++ (a test runs both and compares
-every launch). The numbers stand here only: the build of the table writes them into a C++ header.
+`attention_plan` is pure arithmetic, as are `sampling_plan.py` and `focal_plan.py`. The ahead-of-time build enumerates its variants
+from here, PyTorch's CUDA path and the tests execute these plans, and `plugins/src/` has the same arithmetic in C++ (a test runs both
+and compares every launch). The numbers stand here only: the build of the table writes them into a C++ header.
 """
 
 from __future__ import annotations
 
+import heapq
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,10 +43,16 @@ NO_MASK, MASK_ALL, MASK_BUT_SINKS = 0, 1, 2
 """The kernels' `mask_mode`; without a mask they do not read `key_mask`, so any address stands for it."""
 
 WAVES = 2
-"""How many programs per multiprocessor the split of the keys aims for."""
+"""Programs per multiprocessor of the largest GPU: no split of the keys makes more."""
 
 MAX_MULTIPROCESSORS = 256
 """The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
+
+SPLIT_START, SPLIT_JOINED = 8, 2
+"""What a split takes beside its keys, and what it adds to a program of the next launch: in tenths of a block of keys, by count."""
+
+SPLIT_SIZES = 32
+"""Sizes of a split that are weighed against one another."""
 
 FPS_ONE_LAUNCH_TOKENS = 1024
 FPS_ONE_LAUNCH_BYTES = 256 * 1024
@@ -165,10 +173,14 @@ def padded_head_size(head_size: int) -> int:
 class CoreBlocks:
     """How a core is kept: fp32 matrices [S_PAD, S_PAD] of scratch for a head (two of fp16 count as one), and whether it is worked
     on in registers, where it fits, or through that scratch.
+
+    `length` is what its program of the first launch takes, in tenths of a block of keys: by count (`fna.plugins.programs`), at D =
+    64 and six iterations. It is 0 where the core takes more than one launch.
     """
 
     matrices: int
     in_registers: bool
+    length: int
 
 
 @dataclass(frozen=True)
@@ -205,11 +217,14 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
     """Choose the blocks: as large as registers and shared memory allow."""
     if dtype == "fp32":
         step = 32 if block_d == 64 else 16
-        return Blocks(s_pad, block_d, step, TILE, 64, step, CoreBlocks(5, False), CoreBlocks(2, False))
+        lengths = {TILE: (230, 20), 2 * TILE: (1900, 120)}.get(s_pad, (0, 0))
+        cores = CoreBlocks(5, False, lengths[0]), CoreBlocks(2, False, lengths[1])
+        return Blocks(s_pad, block_d, step, TILE, 64, step, *cores)
     # Where a program's registers hold only half of the scores at once, landmarks come in tiles of 64.
     held = s_pad if block_d > 64 and s_pad <= 2 * TILE else TILE
-    newton_schulz = CoreBlocks(2, True) if s_pad == TILE else CoreBlocks(5, False)
-    chebyshev = CoreBlocks(1, True) if s_pad <= 2 * TILE else CoreBlocks(2, False)
+    lengths = {TILE: (94, 24), 2 * TILE: (1390, 49)}.get(s_pad, (0, 0))
+    newton_schulz = CoreBlocks(2, True, lengths[0]) if s_pad == TILE else CoreBlocks(5, False, lengths[0])
+    chebyshev = CoreBlocks(1, True, lengths[1]) if s_pad <= 2 * TILE else CoreBlocks(2, False, 0)
     queries = 128 if block_d == 64 else 64
     return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, held, newton_schulz, chebyshev)
 
@@ -247,13 +262,47 @@ def check_attention_shape(shape: AttentionShape) -> None:
         raise InvalidShapeError(f"B * H is {shape.batch * shape.heads}, but the kernels take at most {MAX_GRID_Y}")
 
 
-def split_keys(shape: AttentionShape, multiprocessors: int) -> tuple[int, int]:
-    """(splits, tokens per split): enough programs to fill the GPU, every split holding at least one token."""
+def end_of_programs(programs: Iterable[tuple[int, float]], multiprocessors: int) -> float:
+    """When the last program of a launch ends: each goes, in order, to the multiprocessor that is free first.
+
+    Args:
+        programs: in order, how many take how long.
+        multiprocessors: how many there are.
+    """
+    free = [0.0] * multiprocessors
+    for count, length in programs:
+        left = count
+        while left:
+            if left >= multiprocessors and max(free) - free[0] <= length:
+                # All take their turn before any takes two: whole rounds.
+                free = [until + left // multiprocessors * length for until in free]
+                left %= multiprocessors
+            else:
+                heapq.heapreplace(free, free[0] + length)
+                left -= 1
+    return max(free)
+
+
+def split_keys(shape: AttentionShape, multiprocessors: int, *, chebyshev: bool = False) -> tuple[int, int]:
+    """(splits, tokens per split), every split holding at least one token: the fewest splits of those that end soonest."""
     blocks = call_blocks(shape)
     key_blocks = -(-shape.tokens // blocks.key_block)
-    programs = shape.batch * shape.heads * blocks.row_tiles
-    wanted = -(-WAVES * min(multiprocessors, MAX_MULTIPROCESSORS) // programs)
-    per_split = -(-key_blocks // min(key_blocks, max(1, wanted)))
+    there = min(multiprocessors, MAX_MULTIPROCESSORS)
+    heads = shape.batch * shape.heads
+    core = (blocks.chebyshev if chebyshev else blocks.newton_schulz).length
+    most = -(-WAVES * (MAX_MULTIPROCESSORS if core else there) // (heads * blocks.row_tiles))
+    joining = -(-heads * (blocks.head_size // (CHEBYSHEV_COLUMNS if chebyshev else FINISH_COLUMNS)) // there)
+
+    def end(per_split: int) -> float:
+        splits = -(-key_blocks // per_split)
+        whole, last = (SPLIT_START + 10 * keys for keys in (per_split, key_blocks - (splits - 1) * per_split))
+        programs = heads * blocks.row_tiles
+        launch = ((heads, core), (programs * (splits - 1), whole), (programs, last))
+        return end_of_programs(launch, there) + SPLIT_JOINED * splits * joining
+
+    shortest = -(-key_blocks // min(key_blocks, max(1, most)))
+    step = -(-key_blocks // SPLIT_SIZES)
+    per_split = min(range(key_blocks, shortest - 1, -step), key=end) if core else shortest
     return -(-key_blocks // per_split), per_split * blocks.key_block
 
 
@@ -345,7 +394,7 @@ def attention_plan(
     blocks = call_blocks(shape)
     s_pad, block_d = blocks.landmarks, blocks.head_size
     bh = shape.batch * shape.heads
-    splits, split_tokens = split_keys(shape, multiprocessors)
+    splits, split_tokens = split_keys(shape, multiprocessors, chebyshev=chebyshev is not None)
     landmark_stride = 0 if shape.shared_landmarks else shape.landmarks
     bias_stride = 0 if shape.shared_bias else shape.landmarks
     mask_stride = shape.tokens if shape.masked and not shape.shared_mask else 0
@@ -391,74 +440,6 @@ def attention_plan(
             )
         )
     return LaunchPlan(tuple(launches), attention_buffers(shape, splits, chebyshev=chebyshev is not None))
-
-
-def sampling_plan(dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int) -> LaunchPlan:
-    """Plan one call of FarthestPointSampling on contiguous features `[B, N, C]`.
-
-    One launch where the tokens stay in the cache beside one multiprocessor, otherwise one launch for each landmark.
-    """
-    if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y:
-        raise InvalidShapeError(
-            f"features are [{batch}, {tokens}, {channels}], but sizes of at least 1 (B up to 65535) are needed"
-        )
-    if num_landmarks < 1 or num_landmarks > tokens:
-        raise InvalidLandmarksError(
-            f"{num_landmarks} landmarks were asked for of {tokens} tokens, but 1 to {tokens} are needed"
-        )
-    sizes = (tokens, channels, num_landmarks)
-    aligned_channels = 16 if channels % 16 == 0 else 0
-    if tokens <= FPS_ONE_LAUNCH_TOKENS and tokens * channels * ELEMENT_BYTES[dtype] <= FPS_ONE_LAUNCH_BYTES:
-        return LaunchPlan(
-            (
-                Launch(
-                    KernelVariant("fps", dtype, 0, aligned_channels), (batch, 1, 1), ("features", "landmarks", *sizes)
-                ),
-            )
-        )
-    tiles = -(-tokens // FPS_TILE)
-    buffers = lay_out(
-        {"distance": batch * tokens * 4, "best": batch * 2 * tiles * 4, "best_index": batch * 2 * tiles * 4}
-    )
-    launches = tuple(
-        Launch(
-            KernelVariant("fps_step", dtype, 0, aligned_channels),
-            (tiles, batch, 1),
-            ("features", "landmarks", "distance", "best", "best_index", *sizes, step),
-        )
-        for step in range(num_landmarks)
-    )
-    return LaunchPlan(launches, buffers)
-
-
-def norm_grid_plan(
-    dtype: Dtype, batch: int, tokens: int, channels: int, num_landmarks: int, *, prefix: int, by_norm: int
-) -> LaunchPlan:
-    """Plan norm-grid landmarks of contiguous features `[B, N, C]`: `prefix` tokens, `by_norm` by norm, the rest even."""
-    if min(batch, tokens, channels) < 1 or batch > MAX_GRID_Y or tokens > NORM_GRID_TOKENS:
-        raise InvalidShapeError(
-            f"features are [{batch}, {tokens}, {channels}], but 1 to {MAX_GRID_Y} images of 1 to {NORM_GRID_TOKENS} tokens are needed"
-        )
-    most = min(MAX_LANDMARKS, tokens)
-    if num_landmarks < 1 or num_landmarks > most or prefix + by_norm > num_landmarks or by_norm > NORM_GRID_BY_NORM:
-        raise InvalidLandmarksError(
-            f"{num_landmarks} landmarks with {prefix} prefix tokens and {by_norm} by norm were asked for of {tokens} tokens, "
-            f"but 1 to {most} with at most {NORM_GRID_BY_NORM} by norm are needed"
-        )
-    aligned_channels = 16 if channels % 16 == 0 else 0
-    launches = (
-        Launch(
-            KernelVariant("norms", dtype, 0, aligned_channels),
-            (-(-tokens // FPS_TILE), batch, 1),
-            ("features", "norms", tokens, channels),
-        ),
-        Launch(
-            KernelVariant("norm_grid", "fp32"),
-            (batch, 1, 1),
-            ("norms", "landmarks", tokens, num_landmarks, prefix, by_norm),
-        ),
-    )
-    return LaunchPlan(launches, lay_out({"norms": batch * tokens * 4}))
 
 
 def all_variants() -> tuple[KernelVariant, ...]:

@@ -11,7 +11,6 @@ quarter of its tensor cores. These are counts, not times.
 
 from __future__ import annotations
 
-import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,6 +24,7 @@ from fna.plugins.launch_plan import (
     LaunchPlan,
     call_blocks,
     core_programs,
+    end_of_programs,
     padded_head_size,
     query_tiles,
     split_keys,
@@ -144,7 +144,8 @@ def attention_programs(
         multiprocessors: that it was made for.
         core_length: Newton-Schulz iterations, or Chebyshev steps.
     """
-    splits, split_tokens = split_keys(shape, multiprocessors)
+    chebyshev = plan.launches[0].variant.kernel.endswith("_chebyshev")
+    splits, split_tokens = split_keys(shape, multiprocessors, chebyshev=chebyshev)
     blocks, tiles = call_blocks(shape), query_tiles(shape, multiprocessors)
     long, last = split_tokens // blocks.key_block, -(-(shape.tokens - (splits - 1) * split_tokens) // blocks.key_block)
     launches = []
@@ -176,24 +177,8 @@ def _if_any(key: str, count: int, first: int, lengths: Mapping[str, int]) -> lis
 
 
 def critical_path(ctas: Iterable[tuple[int, float]], multiprocessors: int) -> float:
-    """Cycles until the last CTA ends: each goes, in order, to the multiprocessor that is free first.
-
-    Args:
-        ctas: in order, how many CTAs take so many cycles.
-        multiprocessors: how many there are.
-    """
-    free = [0.0] * multiprocessors
-    for count, cycles in ctas:
-        left = count
-        while left:
-            if left >= multiprocessors and max(free) - free[0] <= cycles:
-                # All take their turn before any takes two: whole rounds.
-                free = [until + left // multiprocessors * cycles for until in free]
-                left %= multiprocessors
-            else:
-                heapq.heapreplace(free, free[0] + cycles)
-                left -= 1
-    return max(free) + LAUNCH_CYCLES
+    """Cycles until the last of some CTAs ends, in order so many that take so many cycles."""
+    return end_of_programs(ctas, multiprocessors) + LAUNCH_CYCLES
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,8 @@ from fna.plugins.launch_plan import (
     LaunchPlan,
     Strides,
     attention_plan,
-    norm_grid_plan,
-    sampling_plan,
 )
+from fna.plugins.sampling_plan import norm_grid_plan, sampling_plan
 from fna.plugins.table.chips import OLDEST_CHIP
 from fna.plugins.table.read import Table, find_table
 from fna.samplers.common.roles import norm_grid_count

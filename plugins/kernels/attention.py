@@ -14,8 +14,8 @@ Landmark indices are clamped to the tokens that exist, so wrong indices give wro
 Scratch, per head (`bh` = batch item * heads + head):
     partial   [bh, splits, S_PAD, BLOCK_D]    unnormalised sums of exp(score) * value over one stretch of keys
     stats     [bh, splits, 2, S_PAD]          the running maximum (base 2) and the sum of exponentials of that stretch
-    matrices  Newton-Schulz: [bh, 5, S_PAD, S_PAD], Z, W, A, T = 7 W - W W, Y = Z W; where they fit registers [bh, 4, S_PAD, S_PAD]
-              as fp16, Z, R = 1 - A Z, and what fp16 leaves of Z.
+    matrices  Newton-Schulz: [bh, 5, S_PAD, S_PAD], Z, W, A, T = 7 W - W W, Y = Z W, with 16-bit inputs as `core.py` lays them out;
+              where they fit registers [bh, 4, S_PAD, S_PAD] as fp16, of which Z and R = 1 - A Z.
               Chebyshev: [bh, 2, S_PAD, S_PAD], A and T = w A^T A, as fp16 where they fit registers
     colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (w itself for Chebyshev in registers)
     between   [bh, 2 or 3, S_PAD, BLOCK_D]    between the products of the last launch (where they do not fit registers)
@@ -158,23 +158,23 @@ def landmark_kernel(
             scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
                                  S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
             a = softmax_rows(scores, 0, count, S_PAD)
-            newton_registers(a, matrices, full_iterations, S_PAD)
+            newton_registers(a, matrices, full_iterations, step, S_PAD)
         elif S_PAD <= 2 * TILE:
             for row in tl.range(0, S_PAD, TILE, num_stages=1):
                 core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
-                                tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, UPCAST)  # fmt: skip
+                                tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, HALF, UPCAST)  # fmt: skip
             if CHEBYSHEV:
                 normal_blocked(matrices, colsum, S_PAD, HALF)
             else:
                 newton_blocked(matrices, colsum, full_iterations, S_PAD, HALF)
         elif step == 0:
             core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, job * TILE,
-                            tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, UPCAST)  # fmt: skip
+                            tokens, count, head_size, scale, S_PAD, BLOCK_D, CHEBYSHEV, HALF, UPCAST)  # fmt: skip
         elif CHEBYSHEV:
             normal_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, S_PAD, HALF)
         else:
             newton_tile(matrices, colsum, (job // tiles) * TILE, (job % tiles) * TILE, (step - 1) % 3, step <= 3,
-                        S_PAD, HALF)  # fmt: skip
+                        step > 3 * full_iterations, S_PAD, HALF)  # fmt: skip
     else:
         row_tiles: tl.constexpr = S_PAD // BLOCK_S
         job += first_job - core_programs

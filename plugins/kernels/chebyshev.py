@@ -35,22 +35,36 @@ def half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matr
     """Write A and -T as fp16, and w, by one program. -T, since every step takes T's product off the residual."""
     slot = tl.arange(0, S_PAD)
     a = matrices.to(tl.pointer_type(tl.float16))
-    sums = tl.zeros([S_PAD], tl.float32)
-    for first in tl.range(0, S_PAD, TILE, num_stages=1):
-        row = first + tl.arange(0, TILE)
-        scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, 0, tokens, count, head_size, scale,
-                             TILE, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
-        weight = softmax_rows(scores, first, count, TILE)
-        tl.store(a + row[:, None] * S_PAD + slot[None, :], weight.to(tl.float16))
-        sums += tl.sum(weight, 0)
-    tl.store(colsum + slot, 1.0 / tl.maximum(sums, FLOOR))
-    tl.debug_barrier()
-    whole = tl.load(a + slot[:, None] * S_PAD + slot[None, :])
-    for first in tl.range(0, S_PAD, TILE, num_stages=1):
-        row = first + tl.arange(0, TILE)
-        columns = tl.load(a + slot[:, None] * S_PAD + row[None, :])
-        normal = tl.dot(tl.trans(columns), whole, tl.zeros([TILE, S_PAD], tl.float32)) * -tl.load(colsum + row)[:, None]
-        tl.store(a + (S_PAD + row[:, None]) * S_PAD + slot[None, :], normal.to(tl.float16))
+    if BLOCK_D <= TILE:
+        scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
+                             S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+        weight = softmax_rows(scores, 0, count, S_PAD)
+        whole = weight.to(tl.float16)
+        tl.store(a + slot[:, None] * S_PAD + slot[None, :], whole)
+        tl.store(colsum + slot, 1.0 / tl.maximum(tl.sum(weight, 0), FLOOR))
+        tl.debug_barrier()
+        normal = tl.dot(tl.trans(whole), whole, tl.zeros([S_PAD, S_PAD], tl.float32)) * -tl.load(colsum + slot)[:, None]
+        tl.store(a + (S_PAD + slot[:, None]) * S_PAD + slot[None, :], normal.to(tl.float16))
+    else:
+        # Beside wider heads, registers hold 64 rows at a time.
+        sums = tl.zeros([S_PAD], tl.float32)
+        for first in tl.range(0, S_PAD, TILE, num_stages=1):
+            row = first + tl.arange(0, TILE)
+            scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, 0, tokens, count, head_size,
+                                 scale, TILE, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+            weight = softmax_rows(scores, first, count, TILE)
+            tl.store(a + row[:, None] * S_PAD + slot[None, :], weight.to(tl.float16))
+            sums += tl.sum(weight, 0)
+        tl.store(colsum + slot, 1.0 / tl.maximum(sums, FLOOR))
+        tl.debug_barrier()
+        whole = tl.load(a + slot[:, None] * S_PAD + slot[None, :])
+        for first in tl.range(0, S_PAD, TILE, num_stages=1):
+            row = first + tl.arange(0, TILE)
+            columns = tl.load(a + slot[:, None] * S_PAD + row[None, :])
+            normal = (
+                tl.dot(tl.trans(columns), whole, tl.zeros([TILE, S_PAD], tl.float32)) * -tl.load(colsum + row)[:, None]
+            )
+            tl.store(a + (S_PAD + row[:, None]) * S_PAD + slot[None, :], normal.to(tl.float16))
 
 
 @triton.jit

@@ -19,6 +19,13 @@ MATRIX_W = tl.constexpr(1)
 MATRIX_A = tl.constexpr(2)
 MATRIX_T = tl.constexpr(3)
 MATRIX_Y = tl.constexpr(4)
+# For 16-bit inputs, by the place of an fp16 matrix: what products take. T and Y lie where the last W will (fp32 MATRIX_W), and Y for
+# sums is fp32 MATRIX_T.
+HALF_T = tl.constexpr(2)
+HALF_Y = tl.constexpr(3)
+HALF_A = tl.constexpr(4)
+HALF_W = tl.constexpr(5)
+HALF_Z = tl.constexpr(8)
 
 
 @triton.jit
@@ -51,9 +58,12 @@ def softmax_rows(scores, first, count, ROWS: tl.constexpr):
 @triton.jit
 def core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matrices, colsum, row,
                     tokens, count, head_size, scale, S_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
-                    CHEBYSHEV: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                    CHEBYSHEV: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Write 64 rows of A and their column sums; for Newton-Schulz also their transpose as the unscaled Z0."""
-    a = matrices if CHEBYSHEV else matrices + MATRIX_A * S_PAD * S_PAD
+    size = S_PAD * S_PAD
+    half = matrices.to(tl.pointer_type(tl.float16))
+    # As scores first: in place, or where nothing lies yet.
+    a = matrices if CHEBYSHEV else matrices + (MATRIX_W if HALF else MATRIX_A) * size
     for left in tl.range(0, S_PAD, TILE, num_stages=1):
         scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
                               TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
@@ -63,12 +73,16 @@ def core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 
     column = tl.arange(0, S_PAD)
     for first in tl.range(row, row + TILE, 16, num_stages=1):
         r = first + tl.arange(0, 16)
-        cell = a + r[:, None] * S_PAD + column[None, :]
-        weight = softmax_rows(tl.load(cell), first, count, 16)
-        # Threads hold the same cells as in the load, but the store must not overtake a neighbour's read.
-        tl.debug_barrier()
-        tl.store(cell, weight)
+        cell, mirrored = r[:, None] * S_PAD + column[None, :], column[None, :] * S_PAD + r[:, None]
+        weight = softmax_rows(tl.load(a + cell), first, count, 16)
+        if HALF and not CHEBYSHEV:
+            tl.store(half + HALF_A * size + cell, weight.to(tl.float16))
+            tl.store(half + HALF_Z * size + mirrored, weight.to(tl.float16))
+        else:
+            # Threads hold the same cells as in the load, but the store must not overtake a neighbour's read.
+            tl.debug_barrier()
+            tl.store(a + cell, weight)
         if not CHEBYSHEV:
-            tl.store(matrices + MATRIX_Z * S_PAD * S_PAD + column[None, :] * S_PAD + r[:, None], weight)
+            tl.store(matrices + MATRIX_Z * size + mirrored, weight)
         sums += tl.sum(weight, 0)
     tl.store(colsum + (row // TILE) * S_PAD + column, sums)

@@ -108,6 +108,19 @@ def matrix_product(left, right, row, column, S_PAD: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
+def two_products(first, second, right, row, column, S_PAD: tl.constexpr):
+    """Tiles (row, column) of the products of two fp16 scratch matrices with the same one, which is read once."""
+    one = tl.zeros([TILE, TILE], tl.float32)
+    other = tl.zeros([TILE, TILE], tl.float32)
+    i, j, inner = row + tl.arange(0, TILE), column + tl.arange(0, TILE), tl.arange(0, TILE)
+    for k in tl.range(0, S_PAD, TILE, num_stages=1):
+        y = tl.load(right + (k + inner)[:, None] * S_PAD + j[None, :])
+        one = tl.dot(tl.load(first + i[:, None] * S_PAD + (k + inner)[None, :]), y, one)
+        other = tl.dot(tl.load(second + i[:, None] * S_PAD + (k + inner)[None, :]), y, other)
+    return one, other
+
+
+@triton.jit
 def power_of_two(largest):
     """The power of two at or below each of some magnitudes: a unit that rounds nothing; 1 for what is next to nothing."""
     largest = tl.where(largest > SMALLEST, largest, 1.0)

@@ -12,11 +12,12 @@ from torch import Tensor
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import ChebyshevSteps
 from fna.plugins.focal_plan import focal_plan
-from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.launch_plan import LaunchPlan, Strides, attention_plan
 from fna.plugins.ptx.images import PtxImages
 from fna.plugins.ptx.memory import GUARD, GlobalMemory
 from fna.plugins.ptx.number_types import Array
 from fna.plugins.ptx.profile import Profile
+from fna.plugins.sampling_plan import norm_grid_plan, sampling_plan
 from fna.plugins.torch_ops import DTYPE_NAMES, attention_shape, focal_shape
 
 _ELEMENT_ALIGNED = 4

@@ -20,13 +20,16 @@ from fna.plugins.table.chips import (
     ALL_IMAGES,
     CHIPS,
     FALLBACK,
-    FALLBACK_TARGET,
     chip_name,
+    compiled_as,
     newest_toolkit,
     shared_limit,
 )
 from fna.plugins.table.compile import Compiled, compile_variant
 from fna.plugins.table.write import write_table
+
+Task = tuple[KernelVariant, tuple[int, ...]]
+"""A variant, and chips that share its PTX."""
 
 MAX_SPILL_BYTES = 64
 """Largest stack frame per thread. Kernels here have no arrays, so a stack frame is spilled registers."""
@@ -53,12 +56,16 @@ def build_table(
         raise InvalidArgumentError(
             f"sm_{unknown[0]} is not a target; choose from {', '.join(map(str, CHIPS))} and 0 for PTX"
         )
-    targets = sorted({FALLBACK_TARGET if sm == FALLBACK else sm for sm in chips})
-    tasks = [(v, target) for v in (all_variants() if variants is None else variants) for target in targets]
+    alike: dict[int, list[int]] = {}
+    for sm in sorted(set(chips)):
+        alike.setdefault(compiled_as(sm), []).append(sm)
+    tasks = [
+        (v, tuple(together)) for v in (all_variants() if variants is None else variants) for together in alike.values()
+    ]
     cache = cache or output / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     images = _compile_all(tasks, cache, jobs or os.cpu_count() or 1, progress)
-    compiled = [kernel for entries in images for sm, kernel in entries.items() if sm in chips]
+    compiled = [kernel for kernels in images for kernel in kernels.values()]
     for kernel in compiled:
         check_kernel(kernel)
     write_table(compiled, output)
@@ -87,15 +94,13 @@ def check_kernel(kernel: Compiled) -> None:
         )
 
 
-def _compile_all(
-    tasks: list[tuple[KernelVariant, int]], cache: Path, jobs: int, progress: bool
-) -> list[dict[int, Compiled]]:
+def _compile_all(tasks: list[Task], cache: Path, jobs: int, progress: bool) -> list[dict[int, Compiled]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("compiling kernels"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=not progress)
-    done: dict[tuple[KernelVariant, int], dict[int, Compiled]] = {}
+    done: dict[Task, dict[int, Compiled]] = {}
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(tasks))
         for key, kernel in _in_pool(tasks, cache, jobs):
@@ -104,15 +109,11 @@ def _compile_all(
     return [done[key] for key in tasks]
 
 
-def _in_pool(
-    tasks: list[tuple[KernelVariant, int]], cache: Path, jobs: int
-) -> Iterable[tuple[tuple[KernelVariant, int], dict[int, Compiled]]]:
+def _in_pool(tasks: list[Task], cache: Path, jobs: int) -> Iterable[tuple[Task, dict[int, Compiled]]]:
     """Yield results as they come. A worker that died is tried again alone, so that the kernel at fault can be named."""
     unsure = []
     with _pool(jobs, cache) as pool:
-        futures: dict[Future[dict[int, Compiled]], tuple[KernelVariant, int]] = {
-            pool.submit(compile_variant, *t, cache): t for t in tasks
-        }
+        futures: dict[Future[dict[int, Compiled]], Task] = {pool.submit(compile_variant, *t, cache): t for t in tasks}
         for future in as_completed(futures):
             try:
                 yield futures[future], _result(future, *futures[future])
@@ -121,24 +122,30 @@ def _in_pool(
             except FnaError:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    for variant, sm in unsure:
+    for variant, sms in unsure:
         with _pool(1, cache) as pool:
             try:
-                yield (variant, sm), _result(pool.submit(compile_variant, variant, sm, cache), variant, sm)
+                yield (variant, sms), _result(pool.submit(compile_variant, variant, sms, cache), variant, sms)
             except BrokenProcessPool as error:
                 raise BuildError(
-                    f"the compiler died on {variant.name} for sm_{sm}; run it alone to see its output"
+                    f"the compiler died on {variant.name} for {_names(sms)}; run it alone to see its output"
                 ) from error
 
 
-def _result(future: Future[dict[int, Compiled]], variant: KernelVariant, sm: int) -> dict[int, Compiled]:
+def _names(sms: Sequence[int]) -> str:
+    return ", ".join(map(chip_name, sms))
+
+
+def _result(future: Future[dict[int, Compiled]], variant: KernelVariant, sms: Sequence[int]) -> dict[int, Compiled]:
     try:
         return future.result()
     except (FnaError, BrokenProcessPool):
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise BuildError(f"{variant.name} for sm_{sm} does not compile: {type(error).__name__}: {first}") from error
+        raise BuildError(
+            f"{variant.name} for {_names(sms)} does not compile: {type(error).__name__}: {first}"
+        ) from error
 
 
 def _pool(jobs: int, cache: Path) -> ProcessPoolExecutor:

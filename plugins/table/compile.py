@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from fna.errors import BuildError, MissingCapabilityError
 from fna.files import written_whole
 from fna.plugins.launch_plan import KernelVariant
-from fna.plugins.table.chips import FALLBACK, FALLBACK_PTX_VERSION, FALLBACK_TARGET
+from fna.plugins.table.chips import FALLBACK, FALLBACK_PTX_VERSION, FALLBACK_TARGET, compiled_as
 
 
 @dataclass(frozen=True)
@@ -40,72 +42,111 @@ class Compiled:
     toolkit: str = ""
 
 
-def compile_variant(variant: KernelVariant, target: int, cache: Path) -> dict[int, Compiled]:
-    """Compile one variant for one chip, or take it from the cache; runs in a worker.
+def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -> dict[int, Compiled]:
+    """Compile one variant, or take it from the cache, for chips (0 is the fallback) that share their PTX; runs in a worker.
 
-    Returns:
-        The kernel of the chip; for sm_80 the kernel of the fallback too, since its PTX is written on the way.
+    Triton compiles once, for the chip that the others take their PTX from; only the assembler runs for each.
     """
     try:
         import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
     except ImportError as error:
         raise MissingCapabilityError(
             "the kernels are compiled with Triton, which is not installed: pip install triton"
         ) from error
     from fna.plugins.kernels import registry
 
+    (target,) = {compiled_as(sm) for sm in chips}
     kernel = registry.KERNELS[variant.kernel]
     constants, options = registry.constants(variant), registry.options(variant, target)
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
     signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
-    assembler = oldest_assembler(target)
     # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
     key = json.dumps(
         [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__]
-        + [assembler.version, 3]
+        + [oldest_assembler(target).version, 4]
     )
-    stem = cache / f"{variant.name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    text = stem.with_suffix(".ptx")
-    images = {target: stem.with_suffix(".cubin"), **({FALLBACK: text} if target == FALLBACK_TARGET else {})}
-    record = stem.with_suffix(".json")
-    if record.exists() and all(path.exists() for path in (*images.values(), text)):
-        known = json.loads(record.read_text())
-        return {
-            sm: Compiled(**{**known, "sm": sm, "image": str(image), "ptx": str(text)}) for sm, image in images.items()
-        }
+    stem = f"{variant.name}-{{}}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    found: dict[int, Compiled] = {}
+    built = None
+    for sm in chips:
+        files = cache / stem.format(sm or FALLBACK_TARGET)
+        record, text, cubin = (files.with_suffix(suffix) for suffix in (".json", ".ptx", ".cubin"))
+        if not all(path.exists() for path in (record, text, cubin)):
+            built = built or _compile(variant, target, constants, options)
+            made = _assemble(variant, built, sm or FALLBACK_TARGET, options)
+            write_bytes(cubin, made.cubin)
+            write_bytes(text, made.ptx.encode() + b"\0")
+            write_bytes(record, json.dumps(made.usage).encode())
+        image = text if sm == FALLBACK else cubin
+        found[sm] = Compiled(variant.name, sm, **json.loads(record.read_text()), image=str(image), ptx=str(text))
+    return found
 
+
+@dataclass(frozen=True)
+class _Assembled:
+    """One chip's image, the PTX that it was made of, and what its record holds."""
+
+    cubin: bytes
+    ptx: str
+    usage: dict[str, Any]
+
+
+def _compile(variant: KernelVariant, target: int, constants: dict[str, Any], options: dict[str, Any]) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fna.plugins.kernels import registry
+
+    signature = registry.signature(variant)
     names = list(signature)
-    with triton.knobs.nvidia.scope():
-        triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell = assembler.path
+    with _assembler(target):
         built = triton.compile(
             ASTSource(
-                kernel,
+                registry.KERNELS[variant.kernel],
                 signature,
                 constexprs={(names.index(name),): value for name, value in constants.items()},
-                attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+                attrs={(position,): [["tt.divisibility", 16]] for position in registry.multiples_of_16(variant)},
             ),
             target=GPUTarget("cuda", target, 32),
             options=options,
         )
-    meta = built.metadata
-    if meta.global_scratch_size or meta.profile_scratch_size:
+    if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
         raise BuildError(
             f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give"
         )
-    usage = _resource_usage(built.asm["cubin"])
-    write_bytes(images[target], built.asm["cubin"])
-    write_bytes(text, built.asm["ptx"].encode() + b"\0")
-    compiled = Compiled(
-        variant=variant.name, sm=target, symbol=meta.name, shared=meta.shared, static_shared=usage["SHARED"],
-        warps=meta.num_warps, registers=usage["REG"], stack=usage["STACK"],
-        layout=registry.parameter_layout(variant), image=str(images[target]), ptx=str(text),
-        toolkit=toolkit_of(built.asm["cubin"]),
-    )  # fmt: skip
-    write_bytes(record, json.dumps(asdict(compiled)).encode())
-    return {sm: replace(compiled, sm=sm, image=str(image)) for sm, image in images.items()}
+    return built
+
+
+def _assemble(variant: KernelVariant, built: Any, sm: int, options: dict[str, Any]) -> _Assembled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    from fna.plugins.kernels import registry
+
+    ptx, cubin = built.asm["ptx"], built.asm["cubin"]
+    if compiled_as(sm) != sm:
+        ptx = re.sub(r"^\.target sm_\d+", f".target sm_{sm}", ptx, flags=re.M)
+        backend = make_backend(GPUTarget("cuda", sm, 32))
+        with _assembler(sm):
+            cubin = backend.make_cubin(ptx, {}, backend.parse_options({**options, "arch": f"sm{sm}"}), sm)
+    usage = _resource_usage(cubin)
+    return _Assembled(cubin, ptx, {
+        "symbol": built.metadata.name, "shared": built.metadata.shared, "static_shared": usage["SHARED"],
+        "warps": built.metadata.num_warps, "registers": usage["REG"], "stack": usage["STACK"],
+        "layout": registry.parameter_layout(variant), "toolkit": toolkit_of(cubin),
+    })  # fmt: skip
+
+
+@contextmanager
+def _assembler(sm: int) -> Iterator[None]:
+    """Let Triton use the oldest assembler of a chip."""
+    from triton import knobs
+
+    with knobs.nvidia.scope():
+        knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell = oldest_assembler(sm).path
+        yield
 
 
 @cache

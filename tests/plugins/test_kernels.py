@@ -17,7 +17,8 @@ from fna.attention import chebyshev_core, nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps
 from fna.plugins.emulate import run_attention, run_sampling
 from fna.plugins.kernels.twins import core_twin, finish_twin, gather_landmarks, landmark_twin, output_twin
-from fna.plugins.launch_plan import TILE, padded_head_size, padded_landmarks, sampling_plan
+from fna.plugins.launch_plan import TILE, padded_head_size, padded_landmarks
+from fna.plugins.sampling_plan import sampling_plan
 from fna.samplers.fps import farthest_points_reference
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

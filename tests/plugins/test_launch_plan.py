@@ -18,10 +18,10 @@ from fna.plugins.launch_plan import (
     attention_plan,
     call_blocks,
     core_programs,
-    sampling_plan,
     split_keys,
     workspace_bound,
 )
+from fna.plugins.sampling_plan import sampling_plan
 
 SHAPES = st.builds(
     AttentionShape,
@@ -44,6 +44,13 @@ def test_splits_cover_every_key_once_and_none_is_empty(shape: AttentionShape, mu
     splits, tokens = split_keys(shape, multiprocessors)
     assert tokens % call_blocks(shape).key_block == 0
     assert (splits - 1) * tokens < shape.tokens <= splits * tokens
+
+
+def test_keys_are_split_no_further_than_the_core_beside_them_takes() -> None:
+    """Newton-Schulz at 128 landmarks takes longer than all keys of a head by one program; Chebyshev's matrices do not."""
+    shape = AttentionShape("fp16", 1, 12, 1370, 64, 128)
+    assert split_keys(shape, 108)[0] == 1
+    assert split_keys(shape, 108, chebyshev=True)[0] > 4
 
 
 @given(SHAPES, st.data())

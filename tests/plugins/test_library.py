@@ -26,10 +26,10 @@ from fna.plugins.launch_plan import (
     LaunchPlan,
     all_variants,
     attention_plan,
-    sampling_plan,
     workspace_bound,
 )
 from fna.plugins.library import NEWEST_GLIBC, build_libraries, glibc_of
+from fna.plugins.sampling_plan import sampling_plan
 from fna.plugins.table.compile import Compiled
 from fna.plugins.table.read import load_table
 from fna.plugins.table.write import write_table

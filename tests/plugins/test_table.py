@@ -12,12 +12,14 @@ import pytest
 from shared_build import KERNEL_CACHE
 
 from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
-from fna.plugins.launch_plan import DTYPES, AttentionShape, attention_plan, norm_grid_plan, sampling_plan
+from fna.plugins.launch_plan import DTYPES, AttentionShape, attention_plan
+from fna.plugins.ptx.check import body_digest
 from fna.plugins.ptx.images import load_images
+from fna.plugins.sampling_plan import norm_grid_plan, sampling_plan
 from fna.plugins.table import chips
 from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_kernel
-from fna.plugins.table.chips import ALL_IMAGES, FALLBACK
-from fna.plugins.table.compile import Compiled, toolkit_of
+from fna.plugins.table.chips import ALL_IMAGES, FALLBACK, FALLBACK_TARGET
+from fna.plugins.table.compile import Compiled, compile_variant, toolkit_of
 from fna.plugins.table.read import find_table, load_table
 
 from .conftest import TEST_TABLE, TEST_VARIANTS, needs_triton, variants_named
@@ -167,3 +169,14 @@ def test_layouts_are_the_parameters_of_the_compiled_kernels(table: Path) -> None
             declared = text[text.index(f".entry {kernel.symbol}(") : text.index(".reqntid")]
             assert re.findall(r"\.param \.(\w+)", declared) == [kinds[letter] for letter in kernel.layout + "pp"]
             assert f".reqntid {32 * kernel.warps}" in text
+
+
+@pytest.mark.parametrize("sm", [sm for sm, source in chips.COMPILED_AS.items() if source != FALLBACK_TARGET])
+def test_a_chip_that_takes_the_ptx_of_another_would_get_the_same(table: Path, sm: int, monkeypatch, tmp_path) -> None:
+    """PTX from sm_90 on is for exactly one chip; that of sm_80 is for all after it."""
+    (variant,) = variants_named(["finish-fp16-s64"])
+    shared = load_images(table).image(variant.name, sm).text()
+    monkeypatch.delitem(chips.COMPILED_AS, sm)
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    own = compile_variant(variant, (sm,), tmp_path)[sm]
+    assert body_digest(Path(own.ptx).read_text().rstrip("\0")) == body_digest(shared)

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <queue>
 #include <tuple>
+#include <vector>
 
 namespace fna
 {
@@ -25,14 +28,51 @@ int64_t rowTiles(Blocks const& blocks)
     return blocks.landmarks / blocks.landmarkRows;
 }
 
-std::pair<int64_t, int64_t> splitKeys(AttentionShape const& shape, int64_t multiprocessors)
+// When the last program of a launch ends: each goes, in order, to the multiprocessor that is free first.
+int64_t endOfPrograms(std::initializer_list<std::pair<int64_t, int64_t>> programs, int64_t multiprocessors)
+{
+    std::vector<int64_t> const idle(static_cast<size_t>(multiprocessors), 0);
+    std::priority_queue<int64_t, std::vector<int64_t>, std::greater<>> free(idle.begin(), idle.end());
+    int64_t last = 0;
+    for (auto const& [count, length] : programs)
+    {
+        for (int64_t i = 0; i < count; ++i)
+        {
+            int64_t const end = free.top() + length;
+            free.pop();
+            free.push(end);
+            last = std::max(last, end);
+        }
+    }
+    return last;
+}
+
+// Splits, and tokens of each: the fewest of those that end soonest.
+std::pair<int64_t, int64_t> splitKeys(AttentionShape const& shape, bool chebyshev, int64_t multiprocessors)
 {
     Blocks const& blocks = blocksOf(shape);
     int64_t const keyBlocks = divideUp(shape.tokens, blocks.keyBlock);
-    int64_t const programs = shape.batch * shape.heads * rowTiles(blocks);
-    int64_t const wanted = divideUp(kWaves * std::min(multiprocessors, kMaxMultiprocessors), programs);
-    int64_t const perSplit = divideUp(keyBlocks, std::min(keyBlocks, std::max<int64_t>(1, wanted)));
-    return {divideUp(keyBlocks, perSplit), perSplit * blocks.keyBlock};
+    int64_t const there = std::min(multiprocessors, kMaxMultiprocessors);
+    int64_t const heads = shape.batch * shape.heads;
+    int64_t const programs = heads * rowTiles(blocks);
+    int64_t const core = (chebyshev ? blocks.chebyshev : blocks.newtonSchulz).length;
+    int64_t const most = divideUp(kWaves * (core != 0 ? kMaxMultiprocessors : there), programs);
+    int64_t const joining = divideUp(heads * (blocks.headSize / (chebyshev ? kChebyshevColumns : kFinishColumns)), there);
+    auto const end = [&](int64_t perSplit) {
+        int64_t const splits = divideUp(keyBlocks, perSplit);
+        int64_t const whole = kSplitStart + 10 * perSplit;
+        int64_t const last = kSplitStart + 10 * (keyBlocks - (splits - 1) * perSplit);
+        return endOfPrograms({{heads, core}, {programs * (splits - 1), whole}, {programs, last}}, there)
+            + kSplitJoined * splits * joining;
+    };
+    int64_t const shortest = divideUp(keyBlocks, std::min(keyBlocks, most));
+    int64_t best = core != 0 ? keyBlocks : shortest;
+    int64_t const step = divideUp(keyBlocks, kSplitSizes);
+    for (int64_t perSplit = best - step; perSplit >= shortest; perSplit -= step)
+    {
+        best = end(perSplit) < end(best) ? perSplit : best;
+    }
+    return {divideUp(keyBlocks, best), best * blocks.keyBlock};
 }
 
 // The middle and half the width of the spectrum that the steps are for: fna.attention.chebyshev_interval.
@@ -144,7 +184,7 @@ Plan planLaunches(AttentionShape const& shape, AttentionAttributes const& attrib
     int64_t const sPad = blocks.landmarks;
     int64_t const blockD = blocks.headSize;
     int64_t const bh = shape.batch * shape.heads;
-    auto const [splits, splitTokens] = splitKeys(shape, multiprocessors);
+    auto const [splits, splitTokens] = splitKeys(shape, attributes.chebyshev(), multiprocessors);
     int64_t const landmarkStride = shape.sharedLandmarks ? 0 : shape.landmarks;
     int64_t const biasStride = shape.sharedBias ? 0 : shape.landmarks;
     int64_t const maskStride = shape.masked && !shape.sharedMask ? shape.tokens : 0;
