@@ -50,8 +50,8 @@ LOWERING_RULES = (
         "release notes of 10.14: an attention operator with a fused kernel; not tried, it takes a GPU",
     ),
     LoweringRule(
-        "tensorrt", "0", "portable", "plugin",
-        "no attention operator before 10.14",
+        "tensorrt", "0", "decomposed", "plugin",
+        "no attention operator before 10.14; its documentation (Fused Attention) says what it fuses; not tried, it takes a GPU",
     ),
     LoweringRule(
         "onnxruntime", "0", "onnxruntime", "onnxruntime",

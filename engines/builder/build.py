@@ -92,7 +92,7 @@ def _build(
         lowering, not_fused = "portable", refusal
     requested = requested_layers(model)
     places = find_places(model, metadata.plan) if options.debug_tensors is not None else ()
-    lowered = prepare_attention(lower(model, lowering))
+    lowered = prepare_attention(lower(model, lowering, fuse_exact=options.fuse_exact))
     del model
     plugin = _plugin_of(lowered, options)
     if plugin is not None and options.version_compatible:

@@ -35,6 +35,7 @@ class BuildOptions:
         batch: batch sizes that the engine takes; None is 1 to 8 tuned for 1, or the file's own where it is fixed.
         resolutions: heights and widths for files that leave them open; an optimisation profile for each.
         lowering: form of the file; None is what `fna.engines.lowerings` says of the flavour, its version and the targets.
+        fuse_exact: whether exact attention of grafted files may be rewritten for the runtime, as that of traced ones is.
         plugin: the plugin library; None is where `fna plugin` puts it.
         workspace_mib: most scratch memory that a layer may use, in MiB; None is all of the device's.
         optimization_level: 0 to 5, the builder's effort; None is its default.
@@ -52,6 +53,7 @@ class BuildOptions:
     batch: BatchRange | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     lowering: Lowering | None = None
+    fuse_exact: bool = False
     plugin: Path | None = None
     workspace_mib: int | None = None
     optimization_level: int | None = None

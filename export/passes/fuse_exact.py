@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,30 @@ def fuse_exact_attention(graph: GraphProto) -> int:
     return len(found)
 
 
+def decompose_exact_attention(graph: GraphProto, types: Mapping[str, int]) -> int:
+    """Replace, in place, each exact attention with Casts around its softmax by Mul, MatMul, Softmax, MatMul in one type.
+
+    That is what TensorRT fuses where it has no attention operator: "Constructing an attention graph using primitive INetwork
+    layers", the scale on the queries before the first product ("Fused Attention" in its documentation). Its kernel's softmax is fp32.
+
+    Args:
+        graph: traced by this project, as of `fuse_exact_attention`, of any opset.
+        types: ONNX element types by value.
+
+    Returns:
+        How many were replaced. Without Casts they have that form already.
+    """
+    index = GraphIndex(graph)
+    found = [
+        match
+        for match in find_exact_attention(graph, index)
+        if types.get(match.query) and any(node.op_type == "Cast" for node in match.replaced)
+    ]
+    for match in found:
+        replace_nodes(graph, index, match.replaced, _products(graph, match, types[match.query]))
+    return len(found)
+
+
 def find_exact_attention(graph: GraphProto, index: GraphIndex) -> list[ExactAttention]:
     """Return each exact attention without a bias."""
     return [match for node in graph.node if node.op_type == "Softmax" and (match := _match(index, node))]
@@ -166,6 +190,20 @@ def _attention(match: ExactAttention) -> list[NodeProto]:
         )
     )  # fmt: skip
     return nodes
+
+
+def _products(graph: GraphProto, match: ExactAttention, kind: int) -> list[NodeProto]:
+    name, output = match.last.name or match.last.output[0], match.last.output[0]
+    graph.initializer.append(helper.make_tensor(f"{output}/scale", kind, [], [match.scale]))
+    keys = match.key if match.swap else f"{output}/keys"
+    swap = helper.make_node("Transpose", [match.key], [keys], name=f"{name}/keys", perm=[0, 1, 3, 2])
+    return [
+        helper.make_node("Mul", [match.query, f"{output}/scale"], [f"{output}/queries"], name=f"{name}/queries"),
+        *([] if match.swap else [swap]),
+        helper.make_node("MatMul", [f"{output}/queries", keys], [f"{output}/scores"], name=f"{name}/scores"),
+        helper.make_node("Softmax", [f"{output}/scores"], [f"{output}/weights"], name=f"{name}/weights", axis=-1),
+        helper.make_node("MatMul", [f"{output}/weights", match.value], [output], name=name),
+    ]
 
 
 def replace_nodes(

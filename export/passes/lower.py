@@ -1,5 +1,6 @@
-"""Four forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (the same with ONNX Attention for every
-product with N rows), `plugin` (custom nodes for TensorRT) and `onnxruntime` (with onnxruntime's own MultiHeadAttention).
+"""Five forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
+rows), `decomposed` (exact attention as TensorRT without such an operator fuses it), `plugin` (custom nodes for TensorRT, and the
+same) and `onnxruntime` (with onnxruntime's own MultiHeadAttention).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -21,21 +22,23 @@ from fna.export.operators.registry import (
     plugin_operators,
 )
 from fna.export.passes import LOWERINGS, Lowering
-from fna.export.passes.fuse_exact import fuse_exact_attention
+from fna.export.passes.fuse_exact import decompose_exact_attention, fuse_exact_attention
 from fna.export.passes.multi_head_attention import ONNXRUNTIME_DOMAIN, fuse_multi_head_attention
 from fna.export.passes.raise_opset import raise_opset
 from fna.export.types import tensor_types
 
 
-def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
+def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) -> ModelProto:
     """Return a lowered copy of `model`; metadata and external-data references are kept.
 
     Args:
         model: with `fna` nodes and their functions. Load files with external data by `load_external_data=False`.
         lowering: `portable` inlines every function; `fused` inlines bodies with ONNX Attention, raises the file to opset 23
             where it is below, and fuses the exact attention of files that this project traced; `plugin` keeps the nodes that a
-            plugin implements and strips their functions; `onnxruntime` inlines every function and makes the exact attention of files
+            plugin implements and strips their functions; `decomposed` inlines every function; both write the exact attention of
+            traced files as TensorRT's own fusion knows it; `onnxruntime` inlines every function and makes the exact attention of files
             that this project traced onnxruntime's own operator.
+        fuse_exact: treat exact attention of grafted files, which otherwise stays as it came, like that of traced ones.
 
     Raises:
         InvalidArgumentError: for another lowering, or for a model whose `fna` nodes have no functions to inline.
@@ -55,13 +58,19 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
                 "start from the file that fna export or fna graft wrote, not from a plugin-lowered one"
             )
     if lowering == "fused":
-        return _fused(model)
+        return _fused(model, fuse_exact)
     if lowering == "onnxruntime":
         return _own_operators(model)
-    return _inlined(model, plugin_operators() if lowering == "plugin" else ())
+    if lowering == "portable":
+        return _inlined(model, ())
+    types = tensor_types(model)
+    lowered = _inlined(model, plugin_operators() if lowering == "plugin" else ())
+    if fuse_exact or _was_traced(lowered):
+        decompose_exact_attention(lowered.graph, types)
+    return lowered
 
 
-def _fused(model: ModelProto) -> ModelProto:
+def _fused(model: ModelProto, fuse_exact: bool) -> ModelProto:
     types = tensor_types(model)
     waiting = _inlined(model, fused_operators())
     if model_opset(waiting) < ATTENTION_OPSET:
@@ -69,7 +78,7 @@ def _fused(model: ModelProto) -> ModelProto:
     kinds = {node.name: types.get(node.input[0], TensorProto.UNDEFINED) for node in fna_nodes(waiting.graph)}
     attach_functions(waiting, element_types=kinds, fused=True)
     fused = _inlined(waiting, ())
-    if _was_traced(fused):
+    if fuse_exact or _was_traced(fused):
         fuse_exact_attention(fused.graph)
     return fused
 

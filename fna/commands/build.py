@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 @options.precision_options
 @options.images()
 @options.lowering()
+@click.option(
+    "--fuse-exact",
+    is_flag=True,
+    help="Rewrite a grafted file's exact attention for the runtime, too, as a traced file's is.",
+)
 @options.plugin()
 @click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory of a layer, in MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="The builder's effort.  [default: the builder's]")

@@ -21,6 +21,7 @@ from fna.export.operators.registry import attach_functions
         ("tensorrt", "10.3.0", "jetson-agx-orin", "plugin"),
         ("tensorrt", "10.14.1", "jetson-agx-orin", "plugin"),
         ("tensorrt", "11.4.0.106", "t4", "fused"),
+        ("tensorrt", "10.3.0", "t4", "decomposed"),
         ("tensorrt", "11.4.0.106", "l4,t4", "fused"),
         ("onnxruntime", "1.26.0", "l4", "onnxruntime"),
     ],

@@ -85,6 +85,47 @@ def test_the_exact_attention_of_grafted_files_is_left_alone(traced: ModelProto) 
         if entry.key == "fna.origin":
             entry.value = "graft"
     assert len(attentions(lower(grafted, "fused"))) == 2 * 2
+    assert len(attentions(lower(grafted, "fused", fuse_exact=True))) == 2 + 2 * 2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_tensorrt_without_an_attention_operator_gets_the_products_that_it_fuses(
+    traced: ModelProto, precision: Any
+) -> None:
+    """The scale on the queries, then MatMul, Softmax, MatMul, all in the file's type; in the form with the plugin, too."""
+    low = cast_model(traced, precision)
+    for lowering in ("decomposed", "plugin"):
+        graph = onnx.shape_inference.infer_shapes(lower(low, lowering)).graph  # type: ignore[arg-type]
+        kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+        makers = {output: node for node in graph.node for output in node.output}
+        softmaxes = [node for node in graph.node if node.op_type == "Softmax" and "FastNystrom" not in node.name]
+        assert len(softmaxes) == 2
+        for softmax in softmaxes:
+            product = makers[softmax.input[0]]
+            (reader,) = (node for node in graph.node if softmax.output[0] in node.input)
+            scaled, keys = (makers[name] for name in product.input)
+            assert [node.op_type for node in (scaled, keys, product, reader)] == [
+                "Mul",
+                "Transpose",
+                "MatMul",
+                "MatMul",
+            ]
+            assert {kinds[name] for node in (scaled, product, softmax, reader) for name in node.output} == {
+                kinds[scaled.input[0]]
+            }
+            assert kinds[scaled.input[0]] == getattr(TensorProto, {"fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision])
+
+
+def test_the_decomposed_form_is_no_further_off_than_the_islands(traced: ModelProto) -> None:
+    half = cast_model(traced, "fp16")
+    every = (outputs(lower(half, "decomposed")), outputs(lower(half, "portable")), outputs(traced))
+    for ours, islands, exact in zip(*every, strict=True):
+        assert 0 < np.linalg.norm(ours - exact) < 1.5 * np.linalg.norm(islands - exact) + 1e-6
+
+
+def test_files_in_fp32_have_that_form_already(traced: ModelProto) -> None:
+    names = [node.op_type for node in lower(traced, "portable").graph.node]
+    assert [node.op_type for node in lower(traced, "decomposed").graph.node] == names
 
 
 def test_no_product_with_a_row_for_each_token_is_fp32_in_a_half_precision_file(traced: ModelProto) -> None:
