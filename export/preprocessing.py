@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from fna.errors import InputFileError
 from fna.plan import describe_validation_error
@@ -18,6 +25,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 
 _RESAMPLING = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic", "4": "box", "5": "hamming"}  # PIL's
+
+VIEW = 0.75
+"""Of the width of a photograph, what one frame of a scene shows."""
 
 _Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 _Std = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -31,6 +41,8 @@ class Preprocessing(BaseModel):
         std: divided by, per channel.
         resize: the resampling filter.
         rescale: factor on the bytes 0..255, before mean and std.
+        frames: for models that take several images of a scene at once, how many; None for those that take one. A photograph then
+            stands for a scene: its frames are views of it, each `VIEW` of its width, from its left end to its right.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,8 +52,27 @@ class Preprocessing(BaseModel):
     resize: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     rescale: float = Field(default=1 / 255, gt=0, le=1, allow_inf_nan=False)
 
-    def apply(self, image: Image.Image, height: int, width: int) -> NDArray[np.float32]:  # [3, height, width]
-        """Resize and normalise one image."""
+    frames: int | None = Field(default=None, ge=1, le=4096)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_older_versions_have_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if self.frames is None:
+            fields.pop("frames", None)
+        return fields
+
+    def apply(
+        self, image: Image.Image, height: int, width: int
+    ) -> NDArray[np.float32]:  # [3, height, width] or [frames, 3, height, width]
+        """Resize and normalise one image, or the views of it that stand for a scene."""
+        if self.frames is None:
+            return self._apply_once(image, height, width)
+        view = max(1, round(VIEW * image.width))
+        lefts = np.linspace(0, image.width - view, self.frames).round().astype(int)
+        views = [image.crop((left, 0, left + view, image.height)) for left in lefts.tolist()]
+        return np.stack([self._apply_once(shown, height, width) for shown in views])
+
+    def _apply_once(self, image: Image.Image, height: int, width: int) -> NDArray[np.float32]:  # [3, height, width]
         resized = image.convert("RGB").resize((width, height), Image.Resampling[self.resize.upper()])
         pixels = np.asarray(resized, dtype=np.float32) * np.float32(self.rescale)
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)

@@ -92,13 +92,14 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else blocks[0].prefix_tokens
     plan.check_fits(model.name, None if options.dynamic_size else (options.height, options.width))
-    plan = plan.model_copy(update={"prefix_tokens": prefix})
+    if not plan.towers:  # each tower has its own prefix tokens and patches
+        plan = plan.model_copy(update={"prefix_tokens": prefix})
     if plan.needs_positions and options.dynamic_size:
         raise InvalidArgumentError(
             "the plan depends on where on the image a token is (its landmarks, corrections or focal blocks), so height and width "
             f"cannot be left open; use {DEFAULT_SAMPLER} landmarks without corrections"
         )
-    if plan.needs_positions and plan.patches is None:
+    if plan.needs_positions and plan.patches is None and not plan.towers:
         patches = (options.height // model.patch_size, options.width // model.patch_size)
         plan = plan.model_copy(update={"patches": patches})
     fixed = next((block.sampler for block in plan.blocks if not find_sampler(block.sampler).takes_open_size), None)
@@ -106,9 +107,10 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
         raise InvalidArgumentError(
             f"the {fixed} sampler chooses its tokens at export time, so height and width cannot be left open; use {DEFAULT_SAMPLER}"
         )
-    _check_landmark_counts(
-        plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix, prefix
-    )
+    if not plan.towers and blocks[0].frames == 1:
+        _check_landmark_counts(
+            plan, (options.height // model.patch_size) * (options.width // model.patch_size) + prefix, prefix
+        )
     patch(model.module, plan)
     weights = model.module.state_dict()
     try:
@@ -165,7 +167,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     if options.dynamic_size:
         # Models skip the interpolation of their position embedding at their own, square size; the trace must hold it.
         height, width = model.native_resolution + model.patch_size, model.native_resolution + 2 * model.patch_size
-    sample = torch.zeros(batch, 3, height, width, dtype=dtype)
+    sample = torch.zeros(batch, *model.input_shape(height, width), dtype=dtype)
     dynamic: dict[int, Any] = {}
     if options.batch is None:
         dynamic[0] = torch.export.Dim("batch", min=1)

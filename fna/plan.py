@@ -170,8 +170,10 @@ class Plan(CoreChoice):
     """How a model's attention is to be replaced; docs/design.md says what the method and the samplers are.
 
     Attributes:
-        version: of this format: 3 where a core is named, here or in a block, else 2 with focal blocks, else 1.
-        num_blocks: attention blocks of the model the plan is for.
+        version: of this format: 4 with towers, else 3 where a core is named, here or in a block, else 2 with focal blocks, else 1.
+        num_blocks: attention blocks of the model the plan is for, of all its towers.
+        towers: for a model of several towers, the numbers of each one's blocks in the whole model. A file numbers blocks tower by
+            tower and names the tower, `{"tower": "vision", "block": 3}`; here their numbers are those in the whole model.
         blocks: the blocks that become FNA, ascending.
         focal: the blocks that become focal attention, ascending.
         method: `weighted` (landmark weights and exact rows) or `published` (neither).
@@ -190,8 +192,9 @@ class Plan(CoreChoice):
         made_from: free-form record of what the plan was made from.
     """
 
-    version: Literal[1, 2, 3] = 1
+    version: Literal[1, 2, 3, 4] = 1
     num_blocks: int = Field(ge=1)
+    towers: dict[str, str] = Field(default_factory=dict)
     blocks: tuple[BlockPlan, ...] = ()
     focal: tuple[FocalBlockPlan, ...] = ()
     method: Method = "weighted"
@@ -213,16 +216,25 @@ class Plan(CoreChoice):
         if not isinstance(values, dict):
             return values
         if info.mode == "json":
-            return {"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values}
+            return _number_through({"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values})
         blocks = (block if isinstance(block, dict) else vars(block) for block in values.get("blocks", ()))
         cores = any(entry.get("core") for entry in (values, *blocks))
-        return {"version": 3 if cores else 2 if values.get("focal") else 1, **values}
+        return {"version": 4 if values.get("towers") else 3 if cores else 2 if values.get("focal") else 1, **values}
 
     @model_serializer(mode="wrap")
     def _leave_out_what_older_versions_have_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = super()._leave_out_what_older_versions_have_not(dump)
         if not self.focal:
             fields.pop("focal", None)
+        if not self.towers:
+            fields.pop("towers", None)
+            return fields
+        places = _places(self.towers, self.num_blocks)
+        for key in {"blocks", "focal"} & fields.keys():
+            fields[key] = [
+                {**entry, "tower": places[entry["block"]][0], "block": places[entry["block"]][1]}
+                for entry in fields[key]
+            ]
         return fields
 
     @model_validator(mode="after")
@@ -238,6 +250,8 @@ class Plan(CoreChoice):
             raise ValueError(f"block {both[0]} is listed under blocks and under focal, but it is one of both at most")
         if self.focal and self.version == 1:
             raise ValueError("focal blocks are listed, but version is 1; plans with them have version 2")
+        if self.towers:
+            self._check_towers()
         named = [entry for entry in (self, *self.blocks) if entry.core is not None]
         if named and self.version < 3:
             raise ValueError(f"a core is named, but version is {self.version}; plans that name one have version 3")
@@ -247,11 +261,18 @@ class Plan(CoreChoice):
             self._check_ranges(key, getattr(self, key))
         return self
 
+    def _check_towers(self) -> None:
+        if self.version < 4:
+            raise ValueError(f"towers are listed, but version is {self.version}; plans with them have version 4")
+        numbers = sorted(n for text in self.towers.values() for n in parse_layers(text, self.num_blocks))
+        if numbers != list(range(self.num_blocks)):
+            raise ValueError(f"towers must hold each of the {self.num_blocks} blocks once, but they hold {numbers}")
+
     def _check_ranges(self, key: str, ranges: tuple[TokenRange, ...]) -> None:
         seen: set[int] = set()
         for place, entry in enumerate(ranges):
             try:
-                numbers = parse_layers(entry.blocks, self.num_blocks)
+                numbers = parse_layers(entry.blocks, self.num_blocks, self.towers)
             except InvalidPlanError as error:
                 raise ValueError(f"{key}.{place}.blocks: {error}") from None
             twice = next((number for number in numbers if number in seen), None)
@@ -371,12 +392,12 @@ class Plan(CoreChoice):
     @property
     def masked_blocks(self) -> set[int]:
         """The blocks in which tokens are masked."""
-        return {number for mask in self.masks for number in parse_layers(mask.blocks, self.num_blocks)}
+        return {number for mask in self.masks for number in parse_layers(mask.blocks, self.num_blocks, self.towers)}
 
     def find_mask(self, block: int) -> tuple[int, MaskPlan] | None:
         """Return what is masked in one block, and the first block of its range, where the tokens are found; or None."""
         for mask in self.masks:
-            numbers = parse_layers(mask.blocks, self.num_blocks)
+            numbers = parse_layers(mask.blocks, self.num_blocks, self.towers)
             if block in numbers:
                 return numbers[0], mask
         return None
@@ -384,7 +405,7 @@ class Plan(CoreChoice):
     def find_landmark_range(self, which: Literal["include", "exclude"], block: int) -> tuple[int, TokenRange] | None:
         """Return what the landmarks of one FNA block include or exclude, and the block where it is found; or None."""
         for entry in self.landmarks_include if which == "include" else self.landmarks_exclude:
-            numbers = [n for n in parse_layers(entry.blocks, self.num_blocks) if self.find(n) is not None]
+            numbers = [n for n in parse_layers(entry.blocks, self.num_blocks, self.towers) if self.find(n) is not None]
             if block in numbers:
                 return numbers[0], entry
         return None
@@ -392,6 +413,39 @@ class Plan(CoreChoice):
     def dump_json(self) -> str:
         """Return the plan as one line of JSON."""
         return self.model_dump_json()
+
+
+def _places(towers: dict[str, str], num_blocks: int) -> dict[int, tuple[str, int]]:
+    """The tower of each block of the whole model, and its number there."""
+    numbers = {name: parse_layers(text, num_blocks) for name, text in towers.items()}
+    return {number: (name, place) for name, own in numbers.items() for place, number in enumerate(own)}
+
+
+def _number_through(values: dict[str, Any]) -> dict[str, Any]:
+    """Give the blocks of a file with towers their numbers in the whole model; what is malformed is left to be found."""
+    towers, count = values.get("towers"), values.get("num_blocks")
+    if (
+        not isinstance(towers, dict)
+        or not isinstance(count, int)
+        or not all(isinstance(t, str) for t in towers.values())
+    ):
+        return values
+    try:
+        numbers = {place: number for number, place in _places(towers, count).items()}
+    except InvalidPlanError as error:
+        raise ValueError(f"towers: {error}") from None
+    for key in ("blocks", "focal"):
+        entries = []
+        for entry in values.get(key, ()):
+            if not isinstance(entry, dict):
+                return values
+            place = (entry.get("tower"), entry.get("block"))
+            if place not in numbers:
+                raise ValueError(f"{key} name block {place[1]} of tower {place[0]}, which towers do not hold")
+            entries.append({**{k: v for k, v in entry.items() if k != "tower"}, "block": numbers[place]})
+        if entries:
+            values = {**values, key: sorted(entries, key=lambda entry: entry["block"])}
+    return values
 
 
 def _size(resolution: tuple[int, int]) -> str:
@@ -402,6 +456,7 @@ def uniform_plan(
     num_blocks: int,
     *,
     layers: str | None = None,
+    towers: dict[str, str] | None = None,
     landmarks: int = DEFAULT_LANDMARKS,
     sampler: str = DEFAULT_SAMPLER,
     method: Method = DEFAULT_METHOD,
@@ -415,6 +470,7 @@ def uniform_plan(
     Args:
         num_blocks: attention blocks of the model.
         layers: as for `parse_layers`.
+        towers: of the model, as for `parse_layers`.
         landmarks: S for every chosen block.
         sampler: the sampler for every chosen block.
         method: `weighted` or `published`.
@@ -426,7 +482,9 @@ def uniform_plan(
     Raises:
         InvalidPlanError: for blocks that the model does not have, or values out of range.
     """
-    numbers = parse_layers(layers, num_blocks)
+    numbers = parse_layers(layers, num_blocks, towers)
+    if towers:
+        settings["towers"] = towers
     try:
         blocks = tuple(BlockPlan(block=number, landmarks=landmarks, sampler=sampler) for number in numbers)
         chosen = choose_core(landmarks, method, core, steps, low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fna.export.sources.transformers_models import find_preprocessing, load_tran
 from fna.export.sources.vision_modules import PatchifiedVision, ProjectedTokens, VisionOutputs
 from fna.patching import AttentionBlock, find_attention_blocks
 from fna.patching.survey import guess_input
+from fna.patching.towers import number_towers
 
 DEFAULT_MODEL = BUILT_IN[0]
 
@@ -53,6 +55,8 @@ class LoadedModel:
         num_blocks: attention blocks of its vision tower.
         preprocessing: how photographs become its input.
         open_size: whether it can be traced with height and width left open.
+        towers: the block numbers of each of its towers; none for a model of one tower. See `fna.block_numbers.parse_layers`.
+        frames: images of a scene that it takes at once, `[B, frames, 3, H, W]`; None where it takes one, `[B, 3, H, W]`.
     """
 
     name: str
@@ -66,6 +70,12 @@ class LoadedModel:
     num_blocks: int
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     open_size: bool = True
+    towers: dict[str, str] = field(default_factory=dict)
+    frames: int | None = None
+
+    def input_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        return (3, height, width) if self.frames is None else (self.frames, 3, height, width)
 
 
 def load_model(name: str) -> LoadedModel:
@@ -85,6 +95,11 @@ def load_model(name: str) -> LoadedModel:
         return _built_in(name)
     if (":" in name or "," in name) and not Path(name).exists():
         called = parse_model_name(name)
+        if not called.model:
+            raise ModelSourceError(
+                f"model {name!r} has arguments behind a comma, which {called.source} does not take; models of "
+                f"{', '.join(LIBRARIES)} and factories, module.path:function, take them"
+            )
         if called.source in LIBRARIES:
             module, preprocessing = load_from_library(called, name)
             return wrap_model(name, module, preprocessing=preprocessing)
@@ -138,16 +153,20 @@ def wrap_model(
     blocks = find_attention_blocks(model)
     tower = _vision_part(model, blocks[0].tower)
     absent = _check_missing(name, missing)
+    frames = _count_frames(model)
     native, patch = _image_sizes(model, blocks[0])
+    shape = (3, native, native) if frames is None else (frames, 3, native, native)
     arguments = _forward_arguments(tower)
-    fields = tuple(field for field in _probe_fields(name, tower, arguments, native) if field not in absent)
+    fields = tuple(field for field in _probe_fields(name, tower, arguments, shape) if field not in absent)
     if absent and not fields:
         raise ModelSourceError(
             f"model {name!r} has no trained weights for any of its outputs: {', '.join(missing[:3])}"
         )
-    wrapped = VisionOutputs(tower, fields, arguments, (3, native, native))
-    names, tokens, maps = _classify(wrapped, fields, native, (native // patch) ** 2)
-    any_resolution = _takes_any_resolution(wrapped, native, patch)
+    wrapped = VisionOutputs(tower, fields, arguments, shape)
+    names, tokens, maps = _classify(wrapped, fields, shape, (native // patch) ** 2)
+    any_resolution = _takes_any_resolution(wrapped, shape, patch)
+    if preprocessing is None:
+        preprocessing = find_preprocessing(name)
     return LoadedModel(
         name=name,
         module=wrapped,
@@ -158,10 +177,18 @@ def wrap_model(
         native_resolution=native,
         any_resolution=any_resolution,
         num_blocks=len(blocks),
-        preprocessing=find_preprocessing(name) if preprocessing is None else preprocessing,
+        preprocessing=preprocessing if frames is None else preprocessing.model_copy(update={"frames": frames}),
         # SigLIP 2's resize weights are made for one size; the exporter would bake that size in and not say so
-        open_size=any_resolution and not isinstance(tower, PatchifiedVision),
+        open_size=any_resolution and frames is None and not isinstance(tower, PatchifiedVision),
+        towers=number_towers([block.tower_name for block in blocks]),
+        frames=frames,
     )
+
+
+def _count_frames(model: nn.Module) -> int | None:
+    """How many images a model takes at once, by its attribute `example_shape`: (frames, 3, H, W)."""
+    shape: Sequence[int] = getattr(model, "example_shape", ())
+    return int(shape[0]) if len(shape) == 4 else None
 
 
 def _image_sizes(model: nn.Module, block: AttentionBlock) -> tuple[int, int]:
@@ -208,12 +235,14 @@ def _forward_arguments(model: nn.Module) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
 
 
-def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], size: int) -> tuple[str, ...]:
+def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
     try:
         with torch.inference_mode():
-            output = model(torch.zeros(1, 3, size, size), **arguments)
+            output = model(torch.zeros(1, *shape), **arguments)
     except Exception as error:
-        raise ModelSourceError(f"model {name!r} does not run on one {size}x{size} image: {first_line(error)}") from None
+        raise ModelSourceError(
+            f"model {name!r} does not run on one {shape[-2]}x{shape[-1]} image: {first_line(error)}"
+        ) from None
     if isinstance(output, Tensor):
         return ("output",)
     if isinstance(output, (tuple, list)) and output and all(isinstance(value, Tensor) for value in output):
@@ -227,9 +256,11 @@ def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], size: 
     return fields
 
 
-def _classify(wrapped: nn.Module, fields: tuple[str, ...], size: int, patches: int) -> tuple[tuple[str, ...], ...]:
+def _classify(
+    wrapped: nn.Module, fields: tuple[str, ...], shape: tuple[int, ...], patches: int
+) -> tuple[tuple[str, ...], ...]:
     with torch.inference_mode():
-        tensors = wrapped(torch.zeros(1, 3, size, size))
+        tensors = wrapped(torch.zeros(1, *shape))
     plain = [field for field in fields if field != "feature_maps"]
     names = plain + [f"feature_map_{index}" for index in range(len(tensors) - len(plain))]
     tokens = tuple(
@@ -245,11 +276,11 @@ def _classify(wrapped: nn.Module, fields: tuple[str, ...], size: int, patches: i
     return tuple(names), tokens, maps
 
 
-def _takes_any_resolution(wrapped: nn.Module, native: int, patch: int) -> bool:
-    other = native + 2 * patch
+def _takes_any_resolution(wrapped: nn.Module, shape: tuple[int, ...], patch: int) -> bool:
+    *front, height, width = shape
     try:
         with torch.inference_mode():
-            wrapped(torch.zeros(1, 3, other, other))
+            wrapped(torch.zeros(1, *front, height + 2 * patch, width + 2 * patch))
     except Exception:  # any failure means the same: this size is not for this model
         return False
     return True

@@ -87,7 +87,7 @@ def command(
             plot_kind(plot)
         loaded = load_model(model)
         counts = dict.fromkeys(plan.settings["landmarks"])
-        plans = [plan.make(loaded.num_blocks, landmarks=count) for count in counts]
+        plans = [plan.make(loaded.num_blocks, towers=loaded.towers, landmarks=count) for count in counts]
         result = bench(
             loaded,
             plans if plan.file is None else plans[:1],

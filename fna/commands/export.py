@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         "of these options, focal attention in all blocks where that pays]"
     }
 )
+@options.weights()
 @options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @options.precision_options
 @options.images()
@@ -38,6 +39,7 @@ def command(
     model: str,
     output: Path,
     plan: options.PlanChoice,
+    weights: Path | None,
     resolution: tuple[int, int] | None,
     precision: options.PrecisionChoice,
     images: Path | None,
@@ -49,8 +51,9 @@ def command(
 ) -> None:
     """Trace MODEL to ONNX, with the chosen blocks' attention as fna nodes.
 
-    MODEL is dinov2-small-saliency (built in, with real weights), a transformers model id or local folder, or
-    module.path:factory. The file runs on any ONNX runtime as it is; fna build makes an engine of it.
+    MODEL is dinov2-small-saliency (built in, with real weights), a transformers model id or local folder, timm:NAME,
+    open_clip:NAME,pretrained=TAG, torchvision:NAME, or module.path:factory,size=518 (arguments behind commas). The file runs on any
+    ONNX runtime as it is; fna build makes an engine of it.
     """
     check_writable(output)
     fixed_batch = _parse_batch(batch)
@@ -58,11 +61,13 @@ def command(
         say("importing PyTorch")
         from fna.export.metadata import read_metadata
         from fna.export.sources.loading import load_model
+        from fna.export.sources.model_names import with_weights
         from fna.export.trace import TraceOptions, export_onnx
         from fna.export.variants import make_variant
         from fna.files import load_onnx
 
         variant = precision.variant()
+        model = with_weights(model, weights)
         say(f"loading {model}")
         loaded = load_model(model)
         notes: list[str] = []
@@ -74,7 +79,7 @@ def command(
 
             made = plan_automatically(model, resolution, say)
         else:
-            made = plan.make(loaded.num_blocks)
+            made = plan.make(loaded.num_blocks, towers=loaded.towers)
         height, width = resolution or made.resolution or (loaded.native_resolution,) * 2
         trace_options = TraceOptions(height, width, opset, "fp32", fixed_batch, dynamic_size)
         say(f"tracing {model} at {height}x{width}")
@@ -109,8 +114,14 @@ def _plan_without_photographs(
     loaded: LoadedModel, resolution: tuple[int, int] | None, prefix_tokens: int | None
 ) -> tuple[Plan, str]:
     from fna.default_plan import plan_without_photographs
+    from fna.plan import Plan
     from fna.validate.planning.subject import TorchSubject
 
+    if loaded.towers or loaded.frames:
+        what = f"{len(loaded.towers)} towers: {', '.join(loaded.towers)}" if loaded.towers else "several images at once"
+        return Plan(num_blocks=loaded.num_blocks, towers=loaded.towers), (
+            f"the model stays exact: it has {what}; choose --layers and --landmarks, or a plan by fna plan"
+        )
     layout = TorchSubject(loaded, *(resolution or (loaded.native_resolution,) * 2)).layout
     prefix = layout.prefix_tokens if prefix_tokens is None else prefix_tokens
     return plan_without_photographs(layout.num_blocks, set(layout.refused), layout.patches, prefix)

@@ -126,6 +126,12 @@ lowering: Option = partial(
 )
 plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")
 plugin: Option = partial(click.option, "--plugin", type=PATH, help="libfna_plugin.so.  [default: that of fna plugin]")
+weights: Option = partial(
+    click.option,
+    "--weights",
+    type=PATH,
+    help="File of weights, .safetensors or .pth, for timm:, open_clip:, torchvision: and factory models.",
+)
 json_file: Option = partial(
     click.option, "--json", "json_file", type=PATH, help="Write every number as JSON to this file; - prints it."
 )

@@ -60,6 +60,8 @@ USUAL_COSINE, USUAL_P5 = 0.99, 0.97
 )
 @options.precision(type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target.")
 @click.option("--measured", type=options.PATH, help="JSON of fna bench that the prediction is calibrated by.")
+@options.weights()
+@click.option("--tower", help="The tower to plan for, in a model of several; the others stay exact.")
 @options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
@@ -88,6 +90,8 @@ def command(
     target: str | None,
     precision: str,
     measured: Path | None,
+    weights: Path | None,
+    tower: str | None,
     resolution: tuple[int, int] | None,
     compare: bool,
     cache: Path | None,
@@ -111,12 +115,13 @@ def command(
         from dataclasses import replace
 
         from fna.errors import CheckFailedError
+        from fna.export.sources.model_names import with_weights
         from fna.files import write_text
         from fna.validate.planning.best_plan import make_best_plan
         from fna.validate.planning.report import as_json, draw_front
         from fna.validate.planning.uniform import run_uniform_settings
 
-        subject = open_subject(model, resolution, say)
+        subject = open_subject(with_weights(model, weights), resolution, say, tower)
         cost = _cost_model(subject, target, precision, measured, cache, say)
         names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
         names["notes"] += _describe_prediction(cost)
@@ -189,7 +194,9 @@ def make_wish(
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 
-def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], None]) -> Subject:
+def open_subject(
+    model: str, size: tuple[int, int] | None, say: Callable[[str], None], tower: str | None = None
+) -> Subject:
     """Open what is planned for: an ONNX file, or a model as `fna export` takes it."""
     say(f"loading {model}")
     if model.endswith(".onnx"):
@@ -200,7 +207,7 @@ def open_subject(model: str, size: tuple[int, int] | None, say: Callable[[str], 
     from fna.validate.planning.subject import TorchSubject
 
     loaded = load_model(model)
-    return TorchSubject(loaded, *(size or (loaded.native_resolution,) * 2))
+    return TorchSubject(loaded, *(size or (loaded.native_resolution,) * 2), tower)
 
 
 def _cost_model(

@@ -16,7 +16,9 @@ from fna.patching.calls import CallHandler, intercept, release
 from fna.patching.record import PATCH, AttentionBlock, Entering, entering_tokens
 from fna.patching.state import BlockState, TokenFinder, TokenMask
 from fna.patching.survey import Example
+from fna.patching.towers import describe_towers, number_towers
 from fna.plan import Plan
+from fna.samplers.common.record import all_stand_alone
 
 _CHOICE = "_fna_choice"
 _MASSIVE = "_fna_massive"
@@ -60,6 +62,12 @@ def patch(model: nn.Module, plan: Plan, example: Example = None) -> list[Attenti
             f"the plan is for a model of {plan.num_blocks} attention blocks, but this one has {len(blocks)}; "
             "make a plan for this model"
         )
+    towers = number_towers([block.tower_name for block in blocks])
+    if towers != plan.towers:
+        raise InvalidPlanError(
+            f"the plan's towers are {describe_towers(plan.towers)}, but this model's are {describe_towers(towers)}; "
+            "make a plan for this model"
+        )
     for block in blocks:
         planned, masked = block.number in plan.replaced_blocks, plan.find_mask(block.number) is not None
         if block.refusal is not None and (planned or masked):
@@ -91,16 +99,17 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> None:
-    prefix = plan.prefix_tokens if plan.prefix_tokens is not None else blocks[0].prefix_tokens
     states: dict[int, BlockState] = {}
-    finders = _Finders(blocks, states, prefix, record)
+    finders = _Finders(blocks, states, plan.prefix_tokens, record)
     chosen: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
     groups: set[Hashable] = set()
     for block in blocks:
         steps = _known_features(steps_of(plan, block.number), block)
         if steps.is_untouched:
             continue
-        state = BlockState(f"block {block.number} ({block.name})", steps, prefix, chosen)
+        _check_frames(steps, block)
+        prefix = block.prefix_tokens if plan.prefix_tokens is None else plan.prefix_tokens
+        state = BlockState(f"block {block.number} ({block.name})", steps, prefix, chosen, frames=block.frames)
         states[block.number] = state
         if steps.key_masking is not None:
             state.masked = finders.mask("masks", steps.key_masking.tokens)
@@ -143,6 +152,31 @@ def _switch(blocks: list[AttentionBlock], states: dict[int, BlockState], record:
         config._attn_implementation = ATTENTION_NAME
 
 
+def _check_frames(steps: BlockSteps, block: AttentionBlock) -> None:
+    """Refuse what knows of one image only, in a block whose tokens are those of several."""
+    if block.frames == 1:
+        return
+    named = [steps.key_masking.tokens] if steps.key_masking is not None else []
+    reason = None
+    if steps.focal is not None:
+        reason = "focal attention knows the neighbours on one image only; make it FNA"
+    if steps.nystrom is not None:
+        choice = steps.nystrom.landmarks
+        named += [tokens for tokens in (choice.include, choice.exclude) if tokens is not None]
+        if steps.nystrom.correction is not None:
+            reason = "a correction knows the neighbours on one image only; leave it out"
+        elif choice.sampler.looks_at_features and choice.sampler.stand_alone is not all_stand_alone:
+            reason = f"the {choice.sampler.name} sampler spreads landmarks over one image only; choose grid or lattice"
+        elif choice.is_guided:
+            reason = "landmarks are included or excluded on one image only; leave that out"
+    if any(not isinstance(tokens.tokens, tuple) for tokens in named):
+        reason = "artifact and massive tokens are found on one image only; name token indices"
+    if reason is not None:
+        raise InvalidPlanError(
+            f"block {block.number} ({block.name}) attends over {block.frames} images at once: {reason}"
+        )
+
+
 def _known_features(steps: BlockSteps, block: AttentionBlock) -> BlockSteps:
     """Choose landmarks from the queries where the hidden states that enter a block cannot be had."""
     if steps.nystrom is None or block.entering is not None or steps.nystrom.landmarks.feature != "input":
@@ -157,7 +191,7 @@ class _Finders:
 
     blocks: list[AttentionBlock]
     states: dict[int, BlockState]
-    prefix_tokens: int
+    prefix_tokens: int | None
     record: _PatchRecord
     known: dict[NamedTokens, TokenFinder] = field(default_factory=dict)
 
@@ -167,14 +201,15 @@ class _Finders:
             return None
         if isinstance(named.tokens, tuple):
             return TokenMask(named, None)
-        if named.tokens == "artifact" and self.prefix_tokens < 1:
+        block = self.blocks[named.found_at]
+        prefix = block.prefix_tokens if self.prefix_tokens is None else self.prefix_tokens
+        if named.tokens == "artifact" and prefix < 1:
             raise InvalidPlanError(
                 f"the plan's {key} name artifact tokens, which are those that the class token looks at, but this model has no "
                 "class token; name massive tokens instead"
             )
         if named not in self.known:
-            finder = self.known[named] = TokenFinder(named.tokens, self.prefix_tokens)
-            block = self.blocks[named.found_at]
+            finder = self.known[named] = TokenFinder(named.tokens, prefix)
             if named.tokens == "massive":
                 finder.entering = _need_entering(block, key)
                 _set(self.record, block.layer, _MASSIVE, finder)

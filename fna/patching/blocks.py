@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fna.errors import FnaError, ModelSourceError, UnsupportedAttentionError
 from fna.patching.called_blocks import find_called_blocks
-from fna.patching.record import PATCH, AttentionBlock
+from fna.patching.record import PATCH, AttentionBlock, Entering
 from fna.patching.survey import Example
+from fna.patching.towers import name_towers
 from fna.special_tokens import detect_prefix_tokens
 
 _NO_MODULES = "it has no attention modules"
@@ -30,8 +32,7 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
 
     Raises:
         ModelSourceError: if a model without the attention interface does not run on that.
-        UnsupportedAttentionError: if there are none, if none of them can be FNA, or if the model has more than one vision tower of
-            transformers.
+        UnsupportedAttentionError: if there are none, or if none of them can be FNA.
     """
     patched: list[AttentionBlock] = getattr(getattr(model, PATCH, None), "blocks", [])
     if any(block.call is not None for block in patched):  # their calls cannot be seen any more
@@ -48,12 +49,25 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
         refusal = _find_refusal(attention, layer, tower)
         prefix = blocks[0].prefix_tokens if blocks else detect_prefix_tokens(tower)
         sizes = _head_sizes(attention.config)
-        blocks.append(AttentionBlock(len(blocks), name, attention, layer, tower, refusal, prefix, *sizes))
+        frames = 1 if refusal else _count_windows(layer)
+        # A layer of windows is given them one by one, and joins them itself.
+        entering: Entering | None = "tokens" if frames == 1 else None
+        blocks.append(
+            AttentionBlock(
+                len(blocks), name, attention, layer, tower, refusal, prefix, *sizes, entering=entering, frames=frames
+            )
+        )
     if not towers:
         return _find_without_interface(model, example)
-    if len(towers) > 1:
-        raise UnsupportedAttentionError(_say_why_several(model, towers))
-    return next(iter(towers.values()))
+    blocks = [block for stack in towers.values() for block in stack]
+    if len(towers) > 1 and all(block.refusal for block in blocks):
+        raise UnsupportedAttentionError(_say_why_none_of_several(model, blocks))
+    names = name_towers(towers)
+    owners = [names[path] for path, stack in towers.items() for _ in stack]
+    return [
+        replace(block, number=number, tower_name=owner)
+        for number, (block, owner) in enumerate(zip(blocks, owners, strict=True))
+    ]
 
 
 def _find_without_interface(model: nn.Module, example: Example) -> list[AttentionBlock]:
@@ -88,11 +102,18 @@ def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | Non
     for holder in (attention, layer):
         if getattr(holder, "window_size", 0) or getattr(holder, "sliding_window", 0):
             return "it attends within windows"
+    if _count_windows(layer) > 1 and not getattr(layer, "global_attention", True):
+        return "it attends within windows"
     if any("relative_position" in name or name.startswith("rel_pos") for name in names):
         return "it adds a relative position bias to the scores"
     if tower is not None and any("relative_position" in name for name, _ in tower.named_parameters()):
         return "its model adds a shared relative position bias to the scores"
     return None
+
+
+def _count_windows(layer: nn.Module) -> int:
+    """Windows whose tokens, each window with a class token of its own, follow one another where attention is global (RF-DETR)."""
+    return int(getattr(layer, "num_windows", 1)) ** 2
 
 
 def _name_parts(module: nn.Module) -> list[str]:
@@ -153,14 +174,8 @@ def _say_why_none(model: nn.Module) -> str:
     )
 
 
-def _say_why_several(model: nn.Module, towers: dict[str, list[AttentionBlock]]) -> str:
-    blocks = [block for tower in towers.values() for block in tower]
-    if all(block.refusal for block in blocks):
-        return (
-            f"{type(model).__name__} has no self-attention block that can be FNA: block 0 ({blocks[0].name}): "
-            f"{blocks[0].refusal}, and so for all {len(blocks)}; choose a plain Vision Transformer"
-        )
+def _say_why_none_of_several(model: nn.Module, blocks: list[AttentionBlock]) -> str:
     return (
-        f"{type(model).__name__} has attention in {len(towers)} stacks ({', '.join(sorted(towers))}), but one is needed; "
-        "patch the stack's own module if it is a vision model by itself"
+        f"{type(model).__name__} has no self-attention block that can be FNA: block 0 ({blocks[0].name}): "
+        f"{blocks[0].refusal}, and so for all {len(blocks)}; choose a plain Vision Transformer"
     )

@@ -11,6 +11,7 @@ from torch import nn
 from fna.errors import UnsupportedAttentionError
 from fna.patching.record import AttentionBlock, Entering
 from fna.patching.survey import CallSite, Example, Survey, survey
+from fna.patching.towers import name_towers
 from fna.special_tokens import detect_prefix_tokens
 
 _NONE = "{} has no self-attention block that can be FNA"
@@ -36,8 +37,11 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
     modules = dict(model.named_modules())
     grids: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
     blocks = []
-    for number, site in enumerate(seen.sites):
-        patches, images = grids.setdefault(_tower_path(site.path), (site.patches, site.images))
+    paths = _tower_paths(seen.sites)
+    names = name_towers(paths)
+    for number, (site, path) in enumerate(zip(seen.sites, paths, strict=True)):
+        patches, images = grids.setdefault(path, (site.patches, site.images))
+        frames = _count_frames(site, images)
         refusal = _refuse_windows(site, images) or site.refusal
         layer, entering = _find_layer(site, seen)
         known = len(site.query) == 4
@@ -49,11 +53,13 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
                 layer=modules[layer],
                 tower=model,
                 refusal=refusal,
-                prefix_tokens=_count_prefix(site, patches, model, modules),
+                prefix_tokens=_count_prefix(site, patches, frames, model, modules),
                 heads=site.query[1] if known else 0,
                 head_size=site.query[3] if known else 0,
                 entering=entering,
                 patches=patches,
+                tower_name=names[path],
+                frames=frames,
                 call=site.ordinal,
                 runs=site.calls,
             )
@@ -66,11 +72,21 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
     return blocks
 
 
-def _tower_path(path: str) -> str:
-    """The path of the stack that a module is in: up to the first part that is a number."""
-    parts = path.split(".")
-    first = next((place for place, part in enumerate(parts) if _NUMBERED.search(part)), len(parts))
-    return ".".join(parts[:first])
+def _tower_paths(sites: Sequence[CallSite]) -> list[str]:
+    """The path of the stack that each site is in: up to the first part that is a number, else the stack before it."""
+    paths: list[str] = []
+    for site in sites:
+        parts = site.path.split(".")
+        first = next((place for place, part in enumerate(parts) if _NUMBERED.search(part)), None)
+        paths.append(".".join(parts[:first]) if first is not None else paths[-1] if paths else site.path)
+    return paths
+
+
+def _count_frames(site: CallSite, images: int | None) -> int:
+    """How many images' tokens are joined in one sequence."""
+    if images is None or len(site.query) != 4 or images % site.query[0] or site.query[2] % (images // site.query[0]):
+        return 1
+    return images // site.query[0]
 
 
 def _refuse_windows(site: CallSite, images: int | None) -> str | None:
@@ -84,11 +100,11 @@ def _refuse_windows(site: CallSite, images: int | None) -> str | None:
 
 
 def _count_prefix(
-    site: CallSite, patches: tuple[int, int] | None, model: nn.Module, modules: dict[str, nn.Module]
+    site: CallSite, patches: tuple[int, int] | None, frames: int, model: nn.Module, modules: dict[str, nn.Module]
 ) -> int:
     """The tokens that are no patches of the grid; where there is no grid, what the nearest module says of itself."""
     if patches is not None and site.query:
-        extra = site.query[-2] - prod(patches)
+        extra = site.query[-2] // frames - prod(patches)
         if 0 <= extra < prod(patches):
             return extra
     parts = site.path.split(".")

@@ -31,6 +31,8 @@ class AttentionBlock:
         head_size: D, likewise.
         entering: how the layer is given its tokens; None where it is not given all of them.
         patches: rows and columns of the map that became its patches, in the run that showed the block; None where it is not known.
+        tower_name: of the stack of blocks that it belongs to; see `fna.patching.towers`.
+        frames: how many sequences, each with its own prefix tokens, follow one another in its tokens: images of a scene, windows.
         call: which of the calls of `scaled_dot_product_attention` in a forward of the module it is; None for a module that uses
             transformers' attention interface.
         runs: how often it runs in one forward of the model.
@@ -47,6 +49,8 @@ class AttentionBlock:
     head_size: int
     entering: Entering | None = "tokens"
     patches: tuple[int, int] | None = None
+    tower_name: str = ""
+    frames: int = 1
     call: int | None = None
     runs: int = 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fna.block_steps import BlockSteps, LandmarkChoice, NamedTokens
 from fna.patching.record import Entering
 from fna.samplers import landmark_bias
+from fna.samplers.common.frames import landmarks_over_frames
 from fna.samplers.common.roles import guided_landmarks
 from fna.special_tokens import listed_tokens_mask
 
@@ -62,6 +63,7 @@ class BlockState:
         exclude: tokens that are not.
         artifact_finder: of artifact tokens that are to be found at this block.
         entering: how the block's layer is given its tokens.
+        frames: sequences that follow one another in its tokens, each with its own prefix tokens.
         hidden: what entered the block's layer, kept until its attention runs.
     """
 
@@ -75,6 +77,7 @@ class BlockState:
     exclude: TokenMask | None = None
     artifact_finder: TokenFinder | None = None
     entering: Entering = "tokens"
+    frames: int = 1
     hidden: list[Tensor] = field(default_factory=list)
 
     @property
@@ -106,6 +109,10 @@ class BlockState:
             if features is not None:
                 self.chosen[choice.group] = (self._select(features), None)
             landmarks, _ = self.chosen[choice.group]
+        elif self.frames > 1:
+            request = choice.request(num_tokens, self.prefix_tokens, query.device)
+            landmarks, weights = landmarks_over_frames(choice.sampler, request, self.frames)
+            return landmarks, weights if choice.weighted else None
         else:
             landmarks = choice.sampler.select(choice.request(num_tokens, self.prefix_tokens, query.device), None)
         if bias is not None or not choice.weighted:

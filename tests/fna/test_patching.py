@@ -516,7 +516,7 @@ def test_more_landmarks_than_tokens_are_refused() -> None:
         model(sample_pixels())
 
 
-def test_a_model_with_two_vision_stacks_is_refused_by_their_names() -> None:
+def test_a_model_with_two_vision_stacks_has_two_towers() -> None:
     config = transformers.ViTMAEConfig(
         **SIZES,
         **IMAGE,
@@ -525,5 +525,6 @@ def test_a_model_with_two_vision_stacks_is_refused_by_their_names() -> None:
         decoder_num_attention_heads=4,
         decoder_intermediate_size=32,
     )
-    with pytest.raises(UnsupportedAttentionError, match=r"decoder\.decoder_layers, vit\.layers"):
-        find_attention_blocks(transformers.ViTMAEForPreTraining(config))
+    blocks = find_attention_blocks(transformers.ViTMAEForPreTraining(config))
+    assert [block.tower_name for block in blocks] == ["vit"] * 3 + ["decoder_decoder_layers"]
+    assert [block.number for block in blocks] == [0, 1, 2, 3]

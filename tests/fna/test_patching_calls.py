@@ -15,9 +15,11 @@ from called_models import (
     MapViT,
     OwnViT,
     SharedViT,
+    TwoTowers,
     Unrunnable,
     ValueDependent,
     build,
+    make_scene,
 )
 from model_families import sample_pixels
 from torch import Tensor, nn
@@ -242,6 +244,59 @@ def test_a_model_that_does_not_take_images_needs_an_example() -> None:
 
 def test_a_model_that_looks_at_values_is_patched_all_the_same() -> None:
     assert len(fna.patch(build(ValueDependent()), uniform_plan(3, landmarks=S))) == 3
+
+
+def test_towers_are_told_apart_and_patched_by_their_own_prefix_tokens() -> None:
+    model = build(TwoTowers())
+    blocks = find_attention_blocks(model)
+    assert [(block.tower_name, block.prefix_tokens) for block in blocks] == 2 * [("vision", 1)] + 3 * [("depth", 3)]
+    towers = {"vision": "0-1", "depth": "2-4"}
+    with pytest.raises(InvalidPlanError, match=r"towers are no name.*this model's are vision .blocks 0-1., depth"):
+        fna.patch(model, uniform_plan(5, landmarks=S))
+    with torch.no_grad():
+        before = model(sample_pixels())
+        fna.patch(model, uniform_plan(5, layers="depth:1-2", towers=towers, landmarks=S))
+        calls: list[NystromCall] = []
+        with observed(model, replaced=calls.append):
+            after = model(sample_pixels())
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1], after[1], atol=1e-3)
+    assert [call.landmarks[0, :4].tolist() for call in calls] == [[0, 1, 2, 3]] * 2
+    assert [call.block for call in calls] == [3, 4]
+
+
+def test_blocks_over_several_images_take_landmarks_of_each() -> None:
+    model = make_scene(frames=3)
+    blocks = find_attention_blocks(model)
+    assert [(block.tower_name, block.frames, block.prefix_tokens) for block in blocks[:2]] == [
+        ("frame_blocks", 1, 2),
+        ("global_blocks", 3, 2),
+    ]
+    towers = {"frame_blocks": "0,2", "global_blocks": "1,3"}
+    fna.patch(model, uniform_plan(4, layers="all", towers=towers, landmarks=S))
+    calls: list[NystromCall] = []
+    with torch.no_grad(), observed(model, replaced=calls.append):
+        model(torch.randn(2, 3, 3, 32, 32))
+    assert [tuple(call.query.shape[:3]) for call in calls] == [(6, 4, 66), (2, 4, 198)] * 2
+    alone, together = calls[0].landmarks[0].tolist(), calls[1].landmarks[0].tolist()
+    assert alone[:2] == [0, 1]
+    assert [number // 66 for number in together] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [number % 66 for number in together[4:6]] == [0, 1]
+    fna.unpatch(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blocks": (BlockPlan(block=1, landmarks=S, sampler="norm-grid"),)}, "the norm-grid sampler .*choose grid"),
+        ({"focal": (FocalBlockPlan(block=1),)}, "focal attention knows"),
+        ({"masks": (MaskPlan(blocks="global_blocks:0", tokens="massive"),)}, "artifact and massive tokens"),
+    ],
+)
+def test_what_knows_one_image_only_is_refused_over_several(change: dict[str, Any], reason: str) -> None:
+    towers = {"frame_blocks": "0,2", "global_blocks": "1,3"}
+    with pytest.raises(InvalidPlanError, match=rf"block 1 \(global_blocks\.0\.attn\) .*2 images at once: .*{reason}"):
+        fna.patch(make_scene(frames=2), Plan(num_blocks=4, towers=towers, **change))
 
 
 def test_a_patched_model_is_found_as_it_was_and_not_patched_twice() -> None:

@@ -44,7 +44,7 @@ def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     [
         ("{", "Invalid JSON"),
         ('{"num_blocks": 12, "colour": 1}', "colour"),
-        ('{"num_blocks": 12, "version": 4}', "version"),
+        ('{"num_blocks": 12, "version": 5}', "version"),
         (
             '{"num_blocks": 12, "core": "chebyshev", "steps": 8, "low": 0.05}',
             "version is 1; plans that name one have version 3",
@@ -283,3 +283,40 @@ def test_a_plan_without_focal_blocks_is_written_as_version_1_has_it() -> None:
 def test_focal_blocks_that_cannot_be_are_refused_by_name(fields: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidPlanError, match=message):
         parse_plan(json.dumps({"num_blocks": 12, **fields}))
+
+
+TOWERS = {"near": "0,2", "far": "1,3"}
+
+
+def test_a_plan_of_several_towers_numbers_blocks_tower_by_tower_in_its_file() -> None:
+    plan = uniform_plan(4, layers="far:1", towers=TOWERS, landmarks=8)
+    assert plan.version == 4
+    assert [block.block for block in plan.blocks] == [3]
+    text = plan.dump_json()
+    written = json.loads(text)
+    assert [(entry["tower"], entry["block"]) for entry in written["blocks"]] == [("far", 1)]
+    assert parse_plan(text) == plan
+    assert "towers" not in json.loads(uniform_plan(4).dump_json())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"version": 3}, "version is 3; plans with them have version 4"),
+        ({"towers": {"near": "0,2"}, "blocks": []}, "towers must hold each of the 4 blocks once"),
+        ({"towers": {"near": "0,7"}}, "towers: layers '0,7' name block 7"),
+        ({"blocks": [{"tower": "far", "block": 2, "landmarks": 8}]}, "blocks name block 2 of tower far"),
+        ({"blocks": [{"block": 1, "landmarks": 8}]}, "blocks name block 1 of tower None"),
+        ({"masks": [{"blocks": "0-1", "tokens": [0]}]}, "name no tower of the model, which has 2: near, far"),
+    ],
+)
+def test_a_malformed_plan_of_towers_names_what_is_wrong(fields: dict[str, Any], said: str) -> None:
+    whole = {"version": 4, "num_blocks": 4, "towers": TOWERS, "blocks": [{"tower": "far", "block": 1, "landmarks": 8}]}
+    with pytest.raises(InvalidPlanError, match=said) as caught:
+        parse_plan(json.dumps({**whole, **fields}))
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_of_a_plan_of_towers_are_found_by_tower() -> None:
+    whole = {"version": 4, "num_blocks": 4, "towers": TOWERS, "masks": [{"blocks": "far:all", "tokens": [0]}]}
+    assert parse_plan(json.dumps(whole)).masked_blocks == {1, 3}

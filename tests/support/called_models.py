@@ -162,3 +162,44 @@ class ValueDependent(OwnViT):
     def forward(self, pixel_values: Tensor) -> Tensor:
         out = super().forward(pixel_values)
         return out if out.sum() > 0 else -out
+
+
+class SceneViT(nn.Module):
+    """Several images of a scene at once, as VGGT has them: blocks of each image and of all images take turns."""
+
+    def __init__(self, frames: int, depth: int = 2, prefix: int = 2) -> None:
+        super().__init__()
+        self.example_shape = (frames, 3, SIDE, SIDE)
+        self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.front = nn.Parameter(torch.zeros(1, prefix, DIM))
+        self.pos_embed = nn.Parameter(torch.zeros(1, GRID * GRID + prefix, DIM))
+        self.frame_blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.global_blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        batch, frames = pixel_values.shape[:2]
+        patches = self.patch_embed(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.front.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
+        tokens = x.shape[1]
+        for alone, together in zip(self.frame_blocks, self.global_blocks, strict=True):
+            x = together(alone(x).reshape(batch, frames * tokens, DIM)).reshape(batch * frames, tokens, DIM)
+        return self.norm(x).reshape(batch, frames * tokens, DIM)
+
+
+def make_scene(frames: int = 4, depth: int = 2) -> nn.Module:
+    """A factory for commands: a model of several images."""
+    return build(SceneViT(frames, depth))
+
+
+class TwoTowers(nn.Module):
+    """Two Vision Transformers, one after the other on the same image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_size = SIDE
+        self.vision = OwnViT("plain", "plain", prefix=1)
+        self.depth = OwnViT("plain", "plain", "plain", prefix=3)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vision(pixel_values), self.depth(pixel_values)

@@ -15,17 +15,9 @@ from typing import Any
 
 import surgery_zoo as zoo
 import torch
+from library_packages import define_torchvision_operators
 from torch import Tensor, nn
 
-PACKAGES = (
-    "timm==1.0.31",
-    "open_clip_torch==3.3.0",
-    "torchvision==0.28.0",
-    "vit-pytorch==1.26.11",
-    "einops==0.8.2",
-    "ftfy==6.3.1",
-    "wcwidth==0.9.4",
-)
 TRANSFORMERS_4 = (
     "transformers==4.57.6",
     "tokenizers==0.22.2",
@@ -204,14 +196,6 @@ def export(library: Library, path: Path) -> None:
     else:
         settings |= {"dynamo": False, "dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}}
     torch.onnx.export(model, (image,), str(path), **settings)
-
-
-def define_torchvision_operators() -> torch.library.Library:
-    """The two schemas that torchvision's compiled part would register; built for another torch, it cannot."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def main() -> None:

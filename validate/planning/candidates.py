@@ -129,8 +129,10 @@ class SearchRange:
             if sampler.needs_positions and layout.patches is None:
                 continue
             looks = sampler.looks_at_features
+            if looks and layout.frames > 1:  # they know one image only
+                continue
             for count in self.landmarks:
-                if count >= layout.tokens or count <= layout.prefix_tokens:
+                if count >= layout.tokens or count < layout.frames * (layout.prefix_tokens + 1):
                     continue
                 for resample in (False, True) if looks and self.shared else (looks,):
                     for steps in self.iterations:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fna.attention import nystrom_attention_iterates
 from fna.chebyshev import ChebyshevSteps
 from fna.samplers import LandmarkRequest, find_sampler, landmark_bias
+from fna.samplers.common.frames import landmarks_over_frames
 from fna.validate.planning.candidates import AnyCandidate, Candidate
 from fna.validate.planning.subject import BlockView, Layout
 
@@ -166,8 +167,8 @@ def measure_block(
     for (sampler, resample), by_count in groups.items():
         order = _order(sampler, resample, max(by_count), view, shared, layout.prefix_tokens)
         for count, group in by_count.items():
-            landmarks = _choose(sampler, view.hidden if resample else shared.hidden, view, layout, count, order)
-            bias = landmark_bias(layout.tokens, count, method=sampler, prefix_tokens=prefix)
+            hidden = view.hidden if resample else shared.hidden
+            landmarks, bias = _choose(sampler, hidden, view, layout, count, order)
             rows = landmarks[0].long()
             outputs = _outputs(view, landmarks, bias, group)
             patches = rows[rows >= prefix] - prefix
@@ -326,9 +327,11 @@ def _features(hidden: Tensor | None, view: BlockView) -> Tensor:
 
 def _choose(
     name: str, hidden: Tensor | None, view: BlockView, layout: Layout, count: int, order: Tensor | None
-) -> Tensor:  # [1, S]
-    if order is not None:
-        return order[:, :count]
+) -> tuple[Tensor, Tensor]:  # both [1, S]
     sampler = find_sampler(name)
     request = LandmarkRequest(layout.tokens, count, layout.prefix_tokens, patches=layout.patches)
-    return sampler.select(request, _features(hidden, view) if sampler.looks_at_features else None)
+    if layout.frames > 1:
+        return landmarks_over_frames(sampler, request, layout.frames)
+    if order is None:
+        order = sampler.select(request, _features(hidden, view) if sampler.looks_at_features else None)
+    return order[:, :count], landmark_bias(layout.tokens, count, method=name, prefix_tokens=layout.prefix_tokens)

@@ -229,7 +229,8 @@ class Planner:
             focal=tuple(
                 pick.candidate.plan(number) for number, pick in chosen if isinstance(pick.candidate, FocalCandidate)
             ),
-            prefix_tokens=self.layout.prefix_tokens,
+            prefix_tokens=None if self.layout.towers else self.layout.prefix_tokens,
+            towers=self.layout.towers,
             model=self.layout.model,
             resolution=self.layout.resolution,
             patches=self.layout.patches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fna.errors import InvalidArgumentError
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.export.sources.running import patched, run_torch
@@ -39,6 +40,8 @@ class Layout:
         prefix_tokens: class and register tokens.
         patches: rows and columns of patches, or None where they are not on a grid that is known.
         resolution: height and width in pixels.
+        frames: images at once, whose tokens follow one another; each has its own prefix tokens.
+        towers: of the model, as in a plan; blocks of other towers than the one planned for are among those refused.
     """
 
     model: str
@@ -51,6 +54,8 @@ class Layout:
     prefix_tokens: int
     patches: tuple[int, int] | None
     resolution: tuple[int, int]
+    frames: int = 1
+    towers: dict[str, str] = field(default_factory=dict)
 
     def prefix_among(self, count: int) -> int:
         """How many of so many tokens of an output precede the patches: none where the model hands out patches alone."""
@@ -107,29 +112,50 @@ class Subject(Protocol):
         """What the outputs are, for tasks."""
 
 
+def _check_tower(model: LoadedModel, tower: str | None) -> None:
+    if tower in model.towers or (tower is None and not model.towers):
+        return
+    names = ", ".join(model.towers)
+    has = f"has the towers {names}; choose one with --tower" if names else "has one tower; leave --tower out"
+    raise InvalidArgumentError(f"tower {tower!r} cannot be planned for: {model.name} {has}")
+
+
 class TorchSubject:
     """A PyTorch model: sensitivities are gradients."""
 
-    def __init__(self, model: LoadedModel, height: int, width: int) -> None:
+    def __init__(self, model: LoadedModel, height: int, width: int, tower: str | None = None) -> None:
         """Read the sizes off one run of a blank image.
 
+        Args:
+            model: the model.
+            height: of the images, in pixels.
+            width: of the images, in pixels.
+            tower: the one that is planned for, in a model of several; the others stay exact.
+
         Raises:
+            InvalidArgumentError: for a tower that the model does not have, or none where it has several.
             ModelSourceError: if the model does not take images of that size.
         """
         check_resolution(model, height, width)
         self.model, self.preprocessing = model, model.preprocessing
         blocks = find_attention_blocks(model.module)
-        prefix = blocks[0].prefix_tokens
-        shapes: list[torch.Size] = []
-
-        with torch.inference_mode(), observed(model.module, lambda call: shapes.append(call.query.shape)):
-            model.module(torch.zeros(1, 3, height, width))
-        _, heads, tokens, size = shapes[0]
+        _check_tower(model, tower)
+        refused = {
+            block.number: block.refusal or f"it is of the tower {block.tower_name}"
+            for block in blocks
+            if block.refusal is not None or (model.towers and block.tower_name != tower)
+        }
+        shapes: dict[int, torch.Size] = {}
+        with torch.inference_mode(), observed(model.module, lambda call: shapes.update({call.block: call.query.shape})):
+            model.module(torch.zeros(1, *model.input_shape(height, width)))
+        first = next((block for block in blocks if block.number not in refused), blocks[0])
+        prefix = first.prefix_tokens
+        _, heads, tokens, size = shapes.get(first.number) or next(iter(shapes.values()))
         patches = (height // model.patch_size, width // model.patch_size)
         self.layout = Layout(
             model=model.name,
             num_blocks=len(blocks),
-            refused={block.number: block.refusal for block in blocks if block.refusal is not None},
+            refused=refused,
             tokens=tokens,
             heads=heads,
             head_size=size,
@@ -137,6 +163,8 @@ class TorchSubject:
             prefix_tokens=prefix,
             patches=patches if patches[0] * patches[1] + prefix == tokens else None,
             resolution=(height, width),
+            frames=first.frames,
+            towers=model.towers,
         )
 
     def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:

@@ -46,6 +46,8 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
             method=method,
             prefix_tokens=layout.prefix_tokens,
         )
+        if layout.towers:
+            plan = plan.model_copy(update={"version": 4, "towers": layout.towers, "prefix_tokens": None})
         planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
         measured = planner.run(plan, planner.held_out)
         found.append(UniformRun(name, landmarks, sampler, method, total, planner.saved(plan), measured))

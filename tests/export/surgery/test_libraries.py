@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from library_models import LIBRARIES, PACKAGES, TRANSFORMERS_4, TRANSFORMERS_4_MODELS, Library
+from library_models import LIBRARIES, TRANSFORMERS_4, TRANSFORMERS_4_MODELS, Library
+from library_packages import PACKAGES, installed, run_beside
 from surgery_helpers import graft_and_compare
 
 from fna.export.surgery.graft import inspect_file
@@ -20,25 +18,15 @@ SCRIPT = Path(__file__).parents[2] / "support" / "library_models.py"
 ALL = {**LIBRARIES, **TRANSFORMERS_4_MODELS}
 
 
-def install(packages: tuple[str, ...], folder: Path) -> str:
-    """Put packages, without what they depend on, into a folder that no other process sees; return why not, if not."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    return done.stderr.strip()[-300:] if done.returncode else ""
-
-
 def export_all(models: dict[str, Library], packages: tuple[str, ...], folder: Path) -> None:
     """Export every model of one environment, once for all workers of a test run."""
-    libraries = folder / "packages"
+    libraries, reason = installed(packages, folder.with_name(folder.name + "_packages"))
     with FileLock(str(folder) + ".lock"):
         if (folder / "done").exists():
             return
         folder.mkdir(exist_ok=True)
-        (folder / "done").write_text(install(packages, libraries))
-        paths = os.pathsep.join((str(libraries), str(SCRIPT.parent)))
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(SCRIPT), str(folder), *models]
-        subprocess.run(command, env=environment, capture_output=True, check=False, timeout=300)
+        (folder / "done").write_text(reason)
+        run_beside(libraries, SCRIPT, str(folder), *models)
 
 
 @pytest.fixture
