@@ -18,6 +18,7 @@ from fna.plugins.release import make_release
 from ..conftest import ROOT
 
 
+@pytest.mark.long
 def test_an_installed_wheel_makes_a_bundle_with_its_own_plugin(table: Path, tmp_path: Path) -> None:
     """The table's kernels and libraries are stubs. The environment is fresh; torch and the like are the tests' own."""
     packages = make_release(ROOT, table, tmp_path / "dist")
