@@ -112,6 +112,11 @@ def _with_switches(model: ModelProto) -> tuple[ModelProto, list[tuple[str, ...]]
 
 
 def _choice(graph: LinearGraph, on: str, tensor: str) -> str:
-    """The dequantised tensor where the switch is on, else what was quantised."""
-    before = graph.makers[graph.makers[tensor].input[0]].input[0]
-    return graph.insert("Where", [on, tensor, before], f"{tensor}/switched")
+    """The dequantised tensor where the switch is on, else what was quantised.
+
+    Weights that another tool stored in 8 bits have nothing wider to go back to and stay.
+    """
+    maker = graph.makers.get(graph.makers[tensor].input[0])
+    if maker is None:
+        return tensor
+    return graph.insert("Where", [on, tensor, maker.input[0]], f"{tensor}/switched")

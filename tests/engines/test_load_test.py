@@ -58,7 +58,7 @@ def test_answers_of_other_clients_and_bad_requests_that_pass_are_counted() -> No
     tally = hold(Crossed, "model", samples(), 0.1)
     assert tally.seconds
     assert 0 < tally.wrong < len(tally.seconds) + 2
-    assert tally.accepted == ["type", "channels", "rank", "empty", "batch"]
+    assert tally.accepted == ["type", "channels", "rank", "empty", "no columns", "no photograph", "batch"]
 
 
 def test_refused_requests_of_good_clients_are_lost() -> None:

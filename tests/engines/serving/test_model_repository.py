@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,19 @@ def test_the_portable_ensemble_run_by_hand_gives_the_files_own_outputs(tiny: Pat
     parts = [
         run_session(preprocess, {"raw_image": np.asarray(image)[None]})["pixel_values"] for _, image in photographs
     ]
-    path = repository / "tiny_onnxruntime" / "1" / "model.onnx"
-    assert "MultiHeadAttention" in {node.op_type for node in load_onnx(path, tensors=False).graph.node}
-    model = open_session(path)
+    model = open_session(repository / "tiny_onnxruntime" / "1" / "model.onnx")
     outputs = run_session(model, {"pixel_values": np.concatenate(parts)})
     for name, array in expected.items():
         assert (
             np.linalg.norm(outputs[name] - array) / np.linalg.norm(array) < 2e-3
         )  # photographs differ by a byte here and there
+
+
+def test_exact_blocks_are_onnxruntimes_own_attention_operator(tiny_file: Callable[[str], Path], tmp_path: Path) -> None:
+    written = write_model_repository(tiny_file("traced"), tmp_path / "models", batch=BATCH)
+    (folder,) = (name for name in written.models if name.endswith("_onnxruntime"))
+    graph = load_onnx(tmp_path / "models" / folder / "1" / "model.onnx", tensors=False).graph
+    assert "MultiHeadAttention" in {node.op_type for node in graph.node}
 
 
 @pytest.mark.parametrize("resize", ["bilinear", "bicubic"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_build import KERNEL_CACHE
 from torch import Tensor
 
 from fna.attention import nystrom_attention_reference
@@ -138,6 +139,6 @@ def test_an_image_whose_ptx_is_not_kept_is_named(programs, table: Path, tmp_path
 
 
 def test_cubins_tell_their_size(table: Path) -> None:
-    cubins = list((table / "cache").glob("*.cubin"))
+    cubins = list(KERNEL_CACHE.glob("*.cubin"))
     assert cubins
     assert all(elf_size(cubin.read_bytes()[:64]) == cubin.stat().st_size for cubin in cubins)
