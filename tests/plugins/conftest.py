@@ -74,7 +74,7 @@ def table() -> Path:
     folder = BUILD / "test-plugin"
     with locked("table"):
         parts = [
-            build_table(folder, chips=chips, variants=variants_named(names), jobs=2, cache=KERNEL_CACHE)
+            build_table(folder / "parts", chips=chips, variants=variants_named(names), jobs=2, cache=KERNEL_CACHE)
             for names, chips in TEST_TABLE.items()
         ]
         write_table([entry for part in parts for entry in part], folder)
