@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fna.errors import ModelSourceError
+
+_BETWEEN = re.compile(r",(?![^()\[\]]*[)\]])")
+"""Commas outside of brackets: `depths=(1,2)` is one argument."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def parse_model_name(name: str) -> ModelName:
     Raises:
         ModelSourceError: for an argument that is no `name=value`, or given twice.
     """
-    head, *parts = name.split(",")
+    head, *parts = _BETWEEN.split(name)
     source, _, model = head.partition(":")
     arguments: dict[str, Any] = {}
     for part in parts:

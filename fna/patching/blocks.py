@@ -47,7 +47,7 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
         path, layer = _enclosing_layer(model, name)
         blocks = towers.setdefault(path, [])
         refusal = _find_refusal(attention, layer, tower)
-        prefix = blocks[0].prefix_tokens if blocks else detect_prefix_tokens(tower)
+        prefix = blocks[0].prefix_tokens if blocks else _count_prefix(model, name, tower)
         sizes = _head_sizes(attention.config)
         frames = 1 if refusal else _count_windows(layer)
         # A layer of windows is given them one by one, and joins them itself.
@@ -84,8 +84,8 @@ def _find_without_interface(model: nn.Module, example: Example) -> list[Attentio
 
 
 def _head_sizes(config: Any) -> tuple[int, int]:
-    """H and D of an attention's configuration; 0 where they differ from stage to stage."""
-    heads = config.num_attention_heads
+    """H and D of an attention's configuration; 0 where it does not say them, or they differ from stage to stage."""
+    heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return 0, 0
     return heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -144,6 +144,15 @@ def _find_tower(model: nn.Module, name: str) -> nn.Module | None:
                 break
             tower = parent
     return tower
+
+
+def _count_prefix(model: nn.Module, name: str, tower: nn.Module) -> int:
+    """Prefix tokens of the nearest module around a stack that has any, up to its tower: several stacks have each their own."""
+    for _, parent in _parents(model, name):
+        count = detect_prefix_tokens(parent)
+        if count or parent is tower:
+            return count
+    return 0
 
 
 def _enclosing_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:

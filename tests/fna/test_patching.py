@@ -28,6 +28,7 @@ import fna
 import fna.patching.attention
 from fna.attention import fast_nystrom_attention
 from fna.errors import InvalidLandmarksError, InvalidPlanError, UnsupportedAttentionError
+from fna.observing import NystromCall, observed
 from fna.patching import find_attention_blocks
 from fna.plan import METHODS, BlockPlan, Plan, uniform_plan
 from fna.samplers import landmark_bias, sampler_names, select_landmarks
@@ -526,5 +527,52 @@ def test_a_model_with_two_vision_stacks_has_two_towers() -> None:
         decoder_intermediate_size=32,
     )
     blocks = find_attention_blocks(transformers.ViTMAEForPreTraining(config))
-    assert [block.tower_name for block in blocks] == ["vit"] * 3 + ["decoder_decoder_layers"]
+    assert [block.tower_name for block in blocks] == ["vit"] * 3 + ["decoder_layers"]
     assert [block.number for block in blocks] == [0, 1, 2, 3]
+
+
+def test_each_tower_has_its_own_prefix_tokens() -> None:
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "model_type": "dinov2",
+    }
+    encoder = {**vision, "image_size": 32, "patch_size": 8}
+    config = transformers.DepthProConfig(
+        patch_size=32,
+        fusion_hidden_size=16,
+        intermediate_hook_ids=[0],
+        intermediate_feature_dims=[16],
+        scaled_images_ratios=[0.5, 1.0],
+        scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[16, 16],
+        image_model_config=encoder,
+        patch_model_config=encoder,
+        fov_model_config=encoder,
+        use_fov_model=True,
+        num_fov_head_layers=0,
+    )
+    blocks = find_attention_blocks(transformers.DepthProForDepthEstimation(config))
+    towers = ["patch_encoder", "image_encoder", "fov_encoder"]
+    assert [(block.tower_name, block.prefix_tokens) for block in blocks] == [(name, 1) for name in towers]
+
+
+def test_windows_that_are_joined_have_prefix_tokens_each() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 64}
+    config = transformers.RfDetrDinov2Config(
+        **sizes, patch_size=8, num_windows=2, window_block_indexes=[0], out_indices=[1, 2]
+    )
+    model = transformers.RfDetrDinov2Backbone(config).eval()
+    blocks = find_attention_blocks(model)
+    assert [(block.refusal, block.frames, block.prefix_tokens) for block in blocks] == [
+        ("it attends within windows", 1, 1),
+        (None, 4, 1),
+    ]
+    calls: list[NystromCall] = []
+    fna.patch(model, uniform_plan(2, layers="1", landmarks=LANDMARKS))
+    with torch.no_grad(), observed(model, replaced=calls.append):
+        model(sample_pixels(size=64))
+    assert calls[0].query.shape == (2, 4, 4 * 17, 8)
+    assert [number for number in calls[0].landmarks[0].tolist() if number % 17 == 0] == [0, 17, 34, 51]
