@@ -95,7 +95,7 @@ def load_model(name: str) -> LoadedModel:
         return _built_in(name)
     if (":" in name or "," in name) and not Path(name).exists():
         called = parse_model_name(name)
-        if not called.model:
+        if ":" not in name.split(",")[0]:
             raise ModelSourceError(
                 f"model {name!r} has arguments behind a comma, which {called.source} does not take; models of "
                 f"{', '.join(LIBRARIES)} and factories, module.path:function, take them"
