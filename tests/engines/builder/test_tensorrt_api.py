@@ -345,7 +345,7 @@ def test_turing_is_given_standard_operators_no_plugin_and_no_bf16(
     monkeypatch.setattr(flavours, "find_gpu", lambda: t4)
     path = write_model(tmp_path / "tiny.onnx")
     manifest = build_engine(path, tmp_path / "tiny.engine", BuildOptions(backend="tensorrt"))
-    assert (manifest.targets, manifest.lowering, manifest.plugin_name) == (("t4",), "portable", None)
+    assert (manifest.targets, manifest.lowering, manifest.plugin_name) == (("t4",), "decomposed", None)
     assert fake.loaded == []
     save_model(cast_model(load_onnx(tiny_file("traced")), "bf16"), tmp_path / "bf16.onnx")
     with pytest.raises(InvalidArgumentError, match=r"bf16\.onnx is bf16, but t4 computes in fp32, fp16, int8 only"):
