@@ -47,7 +47,9 @@ def make_best_plan(planner: Planner) -> Planned:
     say("searching")
     front = find_front(options, largest_loss=40 * allowed, bins=16000)
     if len(front) == 1:
-        nearest = [option for found in options for option in found if option.item.candidate is not None]
+        nearest = [
+            option for block_options in options for option in block_options if option.choice.candidate is not None
+        ]
         if not nearest:
             return _exact_only(planner, front[0])
         # all of it is too lossy: let a real run of the least lossy say so
@@ -62,7 +64,7 @@ def make_best_plan(planner: Planner) -> Planned:
     points: list[FrontPlan] = []
     for index in _spread(front, position, verified):
         choice = front[index]
-        candidate = planner.make_plan(choice.items, fits)
+        candidate = planner.make_plan(choice.choices, fits)
         say(f"running {len(points) + 1} plans of the front")
         measured = verified if index == position else planner.run(candidate, planner.held_out)
         points.append(FrontPlan(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
@@ -86,8 +88,8 @@ def _say_break_even(planner: Planner) -> list[str]:
         return [f"at {tokens} tokens on this machine's onnxruntime exact attention is faster, as {cost.baseline()[1]}"]
     if not isinstance(cost, TimeCost):
         return [f"at {tokens} tokens no candidate takes fewer products than exact attention"]
-    found = find_break_even(planner.layout, cost.device, calibration=cost.calibration)
-    where = f"break-even is at about {found} tokens" if found < MOST_TOKENS else "there is no break-even"
+    break_even = find_break_even(planner.layout, cost.device, calibration=cost.calibration)
+    where = f"break-even is at about {break_even} tokens" if break_even < MOST_TOKENS else "there is no break-even"
     return [f"at {tokens} tokens on {cost.device.name} exact attention is faster: {where} (64 landmarks, predicted)"]
 
 
@@ -102,12 +104,12 @@ def _settle(
     best: tuple[int, Plan, Fidelity] | None = None
     guess = min(range(1, len(front)), key=lambda i: abs(front[i].loss - allowed))
     for _ in range(ROUNDS):
-        plan = planner.make_plan(front[guess].items, fits)
+        plan = planner.make_plan(front[guess].choices, fits)
         planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
-        found = planner.run(plan, planner.some_images)
-        excess = planner.wish.excess(found, KEEP_BELOW)
+        fidelity = planner.run(plan, planner.some_images)
+        excess = planner.wish.excess(fidelity, KEEP_BELOW)
         if excess <= 1:
-            low, best = guess, (guess, plan, found)
+            low, best = guess, (guess, plan, fidelity)
         else:
             high = guess
         if high - low <= 1 or CLOSE_ENOUGH <= excess <= 1:
@@ -128,48 +130,48 @@ def _verify(
     """Run a point of the front on the images held out; while it falls short there, a more faithful one. Also how many were run."""
     first = next(index for index, choice in enumerate(front) if _replaces(choice))
     for tried in range(1, MOST_VERIFIED + 1):
-        plan = planner.make_plan(front[position].items, fits)
+        plan = planner.make_plan(front[position].choices, fits)
         planner.say("verifying on images not planned on")
-        found = planner.run(plan, planner.held_out)
-        excess = planner.wish.excess(found, KEEP_BELOW)
+        fidelity = planner.run(plan, planner.held_out)
+        excess = planner.wish.excess(fidelity, KEEP_BELOW)
         if excess <= 1 or position == first or tried == MOST_VERIFIED:
             break
         aim = front[position].loss / excess
         position = max([index for index in range(first, position) if front[index].loss <= aim], default=first)
-    return position, plan, found, tried
+    return position, plan, fidelity, tried
 
 
 def _replaces(choice: BlockChoices[PickedHeads]) -> bool:
-    return any(pick.candidate is not None for pick in choice.items)
+    return any(pick.candidate is not None for pick in choice.choices)
 
 
 def _most_faithful(planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits) -> tuple[int, Plan, Fidelity]:
     """Return the point nearest to exact attention that is not exact, or say what it reaches if that is not enough."""
     index = next(index for index, choice in enumerate(front) if _replaces(choice))
-    plan = planner.make_plan(front[index].items, fits)
-    found = planner.run(plan, planner.images)
-    if not planner.keeps(found):
+    plan = planner.make_plan(front[index].choices, fits)
+    fidelity = planner.run(plan, planner.images)
+    if not planner.keeps(fidelity):
         raise InvalidArgumentError(
-            f"{planner.wish.describe()} cannot be kept with FNA or focal attention: the best reachable is {found.describe()}, with "
+            f"{planner.wish.describe()} cannot be kept with FNA or focal attention: the best reachable is {fidelity.describe()}, with "
             f"{plan.describe_blocks()}; ask for less, or keep exact attention"
         )
-    return index, plan, found
+    return index, plan, fidelity
 
 
 def _alone(
     options: Sequence[Sequence[BlockOption[PickedHeads]]], option: BlockOption[PickedHeads]
 ) -> BlockChoices[PickedHeads]:
     """One block by an option, the others exact."""
-    number = next(number for number, found in enumerate(options) if option in found)
-    exact = [found[-1] for found in options]
-    assert all(each.item.candidate is None for each in exact)
+    number = next(number for number, block_options in enumerate(options) if option in block_options)
+    exact = [block_options[-1] for block_options in options]
+    assert all(each.choice.candidate is None for each in exact)
     chosen = [*exact[:number], option, *exact[number + 1 :]]
-    return BlockChoices(sum(each.cost for each in chosen), option.loss, tuple(each.item for each in chosen))
+    return BlockChoices(sum(each.cost for each in chosen), option.loss, tuple(each.choice for each in chosen))
 
 
 def _exact_only(planner: Planner, choice: BlockChoices[PickedHeads]) -> Planned:
     """The plan where no candidate is cheaper than exact attention."""
-    plan = planner.make_plan(choice.items, {})
+    plan = planner.make_plan(choice.choices, {})
     exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
     point = FrontPlan(plan, exact_cost, 0.0, 0.0, _perfect(planner))
     return Planned(plan, point, [point], exact_cost, True, _say_break_even(planner))

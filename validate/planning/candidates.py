@@ -122,7 +122,7 @@ class SearchRange:
         return [c for c in fitting if focal_block_products(c.plan(0), *sizes) <= DEAREST * exact]
 
     def _nystrom(self, layout: Layout) -> list[Candidate]:
-        found = []
+        candidates = []
         exact = exact_products(layout.tokens, 1, layout.head_size)
         for name in self.samplers:
             sampler = find_sampler(name)
@@ -138,5 +138,5 @@ class SearchRange:
                     for steps in self.iterations:
                         core = default_core(count, "weighted") if steps == NEWTON_SCHULZ_ITERATIONS else None
                         if nystrom_products(layout.tokens, count, 1, layout.head_size, steps, core) <= DEAREST * exact:
-                            found.append(Candidate(count, name, resample, steps, core))
-        return found
+                            candidates.append(Candidate(count, name, resample, steps, core))
+        return candidates

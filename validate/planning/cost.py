@@ -254,8 +254,8 @@ def read_calibration(path: Path, layout: Layout, device: DeviceRates) -> Calibra
     if len(bench.rows) == 1:  # two numbers cannot tell three unknowns: one factor for both kinds of attention
         matrix = np.stack([matrix[:, 0], matrix[:, 1] + matrix[:, 2]], axis=1)
     scale = np.linalg.norm(matrix / right[:, None], axis=0)
-    found = nnls(matrix / right[:, None] / scale, np.ones(len(right)))[0] / scale
-    nystrom_factor = found[2] if len(found) == 3 else found[1]
-    worst = float(np.abs(matrix @ found / right - 1).max())
-    rest = float(found[0]) * layout.tokens
-    return Calibration(float(found[1]) or 1.0, float(nystrom_factor) or 1.0, rest, len(right), worst)
+    factors = nnls(matrix / right[:, None] / scale, np.ones(len(right)))[0] / scale
+    nystrom_factor = factors[2] if len(factors) == 3 else factors[1]
+    worst = float(np.abs(matrix @ factors / right - 1).max())
+    rest = float(factors[0]) * layout.tokens
+    return Calibration(float(factors[1]) or 1.0, float(nystrom_factor) or 1.0, rest, len(right), worst)

@@ -41,11 +41,11 @@ class Fidelity(BaseModel):
 
 def measure_fidelity(
     reference: Sequence[NDArray[np.float32]],  # [T, C] each
-    given: Sequence[NDArray[np.float32]],
+    reached: Sequence[NDArray[np.float32]],
     prefix_tokens: int,
 ) -> Fidelity:
     """Compare runs of several images; `prefix_tokens` are those of the T that precede the patches."""
-    cosines = [cosine(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(reference, given, strict=True)]
+    cosines = [cosine(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(reference, reached, strict=True)]
     patches = np.concatenate([values[prefix_tokens:] for values in cosines])
     first = float(np.mean([values[0] for values in cosines])) if prefix_tokens else None
     return Fidelity(mean=float(patches.mean()), p5=float(np.percentile(patches, 5)), first=first)

@@ -51,18 +51,18 @@ def parse_goal(text: str) -> TaskGoal:
 
 
 def measure_agreement(
-    kinds: OutputKinds, exact: Sequence[Arrays], given: Sequence[Arrays], tasks: Collection[str] | None = None
+    kinds: OutputKinds, exact: Sequence[Arrays], reached: Sequence[Arrays], tasks: Collection[str] | None = None
 ) -> dict[str, float]:
     """Measure the tasks that a model's outputs allow, by `task:measure`.
 
     Args:
         kinds: what the outputs are.
         exact: outputs of each image, by name, batch of one.
-        given: the same by a plan.
+        reached: the same by a plan.
         tasks: those that are measured; None is all.
     """
-    result = compare_outputs(kinds, _stack(exact), _stack(given), tasks)
-    return {f"{item.task}:{item.measure}": item.value for item in result.measures}
+    result = compare_outputs(kinds, _stack(exact), _stack(reached), tasks)
+    return {f"{measured.task}:{measured.measure}": measured.value for measured in result.measures}
 
 
 def resolve_goals(goals: Sequence[TaskGoal], known: Mapping[str, float]) -> tuple[TaskGoal, ...]:

@@ -12,11 +12,11 @@ def planning_photographs() -> list[tuple[str, Image.Image]]:
     from matplotlib.cbook import get_sample_data
     from skimage import data
 
-    found = []
+    photographs = []
     for name in PLANNING:
         pixels = getattr(data, name)()
-        found.append((name, Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")))
+        photographs.append((name, Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")))
     portrait = get_sample_data("grace_hopper.jpg", asfileobj=False)
     with Image.open(portrait) as image:
-        found.append(("grace_hopper", image.convert("RGB")))
-    return found
+        photographs.append(("grace_hopper", image.convert("RGB")))
+    return photographs

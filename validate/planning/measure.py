@@ -107,9 +107,9 @@ class Measurement:
     images: int = 0
     moments: dict[tuple[int, AnyCandidate], Moments] = field(default_factory=dict)
 
-    def add(self, block: int, found: Mapping[Any, Moments]) -> None:
+    def add(self, block: int, by_candidate: Mapping[Any, Moments]) -> None:
         """Add one block's moments on one image."""
-        for candidate, moments in found.items():
+        for candidate, moments in by_candidate.items():
             key = (block, candidate)
             self.moments[key] = self.moments[key].add(moments) if key in self.moments else moments
 
@@ -159,7 +159,7 @@ def measure_block(
         front, back = (part.contiguous() for part in (turned_gradients[:, :, :prefix], turned_gradients[:, :, prefix:]))
         effect_values = taps.correlate(back)  # [H, P, K]
         effect_exact = _along(back, view.exact[0, :, prefix:])  # [H, P]
-    found: dict[Candidate, Moments] = {}
+    moments: dict[Candidate, Moments] = {}
     groups: dict[tuple[str, bool], dict[int, list[Candidate]]] = {}
     for candidate in candidates:
         by_count = groups.setdefault((candidate.sampler, candidate.resample), {})
@@ -209,8 +209,8 @@ def measure_block(
                 sums = torch.cat([sum_values, flat_sums[..., place : place + 1]], dim=2)
                 gram = lift * torch.cat([top, bottom], dim=1) + common * (sums.mT @ sums)
                 cross = cross + common[..., 0] * (sums.mT @ sum_exact[..., None])[..., 0]
-                found[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
-    return found
+                moments[candidate] = Moments(gram, cross, energy_left, fixed[:, place], effects[place])
+    return moments
 
 
 def _outputs(

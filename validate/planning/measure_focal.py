@@ -27,7 +27,7 @@ def measure_focal(
     Both are taken over some of the tiles, and scaled to all of them.
     """
     assert layout.patches is not None
-    found = {}
+    moments = {}
     prefix, patches = layout.prefix_tokens, layout.patches
     for tile in dict.fromkeys(candidate.tile for candidate in candidates):
         of_tile = {
@@ -42,8 +42,8 @@ def measure_focal(
             out = focal_attention_reference(
                 view.query, view.key, view.value, *lists.tensors(), None, prefix, candidate.hot, view.scale
             )
-            found[candidate] = _moments(out[0, :, tokens] - exact, view, gradients, lift)
-    return found
+            moments[candidate] = _moments(out[0, :, tokens] - exact, view, gradients, lift)
+    return moments
 
 
 @lru_cache(maxsize=1024)  # of all blocks and candidates, for the next image

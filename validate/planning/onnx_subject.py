@@ -71,9 +71,9 @@ class OnnxSubject:
         assert head_size is not None
         self._rows = [row for row in eligible if (row.tokens[0], row.heads, row.head_size) == common]
         kept = {row.block for row in self._rows}
-        found = self._rows[0].attention
-        assert found is not None
-        stream = find_stream(graph, points, found)
+        attention = self._rows[0].attention
+        assert attention is not None
+        stream = find_stream(graph, points, attention)
         prefix = (count_prefix_tokens(graph, points, stream) if stream is not None else None) or 0
         patches = _square_or_ratio(tokens - prefix, height, width)
         self.layout = Layout(
@@ -89,7 +89,7 @@ class OnnxSubject:
             resolution=(height, width),
         )
         self.preprocessing = _preprocessing(model, path)
-        self._outputs = [item.name for item in model.graph.output]
+        self._outputs = [output.name for output in model.graph.output]
         self._fidelity_tensor = _last_tokens(graph, points[0].shapes, tokens)
         self._folder = tempfile.TemporaryDirectory(prefix="fna-plan-")
         self._names: dict[int, tuple[str, str, str, str | None]] = {}
@@ -152,7 +152,7 @@ class OnnxSubject:
         return OutputKinds(maps, tokens, self.layout.prefix_tokens)
 
     def _open(self, model: ModelProto, name: str) -> Any:
-        known = {item.name for item in model.graph.output}
+        known = {output.name for output in model.graph.output}
         if self._fidelity_tensor not in known:
             model.graph.output.append(onnx.ValueInfoProto(name=self._fidelity_tensor))
         path = Path(self._folder.name) / f"{name}-run.onnx"
@@ -169,7 +169,7 @@ class OnnxSubject:
             hidden = None if stream is None or stream.sequence_first else stream.tensor
             self._names[row.block] = (*names, hidden)
             self._roots[row.block] = _projection_root(graph, row)
-        have = {item.name for item in copy.graph.output}
+        have = {output.name for output in copy.graph.output}
         copy.graph.node.extend(nodes)
         copy.graph.initializer.extend(constants.values())
         wanted = dict.fromkeys(name for names in self._names.values() for name in names if name is not None)
@@ -179,11 +179,11 @@ class OnnxSubject:
 
 def _projection_root(graph: GraphView, row: Row) -> Tensor:  # [H, D, D]
     """A root of `W W^T` per head, with W the projection `[H D, C]` that reads the block's result; the identity if none is found."""
-    found = row.attention
-    assert found is not None
-    heads, size = found.heads, found.head_size
+    attention = row.attention
+    assert attention is not None
+    heads, size = attention.heads, attention.head_size
     plain = torch.eye(size).expand(heads, size, size)
-    for index in graph.readers(found.result.tensor):
+    for index in graph.readers(attention.result.tensor):
         node = graph.nodes[index]
         if node.op not in ("MatMul", "Gemm") or node.inputs[1].name not in graph.initializers:
             continue
@@ -219,6 +219,6 @@ def _square_or_ratio(count: int, height: int, width: int) -> tuple[int, int] | N
 
 
 def _preprocessing(model: ModelProto, path: Path) -> Preprocessing:
-    if any(entry.key.startswith(PREFIX) for entry in model.metadata_props):
+    if any(prop.key.startswith(PREFIX) for prop in model.metadata_props):
         return read_metadata(model, str(path)).preprocessing
     return Preprocessing()

@@ -124,14 +124,14 @@ class Planner:
             cost = self.cost.block(candidate, self.layout.heads, self.kernel)
             group = (number, "" if self.whole_blocks else candidate.kind)
             rows.setdefault(group, []).append((cost, float(fit.losses.sum()), candidate))
-        found: dict[int, list[AnyCandidate]] = {number: [] for number in self.blocks}
+        worthwhile: dict[int, list[AnyCandidate]] = {number: [] for number in self.blocks}
         for (number, _), group_rows in rows.items():
             best = np.inf
             for _, loss, candidate in sorted(group_rows, key=lambda row: row[:2]):
                 if loss <= best * WORTHWHILE:
-                    found[number].append(candidate)
+                    worthwhile[number].append(candidate)
                 best = min(best, loss)
-        return found
+        return worthwhile
 
     def _measure_image(self, pixels: Pixels, candidates: dict[int, list[AnyCandidate]]) -> Measurement:
         measured, shared = Measurement(images=1), SharedFeatures()
@@ -176,7 +176,7 @@ class Planner:
 
         For subjects without gradients: what an error does on its way to the output is not known then.
         """
-        found: Scales = {}
+        scales: Scales = {}
         exact = [PickedHeads()] * self.layout.num_blocks
         for number, kind in dict.fromkeys((number, candidate.kind) for number, candidate in fits):
             self.say(f"running block {number} alone, {kind}")
@@ -184,8 +184,8 @@ class Planner:
             pick = PickedHeads(candidate, tuple(range(self.layout.heads)))
             plan = self.make_plan([*exact[:number], pick, *exact[number + 1 :]], fits)
             loss = self.run(plan, self.images[:2]).loss
-            found[number, kind] = max(loss, 1e-7) / max(float(fits[number, candidate].losses.sum()), 1e-9)
-        return found
+            scales[number, kind] = max(loss, 1e-7) / max(float(fits[number, candidate].losses.sum()), 1e-9)
+        return scales
 
     def _middling(self, candidates: Sequence[AnyCandidate]) -> AnyCandidate:
         """Of the candidates of one kind, one that is neither the cheapest nor the dearest."""
@@ -202,7 +202,7 @@ class Planner:
         heads = self.layout.heads
         result = []
         for number in range(self.layout.num_blocks):
-            found: list[BlockOption[PickedHeads]] = [BlockOption(self.cost.exact(heads), 0.0, PickedHeads())]
+            options: list[BlockOption[PickedHeads]] = [BlockOption(self.cost.exact(heads), 0.0, PickedHeads())]
             for (block, candidate), fit in fits.items():
                 if block != number:
                     continue
@@ -212,8 +212,8 @@ class Planner:
                 for count in range(1, heads + 1) if splits else [heads]:
                     chosen = tuple(sorted(order[:count]))
                     cost = self.cost.block(candidate, count, self.kernel)
-                    found.append(BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen)))
-            result.append(drop_dominated(found))
+                    options.append(BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen)))
+            result.append(drop_dominated(options))
         return result
 
     def make_plan(self, picks: Sequence[PickedHeads], fits: Fits) -> Plan:
@@ -286,14 +286,14 @@ class Planner:
 
     def _run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         exact = [self._reference(pixels) for pixels in images]
-        given = [self.subject.run(pixels, plan) for pixels in images]
-        expected, reached = ([self.subject.tokens(outputs) for outputs in group] for group in (exact, given))
-        found = measure_fidelity(expected, reached, self.layout.prefix_among(len(expected[0])))
+        planned = [self.subject.run(pixels, plan) for pixels in images]
+        expected, reached = ([self.subject.tokens(outputs) for outputs in group] for group in (exact, planned))
+        fidelity = measure_fidelity(expected, reached, self.layout.prefix_among(len(expected[0])))
         if not self.wish.goals:
-            return found
+            return fidelity
         tasks = {goal.task for goal in self.wish.goals}
-        measured = measure_agreement(self.subject.kinds(exact[0]), exact, given, tasks)
-        return found.model_copy(update={"tasks": {goal.name: measured[goal.name] for goal in self.wish.goals}})
+        measured = measure_agreement(self.subject.kinds(exact[0]), exact, planned, tasks)
+        return fidelity.model_copy(update={"tasks": {goal.name: measured[goal.name] for goal in self.wish.goals}})
 
     def _reference(self, pixels: Pixels) -> Arrays:
         if id(pixels) not in self._references:

@@ -18,7 +18,7 @@ def describe_cost(cost: float, unit: str) -> str:
 
 def count_heads(point: FrontPlan, heads: int) -> int:
     """How many heads of the whole model are FNA."""
-    return sum(heads if entry.heads is None else len(entry.heads) for entry in point.plan.blocks)
+    return sum(heads if block.heads is None else len(block.heads) for block in point.plan.blocks)
 
 
 def as_json(planned: Planned, unit: str) -> dict[str, Any]:

@@ -232,8 +232,8 @@ class TorchSubject:
                 visit(view)
 
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
-        found = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output()]
-        return found[0] if self.model.token_outputs else found.reshape(1, -1)
+        tokens = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output()]
+        return tokens[0] if self.model.token_outputs else tokens.reshape(1, -1)
 
     def _fidelity_output(self) -> str:
         return (*self.model.token_outputs, *self.model.output_names)[0]
@@ -251,8 +251,8 @@ def _gradients(directions: Tensor, errors: dict[int, Tensor], seed: int) -> dict
     for probe in range(PROBES):
         direction = torch.randn(directions.shape, generator=generator) / (2 * directions.shape[0]) ** 0.5
         combined = (direction * directions).sum()
-        found = torch.autograd.grad(combined, [errors[n] for n in numbers], retain_graph=probe < PROBES - 1)
-        for number, gradient in zip(numbers, found, strict=True):
+        gradients = torch.autograd.grad(combined, [errors[n] for n in numbers], retain_graph=probe < PROBES - 1)
+        for number, gradient in zip(numbers, gradients, strict=True):
             rows[number].append(gradient[0])
     return {number: torch.stack(parts) for number, parts in rows.items()}
 

@@ -31,7 +31,7 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
     if count >= 4:
         names.append(f"0-{count // 4 - 1},{count // 2}-{count - 1}")
     sizes = [size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens]
-    found = []
+    runs = []
     for name, landmarks, (sampler, method) in product(names, sizes, uniform_settings()):
         blocks = [number for number in parse_layers(name, count) if number in planner.blocks]
         block = cost.block(usual_candidate(landmarks, sampler, method), layout.heads, 0)
@@ -50,5 +50,5 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
             plan = plan.model_copy(update={"version": 4, "towers": layout.towers, "prefix_tokens": None})
         planner.say(f"running blocks {name}, S={landmarks}, {sampler}, {method} for comparison")
         measured = planner.run(plan, planner.held_out)
-        found.append(UniformRun(name, landmarks, sampler, method, total, planner.saved(plan), measured))
-    return tuple(found)
+        runs.append(UniformRun(name, landmarks, sampler, method, total, planner.saved(plan), measured))
+    return tuple(runs)

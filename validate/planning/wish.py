@@ -27,19 +27,19 @@ class Wish:
     whole_blocks: bool | None = None
     tried: SearchRange = field(default_factory=SearchRange)
 
-    def excess(self, found: Fidelity, keep_below: float = 1.0) -> float:
+    def excess(self, fidelity: Fidelity, keep_below: float = 1.0) -> float:
         """By how much the worst of the losses exceeds what is allowed: at most 1 where all that is asked for is kept.
 
         Args:
-            found: what a plan reached.
+            fidelity: what a plan reached.
             keep_below: aim at this part of the mean loss allowed.
         """
         parts = [0.0]
         if self.min_cosine is not None:
-            parts.append((1 - found.mean) / (keep_below * (1 - self.min_cosine)))
+            parts.append((1 - fidelity.mean) / (keep_below * (1 - self.min_cosine)))
         if self.min_p5 is not None:
-            parts.append((1 - found.p5) / (1 - self.min_p5))
-        parts += [(1 - found.tasks[goal.name]) / (1 - goal.minimum) for goal in self.goals]
+            parts.append((1 - fidelity.p5) / (1 - self.min_p5))
+        parts += [(1 - fidelity.tasks[goal.name]) / (1 - goal.minimum) for goal in self.goals]
         return max(parts)
 
     def describe(self) -> str:

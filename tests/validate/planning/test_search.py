@@ -34,10 +34,10 @@ def test_points_of_the_front_get_cheaper_and_worse() -> None:
     front = find_front(blocks, largest_loss=2.0)
     assert [choice.cost for choice in front] == sorted((choice.cost for choice in front), reverse=True)
     assert [choice.loss for choice in front] == sorted(choice.loss for choice in front)
-    assert front[0].items == (0, 0, 0)
-    assert front[-1].items == (2, 2, 2)
+    assert front[0].choices == (0, 0, 0)
+    assert front[-1].choices == (2, 2, 2)
     for choice in front:
-        assert choice.loss == pytest.approx(sum(blocks[0][item].loss for item in choice.items))
+        assert choice.loss == pytest.approx(sum(blocks[0][pick].loss for pick in choice.choices))
 
 
 def test_an_option_that_is_dearer_and_worse_is_dropped() -> None:
@@ -47,4 +47,4 @@ def test_an_option_that_is_dearer_and_worse_is_dropped() -> None:
         BlockOption(3.0, 0.1, "c"),
         BlockOption(5.0, 0.0, "d"),
     ]
-    assert [option.item for option in drop_dominated(options)] == ["a", "c", "d"]
+    assert [option.choice for option in drop_dominated(options)] == ["a", "c", "d"]
