@@ -21,6 +21,7 @@ from fna.export.sources.model_names import parse_model_name
 from fna.export.sources.transformers_models import find_preprocessing, load_transformers
 from fna.export.sources.vision_modules import PatchifiedVision, ProjectedTokens, VisionOutputs
 from fna.patching import AttentionBlock, find_attention_blocks
+from fna.patching.blocks import keep_blocks
 from fna.patching.survey import guess_input
 from fna.patching.towers import number_towers
 
@@ -163,6 +164,7 @@ def wrap_model(
             f"model {name!r} has no trained weights for any of its outputs: {', '.join(missing[:3])}"
         )
     wrapped = VisionOutputs(tower, fields, arguments, shape)
+    keep_blocks(wrapped, blocks)
     names, tokens, maps = _classify(wrapped, fields, shape, (native // patch) ** 2)
     any_resolution = _takes_any_resolution(wrapped, shape, patch)
     if preprocessing is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fna.errors import FnaError, ModelSourceError, UnsupportedAttentionError
 from fna.patching.called_blocks import find_called_blocks
-from fna.patching.record import PATCH, AttentionBlock, Entering
+from fna.patching.record import BLOCKS, PATCH, AttentionBlock, Entering
 from fna.patching.survey import Example
 from fna.patching.towers import name_towers
 from fna.special_tokens import detect_prefix_tokens
@@ -37,6 +37,8 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
     patched: list[AttentionBlock] = getattr(getattr(model, PATCH, None), "blocks", [])
     if any(block.call is not None for block in patched):  # their calls cannot be seen any more
         return patched
+    if example is None and hasattr(model, BLOCKS):
+        return list(getattr(model, BLOCKS))
     towers: dict[str, list[AttentionBlock]] = {}
     for name, attention in model.named_modules():
         if not _uses_attention_interface(attention):
@@ -68,6 +70,19 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
         replace(block, number=number, tower_name=owner)
         for number, (block, owner) in enumerate(zip(blocks, owners, strict=True))
     ]
+
+
+def keep_blocks(wrapper: nn.Module, blocks: Sequence[AttentionBlock]) -> None:
+    """Have `find_attention_blocks(wrapper)` return the blocks found in the model that it holds, by their paths in the wrapper.
+
+    For a wrapper that nobody changes: what is found once is not looked for again.
+    """
+    paths = {module: path for path, module in wrapper.named_modules()}
+    renamed = [
+        replace(block, name="#".join((paths[block.attention], *block.name.split("#")[1:])))
+        for block in blocks
+    ]
+    setattr(wrapper, BLOCKS, renamed)
 
 
 def _find_without_interface(model: nn.Module, example: Example) -> list[AttentionBlock]:

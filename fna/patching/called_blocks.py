@@ -42,7 +42,7 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
     for number, (site, path) in enumerate(zip(seen.sites, paths, strict=True)):
         patches, images = grids.setdefault(path, (site.patches, site.images))
         frames = _count_frames(site, images)
-        refusal = _refuse_windows(site, images) or site.refusal
+        refusal = _refuse_windows(site, images, seen.entered.get(site.path, ())) or site.refusal
         layer, entering = _find_layer(site, seen)
         known = len(site.query) == 4
         blocks.append(
@@ -89,13 +89,16 @@ def _count_frames(site: CallSite, images: int | None) -> int:
     return images // site.query[0]
 
 
-def _refuse_windows(site: CallSite, images: int | None) -> str | None:
+def _refuse_windows(site: CallSite, images: int | None, entered: Sequence[int]) -> str | None:
     if images is None or not site.query:
         return None
     batch, tokens = site.query[0], site.query[-2]
-    folded = site.query[1] if len(site.query) == 5 else 1
-    if batch * folded > images and len(site.query) != 3:
-        return f"it attends within windows ({batch * folded // images} of {tokens} tokens for each image)"
+    if len(site.query) == 5:
+        batch *= site.query[1]
+    elif len(site.query) == 3:  # heads may be in its batch; what the module was given has them not
+        batch = entered[0] if prod(entered[1:-1]) == tokens else images
+    if batch > images:
+        return f"it attends within windows ({batch // images} of {tokens} tokens for each image)"
     return None
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 PATCH = "_fna_patch"
 """On a patched model: what `unpatch` needs, its blocks among it."""
 
+BLOCKS = "_fna_blocks"
+"""On a model of ours that does not change: its blocks, so that it is not run anew for each question about them."""
+
 Entering = Literal["tokens", "tokens first", "map"]
 """How a layer is given its tokens: `[B, N, C]`, `[N, B, C]`, or the rows and columns of a map `[B, h, w, C]`."""
 

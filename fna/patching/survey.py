@@ -300,11 +300,11 @@ def refuse_arguments(
     is_causal: bool,
 ) -> str | None:
     """Say why a call of `scaled_dot_product_attention` is not plain, full self-attention; None if it is."""
-    if query.dim() != 4:
-        return f"its query has {query.dim()} dimensions, but [B, H, N, D] is needed (windows, groups, or heads in the batch)"
     if attn_mask is not None:
         kind = "an attention mask" if attn_mask.dtype == torch.bool else "a position bias or mask"
         return f"it adds {kind} of shape {list(attn_mask.shape)} to the scores"
+    if query.dim() != 4:
+        return f"its query has {query.dim()} dimensions, but [B, H, N, D] is needed (windows, groups, or heads in the batch)"
     if is_causal:
         return "it is causal"
     if key.shape[1] != query.shape[1]:

@@ -177,6 +177,7 @@ def test_queries_stand_in_for_hidden_states_that_cannot_be_had() -> None:
         ("causal", "it is causal"),
         ("pooled keys", "cross-attention: 65 queries, 33 keys"),
         ("grouped", "heads are grouped"),
+        ("flat", "its query has 3 dimensions"),
         ("explicit", "softmax(q @ k.T) @ v by itself"),
     ],
 )
@@ -192,8 +193,9 @@ def test_a_block_that_is_not_plain_self_attention_is_refused_by_name(kind: str, 
         find_attention_blocks(build(OwnViT(kind, kind)))
 
 
-def test_windows_are_told_from_a_batch() -> None:
-    model = build(OwnViT("windowed", "plain", prefix=0))
+@pytest.mark.parametrize("kind", ["windowed", "flat windowed"])
+def test_windows_are_told_from_a_batch(kind: str) -> None:
+    model = build(OwnViT(kind, "plain", prefix=0))
     blocks = find_attention_blocks(model)
     assert blocks[0].refusal == f"it attends within windows (4 of {GRID * GRID // 4} tokens for each image)"
     assert blocks[1].refusal is None

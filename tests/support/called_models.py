@@ -39,6 +39,8 @@ class Attention(nn.Module):
             out = scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(tokens, tokens, dtype=torch.bool))
         elif self.kind == "pooled keys":
             out = scaled_dot_product_attention(q, k[:, :, ::2], v[:, :, ::2])
+        elif self.kind in ("flat", "flat windowed"):  # as SAM has it: heads in the batch
+            out = scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (batch, -1))
         elif self.kind == "grouped":
             out = scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
         elif self.kind == "unseen":
@@ -57,7 +59,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(DIM), Attention(kind), nn.LayerNorm(DIM)
         self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
-        self.windowed = kind == "windowed"
+        self.windowed = "windowed" in kind
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm1(x)

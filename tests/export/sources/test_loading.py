@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -16,13 +17,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from called_models import OwnViT
+from called_models import build as build_own
 from model_families import FAMILIES, IMAGE, REFUSED, SIZES, Family, build_tiny, sample_pixels, siglip2_inputs
 from torch import nn
 
+import fna
 from fna.errors import FnaError, MissingCapabilityError, ModelSourceError, UnsupportedAttentionError
 from fna.export.sources import loading, transformers_models
-from fna.export.sources.loading import BUILT_IN, check_resolution, load_model
-from fna.export.sources.vision_modules import antialiased_bilinear
+from fna.export.sources.loading import BUILT_IN, check_resolution, load_model, wrap_model
+from fna.export.sources.vision_modules import VisionOutputs, antialiased_bilinear
+from fna.patching import find_attention_blocks
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -428,3 +433,16 @@ def test_a_model_that_does_not_run_at_its_own_size_is_refused(tmp_path: Path) ->
     config = transformers.ViTConfig(**SIZES, **{**IMAGE, "num_channels": 4})
     transformers.ViTModel(config).save_pretrained(tmp_path)
     refuse(str(tmp_path), "does not run on one 32x32 image")
+
+
+def test_a_loaded_model_is_surveyed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = wrap_model("tests:own", build_own(OwnViT("plain", "twice")))
+    fresh = find_attention_blocks(VisionOutputs(loaded.module.model, ("output",), {}, (3, 32, 32)))
+    monkeypatch.setattr(fna.patching.called_blocks, "survey", None)
+    twin = copy.deepcopy(loaded.module)
+    for module in (loaded.module, twin):
+        blocks = find_attention_blocks(module)
+        assert [(block.name, block.call) for block in blocks] == [(block.name, block.call) for block in fresh]
+        assert [module.get_submodule(block.name.partition("#")[0]) for block in blocks] == [
+            block.attention for block in blocks
+        ]
