@@ -78,10 +78,7 @@ def keep_blocks(wrapper: nn.Module, blocks: Sequence[AttentionBlock]) -> None:
     For a wrapper that nobody changes: what is found once is not looked for again.
     """
     paths = {module: path for path, module in wrapper.named_modules()}
-    renamed = [
-        replace(block, name="#".join((paths[block.attention], *block.name.split("#")[1:])))
-        for block in blocks
-    ]
+    renamed = [replace(block, name="#".join((paths[block.attention], *block.name.split("#")[1:]))) for block in blocks]
     setattr(wrapper, BLOCKS, renamed)
 
 

@@ -40,7 +40,9 @@ class Attention(nn.Module):
         elif self.kind == "pooled keys":
             out = scaled_dot_product_attention(q, k[:, :, ::2], v[:, :, ::2])
         elif self.kind in ("flat", "flat windowed"):  # as SAM has it: heads in the batch
-            out = scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (batch, -1))
+            out = scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(
+                0, (batch, -1)
+            )
         elif self.kind == "grouped":
             out = scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
         elif self.kind == "unseen":
