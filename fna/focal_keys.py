@@ -117,8 +117,9 @@ def focal_keys(
     levels: Levels,
     seed: int = 0,
     masked: tuple[int, ...] = (),
+    tiles: tuple[int, ...] | None = None,
 ) -> FocalKeys:
-    """List the queries and keys of every tile.
+    """List the queries and keys of every tile, or of some.
 
     Args:
         patches: rows and columns of the grid of patches; N is `prefix_tokens` plus their product.
@@ -127,6 +128,7 @@ def focal_keys(
         levels: see `Levels`; `((1, 0),)` is exact attention.
         seed: of the draw.
         masked: tokens that are no key of any tile and never drawn for their cell.
+        tiles: numbers of those that are listed, in that order; the places of patches in others mean nothing. None is all.
 
     Raises:
         InvalidArgumentError: see `check_focal`; also where all keys of a tile are masked.
@@ -138,7 +140,9 @@ def focal_keys(
     prefix = np.flatnonzero(allowed[:prefix_tokens])
     open_patches = allowed[prefix_tokens:].reshape(rows, columns)
     tile_queries, tile_keys, tile_biases = [], [], []
-    for number, (top, left) in enumerate(_tile_corners(patches, tile)):
+    corners = list(_tile_corners(patches, tile))
+    for number in range(len(corners)) if tiles is None else tiles:
+        top, left = corners[number]
         bottom, right = min(top + tile, rows), min(left + tile, columns)
         drawn, counts = _draw_tile(open_patches, (top, left, bottom, right), number, levels, seed)
         keys = np.concatenate([prefix, prefix_tokens + drawn])
@@ -150,7 +154,7 @@ def focal_keys(
         tile_keys.append(keys)
         tile_biases.append(np.concatenate([np.zeros(len(prefix)), np.log(counts)]))
     queries = _pad(tile_queries, tile * tile, None)
-    places = np.empty(rows * columns, dtype=np.int64)
+    places = np.zeros(rows * columns, dtype=np.int64)
     for number, tokens in enumerate(tile_queries):
         places[tokens - prefix_tokens] = number * tile * tile + np.arange(len(tokens))
     longest = max(len(keys) for keys in tile_keys)

@@ -20,9 +20,10 @@ from fna.validate.planning.measure import MOMENTS, Measurement, Moments
 
 
 def _candidate(
-    landmarks: int, sampler: str, resample: bool, iterations: int, core: tuple[int, float] | None
+    landmarks: int, sampler: str, resample: bool, iterations: int, core: tuple[int, float] | None, *corrected: bool
 ) -> Candidate:
-    return Candidate(landmarks, sampler, resample, iterations, None if core is None else ChebyshevSteps(*core))
+    chebyshev = None if core is None else ChebyshevSteps(*core)
+    return Candidate(landmarks, sampler, resample, iterations, chebyshev, *corrected)
 
 
 KINDS: dict[str, Callable[..., Any]] = {Candidate.kind: _candidate, FocalCandidate.kind: FocalCandidate}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fna.arithmetic import exact_products, focal_block_products, nystrom_products
@@ -35,6 +35,13 @@ class Candidate:
     iterations: int
     chebyshev: ChebyshevSteps | None = None
     """The cheaper core, where it takes the place of the iterations."""
+    corrected: bool = field(default=False, repr=False)
+    """With a correction fitted to it; measured it is once, for both. What is measured has names in the cache, so it is not told."""
+
+    @property
+    def family(self) -> str:
+        """Whose errors depend on one another alike."""
+        return f"corrected {self.kind}" if self.corrected else self.kind
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class FocalCandidate:
     """One way to make a block focal: all heads of it, with a draw of its own."""
 
     kind: ClassVar[str] = "focal"
+    family: ClassVar[str] = kind
 
     tile: int
     levels: Levels
@@ -58,6 +66,11 @@ class FocalCandidate:
 
 
 AnyCandidate = Candidate | FocalCandidate
+
+
+def measured_as(candidate: AnyCandidate) -> AnyCandidate:
+    """The candidate whose moments say what this one loses: corrections are fitted afterwards."""
+    return replace(candidate, corrected=False) if isinstance(candidate, Candidate) else candidate
 
 
 def usual_candidate(landmarks: int, sampler: str, method: Method = "weighted") -> Candidate:

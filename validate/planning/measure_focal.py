@@ -49,17 +49,10 @@ def measure_focal(
 @lru_cache(maxsize=1024)  # of all blocks and candidates, for the next image
 def _some_tiles(patches: tuple[int, int], prefix_tokens: int, tile: int, levels: Levels, seed: int) -> FocalKeys:
     """Lists of some of the tiles, in no pattern; the places of patches in other tiles mean nothing."""
-    lists = focal_keys(patches, prefix_tokens, tile, levels, seed)
-    tiles, side = lists.queries.shape
-    count = -(-SAMPLED_QUERIES // side)
-    if count >= tiles:
-        return lists
-    rows = np.sort(np.random.default_rng(0).permutation(tiles)[:count])
-    of_tile, inside = np.divmod(lists.places, side)
-    position = np.zeros(tiles, dtype=np.int32)
-    position[rows] = np.arange(count)
-    places = (position[of_tile] * side + inside).astype(np.int32)
-    return FocalKeys(lists.queries[rows], lists.keys[rows], lists.bias[rows], places)
+    rows, columns = patches
+    count, needed = -(-rows // tile) * -(-columns // tile), -(-SAMPLED_QUERIES // tile**2)
+    chosen = np.sort(np.random.default_rng(0).permutation(count)[:needed])
+    return focal_keys(patches, prefix_tokens, tile, levels, seed, tiles=tuple(chosen.tolist()))
 
 
 def _moments(

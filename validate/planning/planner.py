@@ -21,7 +21,7 @@ from fna.runtime import Arrays
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning import subject as looking
 from fna.validate.planning.cache import digest_pixels, load_or_make
-from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
+from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate, measured_as
 from fna.validate.planning.cost import CostModel
 from fna.validate.planning.fidelity import Fidelity, measure_fidelity
 from fna.validate.planning.goals import measure_agreement, resolve_goals
@@ -121,17 +121,17 @@ class Planner:
         fits = self.with_dependence(self.fits(measurement))
         rows: dict[tuple[int, str], list[tuple[float, float, AnyCandidate]]] = {}
         for (number, candidate), fit in fits.items():
-            cost = self.cost.block(candidate, self.layout.heads, self.kernel)
+            cost = self._cost(candidate, self.layout.heads)
             group = (number, "" if self.whole_blocks else candidate.kind)
             rows.setdefault(group, []).append((cost, float(fit.losses.sum()), candidate))
-        worthwhile: dict[int, list[AnyCandidate]] = {number: [] for number in self.blocks}
+        worthwhile: dict[int, dict[AnyCandidate, None]] = {number: {} for number in self.blocks}
         for (number, _), group_rows in rows.items():
             best = np.inf
             for _, loss, candidate in sorted(group_rows, key=lambda row: row[:2]):
                 if loss <= best * WORTHWHILE:
-                    worthwhile[number].append(candidate)
+                    worthwhile[number][measured_as(candidate)] = None
                 best = min(best, loss)
-        return worthwhile
+        return {number: list(candidates) for number, candidates in worthwhile.items()}
 
     def _measure_image(self, pixels: Pixels, candidates: dict[int, list[AnyCandidate]]) -> Measurement:
         measured, shared = Measurement(images=1), SharedFeatures()
@@ -154,20 +154,29 @@ class Planner:
     # ------------------------------------------------------------ choosing
 
     def fits(self, measurement: Measurement) -> Fits:
-        """Fit every candidate of every block."""
+        """Fit every candidate of every block, FNA with and without a correction where there may be one."""
         return {
-            key: fit_correction(moments, measurement.images, corrected=self.wish.tried.corrections)
-            for key, moments in measurement.moments.items()
+            (number, candidate): fit_correction(moments, measurement.images, corrected=_is_corrected(candidate))
+            for (number, measured), moments in measurement.moments.items()
+            for candidate in self._variants(measured)
         }
 
+    def _variants(self, measured: AnyCandidate) -> list[AnyCandidate]:
+        if self.kernel and isinstance(measured, Candidate):
+            return [replace(measured, corrected=True), measured]
+        return [measured]
+
+    def _cost(self, candidate: AnyCandidate, heads: int) -> float:
+        return self.cost.block(candidate, heads, self.kernel if _is_corrected(candidate) else 0)
+
     def with_dependence(self, fits: Fits) -> Fits:
-        """Scale the losses of each block's heads by how much the errors of its tokens agree, for FNA and focal attention apart."""
-        kinds: dict[tuple[int, str], list[Fit]] = {}
+        """Scale the losses of each block's heads by how much the errors of its tokens agree, for each family of candidates apart."""
+        families: dict[tuple[int, str], list[Fit]] = {}
         for (number, candidate), fit in fits.items():
-            kinds.setdefault((number, candidate.kind), []).append(fit)
-        factors = {key: dependence(of_kind) for key, of_kind in kinds.items()}
+            families.setdefault((number, candidate.family), []).append(fit)
+        factors = {key: dependence(members) for key, members in families.items()}
         return {
-            (number, candidate): replace(fit, losses=fit.losses * factors[number, candidate.kind])
+            (number, candidate): replace(fit, losses=fit.losses * factors[number, candidate.family])
             for (number, candidate), fit in fits.items()
         }
 
@@ -193,8 +202,11 @@ class Planner:
         preferred = DEFAULT_SAMPLER if DEFAULT_SAMPLER in tried else tried[0]
         nystrom = [c for c in candidates if isinstance(c, Candidate)]
         if nystrom:
-            return min(nystrom, key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != preferred, -c.iterations))
-        by_cost = sorted(candidates, key=lambda c: self.cost.block(c, self.layout.heads, 0))
+            return min(
+                nystrom,
+                key=lambda c: (abs(c.landmarks - REFERENCE), c.sampler != preferred, -c.iterations, -c.corrected),
+            )
+        by_cost = sorted(candidates, key=lambda c: self._cost(c, self.layout.heads))
         return by_cost[len(by_cost) // 2]
 
     def options(self, fits: Fits, scales: Scales) -> list[list[BlockOption[PickedHeads]]]:
@@ -211,7 +223,7 @@ class Planner:
                 splits = isinstance(candidate, Candidate) and not self.whole_blocks
                 for count in range(1, heads + 1) if splits else [heads]:
                     chosen = tuple(sorted(order[:count]))
-                    cost = self.cost.block(candidate, count, self.kernel)
+                    cost = self._cost(candidate, count)
                     options.append(BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen)))
             result.append(drop_dominated(options))
         return result
@@ -238,7 +250,7 @@ class Planner:
 
     def _nystrom_block(self, number: int, candidate: Candidate, heads: tuple[int, ...], fit: Fit) -> BlockPlan:
         correction = None
-        if self.kernel:
+        if candidate.corrected:
             correction = Correction(
                 size=self.kernel,
                 kernels=tuple(tuple(round(x, 5) for x in fit.kernels[head].tolist()) for head in heads),
@@ -317,3 +329,7 @@ class Planner:
     def saved(self, plan: Plan) -> float:
         """Part of the attention products that a plan saves."""
         return saved_part(plan, self.layout.tokens, self.layout.heads, self.layout.head_size)
+
+
+def _is_corrected(candidate: AnyCandidate) -> bool:
+    return isinstance(candidate, Candidate) and candidate.corrected
