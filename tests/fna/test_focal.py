@@ -146,6 +146,15 @@ def test_the_draw_is_the_one_that_is_written_down() -> None:
         assert lists.keys[tile][lists.bias[tile] > 1].tolist() == expected
 
 
+def test_some_tiles_have_the_lists_that_they_have_among_all() -> None:
+    everything, some = (focal_keys((10, 11), 2, 4, LEVELS, seed=5, tiles=tiles) for tiles in (None, (1, 7)))
+    assert everything.queries[[1, 7]].tolist() == some.queries.tolist()
+    for row, tile in enumerate((1, 7)):
+        listed, also = (lists.bias[at] > FAR_BELOW for lists, at in ((some, row), (everything, tile)))
+        assert some.keys[row][listed].tolist() == everything.keys[tile][also].tolist()
+        assert some.bias[row][listed].tolist() == everything.bias[tile][also].tolist()
+
+
 def test_masked_patches_are_never_drawn() -> None:
     masked = tuple(range(1, 145, 2))
     for seed in range(5):

@@ -17,8 +17,8 @@ from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.plan import BlockPlan, Plan, uniform_plan
-from fna.validate.planning.best_plan import make_best_plan
-from fna.validate.planning.candidates import Candidate, FocalCandidate, SearchRange, usual_candidate
+from fna.validate.planning.best_plan import MOST_VERIFIED, make_best_plan
+from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate, SearchRange, usual_candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
@@ -185,6 +185,47 @@ def test_a_plan_that_falls_short_on_images_held_out_gives_way_to_a_more_faithful
         kept.append(found)
     assert kept[1].point.cost > kept[0].point.cost
     assert "falls short on the others" in kept[1].notes[0]
+
+
+def test_a_plan_that_keeps_more_than_asked_gives_way_to_one_between_it_and_the_one_that_falls_short(
+    subject: TorchSubject, pictures: Pictures
+) -> None:
+    class Harsh(Planner):
+        """The first plan on images held out is said to lose far more than it does: the next one is too faithful by far."""
+
+        verified = 0
+
+        def run(self, plan: Plan, images: Any) -> Fidelity:
+            fidelity = super().run(plan, images)
+            if images is not self.held_out:
+                return fidelity
+            self.verified += 1
+            return fidelity.model_copy(update={"mean": 0.0}) if self.verified == 1 else fidelity
+
+    planner = Harsh(subject, Wish(0.9, tried=TRIED), ProductCost(subject.layout), pictures[:3], pictures[3:])
+    found = make_best_plan(planner)
+    assert found.reached
+    assert f"{MOST_VERIFIED} plans were run" in found.notes[0]
+    most_faithful = next(point for point in found.front if point.plan.replaced_blocks)
+    assert found.point.cost < most_faithful.cost
+
+
+def test_a_correction_is_left_out_where_it_costs_more_than_it_keeps(subject: TorchSubject, pictures: Pictures) -> None:
+    class PricedCorrections(ProductCost):
+        price = 0.0
+
+        def block(self, candidate: AnyCandidate, heads: int, kernel: int) -> float:
+            return super().block(candidate, heads, 0) + (self.price if kernel else 0.0)
+
+    planner = planner_for(subject, pictures, min_cosine=0.9)
+    planner.cost = PricedCorrections(subject.layout)
+    free = make_best_plan(planner).plan.blocks
+    planner.cost.price = planner.cost.exact(subject.layout.heads)
+    dear = make_best_plan(planner).plan.blocks
+    assert free
+    assert dear
+    assert all(block.correction for block in free)
+    assert not any(block.correction for block in dear)
 
 
 def test_plans_without_corrections_have_none(subject: TorchSubject, pictures: Pictures) -> None:
