@@ -15,10 +15,11 @@ SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110
 """Shared memory per block in KiB, by compute capability times ten (CUDA C++ Programming Guide, technical specifications per
 compute capability; 11.0 is taken to be as 10.0)."""
 
-COMPILED_AS = {86: 80, 87: 80, 89: 80, 103: 100, 121: 120}
-"""Chips that take the PTX that Triton writes for another of the same generation, each assembled for itself; others have their own.
+COMPILED_AS = {86: 80, 87: 80, 89: 80, 103: 100, 120: 80, 121: 80}
+"""Chips that take the PTX that Triton writes for another, each assembled for itself; others have their own.
 
-PTX of sm_80 is for every chip after it; of sm_100 and sm_120 the body is the same as their neighbours', which a test compares."""
+PTX of sm_80 is for every chip after it, and chips without instructions for products of whole warp groups lose nothing by it. For
+sm_103 Triton writes the body of sm_100, which a test compares."""
 
 _FROM_CUDA_13 = (110,)
 """Chips that no driver of CUDA 12 serves under this number (Thor was 10.1 there)."""

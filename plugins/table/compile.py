@@ -67,32 +67,53 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
         + [oldest_assembler(target).version, 4]
     )
     stem = f"{variant.name}-{{}}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    found: dict[int, Compiled] = {}
-    built = None
+    own = _CacheFiles(cache / stem.format(target))
+    if not own.complete():
+        own.write(*_compile(variant, target, constants, options))
+    compiled: dict[int, Compiled] = {}
     for sm in chips:
-        files = cache / stem.format(sm or FALLBACK_TARGET)
-        record, text, cubin = (files.with_suffix(suffix) for suffix in (".json", ".ptx", ".cubin"))
-        if not all(path.exists() for path in (record, text, cubin)):
-            built = built or _compile(variant, target, constants, options)
-            made = _assemble(variant, built, sm or FALLBACK_TARGET, options)
-            write_bytes(cubin, made.cubin)
-            write_bytes(text, made.ptx.encode() + b"\0")
-            write_bytes(record, json.dumps(made.usage).encode())
-        image = text if sm == FALLBACK else cubin
-        found[sm] = Compiled(variant.name, sm, **json.loads(record.read_text()), image=str(image), ptx=str(text))
-    return found
+        files = own if sm == FALLBACK else _CacheFiles(cache / stem.format(sm))
+        if not files.complete():
+            files.write(*_assembled_again(own, sm, options))
+        image = files.ptx if sm == FALLBACK else files.cubin
+        compiled[sm] = Compiled(variant.name, sm, **files.usage(), image=str(image), ptx=str(files.ptx))
+    return compiled
 
 
 @dataclass(frozen=True)
-class _Assembled:
-    """One chip's image, the PTX that it was made of, and what its record holds."""
+class _CacheFiles:
+    """One chip's image, the PTX that it was made of, and a record of what the image uses; names differ by their suffix."""
 
-    cubin: bytes
-    ptx: str
-    usage: dict[str, Any]
+    stem: Path
+
+    @property
+    def cubin(self) -> Path:
+        return self.stem.with_suffix(".cubin")
+
+    @property
+    def ptx(self) -> Path:
+        return self.stem.with_suffix(".ptx")
+
+    @property
+    def record(self) -> Path:
+        return self.stem.with_suffix(".json")
+
+    def complete(self) -> bool:
+        return all(path.exists() for path in (self.cubin, self.ptx, self.record))
+
+    def usage(self) -> dict[str, Any]:
+        return dict(json.loads(self.record.read_text()))
+
+    def write(self, cubin: bytes, ptx: str, usage: dict[str, Any]) -> None:
+        write_bytes(self.cubin, cubin)
+        write_bytes(self.ptx, ptx.encode() + b"\0")  # the driver reads PTX to its zero
+        write_bytes(self.record, json.dumps(usage).encode())
 
 
-def _compile(variant: KernelVariant, target: int, constants: dict[str, Any], options: dict[str, Any]) -> Any:
+def _compile(
+    variant: KernelVariant, target: int, constants: dict[str, Any], options: dict[str, Any]
+) -> tuple[bytes, str, dict[str, Any]]:
+    """Let Triton make image and PTX; return them with what the image uses."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,31 +133,37 @@ def _compile(variant: KernelVariant, target: int, constants: dict[str, Any], opt
             target=GPUTarget("cuda", target, 32),
             options=options,
         )
-    if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
+    made, cubin = built.metadata, built.asm["cubin"]
+    if made.global_scratch_size or made.profile_scratch_size:
         raise BuildError(
             f"{variant.name} on sm_{target} wants Triton's own scratch memory, which the launcher does not give"
         )
-    return built
+    asked = {"symbol": made.name, "shared": made.shared, "warps": made.num_warps}
+    return cubin, built.asm["ptx"], {**asked, "layout": registry.parameter_layout(variant), **_image_facts(cubin)}
 
 
-def _assemble(variant: KernelVariant, built: Any, sm: int, options: dict[str, Any]) -> _Assembled:
+def _assembled_again(own: _CacheFiles, sm: int, options: dict[str, Any]) -> tuple[bytes, str, dict[str, Any]]:
+    """Assemble the PTX that was made for another chip for this one; return as `_compile` does."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    from fna.plugins.kernels import registry
+    # PTX of sm_100a is for that chip alone unless it is relabelled; PTX of sm_80 is for every later chip as it stands.
+    ptx = re.sub(r"^\.target sm_\d+a", f".target sm_{sm}a", own.ptx.read_bytes().rstrip(b"\0").decode(), flags=re.M)
+    backend = make_backend(GPUTarget("cuda", sm, 32))
+    with _assembler(sm):
+        cubin = backend.make_cubin(ptx, {}, backend.parse_options({**options, "arch": f"sm{sm}"}), sm)
+    return cubin, ptx, {**own.usage(), **_image_facts(cubin)}
 
-    ptx, cubin = built.asm["ptx"], built.asm["cubin"]
-    if compiled_as(sm) != sm:
-        ptx = re.sub(r"^\.target sm_\d+", f".target sm_{sm}", ptx, flags=re.M)
-        backend = make_backend(GPUTarget("cuda", sm, 32))
-        with _assembler(sm):
-            cubin = backend.make_cubin(ptx, {}, backend.parse_options({**options, "arch": f"sm{sm}"}), sm)
+
+def _image_facts(cubin: bytes) -> dict[str, Any]:
+    """What an image uses and which CUDA made it, as `Compiled` has it."""
     usage = _resource_usage(cubin)
-    return _Assembled(cubin, ptx, {
-        "symbol": built.metadata.name, "shared": built.metadata.shared, "static_shared": usage["SHARED"],
-        "warps": built.metadata.num_warps, "registers": usage["REG"], "stack": usage["STACK"],
-        "layout": registry.parameter_layout(variant), "toolkit": toolkit_of(cubin),
-    })  # fmt: skip
+    return {
+        "static_shared": usage["SHARED"],
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "toolkit": toolkit_of(cubin),
+    }
 
 
 @contextmanager
