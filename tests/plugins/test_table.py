@@ -18,7 +18,7 @@ from fna.plugins.ptx.images import load_images
 from fna.plugins.sampling_plan import norm_grid_plan, sampling_plan
 from fna.plugins.table import chips
 from fna.plugins.table.build import MAX_SPILL_BYTES, build_table, check_kernel
-from fna.plugins.table.chips import ALL_IMAGES, FALLBACK, FALLBACK_TARGET
+from fna.plugins.table.chips import ALL_IMAGES, FALLBACK, FALLBACK_TARGET, compiled_as
 from fna.plugins.table.compile import Compiled, compile_variant, toolkit_of
 from fna.plugins.table.read import find_table, load_table
 
@@ -58,7 +58,8 @@ def test_the_ptx_of_every_image_is_kept_beside_the_table(table: Path) -> None:
         assert (image.symbol, image.shared, image.warps, image.layout) == (
             kernel.symbol, kernel.shared, kernel.warps, kernel.layout,
         )  # fmt: skip
-        assert f".target sm_{kernel.sm or 80}" in image.text()
+        written_for = FALLBACK_TARGET if compiled_as(kernel.sm) == FALLBACK_TARGET else kernel.sm
+        assert f".target sm_{written_for}" in image.text()
         assert f".entry {kernel.symbol}(" in image.text()
         assert images.of_image(image.image_sha256).path == image.path
 
