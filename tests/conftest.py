@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,18 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return path
 
     return find
+
+
+def pytest_unconfigure() -> None:
+    """What was frozen may go: bindings look for what they leaked when Python ends."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _libraries_are_no_garbage() -> None:
+    """What the libraries hold is looked through once, not by every later collection: half a million objects with PyTorch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
