@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fna.engines.look_inside.debug_tensors import DebugTensors, Place
 from fna.engines.look_inside.layers import FnaLayer
-from fna.errors import InputFileError
+from fna.errors import InputFileError, describe_validation_error
 from fna.export.passes import Lowering
 from fna.export.preprocessing import Preprocessing
 from fna.files import file_sha256, write_text
-from fna.plan import Plan, describe_validation_error
+from fna.plan import Plan
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from onnx import ModelProto
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fna.errors import InputFileError
+from fna.errors import InputFileError, describe_validation_error
 from fna.export.preprocessing import Preprocessing
-from fna.plan import Plan, describe_validation_error
+from fna.plan import Plan
 from fna.precision import Precision
 
 PREFIX = "fna."

@@ -18,8 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from fna.errors import InputFileError
-from fna.plan import describe_validation_error
+from fna.errors import InputFileError, describe_validation_error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 

@@ -13,8 +13,9 @@ from typing import Literal, Protocol, TypeVar
 import torch
 
 from fna.chebyshev import ChebyshevSteps
+from fna.correction import Correction
 from fna.errors import InvalidPlanError
-from fna.plan import Correction, Plan, TokenRange
+from fna.plan import Plan, TokenRange
 from fna.samplers import LandmarkRequest, Sampler, find_sampler
 from fna.samplers.common.roles import check_rooms
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fna.plan import Correction
+from fna.correction import Correction
 from fna.samplers.common.spacing import patch_grid
 
 HeadAttention = Callable[[Tensor, Tensor, Tensor], Tensor]

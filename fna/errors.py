@@ -5,6 +5,11 @@ A message says what was given, what is needed, and how to mend it, in one line.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class FnaError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what `fna` exits with."""
@@ -15,6 +20,14 @@ class FnaError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, its type's name where it has none: other libraries' reasons, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_validation_error(name: str, error: ValidationError) -> str:
+    """Say in one line which key of a validated document is wrong, and why."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "document"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{name}: {where}: {first['msg']}{more}"
 
 
 class InvalidShapeError(FnaError, ValueError):

@@ -21,7 +21,9 @@ from pydantic import (
 
 from fna.block_numbers import format_layers, parse_layers
 from fna.chebyshev import CHEBYSHEV, ChebyshevSteps, CoreChoice, CoreName, choose_core
-from fna.errors import InputFileError, InvalidPlanError
+from fna.correction import Correction
+from fna.errors import InputFileError, InvalidPlanError, describe_validation_error
+from fna.plan_towers import BLOCK_LISTS, check_towers, name_towers_of_blocks, number_through
 from fna.samplers import DEFAULT_SAMPLER, all_samplers, check_sampler_name, find_sampler
 
 SamplerName = Annotated[str, AfterValidator(check_sampler_name)]
@@ -38,41 +40,6 @@ ITERATIONS_OF_VERSION_1 = 6
 the method's default becomes."""
 
 SharingKey = tuple[int, str, str, int | None, int | None]
-
-
-_Weight = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Correction(BaseModel):
-    """What FNA leaves out, put back: `out = gain * FNA + (kernel over the patch grid) * value`, fitted on photographs.
-
-    Landmark attention is smooth: it loses the attention that a token pays to its near neighbours. A small kernel over the grid
-    of patches puts the part of it back that is alike in all images. Prefix tokens and exactly known rows are left as they are.
-
-    Attributes:
-        size: of the square kernel, odd.
-        kernels: a kernel for each FNA head, row by row.
-        gains: the factor on FNA for each FNA head.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int = Field(ge=1, le=15)
-    kernels: tuple[tuple[_Weight, ...], ...]
-    gains: tuple[_Weight, ...]
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Correction:
-        if self.size % 2 == 0:
-            raise ValueError(f"size is {self.size}, but a kernel has a middle: an odd size is needed")
-        if len(self.kernels) != len(self.gains):
-            raise ValueError(
-                f"{len(self.kernels)} kernels were given, but {len(self.gains)} gains; both are one per head"
-            )
-        for head, kernel in enumerate(self.kernels):
-            if len(kernel) != self.size**2:
-                raise ValueError(f"kernels.{head} has {len(kernel)} weights, but {self.size**2} are needed")
-        return self
 
 
 class BlockPlan(CoreChoice):
@@ -216,9 +183,9 @@ class Plan(CoreChoice):
         if not isinstance(values, dict):
             return values
         if info.mode == "json":
-            return _number_through({"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values})
+            return number_through({"version": 1, "iterations": ITERATIONS_OF_VERSION_1, **values})
         blocks = (block if isinstance(block, dict) else vars(block) for block in values.get("blocks", ()))
-        cores = any(entry.get("core") for entry in (values, *blocks))
+        cores = any(settings.get("core") for settings in (values, *blocks))
         return {"version": 4 if values.get("towers") else 3 if cores else 2 if values.get("focal") else 1, **values}
 
     @model_serializer(mode="wrap")
@@ -229,12 +196,8 @@ class Plan(CoreChoice):
         if not self.towers:
             fields.pop("towers", None)
             return fields
-        places = _places(self.towers, self.num_blocks)
-        for key in {"blocks", "focal"} & fields.keys():
-            fields[key] = [
-                {**entry, "tower": places[entry["block"]][0], "block": places[entry["block"]][1]}
-                for entry in fields[key]
-            ]
+        for key in set(BLOCK_LISTS) & fields.keys():
+            fields[key] = name_towers_of_blocks(fields[key], self.towers, self.num_blocks)
         return fields
 
     @model_validator(mode="after")
@@ -252,10 +215,10 @@ class Plan(CoreChoice):
             raise ValueError("focal blocks are listed, but version is 1; plans with them have version 2")
         if self.towers:
             self._check_towers()
-        named = [entry for entry in (self, *self.blocks) if entry.core is not None]
+        named = [choice for choice in (self, *self.blocks) if choice.core is not None]
         if named and self.version < 3:
             raise ValueError(f"a core is named, but version is {self.version}; plans that name one have version 3")
-        if self.method == "published" and any(entry.chebyshev for entry in named):
+        if self.method == "published" and any(choice.chebyshev for choice in named):
             raise ValueError("core is chebyshev, but the published method has newton_schulz; use the weighted method")
         for key in ("masks", "landmarks_include", "landmarks_exclude"):
             self._check_ranges(key, getattr(self, key))
@@ -264,15 +227,13 @@ class Plan(CoreChoice):
     def _check_towers(self) -> None:
         if self.version < 4:
             raise ValueError(f"towers are listed, but version is {self.version}; plans with them have version 4")
-        numbers = sorted(n for text in self.towers.values() for n in parse_layers(text, self.num_blocks))
-        if numbers != list(range(self.num_blocks)):
-            raise ValueError(f"towers must hold each of the {self.num_blocks} blocks once, but they hold {numbers}")
+        check_towers(self.towers, self.num_blocks)
 
     def _check_ranges(self, key: str, ranges: tuple[TokenRange, ...]) -> None:
         seen: set[int] = set()
-        for place, entry in enumerate(ranges):
+        for place, token_range in enumerate(ranges):
             try:
-                numbers = parse_layers(entry.blocks, self.num_blocks, self.towers)
+                numbers = parse_layers(token_range.blocks, self.num_blocks, self.towers)
             except InvalidPlanError as error:
                 raise ValueError(f"{key}.{place}.blocks: {error}") from None
             twice = next((number for number in numbers if number in seen), None)
@@ -298,23 +259,23 @@ class Plan(CoreChoice):
         """Whether the landmark tokens' own rows are written exactly."""
         return self.method == "weighted"
 
-    def sharing_key(self, entry: BlockPlan) -> SharingKey:
+    def sharing_key(self, planned: BlockPlan) -> SharingKey:
         """Blocks with equal keys use the landmarks of the first of them, unless the plan resamples."""
-        included, excluded = (self.find_landmark_range(key, entry.block) for key in ("include", "exclude"))
+        included, excluded = (self.find_landmark_range(key, planned.block) for key in ("include", "exclude"))
         first = (included and included[0], excluded and excluded[0])
-        return (entry.landmarks, entry.sampler, entry.feature, *first)
+        return (planned.landmarks, planned.sampler, planned.feature, *first)
 
-    def resamples(self, entry: BlockPlan) -> bool:
+    def resamples(self, planned: BlockPlan) -> bool:
         """Whether a block chooses its landmarks anew."""
-        return self.resample if entry.resample is None else entry.resample
+        return self.resample if planned.resample is None else planned.resample
 
-    def iterations_of(self, entry: BlockPlan) -> int:
+    def iterations_of(self, planned: BlockPlan) -> int:
         """Newton-Schulz iterations of a block."""
-        return self.iterations if entry.iterations is None else entry.iterations
+        return self.iterations if planned.iterations is None else planned.iterations
 
-    def chebyshev_of(self, entry: BlockPlan) -> ChebyshevSteps | None:
+    def chebyshev_of(self, planned: BlockPlan) -> ChebyshevSteps | None:
         """Chebyshev steps of a block, None for Newton-Schulz."""
-        return self.chebyshev if entry.core is None else entry.chebyshev
+        return self.chebyshev if planned.core is None else planned.chebyshev
 
     @property
     def needs_positions(self) -> bool:
@@ -352,7 +313,7 @@ class Plan(CoreChoice):
 
     def find(self, block: int) -> BlockPlan | None:
         """Return the plan of one block, or None where the block stays exact."""
-        return next((entry for entry in self.blocks if entry.block == block), None)
+        return next((planned for planned in self.blocks if planned.block == block), None)
 
     def find_focal(self, block: int) -> FocalBlockPlan | None:
         """Return the plan of one block of focal attention, or None."""
@@ -404,48 +365,17 @@ class Plan(CoreChoice):
 
     def find_landmark_range(self, which: Literal["include", "exclude"], block: int) -> tuple[int, TokenRange] | None:
         """Return what the landmarks of one FNA block include or exclude, and the block where it is found; or None."""
-        for entry in self.landmarks_include if which == "include" else self.landmarks_exclude:
-            numbers = [n for n in parse_layers(entry.blocks, self.num_blocks, self.towers) if self.find(n) is not None]
+        for token_range in self.landmarks_include if which == "include" else self.landmarks_exclude:
+            numbers = [
+                n for n in parse_layers(token_range.blocks, self.num_blocks, self.towers) if self.find(n) is not None
+            ]
             if block in numbers:
-                return numbers[0], entry
+                return numbers[0], token_range
         return None
 
     def dump_json(self) -> str:
         """Return the plan as one line of JSON."""
         return self.model_dump_json()
-
-
-def _places(towers: dict[str, str], num_blocks: int) -> dict[int, tuple[str, int]]:
-    """The tower of each block of the whole model, and its number there."""
-    numbers = {name: parse_layers(text, num_blocks) for name, text in towers.items()}
-    return {number: (name, place) for name, own in numbers.items() for place, number in enumerate(own)}
-
-
-def _number_through(values: dict[str, Any]) -> dict[str, Any]:
-    """Give the blocks of a file with towers their numbers in the whole model; what is malformed is left to be found."""
-    towers, count = values.get("towers"), values.get("num_blocks")
-    if (
-        not isinstance(towers, dict)
-        or not isinstance(count, int)
-        or not all(isinstance(t, str) for t in towers.values())
-    ):
-        return values
-    try:
-        numbers = {place: number for number, place in _places(towers, count).items()}
-    except InvalidPlanError as error:
-        raise ValueError(f"towers: {error}") from None
-    for key in ("blocks", "focal"):
-        entries = []
-        for entry in values.get(key, ()):
-            if not isinstance(entry, dict):
-                return values
-            place = (entry.get("tower"), entry.get("block"))
-            if place not in numbers:
-                raise ValueError(f"{key} name block {place[1]} of tower {place[0]}, which towers do not hold")
-            entries.append({**{k: v for k, v in entry.items() if k != "tower"}, "block": numbers[place]})
-        if entries:
-            values = {**values, key: sorted(entries, key=lambda entry: entry["block"])}
-    return values
 
 
 def _size(resolution: tuple[int, int]) -> str:
@@ -519,11 +449,3 @@ def parse_plan(text: str, name: str = "plan") -> Plan:
         return Plan.model_validate_json(text)
     except ValidationError as error:
         raise InvalidPlanError(describe_validation_error(name, error)) from None
-
-
-def describe_validation_error(name: str, error: ValidationError) -> str:
-    """Say in one line which key of a validated document is wrong, and why."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "document"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{name}: {where}: {first['msg']}{more}"

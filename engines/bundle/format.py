@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fna.engines.manifest import ShapeRange
-from fna.errors import InputFileError
+from fna.errors import InputFileError, describe_validation_error
 from fna.export.metadata import FileMetadata
 from fna.export.passes import Lowering
 from fna.files import file_sha256
-from fna.plan import describe_validation_error
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"

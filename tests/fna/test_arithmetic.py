@@ -20,7 +20,8 @@ from fna.arithmetic import (
 )
 from fna.attention import nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps
-from fna.plan import BlockPlan, Correction, Plan
+from fna.correction import Correction
+from fna.plan import BlockPlan, Plan
 from fna.samplers.grid import grid_landmarks
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fna.block_steps import steps_of, wire_block
 from fna.composition import TorchWiring
+from fna.correction import Correction
 from fna.errors import InvalidPlanError
-from fna.plan import BlockPlan, Correction, MaskPlan, Plan, TokenRange
+from fna.plan import BlockPlan, MaskPlan, Plan, TokenRange
 
 
 def wire(query: Tensor, heads: tuple[int, ...] | None, nystrom, exact, correction: Correction | None = None) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fna.composition import correct
+from fna.correction import Correction
 from fna.errors import InvalidArgumentError
-from fna.plan import Correction
 from fna.samplers.common.spacing import patch_grid
 from fna.samplers.lattice import lattice_landmarks
 

@@ -13,8 +13,9 @@ from onnx import ModelProto
 
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import CHEBYSHEV
+from fna.correction import Correction
 from fna.machine import describe_machine, tool_versions
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import BlockPlan, Plan
 from fna.runtime import open_session, run_session
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.cache import load_or_make

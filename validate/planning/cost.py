@@ -19,8 +19,8 @@ from fna.arithmetic import (
     sampling_products,
 )
 from fna.engines.targets import Target
-from fna.errors import InputFileError
-from fna.plan import Method, describe_validation_error
+from fna.errors import InputFileError, describe_validation_error
+from fna.plan import Method
 from fna.plugins.programs import Multiprocessors
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate, usual_candidate

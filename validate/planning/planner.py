@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fna.arithmetic import saved_part
 from fna.chebyshev import CHEBYSHEV
+from fna.correction import Correction
 from fna.errors import InvalidArgumentError
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import BlockPlan, Plan
 from fna.runtime import Arrays
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning import subject as looking

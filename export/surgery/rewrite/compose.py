@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
 from fna.block_steps import BlockSteps, NystromStep, wire_block
+from fna.correction import Correction
 from fna.errors import InvalidPlanError
 from fna.export.surgery.graph.fold import numpy_type
 from fna.export.surgery.recognise.rows import Attention
-from fna.plan import Correction
 from fna.samplers.common.spacing import patch_grid
 
 FAR_END = 2**62

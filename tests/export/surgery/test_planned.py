@@ -14,6 +14,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from fna.chebyshev import ChebyshevSteps
 from fna.cli import main
+from fna.correction import Correction
 from fna.errors import InvalidPlanError
 from fna.export.metadata import read_metadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
@@ -27,7 +28,7 @@ from fna.export.surgery.graph.view import GraphView
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import load_onnx, save_model
 from fna.patching import patch, unpatch
-from fna.plan import BlockPlan, Correction, FocalBlockPlan, Plan, uniform_plan
+from fna.plan import BlockPlan, FocalBlockPlan, Plan, uniform_plan
 
 
 def correction(heads: int) -> Correction:

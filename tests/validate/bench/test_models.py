@@ -10,9 +10,10 @@ import pytest
 
 from fna.arithmetic import exact_products, nystrom_products, saved_part
 from fna.cli import main
+from fna.correction import Correction
 from fna.engines.device import find_gpu
 from fna.export.sources.loading import load_model
-from fna.plan import BlockPlan, Correction, FocalBlockPlan, Plan, uniform_plan
+from fna.plan import BlockPlan, FocalBlockPlan, Plan, uniform_plan
 from fna.validate.bench.backends import OPENERS
 from fna.validate.bench.counts import count, total_flop
 from fna.validate.bench.models import BenchRow, bench, bench_quickly, find_break_even, read_bench

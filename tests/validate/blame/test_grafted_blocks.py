@@ -11,10 +11,11 @@ import onnx
 import pytest
 from broken_files import break_file
 
+from fna.correction import Correction
 from fna.export.operators.registry import attach_functions
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx
-from fna.plan import BlockPlan, Correction, MaskPlan, Plan
+from fna.plan import BlockPlan, MaskPlan, Plan
 from fna.validate.blame.effects import block_effects
 from fna.validate.budget.chain import Chain, open_chain, open_validated_file
 from fna.validate.budget.measure import validate_file

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from fna.cli import main
+from fna.correction import Correction
 from fna.errors import InvalidPlanError
 from fna.export.blocks import attention_block
 from fna.export.operators.registry import fna_nodes
 from fna.export.sources.loading import load_model
 from fna.export.trace import TraceOptions, export_onnx
 from fna.files import load_onnx, save_model
-from fna.plan import BlockPlan, Correction, Plan
+from fna.plan import BlockPlan, Plan
 from fna.validate.bench.models import bench
 from fna.validate.task.digits_probe import shrink_plan
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from fna.attention import fast_nystrom_attention
 from fna.chebyshev import ChebyshevSteps
 from fna.composition import correct
+from fna.correction import Correction
 from fna.export.sources.loading import LoadedModel
 from fna.focal import focal_attention
 from fna.observing import AttentionCall, observed
-from fna.plan import Correction
 from fna.samplers import landmark_bias, select_landmarks
 from fna.validate.planning import measure_focal as measure_focal_module
 from fna.validate.planning import subject as subjects
