@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from onnx import ModelProto
 
-from fna.engines.targets import Target
+from fna.engines.targets import Flavour, Target
 from fna.export.operators.registry import OPERATORS, fna_nodes
 from fna.export.passes import Lowering
 
@@ -78,6 +78,22 @@ def find_rule(runtime: Runtime, version: str) -> LoweringRule:
     return next(
         rule for rule in LOWERING_RULES if rule.runtime == runtime and _numbers(rule.since) <= _numbers(version)
     )
+
+
+def rules_for(flavours: Mapping[Flavour, str], has_kernels: bool) -> tuple[tuple[Flavour, str, Lowering], ...]:
+    """Return (runtime, first version, lowering) for every version of some runtimes that a device may have, newest first.
+
+    Args:
+        flavours: the lowest version of each runtime there.
+        has_kernels: whether the plugin has kernels for the device, and the file has nodes for them.
+    """
+    chosen: list[tuple[Flavour, str, Lowering]] = []
+    for runtime, lowest in flavours.items():
+        oldest = find_rule(runtime, lowest)
+        for rule in (rule for rule in LOWERING_RULES if rule.runtime == runtime):
+            if _numbers(rule.since) >= _numbers(oldest.since):
+                chosen.append((runtime, rule.since, rule.kernels if has_kernels else rule.lowering))
+    return tuple(chosen)
 
 
 def check_fused(model: ModelProto) -> str | None:

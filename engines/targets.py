@@ -42,7 +42,7 @@ class Target:
     fp16_tflops: float
     fp32_tflops: float
     multiprocessors: int
-    flavours: Mapping[str, str]
+    flavours: Mapping[Flavour, str]
     systems: Mapping[str, str]
     precisions: tuple[str, ...]
     lowering: Literal["plugin", "portable"]
@@ -71,8 +71,8 @@ _OPERATIONS = 2
 _CORES = ((86, 128), (0, 64))
 """fp32 cores of a multiprocessor from a compute capability on (CUDA C++ Programming Guide, throughput of arithmetic instructions)."""
 
-_TENSORRT_ONLY: Mapping[str, str] = {"tensorrt": "10.3"}
-_BOTH: Mapping[str, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
+_TENSORRT_ONLY: Mapping[Flavour, str] = {"tensorrt": "10.3"}
+_BOTH: Mapping[Flavour, str] = {"tensorrt": "10.3", "tensorrt-rtx": "1.3"}
 _AMPERE_ON = ("fp32", "fp16", "bf16", "int8")
 # fp8 (E4M3) in tensor cores: compute capability 8.9 and up, by TensorRT's support matrix; TensorRT-RTX refuses 8.6.
 _ADA_ON = (*_AMPERE_ON, "fp8")

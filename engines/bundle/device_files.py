@@ -13,6 +13,7 @@ from fna.engines.bundle.format import BundleManifest, list_files
 from fna.engines.bundle.models import has_open_batch
 from fna.engines.bundle.plugin_files import REGISTER_SOURCE
 from fna.engines.flavours import FLAVOURS
+from fna.engines.lowerings import rules_for
 from fna.engines.targets import Target, capability_text
 
 _HERE = Path(__file__).resolve().parent
@@ -37,7 +38,7 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
     shapes = next(iter(manifest.profiles.values()))
     batch = f"{shapes.smallest[0]}:{shapes.usual[0]}:{shapes.largest[0]}"
     minimum = manifest.flavours.get("tensorrt", "10.3")
-    major, minor = (int(part) for part in minimum.split("."))
+    lowerings = tuple(dict.fromkeys(model.lowering for model in manifest.models))
     sources = [path.relative_to(root).as_posix() for path in sorted((root / "plugin" / "src").rglob("*.cpp"))]
     precisions = tuple(dict.fromkeys(model.precision for model in manifest.models))
     inputs = [f"{name}={'x'.join(map(str, shape.usual[1:]))}" for name, shape in manifest.profiles.items()]
@@ -46,9 +47,12 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
         "TARGET": manifest.target,
         "ONNX_SHA256": manifest.onnx_sha256,
         "FLAVOURS": tuple(manifest.flavours),
-        "LOWERING": manifest.lowering,
-        "LOWERINGS": tuple(dict.fromkeys(model.lowering for model in manifest.models)),
-        "MINIMUM_TENSORRT": str(major * 10000 + minor * 100),
+        "LOWERINGS": lowerings,
+        "LOWERING_RULES": [
+            f"{runtime} {_version_number(since)} {form if form in lowerings else 'portable'}"
+            for runtime, since, form in rules_for(manifest.flavours, manifest.plugin is not None)
+        ],
+        "MINIMUM_TENSORRT": str(_version_number(minimum)),
         "MINIMUM_TENSORRT_TEXT": minimum,
         "DEFAULT_PRECISION": manifest.precision,
         "PRECISIONS": precisions,
@@ -71,6 +75,12 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
         text = shlex.quote(value) if isinstance(value, str) else f"({' '.join(shlex.quote(word) for word in value)})"
         lines.append(f"{key}={text}\n")
     return "# shellcheck disable=SC2034\n" + "".join(lines)
+
+
+def _version_number(version: str) -> int:
+    """As TensorRT prints it: 100300 for 10.3."""
+    major, minor = (int(part) for part in f"{version}.0".split(".")[:2])
+    return major * 10000 + minor * 100
 
 
 def _readme(root: Path, manifest: BundleManifest, target: Target) -> str:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fna.engines.manifest import ShapeRange
+from fna.engines.targets import Flavour
 from fna.errors import InputFileError, describe_validation_error
 from fna.export.metadata import FileMetadata
 from fna.export.passes import Lowering
@@ -59,8 +60,8 @@ class BundledModel(BaseModel):
 
     Attributes:
         path: inside the bundle.
-        weights: the file that holds its tensors; both lowerings of a precision share it.
-        lowering: `plugin` or `portable`.
+        weights: the file that holds its tensors; all forms of a precision share it.
+        lowering: the form, as in `fna.engines.lowerings`.
         precision: of weights and activations.
     """
 
@@ -143,7 +144,7 @@ class BundleManifest(BaseModel):
         target: name of the device family.
         capabilities: its compute capabilities times ten.
         flavours: which TensorRT exists there, with the lowest version that does.
-        lowering: which lowering TensorRT is given there; TensorRT-RTX is always given the portable one.
+        lowering: the form that the device's first runtime is given in its lowest version; the scripts choose by the version there.
         precision: the default of `build_engine.sh`.
         profiles: shapes by input name.
         dynamic: whether any of those inputs has an open dimension.
@@ -163,7 +164,7 @@ class BundleManifest(BaseModel):
     tools: dict[str, str]
     target: str
     capabilities: tuple[int, ...]
-    flavours: dict[str, str]
+    flavours: dict[Flavour, str]
     lowering: Lowering
     precision: str
     profiles: dict[str, ShapeRange]

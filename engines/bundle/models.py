@@ -1,8 +1,8 @@
-"""The ONNX files of a bundle: both lowerings of a model, with one file of weights between them."""
+"""The ONNX files of a bundle: a model in every form that its device may be given, with one file of weights between them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import onnx
@@ -10,6 +10,7 @@ from onnx import ModelProto, TensorProto
 
 from fna.engines.bundle.format import BundledModel, BundleManifest, PluginLayer
 from fna.engines.look_inside.layers import requested_layers
+from fna.engines.lowerings import check_fused
 from fna.errors import InputFileError
 from fna.export.operators.registry import fna_nodes, has_plugin, plugin_operators
 from fna.export.passes import Lowering
@@ -19,8 +20,20 @@ INLINE_BYTES = 1024
 """Tensors up to this size stay in the ONNX file, where shape inference can read them."""
 
 
-def write_models(model: ModelProto, source: Path, root: Path, precision: str, stem: str) -> tuple[BundledModel, ...]:
-    """Write both lowerings of a model into `root`, with one file of weights between them.
+def bundled_lowerings(model: ModelProto, wanted: Iterable[Lowering]) -> tuple[Lowering, ...]:
+    """Return the forms that a bundle holds of a file, of those that its devices are to be given: `portable`, which all take, last."""
+    left_out = {"portable"}
+    if not any(has_plugin(node) for node in fna_nodes(model.graph)):
+        left_out.add("plugin")
+    if check_fused(model) is not None:
+        left_out.add("fused")
+    return (*(lowering for lowering in dict.fromkeys(wanted) if lowering not in left_out), "portable")
+
+
+def write_models(
+    model: ModelProto, source: Path, root: Path, precision: str, stem: str, lowerings: Sequence[Lowering]
+) -> tuple[BundledModel, ...]:
+    """Write a model in several forms into `root`, with one file of weights between them.
 
     Args:
         model: loaded without its external data; changed in place, so that its tensors refer to the weights file.
@@ -28,12 +41,10 @@ def write_models(model: ModelProto, source: Path, root: Path, precision: str, st
         root: of the bundle.
         precision: of the file.
         stem: what the files' names begin with.
+        lowerings: the forms.
     """
     weights = f"{stem}.weights"
     wrote = split_weights(model, source, root / weights)
-    lowerings: tuple[Lowering, ...] = ("plugin", "portable")
-    if not any(has_plugin(node) for node in fna_nodes(model.graph)):
-        lowerings = ("portable",)
     models = []
     for lowering in lowerings:
         name = f"{stem}.{lowering}.onnx"

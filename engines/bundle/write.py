@@ -29,13 +29,15 @@ from fna.engines.bundle.format import (
     list_files,
     safe_name,
 )
-from fna.engines.bundle.models import has_open_dimension, join_layers, plugin_layers, write_models
+from fna.engines.bundle.models import bundled_lowerings, has_open_dimension, join_layers, plugin_layers, write_models
 from fna.engines.bundle.plugin_files import choose_kernels, write_plugin, write_plugin_layers
 from fna.engines.bundle.recording import record_images
+from fna.engines.lowerings import rules_for
 from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.operators.registry import fna_nodes, has_plugin
+from fna.export.passes import Lowering
 from fna.export.variants import FileVariant, make_variant
 from fna.files import file_sha256, load_onnx, part_folder, require_parent, written_whole
 from fna.machine import tool_versions
@@ -95,6 +97,7 @@ def write_bundle(
     has_layers = any(has_plugin(node) for node in fna_nodes(model.graph))
     kernels = choose_kernels(options.target, options.table, has_layers)
     name = f"{safe_name(path.name.removesuffix('.onnx'))}-{options.target.name}"
+    wanted = [lowering for _, _, lowering in rules_for(options.target.flavours, kernels is not None)]
     profiles = input_profiles(model, options.batch, metadata, options.resolution)
     with part_folder(output) as temporary:
         root = temporary / name
@@ -109,7 +112,7 @@ def write_bundle(
             other = load_onnx(made, tensors=False)
             layers.append(plugin_layers(other, precision))
             stem = "model" if precision == precisions[0] else f"model.{precision}"
-            models += write_models(other, made.parent, root, precision, stem)
+            models += write_models(other, made.parent, root, precision, stem, bundled_lowerings(other, wanted))
         plugin = None
         if kernels is not None:
             on_step("copying the plugin")
@@ -125,8 +128,8 @@ def write_bundle(
             tools=tool_versions("onnx", "torch"),
             target=options.target.name,
             capabilities=options.target.capabilities,
-            flavours={str(flavour): version for flavour, version in options.target.flavours.items()},
-            lowering=options.target.lowering if kernels is not None else "portable",
+            flavours=dict(options.target.flavours),
+            lowering=_default_lowering(options.target, kernels is not None, models),
             precision=precisions[0],
             profiles=profiles,
             dynamic=has_open_dimension(model),
@@ -166,6 +169,13 @@ def write_archive(root: Path, output: Path) -> None:
             member.mode = 0o755 if place.stat().st_mode & 0o100 else 0o644
             with place.open("rb") as content:
                 tar.addfile(member, content)
+
+
+def _default_lowering(target: Target, has_kernels: bool, models: Sequence[BundledModel]) -> Lowering:
+    """The form for the lowest version of the target's first runtime, or what all take where the bundle does not hold that."""
+    first = next(iter(target.flavours))
+    lowering = [form for runtime, _, form in rules_for(target.flavours, has_kernels) if runtime == first][-1]
+    return lowering if lowering in {model.lowering for model in models} else "portable"
 
 
 def _check_precisions(metadata: FileMetadata, options: BundleOptions) -> tuple[Precision, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from fna.engines.lowerings import LOWERING_RULES, check_fused, choose_lowering, find_rule
+from fna.engines.lowerings import LOWERING_RULES, check_fused, choose_lowering, find_rule, rules_for
 from fna.engines.targets import find_targets
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
@@ -30,6 +30,17 @@ def test_the_lowering_follows_runtime_version_and_target(
     runtime: str, version: str, targets: str, lowering: str
 ) -> None:
     assert choose_lowering(runtime, version, find_targets(targets)) == lowering  # type: ignore[arg-type]
+
+
+def test_a_device_is_given_a_rule_for_each_version_that_it_may_have() -> None:
+    """Rules for versions before the lowest are left out, but for the one that the lowest falls under."""
+    both = rules_for({"tensorrt": "10.3", "tensorrt-rtx": "1.3"}, has_kernels=False)
+    assert both == (
+        ("tensorrt", "10.14", "fused"), ("tensorrt", "0", "decomposed"),
+        ("tensorrt-rtx", "1.7", "fused"), ("tensorrt-rtx", "0", "portable"),
+    )  # fmt: skip
+    assert rules_for({"tensorrt": "10.16"}, has_kernels=False) == (("tensorrt", "10.14", "fused"),)
+    assert {lowering for _, _, lowering in rules_for({"tensorrt": "10.3"}, has_kernels=True)} == {"plugin"}
 
 
 def test_every_runtime_has_a_rule_for_any_version_and_says_how_it_is_known() -> None:

@@ -14,7 +14,8 @@ usage: ./build_engine.sh [options] [-- options for trtexec]
   --batch A[:B[:C]]  batch sizes: 4, or 1:4 (smallest:largest), or 1:4:8 (smallest:usual:largest)
   --workspace MIB    limit of TensorRT's scratch memory while it tries kernels; no limit unless given
   --flavour F        tensorrt or tensorrt-rtx; by default the first that is installed
-  --lowering L       plugin or portable (no plugin: slower, for comparisons); by default the target's
+  --lowering L       the form of the model: plugin, or without it fused, decomposed or portable; by default what this
+                     TensorRT is given, and portable where it refuses that
   --trtexec FILE     trtexec, or tensorrt_rtx; by default from PATH or where JetPack puts it
   --tf32             let fp32 products run in TF32: faster, and errors near 1e-3 instead of 1e-6
   --output FILE      put a copy of the engine there, as in MODELS/NAME_tensorrt/1/model.plan
@@ -34,7 +35,9 @@ fail() {
 }
 
 called_from=$PWD
+called_with=("$@")
 cd "$(dirname "${BASH_SOURCE[0]}")"
+script=$PWD/build_engine.sh
 
 precision=
 batch=
@@ -132,6 +135,18 @@ choose_tool() {
     version=$((number / scale)).$((number % scale / 100)).$((number % 100))
     ((number >= MINIMUM_TENSORRT)) || fail 3 "$tool is TensorRT $version, but this bundle needs $MINIMUM_TENSORRT_TEXT or later; install a newer JetPack"
   fi
+}
+
+# What this version is given: the first rule for it, newest first. A tool that hides its version is taken to be new.
+choose_lowering() {
+  local rule runtime since form
+  for rule in "${LOWERING_RULES[@]}"; do
+    read -r runtime since form <<< "$rule"
+    if [[ $runtime == "$flavour" ]] && ((${number:-999999} >= since)); then
+      say "$form"
+      return
+    fi
+  done
 }
 
 # Whether the tool knows an option. What it knows decides, not its version.
@@ -291,11 +306,9 @@ fi
 choose_batch
 tool=
 choose_tool
-if [[ $flavour == tensorrt-rtx ]]; then
-  [[ -z $lowering || $lowering == portable ]] || fail 2 "TensorRT-RTX has no plugin layers; leave --lowering out"
-  lowering=portable
-fi
-lowering=${lowering:-$LOWERING}
+[[ $flavour != tensorrt-rtx || $lowering != plugin ]] || fail 2 "TensorRT-RTX has no plugin layers; leave --lowering out"
+asked=$lowering
+lowering=${lowering:-$(choose_lowering)}
 one_of "$lowering" --lowering "${LOWERINGS[@]}"
 bundle=$(sha SHA256SUMS)
 mkdir -p build
@@ -347,13 +360,27 @@ if [[ -n $dry_run ]]; then
 fi
 
 key=$(key_of "${arguments[@]}" "$bundle" "$tool" "$version" "$(sha "$tool")" "$(device)" ${plugin:+"$(sha "$plugin")"})
+refused=build/$name.refused
+build_portable() {
+  say "so the portable form is built"
+  cd "$called_from"
+  exec "$script" --lowering portable ${called_with[@]+"${called_with[@]}"}
+}
 if fresh "$engine" "$key"; then
   say "$engine is up to date"
+elif [[ -z $rebuild && -z $asked && -f $refused && $(< "$refused") == "$key" ]]; then
+  say "$tool refused the fused form before (its log is $log)"
+  build_portable
 else
   say "building $engine with $tool (TensorRT $version); this takes minutes, and its log is $log"
   rm -f "$engine" "$engine.key"
   if ! "$tool" "${arguments[@]}" "--saveEngine=$engine.part" > "$log" 2>&1 || [[ ! -s $engine.part ]]; then
     rm -f "$engine.part"
+    if [[ -z $asked && $lowering == fused ]]; then
+      say "$key" > "$refused"
+      say "$tool refuses the fused form (its log is $log)"
+      build_portable
+    fi
     grep -E '\[E\]|[Ee]rror' "$log" | tail -n 5 >&2 || true
     fail 2 "$tool could not build the engine; its log is $log"
   fi

@@ -271,11 +271,16 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, name: str, said: str) -> N
         open_bundle(tmp_path / name)
 
 
-def test_turing_gets_the_portable_model_and_no_plugin(tiny: Path, tmp_path: Path) -> None:
+def test_turing_gets_standard_operators_and_no_plugin(tiny: Path, tmp_path: Path) -> None:
     root = make_bundle(tiny, tmp_path / "t4", tmp_path / "no-table", target="t4")
     opened = open_bundle(root)
     assert opened.manifest.plugin is None
-    assert opened.manifest.lowering == "portable"
+    assert opened.manifest.lowering == "decomposed"
+    assert {model.lowering for model in opened.manifest.models} == {"fused", "decomposed", "portable"}
+    for model in opened.manifest.models:  # one file of weights holds the tensors of all
+        outputs = run_session(open_session(root / model.path), opened.recorded_inputs())
+        for name, expected in opened.recorded_outputs().items():
+            assert np.linalg.norm(outputs[name] - expected) <= 1e-4 * np.linalg.norm(expected), model.lowering
     assert not (root / "plugin").exists()
 
 

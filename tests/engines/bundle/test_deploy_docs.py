@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```([a-z ]+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = {
     *re.findall(r"`(\./(?:check|build_engine)\.sh[^`]*)`", TEXT),
     *re.findall(r"^\./(?:check|build_engine|serve)\.sh.*$", TEXT, re.MULTILINE),
-} - {"./check.sh --flavour tensorrt-rtx"}  # test_tensorrt_rtx_gets_the_portable_model builds such a bundle
+} - {"./check.sh --flavour tensorrt-rtx"}  # test_tensorrt_rtx_gets_the_fused_model builds such a bundle
 
 
 def test_every_block_is_run_or_marked_as_the_devices() -> None:

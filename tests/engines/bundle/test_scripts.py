@@ -345,14 +345,53 @@ def test_without_compiler_or_headers_the_engine_is_built_but_not_checked(
     assert "the runner cannot be compiled here: " in done.stderr
 
 
-def test_tensorrt_rtx_gets_the_portable_model(tiny: Path, table: Path, tmp_path: Path) -> None:
-    root = make_bundle(tiny, tmp_path / "ada", table, target="rtx-ada")
-    device = make_device(root, tmp_path / "bin", "tensorrt_rtx", "runner")
-    assert device.run("build_engine.sh").returncode == 0
-    (call,) = device.calls()
-    assert call[0] == "--onnx=model.portable.onnx"
+@pytest.fixture(scope="module")
+def ada(tiny: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for a GPU that TensorRT for RTX knows."""
+    return make_bundle(tiny, tmp_path_factory.mktemp("ada") / "ada", table, target="rtx-ada")
+
+
+@pytest.fixture
+def rtx(ada: Path, tmp_path: Path) -> Device:
+    root = shutil.copytree(ada, tmp_path / "bundle")
+    return make_device(root, tmp_path / "bin", "tensorrt_rtx", "runner")
+
+
+def test_tensorrt_rtx_gets_the_fused_model(rtx: Device) -> None:
+    assert rtx.run("build_engine.sh").returncode == 0
+    (call,) = rtx.calls()
+    assert call[0] == "--onnx=model.fused.onnx"
     assert not any(word.startswith("--dynamicPlugins") for word in call)
-    assert device.run("build_engine.sh", "--lowering", "plugin").returncode == 2
+    assert rtx.run("build_engine.sh", "--lowering", "plugin").returncode == 2
+
+
+def test_where_the_fused_model_is_refused_the_portable_one_is_built(rtx: Device) -> None:
+    """Once it has been refused it is not tried again; a form that was asked for is not replaced."""
+    refuses = {"STAND_IN_FAIL": "no attention", "STAND_IN_FAILS_ON": "model.fused.onnx"}
+    done = rtx.run("build_engine.sh", "--workspace", "64", **refuses)
+    assert done.returncode == 0, done.stderr
+    assert "refuses the fused form" in done.stdout
+    assert [call[0] for call in rtx.calls()] == ["--onnx=model.fused.onnx", "--onnx=model.portable.onnx"]
+    assert "LOWERING=portable" in (rtx.root / "build/last.sh").read_text()
+    assert "refused the fused form before" in rtx.run("build_engine.sh", "--workspace", "64", **refuses).stdout
+    assert len(rtx.calls()) == 2
+    assert rtx.run("build_engine.sh", "--lowering", "fused", **refuses).returncode == 2
+
+
+@pytest.mark.parametrize(("version", "form"), [("100300", "decomposed"), ("101400", "fused"), ("110100", "fused")])
+def test_without_kernels_the_form_follows_the_version_of_tensorrt(
+    turing: Path, tmp_path: Path, version: str, form: str
+) -> None:
+    device = make_device(shutil.copytree(turing, tmp_path / "bundle"), tmp_path / "bin", "trtexec", "runner")
+    assert device.run("build_engine.sh", STAND_IN_VERSION=version).returncode == 0
+    assert device.calls()[0][0] == f"--onnx=model.{form}.onnx"
+
+
+@pytest.fixture(scope="module")
+def turing(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for a GPU that the plugin has no kernels for."""
+    folder = tmp_path_factory.mktemp("turing")
+    return make_bundle(tiny, folder / "t4", folder / "no-table", target="t4")
 
 
 def test_check_runs_the_recorded_photographs_against_the_recorded_outputs(device: Device) -> None:
