@@ -30,7 +30,7 @@ PACKAGES = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
 """The server, and the NumPy that its Python process is compiled against: it reads the sizes of NumPy 2's types as 0."""
 
 _BACKEND = Path(__file__).resolve().parent / "onnxruntime_backend.py"
-_START_SECONDS = 60.0
+_START_SECONDS = 180.0
 
 
 @dataclass(frozen=True)

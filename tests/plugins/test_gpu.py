@@ -111,7 +111,8 @@ def synchronize() -> None:
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("count", [1, 33, 64, 65, 128, 200, 256])
 def test_every_type_head_size_and_landmark_count(library, dtype, head_size, count) -> None:
-    call = make_call(dtype, 2, 3, 577, count, head_size)
+    sizes = (1, 2, 321) if EMULATED else (2, 3, 577)
+    call = make_call(dtype, *sizes, count, head_size)
     assert_close(run_plugin(library, call, exact_rows=True), reference(call), RELATIVE[dtype])
 
 
@@ -158,7 +159,7 @@ def test_small_and_odd_sampling(library, dtype, tokens, channels) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 63, 65, 127, 1370, 4097, 16384])
+@pytest.mark.parametrize("tokens", [1, 63, 65, 127, 1370, *([] if EMULATED else [4097, 16384])])
 def test_any_number_of_tokens(library, dtype, tokens) -> None:
     call = make_call(dtype, 1, 2, tokens, min(64, tokens), 64)
     assert_close(run_plugin(library, call, exact_rows=True), reference(call), RELATIVE[dtype])
@@ -168,7 +169,7 @@ def test_any_number_of_tokens(library, dtype, tokens) -> None:
 @pytest.mark.parametrize("batch", range(1, 9))
 @pytest.mark.parametrize("shared", [True, False])
 def test_batches_of_1_to_8(library, dtype, batch, shared) -> None:
-    call = make_call(dtype, batch, 6, 201, 48, 64, shared=shared)
+    call = make_call(dtype, batch, 2 if EMULATED else 6, 201, 48, 64, shared=shared)
     assert_close(run_plugin(library, call), reference(call, exact_rows=False), RELATIVE[dtype])
 
 
@@ -251,7 +252,9 @@ def check_sampling(library: PluginLibrary, features: Tensor, count: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "channels"), [(64, 7), (257, 384), (1024, 64), (1370, 384), (16384, 768)])
+@pytest.mark.parametrize(
+    ("tokens", "channels"), [(64, 7), (257, 384), (1024, 64), *([] if EMULATED else [(1370, 384), (16384, 768)])]
+)
 def test_farthest_points_are_the_twins_exactly(library, dtype, tokens, channels) -> None:
     features = torch.randn(3, tokens, channels).to(DEVICE, dtype)
     features[:, tokens // 2 : tokens // 2 + 9] = features[:, :9]

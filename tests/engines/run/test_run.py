@@ -188,7 +188,7 @@ def test_a_bench_gives_median_p99_and_throughput(
     latency = json.loads(report.read_text())["latency"]
     assert latency["fastest"] <= latency["median"] <= latency["p99"] <= latency["slowest"]
     assert (latency["runs"], latency["batch"], latency["cuda_graph"]) == (9, 2, False)
-    assert latency["throughput"] == pytest.approx(2 / latency["median"] * 1e3, rel=0.9)
+    assert 0 < latency["throughput"] <= 2 / latency["fastest"] * 1e3
     assert "images/s, batch 2, 9 runs (the call, on the processor)" in capsys.readouterr().out
 
 
