@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from fna.machine import tool_versions
 from fna.patching import AttentionBlock, find_attention_blocks, patch, unpatch
 from fna.plan import Plan
 from fna.precision import Precision
+from fna.quiet import quiet_loggers
 from fna.samplers import DEFAULT_SAMPLER, find_sampler
 
 TORCH_TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -264,14 +264,9 @@ def _check_landmark_counts(plan: Plan, num_tokens: int, prefix_tokens: int) -> N
 @contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
     """Keep the exporter's progress and deprecation notes out of the user's terminal; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with (
+        quiet_loggers("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -7,6 +7,7 @@ from onnx import ModelProto
 
 from fna.errors import InvalidArgumentError
 from fna.export.operators.registry import model_opset
+from fna.quiet import quiet_loggers
 
 
 def raise_opset(model: ModelProto, opset: int) -> ModelProto:
@@ -21,7 +22,8 @@ def raise_opset(model: ModelProto, opset: int) -> ModelProto:
     before = model_opset(model)
     copy = onnx_ir.from_proto(model)
     try:
-        convert_version(copy, opset, fallback=True)
+        with quiet_loggers("onnxscript.version_converter"):  # which of its two converters it takes
+            convert_version(copy, opset, fallback=True)
         raised = onnx_ir.to_proto(copy)
     except Exception as error:  # of many kinds: the converters are two, one of them in C++
         raise InvalidArgumentError(_refusal(before, opset, str(error))) from error

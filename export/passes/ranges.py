@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from fna.export.blocks import find_blocks
 from fna.export.metadata import read_metadata
 from fna.export.passes.precision import FP16_LARGEST, norm_nodes
 from fna.files import save_model
+from fna.quiet import quiet_loggers
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def measure_ranges(
     blocks = find_blocks(model, read_metadata(model, name).plan.num_blocks)
     stays = norm_nodes(model)
     inside = {output for node in model.graph.node if node.name in stays for output in node.output}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_loggers(""):
         source = Path(folder) / "source.onnx"
         save_model(model, source)
         calibrater = MinMaxCalibrater(source, augmented_model_path=str(Path(folder) / "augmented.onnx"))
@@ -112,15 +111,3 @@ class _Reader:
 def _input_name(model: ModelProto) -> str:
     constant = {tensor.name for tensor in model.graph.initializer}
     return next(str(value.name) for value in model.graph.input if value.name not in constant)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantiser advises on the root logger, at length; errors are raised."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import nn
 from fna.errors import ModelSourceError, first_line
 from fna.export.preprocessing import Preprocessing, parse_preprocessor
 from fna.export.sources.dino_saliency import BUILT_IN
+from fna.quiet import quiet_loggers
 
 _HUB_TIMEOUT_SECONDS = 5.0
 
@@ -29,7 +28,7 @@ def load_transformers(name: str) -> tuple[nn.Module, tuple[str, ...]]:
     _check_reference(name)
     local_only = Path(name).is_dir() or not _hub_answers()
     try:
-        with _quiet():
+        with quiet_loggers("transformers", "huggingface_hub", level=logging.CRITICAL):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
             model, report = _model_class(config).from_pretrained(
                 name,
@@ -66,7 +65,7 @@ def _find_file(name: str, file: str) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        with _quiet():
+        with quiet_loggers("transformers", "huggingface_hub", level=logging.CRITICAL):
             return Path(hf_hub_download(name, file, local_files_only=not _hub_answers()))
     except Exception:  # no such file, or no network: then the model does not say
         return None
@@ -137,17 +136,3 @@ def _model_class(config: Any) -> Any:
     named = getattr(transformers, name, None) if name else None
     is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     return named if is_model else transformers.AutoModel
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep load reports and configuration remarks off the terminal; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -6,7 +6,6 @@ The formulas are `fna.arithmetic`'s.
 from __future__ import annotations
 
 import copy
-import logging
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +22,7 @@ from fna.arithmetic import (
 from fna.export.sources.loading import LoadedModel
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
+from fna.quiet import quiet_loggers
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -86,12 +86,10 @@ def count(model: LoadedModel, plan: Plan, height: int, width: int, precision: st
 def total_flop(model: LoadedModel, height: int, width: int) -> int:
     """Operations of the exact model for one image, by PyTorch's counter."""
     module = copy.deepcopy(model.module).to("meta")
-    logger = logging.getLogger("torch.utils.flop_counter")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(torch.empty(1, 3, height, width, device="meta"))
-    finally:
-        logger.setLevel(level)
+    with (
+        quiet_loggers("torch.utils.flop_counter"),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):
+        module(torch.empty(1, 3, height, width, device="meta"))
     return int(counter.get_total_flops())
