@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fna.errors import InvalidArgumentError
-from fna.plan import Plan
 from fna.validate.planning.cache import digest_pixels
 from fna.validate.planning.clock import CpuCost
 from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
@@ -57,23 +56,39 @@ def make_best_plan(planner: Planner) -> Planned:
     front = _worth_it(planner, front)
     if len(front) == 1:
         return _exact_only(planner, front[0])
-    position, plan, on_planning = _settle(planner, front, fits, allowed)
-    position, plan, verified, tried = _verify(planner, front, fits, position)
-    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
-    point = FrontPlan(plan, front[position].cost, planner.saved(plan), front[position].loss, verified)
-    points: list[FrontPlan] = []
-    for index in _spread(front, position, verified):
-        choice = front[index]
-        candidate = planner.make_plan(choice.choices, fits)
-        say(f"running {len(points) + 1} plans of the front")
-        measured = verified if index == position else planner.run(candidate, planner.held_out)
-        points.append(FrontPlan(candidate, choice.cost, planner.saved(candidate), choice.loss, measured))
+    position, on_planning = _settle(planner, front, fits, allowed)
+    fidelities = _verify(planner, front, fits, position)
+    tried, last = len(fidelities), list(fidelities)[-1]
+    for index in _spread(front, last, fidelities[last]):
+        if index not in fidelities:
+            say(f"running {len(fidelities) - tried + 1} more plans of the front")
+            fidelities[index] = planner.run(planner.make_plan(front[index].choices, fits), planner.held_out)
+    points = {index: _front_plan(planner, front[index], fits, fidelities[index]) for index in sorted(fidelities)}
+    # the cheapest of all that were run: what is predicted and what is reached do not fall in quite the same order
+    keeping = [
+        points[index]
+        for index, fidelity in fidelities.items()
+        if _replaces(front[index]) and _excess(planner, fidelity) <= 1
+    ]
+    point = min(keeping, key=lambda each: each.cost, default=points[last])
     notes = [
         f"on {len(planner.some_images)} of the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"
     ]
     if tried > 1:
         notes[0] += f", by a plan that falls short on the others; {tried} plans were run on those"
-    return Planned(plan, point, points, exact_cost, planner.keeps(verified), notes)
+    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
+    reached = bool(keeping) or planner.keeps(fidelities[last])
+    return Planned(point.plan, point, list(points.values()), exact_cost, reached, notes)
+
+
+def _front_plan(planner: Planner, choice: BlockChoices[PickedHeads], fits: Fits, fidelity: Fidelity) -> FrontPlan:
+    plan = planner.make_plan(choice.choices, fits)
+    return FrontPlan(plan, choice.cost, planner.saved(plan), choice.loss, fidelity)
+
+
+def _excess(planner: Planner, fidelity: Fidelity) -> float:
+    """By how much a real run exceeds what the search aims at, which is a little less than what is allowed."""
+    return planner.wish.excess(fidelity, KEEP_BELOW)
 
 
 def _worth_it(planner: Planner, front: list[BlockChoices[PickedHeads]]) -> list[BlockChoices[PickedHeads]]:
@@ -95,21 +110,21 @@ def _say_break_even(planner: Planner) -> list[str]:
 
 def _settle(
     planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, allowed: float
-) -> tuple[int, Plan, Fidelity]:
+) -> tuple[int, Fidelity]:
     """Find the cheapest point of the front whose real run on the planning images keeps the fidelity, by bisection.
 
     On some of the planning images: what is found here is judged on the images held out.
     """
     low, high = 0, len(front)  # low keeps it (all exact does), high does not
-    best: tuple[int, Plan, Fidelity] | None = None
+    best: tuple[int, Fidelity] | None = None
     guess = min(range(1, len(front)), key=lambda i: abs(front[i].loss - allowed))
     for _ in range(ROUNDS):
         plan = planner.make_plan(front[guess].choices, fits)
         planner.say(f"running a plan that saves {planner.saved(plan):.0%} of the products")
         fidelity = planner.run(plan, planner.some_images)
-        excess = planner.wish.excess(fidelity, KEEP_BELOW)
+        excess = _excess(planner, fidelity)
         if excess <= 1:
-            low, best = guess, (guess, plan, fidelity)
+            low, best = guess, (guess, fidelity)
         else:
             high = guess
         if high - low <= 1 or CLOSE_ENOUGH <= excess <= 1:
@@ -119,49 +134,41 @@ def _settle(
         if low > 0 and high < len(front):
             aim = (front[low].loss * front[high].loss) ** 0.5
         guess = min(range(low + 1, high), key=lambda i: abs(front[i].loss - aim))
-    if best is None:
-        best = _most_faithful(planner, front, fits)
-    return best
+    return best or _most_faithful(planner, front, fits)
 
 
-def _verify(
-    planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, position: int
-) -> tuple[int, Plan, Fidelity, int]:
+def _verify(planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, position: int) -> dict[int, Fidelity]:
     """Run a point of the front on the images held out; while it falls short, a more faithful one; then between the two.
 
-    Returns the cheapest that keeps what is asked for, or the most faithful that was run, and how many were run.
+    Returns what each kept, by its index, in the order in which they were run.
     """
     first = next(index for index, choice in enumerate(front) if _replaces(choice))
-    keeping: tuple[int, Plan, Fidelity] | None = None
-    short = len(front)  # the most faithful that falls short
-    for tried in range(1, MOST_VERIFIED + 1):
-        plan = planner.make_plan(front[position].choices, fits)
+    fidelities: dict[int, Fidelity] = {}
+    keeping, short = -1, len(front)  # the cheapest that keeps what is asked for, the most faithful that does not
+    while len(fidelities) < MOST_VERIFIED:
         planner.say("verifying on images not planned on")
-        fidelity = planner.run(plan, planner.held_out)
-        excess = planner.wish.excess(fidelity, KEEP_BELOW)
+        fidelities[position] = planner.run(planner.make_plan(front[position].choices, fits), planner.held_out)
+        excess = _excess(planner, fidelities[position])
         if excess <= 1:
-            keeping = (position, plan, fidelity)
+            keeping = position
         else:
             short = position
-        if tried == MOST_VERIFIED or short in (first, len(front)) or CLOSE_ENOUGH <= excess <= 1:
+        if short in (first, len(front)) or CLOSE_ENOUGH <= excess <= 1 or short - keeping == 1:
             break
-        if keeping is None:
+        if keeping < 0:
             aim = front[position].loss / excess
             position = max([index for index in range(first, position) if front[index].loss <= aim], default=first)
-            continue
-        between = range(keeping[0] + 1, short)
-        if not between:
-            break
-        aim = (front[keeping[0]].loss * front[short].loss) ** 0.5
-        position = min(between, key=lambda index: abs(front[index].loss - aim))
-    return *(keeping or (position, plan, fidelity)), tried
+        else:
+            aim = (front[keeping].loss * front[short].loss) ** 0.5
+            position = min(range(keeping + 1, short), key=lambda index: abs(front[index].loss - aim))
+    return fidelities
 
 
 def _replaces(choice: BlockChoices[PickedHeads]) -> bool:
     return any(pick.candidate is not None for pick in choice.choices)
 
 
-def _most_faithful(planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits) -> tuple[int, Plan, Fidelity]:
+def _most_faithful(planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits) -> tuple[int, Fidelity]:
     """Return the point nearest to exact attention that is not exact, or say what it reaches if that is not enough."""
     index = next(index for index, choice in enumerate(front) if _replaces(choice))
     plan = planner.make_plan(front[index].choices, fits)
@@ -171,7 +178,7 @@ def _most_faithful(planner: Planner, front: list[BlockChoices[PickedHeads]], fit
             f"{planner.wish.describe()} cannot be kept with FNA or focal attention: the best reachable is {fidelity.describe()}, with "
             f"{plan.describe_blocks()}; ask for less, or keep exact attention"
         )
-    return index, plan, fidelity
+    return index, fidelity
 
 
 def _alone(

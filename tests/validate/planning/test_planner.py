@@ -17,6 +17,7 @@ from fna.engines.targets import find_target
 from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.plan import BlockPlan, Plan, uniform_plan
+from fna.validate.planning import best_plan
 from fna.validate.planning.best_plan import MOST_VERIFIED, make_best_plan
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate, SearchRange, usual_candidate
 from fna.validate.planning.cost import ProductCost, TimeCost, device_of
@@ -187,27 +188,41 @@ def test_a_plan_that_falls_short_on_images_held_out_gives_way_to_a_more_faithful
     assert "falls short on the others" in kept[1].notes[0]
 
 
+class Harsh(Planner):
+    """The first plans on images held out are said to keep too little, and the others enough."""
+
+    refused, said = 1, 0.0
+    verified = 0
+
+    def run(self, plan: Plan, images: Any) -> Fidelity:
+        fidelity = super().run(plan, images)
+        if images is not self.held_out:
+            return fidelity
+        self.verified += 1
+        return fidelity.model_copy(update={"mean": self.said if self.verified <= self.refused else 0.95})
+
+
 def test_a_plan_that_keeps_more_than_asked_gives_way_to_one_between_it_and_the_one_that_falls_short(
     subject: TorchSubject, pictures: Pictures
 ) -> None:
-    class Harsh(Planner):
-        """The first plan on images held out is said to lose far more than it does: the next one is too faithful by far."""
-
-        verified = 0
-
-        def run(self, plan: Plan, images: Any) -> Fidelity:
-            fidelity = super().run(plan, images)
-            if images is not self.held_out:
-                return fidelity
-            self.verified += 1
-            return fidelity.model_copy(update={"mean": 0.0}) if self.verified == 1 else fidelity
-
     planner = Harsh(subject, Wish(0.9, tried=TRIED), ProductCost(subject.layout), pictures[:3], pictures[3:])
     found = make_best_plan(planner)
     assert found.reached
     assert f"{MOST_VERIFIED} plans were run" in found.notes[0]
     most_faithful = next(point for point in found.front if point.plan.replaced_blocks)
     assert found.point.cost < most_faithful.cost
+
+
+def test_a_point_of_the_front_that_keeps_what_was_asked_for_takes_the_place_of_plans_that_fall_short(
+    subject: TorchSubject, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best_plan, "SHOWN", (0.99, 0.8, 0.5))
+    planner = Harsh(subject, Wish(0.9, tried=TRIED), ProductCost(subject.layout), pictures[:3], pictures[3:])
+    planner.refused, planner.said = MOST_VERIFIED, 0.89
+    found = make_best_plan(planner)
+    keeping = [point for point in found.front if point.plan.replaced_blocks and point.measured.mean >= 0.9]
+    assert found.reached
+    assert found.point.cost == min(point.cost for point in keeping)
 
 
 def test_a_correction_is_left_out_where_it_costs_more_than_it_keeps(subject: TorchSubject, pictures: Pictures) -> None:
