@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from fna.focal_keys import Levels
-from fna.plan import FocalBlockPlan, Plan
+from fna.plan import FocalBlockPlan, Plan, uniform_plan
 
 FEWEST_PATCHES = 900
-"""Fewer leave the model exact: at 256 patches focal attention saves little and is no faster."""
+"""Fewer leave the model exact: at 256 patches nothing saves much, and nothing is faster."""
 
 MANY_PATCHES = 3000
 """From here on far cells of 4 x 4 patches lose as little as those of 2 x 2 do at 1369 patches."""
 
+LANDMARKS = 128
+"""Of the later half of the blocks, which become FNA. Attention is local in the first half, where FNA is weak and focal strong."""
+
 TILE = 8
 LEVELS: tuple[Levels, Levels] = (((1, 0), (2, 2)), ((1, 0), (2, 2), (4, 12)))
 HOT = (16, 32)
-"""Levels and hot keys of every block, with fewer and with at least `MANY_PATCHES`. Measured on DINOv2-S at 224, 518 and 1022
+"""Levels and hot keys of focal blocks, with fewer and with at least `MANY_PATCHES`. Measured on DINOv2-S at 224, 518 and 1022
 pixels: docs/plan.md."""
 
 
@@ -42,10 +45,16 @@ def plan_without_photographs(
             "--landmarks, or a plan by fna plan"
         )
     many = count >= MANY_PATCHES
+    later = uniform_plan(num_blocks, landmarks=LANDMARKS)
     focal = tuple(
         FocalBlockPlan(block=number, tile=TILE, levels=LEVELS[many], hot=HOT[many], seed=number)
         for number in range(num_blocks)
-        if number not in refused
+        if number not in refused and number not in later.replaced_blocks
     )
-    made = Plan(num_blocks=num_blocks, focal=focal, prefix_tokens=prefix_tokens, patches=patches)
-    return made, "all blocks focal, as no plan and no setting was given; fna plan finds what keeps more, or costs less"
+    blocks = tuple(block for block in later.blocks if block.block not in refused)
+    core = {"core": later.core, "steps": later.steps, "low": later.low} if blocks else {}
+    made = Plan(num_blocks=num_blocks, blocks=blocks, focal=focal, prefix_tokens=prefix_tokens, patches=patches, **core)
+    return made, (
+        f"the first half of the blocks focal, the later half FNA with {LANDMARKS} landmarks, as no plan and no setting was given; "
+        "fna plan finds what keeps more, or costs less"
+    )

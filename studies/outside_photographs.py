@@ -1,7 +1,8 @@
 """How close plans keep a model on photographs that no plan was made or verified on: `python -m studies.outside_photographs PLAN...`.
 
 A plan is a file of `fna plan`, or `focal:TILE:LEVELS:HOT`, all blocks alike, as in `focal:8:1,0/2,2:16`, each with its own draw, or
-`nystrom:LAYERS:S:METHOD`, as in `nystrom:6-11:128:weighted`.
+`nystrom:LAYERS:S:METHOD`, as in `nystrom:6-11:128:weighted`. `default` is what `fna export`
+makes of a model when it is told nothing.
 Prints the products saved and the cosines of the final patch tokens to exact attention on three groups of photographs: those that
 `fna plan` measures losses on, those that it verifies on, and seven others that scikit-image carries.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from fna.arithmetic import saved_part
+from fna.default_plan import plan_without_photographs
 from fna.export.preprocessing import bundled_photographs
 from fna.export.sources.loading import load_model
 from fna.plan import FocalBlockPlan, Plan, load_plan, uniform_plan
@@ -35,10 +37,12 @@ GROUPS = {"planned on": planning_photographs, "verified on": bundled_photographs
 
 
 def read_plan(text: str, subject: TorchSubject) -> Plan:
-    """A plan file, a setting of focal attention for all blocks, or one of FNA."""
+    """A plan file, the default, a setting of focal attention for all blocks, or one of FNA."""
+    layout = subject.layout
+    if text == "default":
+        return plan_without_photographs(layout.num_blocks, set(layout.refused), layout.patches, layout.prefix_tokens)[0]
     if text.startswith("nystrom:"):
         _, layers, landmarks, method = text.split(":")
-        layout = subject.layout
         return uniform_plan(
             layout.num_blocks,
             layers=layers,
@@ -50,7 +54,6 @@ def read_plan(text: str, subject: TorchSubject) -> Plan:
         return load_plan(Path(text))
     _, tile, levels, hot = text.split(":")
     pairs = tuple((int(size), int(gap)) for size, gap in (level.split(",") for level in levels.split("/")))
-    layout = subject.layout
     blocks = tuple(
         FocalBlockPlan(block=number, tile=int(tile), levels=pairs, hot=int(hot), seed=number)
         for number in range(layout.num_blocks)
