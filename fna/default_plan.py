@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fna.focal_keys import Levels
 from fna.plan import FocalBlockPlan, Plan, uniform_plan
 
@@ -52,7 +54,7 @@ def plan_without_photographs(
         if number not in refused and number not in later.replaced_blocks
     )
     blocks = tuple(block for block in later.blocks if block.block not in refused)
-    core = {"core": later.core, "steps": later.steps, "low": later.low} if blocks else {}
+    core: dict[str, Any] = {"core": later.core, "steps": later.steps, "low": later.low} if blocks else {}
     made = Plan(num_blocks=num_blocks, blocks=blocks, focal=focal, prefix_tokens=prefix_tokens, patches=patches, **core)
     return made, (
         f"the first half of the blocks focal, the later half FNA with {LANDMARKS} landmarks, as no plan and no setting was given; "
