@@ -25,8 +25,8 @@ SHOWN = (0.999, 0.995, 0.99, 0.98)
 CLOSE_ENOUGH = 0.9
 """A search ends when the loss is this much of what is allowed."""
 
-MOST_VERIFIED = 4
-"""At most so many plans are run on the images held out, to find the cheapest that keeps what is asked for there too."""
+MOST_REFINED = 4
+"""So many more plans than are shown are run at most on the images held out, to find the cheapest that keeps what is asked for."""
 
 KEEP_BELOW = 0.97
 """The search aims at this part of the loss allowed, for photographs differ."""
@@ -57,27 +57,22 @@ def make_best_plan(planner: Planner) -> Planned:
     if len(front) == 1:
         return _exact_only(planner, front[0])
     position, on_planning = _settle(planner, front, fits, allowed)
-    fidelities = _verify(planner, front, fits, position)
-    tried, last = len(fidelities), list(fidelities)[-1]
-    for index in _spread(front, last, fidelities[last]):
-        if index not in fidelities:
-            say(f"running {len(fidelities) - tried + 1} more plans of the front")
-            fidelities[index] = planner.run(planner.make_plan(front[index].choices, fits), planner.held_out)
+    fidelities, refined = _verify(planner, front, fits, position)
     points = {index: _front_plan(planner, front[index], fits, fidelities[index]) for index in sorted(fidelities)}
-    # the cheapest of all that were run: what is predicted and what is reached do not fall in quite the same order
-    keeping = [
-        points[index]
-        for index, fidelity in fidelities.items()
-        if _replaces(front[index]) and _excess(planner, fidelity) <= 1
-    ]
-    point = min(keeping, key=lambda each: each.cost, default=points[last])
+    excesses = {index: _excess(planner, fidelity) for index, fidelity in fidelities.items() if _replaces(front[index])}
+    # Of all that were run: what is predicted and what is reached do not fall in quite the same order.
+    keeping = [index for index, excess in excesses.items() if excess <= 1]
+    chosen = max(keeping) if keeping else min(excesses, key=excesses.__getitem__)
+    point = points[chosen]
     notes = [
         f"on {len(planner.some_images)} of the images planned on: mean {on_planning.mean:.4f}, 5th percentile {on_planning.p5:.4f}"
     ]
-    if tried > 1:
-        notes[0] += f", by a plan that falls short on the others; {tried} plans were run on those"
+    if refined:
+        notes[0] += (
+            f"; {len(fidelities)} plans were run on the others, {refined} of them to come nearer to what was asked for"
+        )
     exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
-    reached = bool(keeping) or planner.keeps(fidelities[last])
+    reached = planner.keeps(fidelities[chosen])
     return Planned(point.plan, point, list(points.values()), exact_cost, reached, notes)
 
 
@@ -137,31 +132,33 @@ def _settle(
     return best or _most_faithful(planner, front, fits)
 
 
-def _verify(planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, position: int) -> dict[int, Fidelity]:
-    """Run a point of the front on the images held out; while it falls short, a more faithful one; then between the two.
+def _verify(
+    planner: Planner, front: list[BlockChoices[PickedHeads]], fits: Fits, position: int
+) -> tuple[dict[int, Fidelity], int]:
+    """Run points of the front on the images held out: one, those that are shown, and some to come nearer to what is asked for.
 
-    Returns what each kept, by its index, in the order in which they were run.
+    Returns what each kept, by its index, and how many were run to come nearer.
     """
-    first = next(index for index, choice in enumerate(front) if _replaces(choice))
     fidelities: dict[int, Fidelity] = {}
-    keeping, short = -1, len(front)  # the cheapest that keeps what is asked for, the most faithful that does not
-    while len(fidelities) < MOST_VERIFIED:
-        planner.say("verifying on images not planned on")
-        fidelities[position] = planner.run(planner.make_plan(front[position].choices, fits), planner.held_out)
-        excess = _excess(planner, fidelities[position])
-        if excess <= 1:
-            keeping = position
-        else:
-            short = position
-        if short in (first, len(front)) or CLOSE_ENOUGH <= excess <= 1 or short - keeping == 1:
-            break
-        if keeping < 0:
-            aim = front[position].loss / excess
-            position = max([index for index in range(first, position) if front[index].loss <= aim], default=first)
-        else:
-            aim = (front[keeping].loss * front[short].loss) ** 0.5
-            position = min(range(keeping + 1, short), key=lambda index: abs(front[index].loss - aim))
-    return fidelities
+
+    def run(index: int) -> None:
+        planner.say(f"verifying on images not planned on: plan {len(fidelities) + 1}")
+        fidelities[index] = planner.run(planner.make_plan(front[index].choices, fits), planner.held_out)
+
+    run(position)
+    for index in _spread(front, position, fidelities[position]):
+        if index not in fidelities:
+            run(index)
+    for refined in range(MOST_REFINED):
+        excesses = {index: _excess(planner, fidelity) for index, fidelity in fidelities.items()}
+        keeping = max((index for index, excess in excesses.items() if excess <= 1), default=0)
+        short = min((index for index in excesses if index > keeping), default=len(front))
+        if excesses.get(keeping, 0.0) >= CLOSE_ENOUGH or short - keeping <= 1 or short == len(front):
+            return fidelities, refined
+        nearest = max(front[keeping].loss, front[short].loss / (2 * excesses[short]))
+        aim = (nearest * front[short].loss) ** 0.5
+        run(min(range(keeping + 1, short), key=lambda index: abs(front[index].loss - aim)))
+    return fidelities, MOST_REFINED
 
 
 def _replaces(choice: BlockChoices[PickedHeads]) -> bool:
