@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fna.attention import nystrom_attention_reference
-from fna.validate.bench.kernels import AttentionRow, plain_fna
+from fna.validate.bench.kernels import AttentionRow, main, plain_fna
 
 ROW = AttentionRow(
     batch=1, heads=12, tokens=16384, landmarks=64, plugin=10.0, exact=150.0, exact_backend="flash", plain=50.0, floor=5.0
@@ -18,11 +15,9 @@ ROW = AttentionRow(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 @pytest.mark.parametrize("arguments", [[], ["--model"]])
-def test_without_a_gpu_it_says_so_and_ends_with_3(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "fna.validate.bench.kernels", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr.strip().splitlines()[-1] == "error: timing needs a CUDA device, and this machine has none"
+def test_without_a_gpu_it_says_so_and_ends_with_3(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 3
+    assert capsys.readouterr().err == "error: timing needs a CUDA device, and this machine has none\n"
 
 
 def test_the_plain_pytorch_it_compares_with_is_fna() -> None:
