@@ -168,17 +168,9 @@ def without(plan: Plan) -> Plan:
     return plan.model_copy(update={"landmarks_include": (), "landmarks_exclude": ()})
 
 
-@pytest.fixture(scope="module")
-def dense_file(planted_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dense, _ = trace_model(planted_model, uniform_plan(4, layers="none"), TraceOptions(56, 56))
-    path = tmp_path_factory.mktemp("dense") / "dense.onnx"
-    onnx.save(dense, path)
-    return path
-
-
 @pytest.mark.parametrize("name", PLANS)
 def test_traced_and_grafted_files_compute_what_patched_pytorch_computes(
-    planted_model: LoadedModel, dense_file: Path, name: str, tmp_path: Path
+    planted_model: LoadedModel, planted_file: Path, name: str, tmp_path: Path
 ) -> None:
     plan = PLANS[name]
     pixels = torch.randn(3, 3, 56, 56).numpy()
@@ -187,7 +179,7 @@ def test_traced_and_grafted_files_compute_what_patched_pytorch_computes(
     assert all(not np.array_equal(*pair) for pair in zip(landmarks, plain, strict=True)), "the plan asks for nothing"
     traced, metadata = trace_model(planted_model, plan, TraceOptions(56, 56))
     assert metadata.plan.landmarks_include == plan.landmarks_include
-    result = graft(dense_file, tmp_path / "out.onnx", GraftOptions(plan=plan))
+    result = graft(planted_file, tmp_path / "out.onnx", GraftOptions(plan=plan))
     assert result.proof is not None
     assert not result.proof.failed
     for model in (traced, onnx.load(tmp_path / "out.onnx")):

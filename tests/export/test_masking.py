@@ -236,21 +236,12 @@ def test_masks_go_with_an_open_image_size_and_half_precision(planted_model: Load
     assert np.linalg.norm(given - wanted) <= 3e-2 * np.linalg.norm(wanted)
 
 
-@pytest.fixture(scope="module")
-def dense_file(planted_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted model as someone else might have exported it."""
-    dense, _ = trace_model(planted_model, uniform_plan(4, layers="none"), TraceOptions(56, 56))
-    path = tmp_path_factory.mktemp("dense") / "dense.onnx"
-    onnx.save(dense, path)
-    return path
-
-
 @pytest.mark.parametrize("tokens", sorted(MASKS))
 def test_a_grafted_file_masks_as_the_traced_one(
-    planted_model: LoadedModel, dense_file: Path, tokens: str, tmp_path: Path
+    planted_model: LoadedModel, planted_file: Path, tokens: str, tmp_path: Path
 ) -> None:
     plan = mask_plan(tokens)
-    result = graft(dense_file, tmp_path / "out.onnx", GraftOptions(plan=plan))
+    result = graft(planted_file, tmp_path / "out.onnx", GraftOptions(plan=plan))
     assert result.proof is not None
     assert not result.proof.failed
     masked_exact = {0, 3} & plan.masked_blocks
