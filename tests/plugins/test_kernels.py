@@ -26,6 +26,8 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RELATIVE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Relative error (in the 2-norm) of the whole output that the kernels are held to, on a GPU too."""
 
+MANY_STEPS, ONE_STEP = ChebyshevSteps(8, 0.05), ChebyshevSteps(1, 0.3)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -78,18 +80,16 @@ def sample(interpreter: ProcessPoolExecutor) -> Callable[..., Tensor]:
     return lambda *arguments: interpreter.submit(run_sampling, *arguments).result()
 
 
-@pytest.mark.parametrize("exact_rows", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("batch", "heads", "tokens", "count", "head_size"),
+    ("dtype", "exact_rows", "batch", "heads", "tokens", "count", "head_size"),
     [
-        pytest.param(1, 2, 197, 33, 64, id="N197-S33-D64"),
-        pytest.param(2, 1, 131, 1, 80, id="N131-S1-D80"),
-        pytest.param(2, 2, 201, 64, 80, id="N201-S64-D80"),
-        pytest.param(1, 1, 257, 128, 64, id="N257-S128-D64"),
-        pytest.param(1, 1, 129, 65, 128, id="N129-S65-D128"),
-        pytest.param(1, 1, 64, 64, 32, id="N64-S64-D32: every token a landmark"),
-        pytest.param(1, 1, 1, 1, 96, id="N1-S1-D96: one token"),
+        pytest.param(torch.float32, True, 1, 2, 197, 33, 64, id="N197-S33-D64"),
+        pytest.param(torch.float16, False, 2, 1, 131, 1, 80, id="N131-S1-D80"),
+        pytest.param(torch.float16, True, 2, 2, 141, 64, 80, id="N141-S64-D80"),
+        pytest.param(torch.float32, False, 1, 1, 201, 128, 64, id="N201-S128-D64"),
+        pytest.param(torch.float16, True, 1, 1, 129, 65, 128, id="N129-S65-D128"),
+        pytest.param(torch.float32, True, 1, 1, 64, 64, 32, id="N64-S64-D32: every token a landmark"),
+        pytest.param(torch.float16, False, 1, 1, 1, 1, 96, id="N1-S1-D96: one token"),
     ],
 )
 def test_output_agrees_with_the_twin(attend, dtype, batch, heads, tokens, count, head_size, exact_rows) -> None:
@@ -110,8 +110,10 @@ def test_many_landmarks_iterate_over_several_programs(attend) -> None:
     assert relative_error(out, reference(call, exact_rows=True, iterations=2)) < RELATIVE[torch.float32]
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 20), (torch.float32, 20), (torch.float32, 70)])
+@pytest.mark.parametrize(
+    ("dtype", "count", "iterations"),
+    [(torch.float16, 20, 1), (torch.float16, 20, 3), (torch.float32, 20, 3), (torch.float32, 70, 1)],
+)
 def test_other_numbers_of_iterations(attend, dtype, count, iterations) -> None:
     call = make_call(dtype, 1, 1, 90, count, 32)
     found = attend(call, iterations=iterations)["out"]
@@ -146,23 +148,22 @@ def test_each_launch_agrees_with_its_own_twin(attend, dtype, count) -> None:
     assert relative_error(found["out"], out) < tolerance
 
 
-@pytest.mark.parametrize("steps", [ChebyshevSteps(8, 0.05), ChebyshevSteps(1, 0.3)])
 @pytest.mark.parametrize(
-    ("dtype", "batch", "count", "head_size"),
+    ("dtype", "batch", "count", "head_size", "steps"),
     [
-        pytest.param(torch.float16, 2, 33, 80, id="fp16, 64 landmarks"),
-        pytest.param(torch.float16, 1, 100, 64, id="fp16, 128 landmarks"),
-        pytest.param(torch.bfloat16, 1, 128, 64, id="bf16, 128 landmarks"),
-        pytest.param(torch.float16, 1, 200, 32, id="fp16 through scratch, several programs"),
-        pytest.param(torch.float32, 1, 33, 64, id="fp32, 64 landmarks"),
-        pytest.param(torch.float32, 1, 128, 32, id="fp32, 128 landmarks"),
-        pytest.param(torch.float32, 1, 200, 32, id="fp32, 256 landmarks"),
+        pytest.param(torch.float16, 2, 33, 80, MANY_STEPS, id="fp16, 64 landmarks"),
+        pytest.param(torch.float16, 1, 100, 64, ONE_STEP, id="fp16, 128 landmarks"),
+        pytest.param(torch.bfloat16, 1, 128, 64, MANY_STEPS, id="bf16, 128 landmarks"),
+        pytest.param(torch.float16, 1, 200, 32, MANY_STEPS, id="fp16 through scratch, several programs"),
+        pytest.param(torch.float32, 1, 33, 64, ONE_STEP, id="fp32, 64 landmarks"),
+        pytest.param(torch.float32, 1, 128, 32, MANY_STEPS, id="fp32, 128 landmarks"),
+        pytest.param(torch.float32, 1, 200, 32, ONE_STEP, id="fp32, 256 landmarks"),
     ],
 )
 def test_each_launch_with_the_chebyshev_core_agrees_with_its_own_twin(
     attend, dtype, batch, count, head_size, steps
 ) -> None:
-    call = make_call(dtype, batch, 1, 230, count, head_size)
+    call = make_call(dtype, batch, 1, max(count + 3, 140), count, head_size)
     found = attend(call, chebyshev=steps)
     full = [tensor.double() for tensor in (call.query, call.key, call.value)]
     core, normal = core_twin(full[0], full[1], call.landmarks, call.bias.double(), scale=call.scale)
@@ -190,8 +191,7 @@ def test_each_launch_with_the_chebyshev_core_agrees_with_its_own_twin(
     assert relative_error(found["out"], out) < tolerance
 
 
-@pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 100), (torch.float32, 70)])
+@pytest.mark.parametrize(("dtype", "count", "sink"), [(torch.float16, 100, True), (torch.float32, 70, False)])
 def test_masked_keys_agree_with_the_twin_with_the_chebyshev_core(attend, dtype, count, sink) -> None:
     """The core's own masks are the same code as Newton-Schulz's; A with a mask shows in what the steps reach."""
     call = make_call(dtype, 1, 1, 140, count, 32)
@@ -218,10 +218,9 @@ def test_values_beyond_the_range_of_fp16_step_in_their_own_units(attend) -> None
     assert relative_error(found.double() / 2.0**100, plain) < 1e-6  # the unit is a power of two
 
 
-@pytest.mark.parametrize("name", ["dinov2s_257_layer06_s32", "dinov2s_257_layer09_s64_masks"])
-def test_real_weights_give_the_published_codes_output(attend, name: str) -> None:
+def test_real_weights_give_the_published_codes_output(attend) -> None:
     """Inputs from DINOv2-S on a photograph, with the landmarks and outputs of the published code."""
-    file = np.load(GOLDEN / f"{name}.npz")
+    file = np.load(GOLDEN / "dinov2s_257_layer09_s64_masks.npz")
     query, key, value = (torch.from_numpy(file[part]).float() for part in ("query", "key", "value"))
     landmarks = torch.from_numpy(file["landmarks"])
     assert float(file["scale"]) == pytest.approx(64**-0.5)
@@ -237,14 +236,14 @@ def masked_reference(call: Call, mask: Tensor, *, sink: bool, iterations: int = 
     )
 
 
-@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "count", "rows"),
+    ("dtype", "tokens", "count", "rows", "sink"),
     [
-        pytest.param(torch.float16, 150, 33, 1, id="in registers"),
-        pytest.param(torch.float32, 131, 20, 2, id="through scratch"),
-        pytest.param(torch.float16, 140, 100, 2, id="two tiles of landmarks"),
-        pytest.param(torch.float16, 210, 200, 1, id="several programs"),
+        pytest.param(torch.float16, 150, 33, 1, False, id="in registers"),
+        pytest.param(torch.float16, 90, 33, 1, True, id="in registers, sinks"),
+        pytest.param(torch.float32, 131, 20, 2, True, id="through scratch"),
+        pytest.param(torch.float16, 140, 100, 2, True, id="two tiles of landmarks"),
+        pytest.param(torch.float16, 210, 200, 1, False, id="several programs"),
     ],
 )
 def test_masked_keys_agree_with_the_twin(attend, dtype, tokens, count, rows, sink) -> None:
@@ -304,20 +303,20 @@ def test_the_split_of_the_keys_does_not_matter(attend, multiprocessors) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_duplicate_tokens_and_landmarks(attend, dtype) -> None:
-    call = make_call(dtype, 1, 1, 150, 32, 64)
+    call = make_call(dtype, 1, 1, 90, 32, 64)
     for tensor in (call.query, call.key, call.value):
-        tensor[:, :, 75:] = tensor[:, :, :75]
+        tensor[:, :, 45:] = tensor[:, :, :45]
     call.landmarks[0, 16:] = call.landmarks[0, :16]
     assert relative_error(attend(call, exact_rows=True)["out"], reference(call, exact_rows=True)) < RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_massive_norms_stay_finite_and_right(attend, dtype) -> None:
-    call = make_call(dtype, 1, 1, 150, 32, 64)
+    call = make_call(dtype, 1, 1, 90, 16, 64)
     call.query[:, :, :3] *= 100
     call.key[:, :, :3] *= 100
     call.value[:, :, :3] = 3e4  # sums such as 13 Bv pass the largest fp16 number, 65504
-    call.landmarks[0] = torch.arange(32) * 4
+    call.landmarks[0] = torch.arange(16) * 4
     out = attend(call, exact_rows=True)["out"]
     assert out.isfinite().all()
     assert relative_error(out, reference(call, exact_rows=True)) < RELATIVE[dtype]
@@ -338,32 +337,28 @@ def test_wrong_indices_stay_inside_the_tensors(attend) -> None:
     assert torch.equal(attend(wild, exact_rows=True)["out"], attend(clamped, exact_rows=True)["out"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("batch", "tokens", "channels", "count", "launches"),
+    ("dtype", "batch", "tokens", "channels", "count", "launches"),
     [
-        pytest.param(2, 131, 48, 33, 1, id="one launch"),
-        pytest.param(2, 64, 7, 64, 1, id="one launch: all tokens, odd channels"),
-        pytest.param(1, 1100, 20, 9, 9, id="a launch for each landmark"),
-        pytest.param(2, 200, 400, 7, 7, id="a launch for each landmark: wide"),
+        pytest.param(torch.float16, 2, 131, 48, 33, 1, id="one launch"),
+        pytest.param(torch.float32, 2, 64, 7, 64, 1, id="one launch: all tokens, odd channels"),
+        pytest.param(torch.float16, 1, 1100, 20, 9, 9, id="a launch for each landmark"),
+        pytest.param(torch.float32, 2, 200, 400, 7, 7, id="a launch for each landmark: wide"),
     ],
 )
 def test_farthest_points_are_the_twins_exactly(sample, dtype, batch, tokens, channels, count, launches) -> None:
     features = torch.randn(batch, tokens, channels).to(dtype)
     features[:, tokens // 2 : tokens // 2 + 8] = features[:, :8]  # ties
-    wide = features.float() if launches > 1 and channels == 400 else features
-    assert (
-        len(sampling_plan("fp32" if wide.dtype == torch.float32 else "fp16", batch, tokens, channels, count).launches)
-        == launches
-    )
-    assert torch.equal(sample(wide, count), farthest_points_reference(wide, count))
+    plan = sampling_plan("fp32" if dtype == torch.float32 else "fp16", batch, tokens, channels, count)
+    assert len(plan.launches) == launches
+    assert torch.equal(sample(features, count), farthest_points_reference(features, count))
 
 
-@pytest.mark.parametrize(("dtype", "launches"), [(torch.float16, 1), (torch.float32, 24)])
-def test_farthest_points_of_real_hidden_states_are_the_twins_exactly(sample, dtype, launches) -> None:
+@pytest.mark.parametrize(("dtype", "count", "launches"), [(torch.float16, 24, 1), (torch.float32, 6, 6)])
+def test_farthest_points_of_real_hidden_states_are_the_twins_exactly(sample, dtype, count, launches) -> None:
     hidden = torch.from_numpy(np.load(GOLDEN / "dinov2s_257_layer09_s64_masks.npz")["hidden"]).to(dtype)
-    assert len(sampling_plan("fp16" if dtype == torch.float16 else "fp32", *hidden.shape, 24).launches) == launches
-    assert torch.equal(sample(hidden, 24), farthest_points_reference(hidden, 24))
+    assert len(sampling_plan("fp16" if dtype == torch.float16 else "fp32", *hidden.shape, count).launches) == launches
+    assert torch.equal(sample(hidden, count), farthest_points_reference(hidden, count))
 
 
 def test_farthest_points_of_equal_tokens_are_the_lowest_indices(sample) -> None:
@@ -375,4 +370,4 @@ def test_farthest_points_with_many_tiles(sample) -> None:
     """More tiles than one pass over their bests takes (256), so that the passes are joined."""
     features = torch.randn(1, 16500, 1)
     features[0, 16450] = 100.0
-    assert torch.equal(sample(features, 3), farthest_points_reference(features, 3))
+    assert torch.equal(sample(features, 2), farthest_points_reference(features, 2))
