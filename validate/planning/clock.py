@@ -123,11 +123,13 @@ class CpuCost:
         )
 
     def _time(self, name: str, make: Callable[[], ModelProto]) -> float:
-        if name not in self._times:
+        def measure() -> float:
             self.say(f"timing {name}")
+            return _fastest(make(), self.layout)
+
+        if name not in self._times:
             place = f"time-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-            measured = load_or_make(self.folder, place, self._settings, lambda: _fastest(make(), self.layout))
-            self._times[name] = measured
+            self._times[name] = load_or_make(self.folder, place, self._settings, measure)
         return self._times[name]
 
 
