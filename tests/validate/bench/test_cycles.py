@@ -13,17 +13,12 @@ from fna.validate.bench.cycles import CountedBench, usual_cores
 def counted(tiny_files, tmp_path_factory: pytest.TempPathFactory) -> CountedBench:
     """The command on a small model: its record."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from shared_build import BUILD, KERNEL_CACHE
+    from shared_build import cache_with_kernels
 
-    tables = BUILD / "test-counted" / "counted-kernels"
-    if not tables.exists():
-        KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
-        tables.mkdir(parents=True)
-        (tables / "cache").symlink_to(KERNEL_CACHE)
     record = tmp_path_factory.mktemp("counted") / "counted.json"
     arguments = ["bench", "validate_tiny:tiny", "--count", "--target", "jetson-agx-orin", "--landmarks", "12"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FNA_CACHE", str(BUILD / "test-counted"))
+        patch.setenv("FNA_CACHE", str(cache_with_kernels()))
         patch.chdir(tiny_files.folder)
         assert main([*arguments, "--resolution", "112", "--json", str(record)]) == 0
     return CountedBench.model_validate_json(record.read_text())
