@@ -35,9 +35,9 @@ def launches(interpreter: ProcessPoolExecutor, monkeypatch) -> list[LaunchPlan]:
     return ran
 
 
-def make_inputs(dtype: torch.dtype = torch.float32, tokens: int = 90) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value = (torch.randn(2, 2, tokens, 32).to(dtype) for _ in range(3))
-    return query, key, value, torch.arange(0, tokens, 5).int()[None]
+def make_inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value = (torch.randn(batch, 2, 90, 32) for _ in range(3))
+    return query, key, value, torch.arange(0, 90, 5).int()[None]
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -74,7 +74,7 @@ def test_the_operator_with_the_cheaper_core_runs_its_plan(launches, masked) -> N
 
 @pytest.mark.parametrize("sink", [False, True])
 def test_the_operator_with_a_mask_runs_the_plan(launches, sink) -> None:
-    inputs = make_inputs()
+    inputs = make_inputs(batch=2)
     mask = (torch.rand(2, 90) < 0.2).int()
     found = torch_ops.attention_with_key_mask(*inputs, None, mask, 0.2, 6, True, sink)
     query, key, value, landmarks = inputs
@@ -133,10 +133,16 @@ def test_sampling_runs_the_plan(launches) -> None:
     assert len(launches) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "channels", "count", "prefix"),
-    [(257, 48, 64, 1), (70, 7, 33, 5), (64, 16, 64, 1), (300, 16, 256, 0), (20, 16, 1, 1), (20, 16, 3, 5)],
+    ("dtype", "tokens", "channels", "count", "prefix"),
+    [
+        (torch.float16, 257, 48, 64, 1),
+        (torch.float32, 70, 7, 33, 5),
+        (torch.float32, 64, 16, 64, 1),
+        (torch.float16, 300, 16, 256, 0),
+        (torch.float32, 20, 16, 1, 1),
+        (torch.float16, 20, 16, 3, 5),
+    ],
 )
 def test_norm_grid_landmarks_are_the_twins_exactly(launches, dtype, tokens, channels, count, prefix) -> None:
     features = torch.randn(2, tokens, channels).to(dtype)

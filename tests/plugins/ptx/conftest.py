@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from shared_build import BUILD, KERNEL_CACHE, locked
+from shared_build import BUILD, locked
 
 from fna.plugins.ptx.cases import quick_cases
 from fna.plugins.ptx.images import PtxImages, load_images
+from fna.plugins.table.chips import FALLBACK
 
-from ..conftest import variants_named
+from ..conftest import compile_table
 
 
 @pytest.fixture(scope="session")
-def images() -> PtxImages:
-    """Compiled once for sm_80 and kept under build/."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from fna.plugins.table.build import build_table
-
-    needed = {name for case in quick_cases() for name in case.variants}
+def images(table: Path) -> PtxImages:
+    """Compiled once for sm_80 and kept under build/; those that the tests' table has are not compiled again."""
+    needed = tuple(dict.fromkeys(name for case in quick_cases() for name in case.variants))
     folder = BUILD / "test-ptx"
-    with locked("ptx-table"):
-        build_table(folder, chips=(80, 0), variants=variants_named(needed), jobs=2, cache=KERNEL_CACHE)
+    with locked("table"):
+        compile_table(folder, {needed: (80, FALLBACK)})
     return load_images(folder)

@@ -90,8 +90,7 @@ def test_fna_validate_has_a_row_of_its_own(
     save_model(half, tmp_path / "tiny.onnx")
     (tmp_path / "images").mkdir()
     noise = np.random.default_rng(1).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
-    for name in ("a", "b"):
-        Image.fromarray(noise).save(tmp_path / "images" / f"{name}.png")
+    Image.fromarray(noise).save(tmp_path / "images" / "a.png")
     command = ["validate", str(tmp_path / "tiny.onnx"), "--images", str(tmp_path / "images"), "--emulate-plugin"]
     assert main(command) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("plugin"))
