@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx
 import pytest
-from onnx.reference import ReferenceEvaluator
 import zstandard
+from onnx.reference import ReferenceEvaluator
 
 from fna.cli import main
 from fna.engines.builder.options import BatchRange
