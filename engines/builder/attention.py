@@ -20,9 +20,9 @@ def prepare_attention(model: ModelProto) -> ModelProto:
     """Return a model whose Attention nodes TensorRT takes: scaled queries, no precision of the softmax, a bias as small as it is.
 
     Without any such node, the model itself. TensorRT-RTX 1.7.1 refuses the attribute `softmax_precision`, and its kernels' softmax is
-    fp32 whatever it says. It would scale both query and key; where those are made from one tensor, they are then equal to its builder,
-    which ends the process (tried). A bias that is expanded to a row for each query, as onnxruntime needs it, would be read in full, and
-    where it is constant and large (1370 rows of 128) the builder fails on it in fp32 (tried); one row is enough.
+    fp32 whatever it says. It would scale both query and key; where those are made from one tensor, they are then equal to its
+    builder, which ends the process (tried). A bias that is expanded to a row for each query, as onnxruntime needs it, would be read
+    in full, and where it is constant and large (1370 rows of 128) the builder fails on it in fp32 (tried); one row is enough.
     """
     attentions = _attentions(model)
     if not attentions:
