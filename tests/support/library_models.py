@@ -6,6 +6,7 @@ folder of their own that only this script's process sees: `python library_models
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -116,9 +117,7 @@ LIBRARIES = {
     "timm_vit_fused": Library(timm_vit, 2),
     "timm_vit_unfused": Library(lambda: timm_vit(fused=False), 2),
     "timm_vit_opset14": Library(lambda: timm_vit(fused=False), 2, opset=14),
-    "timm_vit_dynamo": dynamo(timm_vit, 2),
     "timm_vit_half": Library(lambda: timm_vit(fused=False), 2, half=True),
-    "timm_vit_half_dynamo": Library(timm_vit, 2, exporter="dynamo", opset=18, half=True),
     "torchvision_vit_half_dynamo": Library(torchvision_vit, 2, exporter="dynamo", opset=18, half=True),
     "timm_vit_query_key_norm": Library(lambda: timm_vit(qk_norm=True), 2),
     "timm_vit_registers": Library(lambda: timm_vit(reg_tokens=3, no_embed_class=True), 2),
@@ -153,7 +152,6 @@ LIBRARIES = {
         lambda: open_clip_tower(attentional_pool=True, attn_pooler_queries=4), 2, 1, "learned query"
     ),
     "torchvision_vit": Library(torchvision_vit, 2),
-    "torchvision_vit_dynamo": dynamo(torchvision_vit, 2),
     "torchvision_swin": Library(torchvision_swin, 0, 2, "position bias"),
     "vit_pytorch_vit": Library(lambda: vit_pytorch("vit", "ViT"), 2),
     "vit_pytorch_simple_dynamo": dynamo(lambda: vit_pytorch("simple_vit", "SimpleViT"), 2),
@@ -172,13 +170,13 @@ TRANSFORMERS_4_MODELS = {
         exporter=exporter,
         opset=18 if exporter == "dynamo" else 17,
     )
-    for name, model, config, extra, refused, reason in (
-        ("vit", "ViTModel", "ViTConfig", {}, 0, ""),
-        ("dinov2", "Dinov2Model", "Dinov2Config", {}, 0, ""),
-        ("clip", "CLIPVisionModel", "CLIPVisionConfig", {}, 0, ""),
-        ("siglip", "SiglipVisionModel", "SiglipVisionConfig", {"vision_use_head": False}, 0, ""),
+    for name, model, config, extra, refused, reason, exports in (
+        ("vit", "ViTModel", "ViTConfig", {}, 0, "", ("eager torchscript", "sdpa dynamo")),
+        ("dinov2", "Dinov2Model", "Dinov2Config", {}, 0, "", ("sdpa torchscript",)),
+        ("clip", "CLIPVisionModel", "CLIPVisionConfig", {}, 0, "", ("eager torchscript", "sdpa dynamo")),
+        ("siglip", "SiglipVisionModel", "SiglipVisionConfig", {"vision_use_head": False}, 0, "", ("sdpa torchscript",)),
     )
-    for implementation, exporter in (("eager", "torchscript"), ("sdpa", "torchscript"), ("sdpa", "dynamo"))
+    for implementation, exporter in map(str.split, exports)
 }
 
 
@@ -201,6 +199,7 @@ def export(library: Library, path: Path) -> None:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     warnings.simplefilter("ignore")
+    gc.freeze()  # half a million objects of PyTorch, which every collection of a trace would walk
     schemas = define_torchvision_operators()
     for name in names:
         library = {**LIBRARIES, **TRANSFORMERS_4_MODELS}[name]

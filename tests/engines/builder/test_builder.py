@@ -43,8 +43,8 @@ FP16 = FileVariant("fp16", check=False)
 INT8 = FileVariant(eight_bit=("int8",))
 INT8_FP16 = FileVariant("fp16", ("int8",), check=False)
 BUILDS = {
-    "traced": [FileVariant(), FP16, FileVariant("bf16"), INT8],
-    "grafted": [FileVariant(), FP16, INT8, INT8_FP16],
+    "traced": [FileVariant(), FileVariant("bf16"), INT8],
+    "grafted": [FP16, INT8_FP16],
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,18 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
-DYNAMO = ("core_sdpa", "packed_timm", "rotary", "core_true_mask", "torch_mha_sequence_first")
-
-
 @pytest.mark.parametrize(
-    ("name", "opset"), [*product(DYNAMO, (18, 24)), ("core_sdpa", 23), ("torch_mha_sequence_first", 23)]
+    ("name", "opset"),
+    [
+        ("core_sdpa", 18),
+        ("core_sdpa", 23),
+        ("packed_timm", 18),
+        ("rotary", 24),
+        ("core_true_mask", 18),
+        ("core_true_mask", 24),
+        ("torch_mha_sequence_first", 23),
+        ("torch_mha_sequence_first", 24),
+    ],
 )
 def test_the_dynamo_exporter_is_understood(name: str, opset: int, export: Export, tmp_path: Path):
     case = next(case for case in zoo.PLAIN if case.name == name)
