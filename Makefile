@@ -78,7 +78,7 @@ bench: $(STAMP) ## Time dense against FNA on this machine
 
 test: $(STAMP) lint ## Run lint and all tests
 	@tests/install_programs.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # two workers share two cores
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # two workers share two cores
 
 lint: $(STAMP) ## Check formatting, style and types
 	$(BIN)/ruff format --check .
