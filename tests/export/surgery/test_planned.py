@@ -75,6 +75,8 @@ def test_a_grafted_plan_computes_what_the_patched_model_computes(
     output = tmp_path / "planned.onnx"
     result = graft(dense, output, GraftOptions(plan=plan))
     assert result.replaced == 1
+    named = [row.reason for row in inspect_file(output, {}) if row.family == "focal"]
+    assert named == ["it is focal attention already"] * isinstance(entry, FocalBlockPlan)
     assert result.proof is not None
     assert not result.proof.failed
     pixels = torch.randn(2, 3, 56, 84)
