@@ -315,6 +315,8 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
         assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
         column = 5 if "S=64" in setting else 7
         found = [line.split("|")[column] for line in cycles if line.startswith(f"| 16 | {tokens} | ")]
+        if "focal" in setting:
+            found += [line.split("|")[4] for line in cycles if re.match(rf"\| 2 from 2.* \| {tokens} \|", line)]
         numbers = re.findall(r"\d\.\d+", " ".join(found))
         assert set(re.findall(r"\d\.\d+", counted)) <= {*numbers, "1.00"}, setting
 
