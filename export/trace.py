@@ -87,7 +87,7 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     if options.dynamic_size and not model.open_size:
         raise ModelSourceError(
             f"{model.name} has its image size worked into its graph, so height and width cannot be left open; "
-            f"trace it at one size, such as {model.native_resolution}"
+            f"trace it at one size, such as {model.native_size[0]}x{model.native_size[1]}"
         )
     blocks = find_attention_blocks(model.module)
     prefix = plan.prefix_tokens if plan.prefix_tokens is not None else blocks[0].prefix_tokens
@@ -166,7 +166,7 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
     height, width = options.height, options.width
     if options.dynamic_size:
         # Models skip the interpolation of their position embedding at their own, square size; the trace must hold it.
-        height, width = model.native_resolution + model.patch_size, model.native_resolution + 2 * model.patch_size
+        height, width = (side + extra * model.patch_size for side, extra in zip(model.native_size, (1, 2), strict=True))
     sample = torch.zeros(batch, *model.input_shape(height, width), dtype=dtype)
     dynamic: dict[int, Any] = {}
     if options.batch is None:

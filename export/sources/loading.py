@@ -31,7 +31,12 @@ _USUAL_PATCH = 16
 
 _OUTPUT_FIELDS = (
     "logits",
+    "pred_boxes",
+    "class_queries_logits",
+    "masks_queries_logits",
+    "heatmaps",
     "predicted_depth",
+    "field_of_view",
     "image_features",
     "image_embeds",
     "last_hidden_state",
@@ -51,7 +56,7 @@ class LoadedModel:
         token_outputs: the outputs that are `[B, N, C]` tokens.
         map_outputs: the outputs that are one-channel maps at image size, `[B, 1, H, W]` or `[B, H, W]`.
         patch_size: pixels along a patch's side.
-        native_resolution: the image size that the model was trained at.
+        native_size: height and width of the images that the model was made for.
         any_resolution: whether the model takes other sizes than the native one.
         num_blocks: attention blocks of its vision tower.
         preprocessing: how photographs become its input.
@@ -66,13 +71,18 @@ class LoadedModel:
     token_outputs: tuple[str, ...]
     map_outputs: tuple[str, ...]
     patch_size: int
-    native_resolution: int
+    native_size: tuple[int, int]
     any_resolution: bool
     num_blocks: int
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     open_size: bool = True
     towers: dict[str, str] = field(default_factory=dict)
     frames: int | None = None
+
+    @property
+    def native_resolution(self) -> int:
+        """The side of the square images that a model was made for; the height, where they are none."""
+        return self.native_size[0]
 
     def input_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one input."""
@@ -121,11 +131,9 @@ def check_resolution(model: LoadedModel, height: int, width: int) -> None:
             raise ModelSourceError(
                 f"resolution {side} is not a multiple of {model.name}'s patch size {patch}; the nearest that is: {near}"
             )
-    if not model.any_resolution and (height, width) != (model.native_resolution,) * 2:
-        raise ModelSourceError(
-            f"{model.name} takes {model.native_resolution}x{model.native_resolution} images only, "
-            f"but {height}x{width} was asked for"
-        )
+    if not model.any_resolution and (height, width) != model.native_size:
+        rows, columns = model.native_size
+        raise ModelSourceError(f"{model.name} takes {rows}x{columns} images only, but {height}x{width} was asked for")
 
 
 def _built_in(name: str) -> LoadedModel:
@@ -137,7 +145,7 @@ def _built_in(name: str) -> LoadedModel:
         token_outputs=("tokens",),
         map_outputs=("saliency",),
         patch_size=14,
-        native_resolution=518,
+        native_size=(518, 518),
         any_resolution=True,
         num_blocks=len(find_attention_blocks(module)),
     )
@@ -156,7 +164,7 @@ def wrap_model(
     absent = _check_missing(name, missing)
     frames = _count_frames(model)
     native, patch = _image_sizes(model, blocks[0])
-    shape = (3, native, native) if frames is None else (frames, 3, native, native)
+    shape = (3, *native) if frames is None else (frames, 3, *native)
     arguments = _forward_arguments(tower)
     fields = tuple(field for field in _probe_fields(name, tower, arguments, shape) if field not in absent)
     if absent and not fields:
@@ -165,7 +173,7 @@ def wrap_model(
         )
     wrapped = VisionOutputs(tower, fields, arguments, shape)
     keep_blocks(wrapped, blocks)
-    names, tokens, maps = _classify(wrapped, fields, shape, (native // patch) ** 2)
+    names, tokens, maps = _classify(wrapped, fields, shape, (native[0] // patch) * (native[1] // patch))
     any_resolution = _takes_any_resolution(wrapped, shape, patch)
     if preprocessing is None:
         preprocessing = find_preprocessing(name)
@@ -176,7 +184,7 @@ def wrap_model(
         token_outputs=tokens,
         map_outputs=maps,
         patch_size=patch,
-        native_resolution=native,
+        native_size=native,
         any_resolution=any_resolution,
         num_blocks=len(blocks),
         preprocessing=preprocessing if frames is None else preprocessing.model_copy(update={"frames": frames}),
@@ -193,14 +201,14 @@ def _count_frames(model: nn.Module) -> int | None:
     return int(shape[0]) if len(shape) == 4 else None
 
 
-def _image_sizes(model: nn.Module, block: AttentionBlock) -> tuple[int, int]:
-    """The side of the images that a model was made for, and of its patches, in pixels."""
+def _image_sizes(model: nn.Module, block: AttentionBlock) -> tuple[tuple[int, int], int]:
+    """Height and width of the images that a model was made for, and the side of its patches, in pixels."""
     if block.call is None:
         config = block.attention.config
-        patch = _first_int(getattr(config, "patch_size", 16))
-        return _native_resolution(config, patch), patch
-    native = guess_input(model).shape[-2]
-    return native, native // block.patches[0] if block.patches else _USUAL_PATCH
+        patch = _two(getattr(config, "patch_size", 16))[0]
+        return _native_size(getattr(model, "config", None), config, patch), patch
+    height, width = guess_input(model).shape[-2:]
+    return (height, width), height // block.patches[0] if block.patches else _USUAL_PATCH
 
 
 def _check_missing(name: str, missing: tuple[str, ...]) -> tuple[str, ...]:
@@ -269,10 +277,8 @@ def _classify(
         name
         for name, tensor in zip(names, tensors, strict=True)
         if tensor.dim() == 3
-        and (
-            name in ("last_hidden_state", "image_features")
-            or (name.startswith("output") and tensor.shape[1] >= patches)
-        )
+        and name.startswith(("last_hidden_state", "image_features", "output"))
+        and tensor.shape[1] >= patches  # a decoder's queries are none
     )
     maps = tuple(name for name in names if name == "predicted_depth")
     return tuple(names), tokens, maps
@@ -288,13 +294,18 @@ def _takes_any_resolution(wrapped: nn.Module, shape: tuple[int, ...], patch: int
     return True
 
 
-def _native_resolution(config: Any, patch: int) -> int:
+def _native_size(whole: Any, config: Any, patch: int) -> tuple[int, int]:
+    """Height and width by the configuration of the whole model, or of its tower."""
+    if hasattr(whole, "scaled_images_ratios"):  # DepthPro: its smallest scale is one patch of its encoder's size
+        return _two(round(whole.patch_size / min(whole.scaled_images_ratios)))
     if hasattr(config, "image_size"):
-        return _first_int(config.image_size)
+        return _two(config.image_size)
     if hasattr(config, "num_patches"):  # SigLIP 2: a square grid of positions
-        return math.isqrt(config.num_patches) * patch
-    return patch * 16
+        return _two(math.isqrt(config.num_patches) * patch)
+    return _two(patch * 16)
 
 
-def _first_int(value: Any) -> int:
-    return int(value[0] if isinstance(value, (tuple, list)) else value)
+def _two(value: Any) -> tuple[int, int]:
+    """Height and width, of both or of one number for both."""
+    height, width = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(height), int(width)

@@ -80,7 +80,7 @@ def command(
             made = plan_automatically(model, resolution, say)
         else:
             made = plan.make(loaded.num_blocks, towers=loaded.towers)
-        height, width = resolution or made.resolution or (loaded.native_resolution,) * 2
+        height, width = resolution or made.resolution or loaded.native_size
         trace_options = TraceOptions(height, width, opset, "fp32", fixed_batch, dynamic_size)
         say(f"tracing {model} at {height}x{width}")
         if variant.changes:
@@ -122,7 +122,7 @@ def _plan_without_photographs(
         return Plan(num_blocks=loaded.num_blocks, towers=loaded.towers), (
             f"the model stays exact: it has {what}; choose --layers and --landmarks, or a plan by fna plan"
         )
-    layout = TorchSubject(loaded, *(resolution or (loaded.native_resolution,) * 2)).layout
+    layout = TorchSubject(loaded, *(resolution or loaded.native_size)).layout
     prefix = layout.prefix_tokens if prefix_tokens is None else prefix_tokens
     return plan_without_photographs(layout.num_blocks, set(layout.refused), layout.patches, prefix)
 

@@ -221,7 +221,7 @@ def _survey(
         return survey_photographs(
             model,
             photographs,
-            size or (model.native_resolution,) * 2,
+            size or model.native_size,
             skipped=skipped,
             picture_folder=folder,
             say=say,

@@ -207,7 +207,7 @@ def open_subject(
     from fna.validate.planning.subject import TorchSubject
 
     loaded = load_model(model)
-    return TorchSubject(loaded, *(size or (loaded.native_resolution,) * 2), tower)
+    return TorchSubject(loaded, *(size or loaded.native_size), tower)
 
 
 def _cost_model(

@@ -48,7 +48,7 @@ def find_attention_blocks(model: nn.Module, example: Example = None) -> list[Att
             continue
         path, layer = _enclosing_layer(model, name)
         blocks = towers.setdefault(path, [])
-        refusal = _find_refusal(attention, layer, tower)
+        refusal = _find_refusal(attention, layer, tower) or _refuse_queries(attention, len(blocks))
         prefix = blocks[0].prefix_tokens if blocks else _count_prefix(model, name, tower)
         sizes = _head_sizes(attention.config)
         frames = 1 if refusal else _count_windows(layer)
@@ -111,6 +111,8 @@ def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | Non
         return "its key and value heads are grouped"
     if getattr(attention, "is_cross_attention", False) or any("cross" in part for part in _name_parts(attention)):
         return "it is cross-attention"
+    if any("cross" in name or "encoder_attn" in name for name, _ in layer.named_children()):
+        return "it attends among a decoder's queries, which are no tokens of an image"
     for holder in (attention, layer):
         if getattr(holder, "window_size", 0) or getattr(holder, "sliding_window", 0):
             return "it attends within windows"
@@ -120,6 +122,15 @@ def _find_refusal(attention: nn.Module, layer: nn.Module, tower: nn.Module | Non
         return "it adds a relative position bias to the scores"
     if tower is not None and any("relative_position" in name for name, _ in tower.named_parameters()):
         return "its model adds a shared relative position bias to the scores"
+    return None
+
+
+def _refuse_queries(attention: nn.Module, number: int) -> str | None:
+    """Refuse the last blocks of a model that puts its queries before the tokens there (EoMT)."""
+    config = attention.config
+    last = getattr(config, "num_blocks", 0) if hasattr(config, "num_queries") else 0
+    if last and number >= config.num_hidden_layers - last:
+        return f"its model puts {config.num_queries} queries before the tokens of its last {last} blocks"
     return None
 
 

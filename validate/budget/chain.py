@@ -253,7 +253,7 @@ def _open_traced(file: ValidatedFile, resolution: tuple[int, int] | None, say: S
     metadata = file.metadata
     say("loading the model")
     model = load_model(metadata.source)
-    size = choose_size(metadata, resolution, (model.native_resolution,) * 2)
+    size = choose_size(metadata, resolution, model.native_size)
     check_resolution(model, *size)
     proto, runnable = _load_with_functions(file.onnx)
     chain = Chain(file, model, *size, model.output_names, proto)
