@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import onnxscript.optimizer
 import torch
 from onnx import ModelProto, NodeProto, TensorProto
 from onnxscript import opset18
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fna.block_steps import steps_of
 from fna.errors import InvalidArgumentError, InvalidLandmarksError, ModelSourceError, first_line
@@ -193,12 +196,25 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ModelSourceError(f"tracing {model.name} to ONNX failed: {first_line(cause)}") from error
+        raise ModelSourceError(f"tracing {model.name} to ONNX failed: {_describe_failure(cause)}") from error
     if program is None:
         raise ModelSourceError(f"tracing {model.name} to ONNX failed: the exporter returned nothing")
+    first = program.model_proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if options.batch is None and not first.dim_param:
+        raise ModelSourceError(
+            f"{model.name} works its batch size into its graph, so it cannot be left open; ask for one, as in --batch 1"
+        )
     if options.precision == "bf16":
         onnxscript.optimizer.fold_constants(program.model)
     return program.model_proto
+
+
+def _describe_failure(cause: BaseException) -> str:
+    if not isinstance(cause, GuardOnDataDependentSymNode):
+        return first_line(cause)
+    place = re.search(r"Caused by: \((?:.*/)?([^/\s]+) in (\w+)\)", str(cause))
+    where = f" ({place[2]}, {place[1]})" if place else ""
+    return f"its forward chooses what to do by the values of a tensor{where}, which a file cannot; have it compute without that"
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -267,6 +283,9 @@ def _quiet():  # type: ignore[no-untyped-def]
     with (
         quiet_loggers("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx"),
         warnings.catch_warnings(),
+        # it prints whole graphs where a model cannot be traced
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
         yield

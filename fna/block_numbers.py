@@ -11,7 +11,7 @@ from fna.errors import InvalidArgumentError, InvalidPlanError
 def parse_layers(layers: str | None, num_blocks: int, towers: Mapping[str, str] | None = None) -> list[int]:
     """Turn `6-11`, `0-2,6-11`, `all` or `none` into block numbers; None is the later half, as in the paper's experiments.
 
-    In a model of several towers blocks are numbered tower by tower, and text names them: `vision:6-11`, `vision:0-2;depth:all`.
+    In a model of several towers blocks are numbered tower by tower, and text names them: `vision:6-11`, `vision:0-2,depth:all`.
     The later half is then each tower's.
 
     Args:
@@ -34,9 +34,9 @@ def parse_layers(layers: str | None, num_blocks: int, towers: Mapping[str, str] 
 
 
 def _split_towers(text: str, names: list[str]) -> list[tuple[str, str]]:
-    """Towers and their blocks in `vision:0-2;depth:all`; the start of a name will do where no other tower has it."""
+    """Towers and their blocks in `vision:0-2,depth:all` (or `;` between them); the start of a name will do where no other tower has it."""
     parts = []
-    for part in text.split(";"):
+    for part in re.split(r";|,(?=[^,;:]*:)", text):
         tower, colon, blocks = part.partition(":")
         meant = [name for name in names if name == tower.strip()] or [
             name for name in names if tower.strip() and name.startswith(tower.strip())

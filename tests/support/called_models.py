@@ -207,3 +207,13 @@ class TwoTowers(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         return self.vision(pixel_values), self.depth(pixel_values)
+
+
+def make_towers() -> nn.Module:
+    """A factory for commands: a model of two towers."""
+    return build(TwoTowers())
+
+
+def make_encoder() -> nn.Module:
+    """A factory for commands: PyTorch's own encoder layers."""
+    return build(EncoderViT())

@@ -29,9 +29,9 @@ def depth_pro() -> nn.Module:
     return transformers.DepthProForDepthEstimation(config)
 
 
-def rf_detr() -> nn.Module:
-    """A DINOv2 whose second block joins the windows of the first, and a decoder of object queries."""
-    backbone = transformers.RfDetrDinov2Config(
+def rf_detr_config() -> transformers.RfDetrDinov2Config:
+    """Two blocks, of which the second joins the windows of the first."""
+    return transformers.RfDetrDinov2Config(
         **VISION,
         mlp_ratio=2,
         image_size=IMAGE,
@@ -40,8 +40,17 @@ def rf_detr() -> nn.Module:
         window_block_indexes=[0],
         out_indices=[1, 2],
     )
+
+
+def rf_detr_backbone() -> nn.Module:
+    """RF-DETR's DINOv2."""
+    return transformers.RfDetrDinov2Backbone(rf_detr_config())
+
+
+def rf_detr() -> nn.Module:
+    """A DINOv2 whose second block joins the windows of the first, and a decoder of object queries."""
     config = transformers.RfDetrConfig(
-        backbone_config=backbone,
+        backbone_config=rf_detr_config(),
         d_model=32,
         decoder_layers=1,
         decoder_ffn_dim=32,
