@@ -34,7 +34,7 @@ def parse_layers(layers: str | None, num_blocks: int, towers: Mapping[str, str] 
 
 
 def _split_towers(text: str, names: list[str]) -> list[tuple[str, str]]:
-    """Towers and their blocks in `vision:0-2,depth:all` (or `;` between them); the start of a name will do where no other tower has it."""
+    """Towers and their blocks in `vision:0-2,depth:all`; `;` may part them. The start of a name will do where no other has it."""
     parts = []
     for part in re.split(r";|,(?=[^,;:]*:)", text):
         tower, colon, blocks = part.partition(":")

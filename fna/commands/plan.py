@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fna.plan import Plan
     from fna.validate.planning.cost import CostModel
     from fna.validate.planning.fidelity import Fidelity
+    from fna.validate.planning.planner import Planner
     from fna.validate.planning.result import Planned
     from fna.validate.planning.subject import Subject
     from fna.validate.planning.wish import Wish
@@ -61,7 +63,7 @@ USUAL_COSINE, USUAL_P5 = 0.99, 0.97
 @options.precision(type=click.Choice(("fp32", "fp16")), default="fp16", show_default=True, help="On the target.")
 @click.option("--measured", type=options.PATH, help="JSON of fna bench that the prediction is calibrated by.")
 @options.weights()
-@click.option("--tower", help="The tower to plan for, in a model of several; the others stay exact.")
+@click.option("--tower", help="The tower to plan for, in a model of several.  [default: each in turn]")
 @options.resolution(help="Image size: 518, or HEIGHTxWIDTH.  [default: the model's own]")
 @click.option(
     "--samplers",
@@ -112,52 +114,94 @@ def command(
     with progress(quiet) as say:
         say("importing PyTorch")
         import json
-        from dataclasses import replace
 
         from fna.errors import CheckFailedError
         from fna.export.sources.model_names import with_weights
         from fna.files import write_text
-        from fna.validate.planning.best_plan import make_best_plan
         from fna.validate.planning.report import as_json, draw_front
-        from fna.validate.planning.uniform import run_uniform_settings
+        from fna.validate.planning.towers import join_plans, share_wish
 
-        subject = open_subject(with_weights(model, weights), resolution, say, tower)
-        cost = _cost_model(subject, target, precision, measured, cache, say)
-        names, planner = _make_planner(subject, wish, cost, images, verify_images, cache, say)
-        names["notes"] += _describe_prediction(cost)
-        wish = planner.wish
-        planned = make_best_plan(planner)
-        if compare:
-            planned = replace(planned, uniform=run_uniform_settings(planner))
-        made_from = _made_from(planned, wish, names, target)
-        planned = replace(planned, plan=planned.plan.model_copy(update={"made_from": made_from}))
-        write_text(output, json.dumps(planned.plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+        subjects = open_subjects(with_weights(model, weights), resolution, say, tower)
+        shared = share_wish(wish, len(subjects))
+        parts = []
+        for subject in subjects:
+            cost = _cost_model(subject, target, precision, measured, cache, say)
+            names, planner = _make_planner(subject, shared, cost, images, verify_images, cache, say)
+            names["notes"] += _describe_prediction(cost)
+            parts.append(_PlannedPart(subject, cost, names, planner, _plan_one(planner, compare, names, target)))
+        plan = join_plans([part.planned.plan for part in parts])
+        reached, point = parts[0].planned.reached, parts[0].planned.point.measured
+        if len(parts) > 1:
+            say("running the plan of all towers")
+            point = parts[0].planner.run(plan, parts[0].planner.held_out)
+            reached = wish.excess(point) <= 1
+        write_text(output, json.dumps(plan.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
         say("drawing")
-        layout = subject.layout
-        title = f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks"
-        draw_front(planned, cost.unit, picture, title=title, wish=wish)
-        write_json(json_file, as_json(planned, cost.unit))
-    _print(planned, cost, subject, names, output, picture, wish, quiet)
-    point = planned.point.measured
-    if not planned.reached and point is not None:
+        answers = {}
+        for part in parts:
+            part.picture = (
+                picture if len(parts) == 1 else picture.with_stem(f"{picture.stem}-{part.subject.layout.tower}")
+            )
+            layout = part.subject.layout
+            size = f"{layout.resolution[0]}x{layout.resolution[1]}"
+            title = f"{part.name} at {size}: {layout.tokens} tokens, {layout.num_blocks} blocks"
+            draw_front(part.planned, part.cost.unit, part.picture, title=title, wish=part.planner.wish)
+            answers[str(layout.tower)] = as_json(part.planned, part.cost.unit)
+        write_json(json_file, next(iter(answers.values())) if len(parts) == 1 else {"towers": answers})
+    for part in parts:
+        _print(part, output, quiet)
+    if not reached and point is not None:
+        asked = parts[0].planner.wish if len(parts) == 1 else wish
         raise CheckFailedError(
-            f"on {len(names['verified'])} images that it was not planned on, the plan has mean cosine {point.describe()}, but "
-            f"{wish.describe()} was asked for; plan on more images like those, or ask for a little more"
+            f"on {len(parts[0].names['verified'])} images that it was not planned on, the plan has mean cosine {point.describe()}, "
+            f"but {asked.describe()} was asked for; plan on more images like those, or ask for a little more"
         )
 
 
-def plan_automatically(
-    model: str, size: tuple[int, int] | None, say: Callable[[str], None], subject: Subject | None = None
-) -> Plan:
+@dataclass
+class _PlannedPart:
+    """The plan of one tower, or of the only one, and what it was made from."""
+
+    subject: Subject
+    cost: CostModel
+    names: dict[str, list[str]]
+    planner: Planner
+    planned: Planned
+    picture: Path = Path()
+
+    @property
+    def name(self) -> str:
+        """The model's name, and the tower's."""
+        layout = self.subject.layout
+        return layout.model if layout.tower is None else f"{layout.model}, tower {layout.tower}"
+
+
+def _plan_one(planner: Planner, compare: bool, names: dict[str, list[str]], target: str | None) -> Planned:
+    from dataclasses import replace
+
+    from fna.validate.planning.best_plan import make_best_plan
+    from fna.validate.planning.uniform import run_uniform_settings
+
+    planned = make_best_plan(planner)
+    if compare:
+        planned = replace(planned, uniform=run_uniform_settings(planner))
+    made_from = _made_from(planned, planner.wish, names, target)
+    return replace(planned, plan=planned.plan.model_copy(update={"made_from": made_from}))
+
+
+def plan_automatically(model: str, size: tuple[int, int] | None, say: Callable[[str], None]) -> Plan:
     """Make the plan of `--layers auto`: all defaults of `fna plan`."""
     from fna.validate.planning.best_plan import make_best_plan
     from fna.validate.planning.cost import ProductCost
+    from fna.validate.planning.towers import join_plans, share_wish
 
-    subject = subject or open_subject(model, size, say)
-    wish = make_wish()
-    _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
-    plan: Plan = make_best_plan(planner).plan
-    return plan
+    subjects = open_subjects(model, size, say)
+    wish = share_wish(make_wish(), len(subjects))
+    plans = []
+    for subject in subjects:
+        _, planner = _make_planner(subject, wish, ProductCost(subject.layout), None, None, None, say)
+        plans.append(make_best_plan(planner).plan)
+    return join_plans(plans)
 
 
 def make_wish(
@@ -194,20 +238,21 @@ def make_wish(
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)
 
 
-def open_subject(
+def open_subjects(
     model: str, size: tuple[int, int] | None, say: Callable[[str], None], tower: str | None = None
-) -> Subject:
-    """Open what is planned for: an ONNX file, or a model as `fna export` takes it."""
+) -> list[Subject]:
+    """Open what is planned for: an ONNX file, or the towers of a model as `fna export` takes it."""
     say(f"loading {model}")
     if model.endswith(".onnx"):
         from fna.validate.planning.onnx_subject import OnnxSubject
 
-        return OnnxSubject(Path(model), size)
+        return [OnnxSubject(Path(model), size)]
     from fna.export.sources.loading import load_model
     from fna.validate.planning.subject import TorchSubject
+    from fna.validate.planning.towers import towers_to_plan
 
     loaded = load_model(model)
-    return TorchSubject(loaded, *(size or loaded.native_size), tower)
+    return [TorchSubject(loaded, *(size or loaded.native_size), name) for name in towers_to_plan(loaded, tower)]
 
 
 def _cost_model(
@@ -320,24 +365,15 @@ def _made_from(planned: Planned, wish: Wish, names: dict[str, list[str]], target
     }
 
 
-def _print(
-    planned: Planned,
-    cost: CostModel,
-    subject: Subject,
-    names: dict[str, list[str]],
-    output: Path,
-    picture: Path,
-    wish: Wish,
-    quiet: bool,
-) -> None:
+def _print(part: _PlannedPart, output: Path, quiet: bool) -> None:
     from rich.table import Table
 
     from fna.validate.planning.report import count_heads, describe_cost
 
     console = make_console(quiet)
-    layout = subject.layout
+    planned, cost, names, layout = part.planned, part.cost, part.names, part.subject.layout
     console.print(
-        f"{layout.model} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks of "
+        f"{part.name} at {layout.resolution[0]}x{layout.resolution[1]}: {layout.tokens} tokens, {layout.num_blocks} blocks of "
         f"{layout.heads} heads; planned on {len(names['planned'])} images, verified on {len(names['verified'])} others",
         markup=False,
     )
@@ -356,7 +392,7 @@ def _print(
         "p5",
         "class",
     )
-    tasks = [goal.name for goal in wish.goals]
+    tasks = [goal.name for goal in part.planner.wish.goals]
     for title in (*titles, *tasks):
         table.add_column(title, justify="right", no_wrap=True)
     for point in planned.front:
@@ -374,7 +410,7 @@ def _print(
         table.add_row("", setting.label, "", spent, f"{setting.saved:.1%}", "", *_cells(setting.measured, tasks))
     console.print(table)
     console.print(
-        f"exact attention: {describe_cost(planned.exact_cost, cost.unit)}   plan: {output}   picture: {picture}",
+        f"exact attention: {describe_cost(planned.exact_cost, cost.unit)}   plan: {output}   picture: {part.picture}",
         markup=False,
     )
 

@@ -174,7 +174,8 @@ def write_document() -> None:
         results[title] = describe(name) if title in CANNOT_BE_TRACED else carry(name, batch)
     failed = {title: result["failed"] for title, result in results.items() if "failed" in result}
     assert not failed, failed
-    head = "| model | class, first block | blocks | FNA | exact, and why | prefix tokens | ONNX against PyTorch |\n|---|---|---|---|---|---|---|\n"
+    head = "| model | class, first block | blocks | FNA | exact, and why | prefix tokens | ONNX against PyTorch |\n"
+    head += 7 * "|---" + "|\n"
     text = DOCUMENT.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     rows = "\n".join(make_rows(results))

@@ -50,6 +50,7 @@ TOWERS = {"patch_encoder": "0-3", "image_encoder": "4,6", "image_head": "5,7"}
     ("layers", "numbers"),
     [
         ("patch_encoder:1-2", [1, 2]),
+        ("patch:0,2,image_encoder:1,image_head:0-1", [0, 2, 5, 6, 7]),
         ("patch:1-2", [1, 2]),
         ("image_head:1", [7]),
         ("patch:0;image_encoder:all", [0, 4, 6]),

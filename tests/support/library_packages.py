@@ -42,7 +42,7 @@ def installed(packages: tuple[str, ...], folder: Path) -> tuple[Path, str]:
                 str(folder),
                 *packages,
             ]
-            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=550)
             done.write_text(run.stderr.strip()[-300:] if run.returncode else "")
         return folder, done.read_text()
 
@@ -52,7 +52,7 @@ def run_beside(libraries: Path, script: Path, *arguments: str) -> subprocess.Com
     paths = os.pathsep.join((str(libraries), str(script.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=550)
 
 
 def define_torchvision_operators() -> torch.library.Library:

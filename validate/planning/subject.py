@@ -42,6 +42,7 @@ class Layout:
         resolution: height and width in pixels.
         frames: images at once, whose tokens follow one another; each has its own prefix tokens.
         towers: of the model, as in a plan; blocks of other towers than the one planned for are among those refused.
+        tower: the one planned for; None in a model of one.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Layout:
     resolution: tuple[int, int]
     frames: int = 1
     towers: dict[str, str] = field(default_factory=dict)
+    tower: str | None = None
 
     def prefix_among(self, count: int) -> int:
         """How many of so many tokens of an output precede the patches: none where the model hands out patches alone."""
@@ -116,8 +118,9 @@ def _check_tower(model: LoadedModel, tower: str | None) -> None:
     if tower in model.towers or (tower is None and not model.towers):
         return
     names = ", ".join(model.towers)
-    has = f"has the towers {names}; choose one with --tower" if names else "has one tower; leave --tower out"
-    raise InvalidArgumentError(f"tower {tower!r} cannot be planned for: {model.name} {has}")
+    has = f"has the towers {names}; choose one with fna plan --tower" if names else "has one tower; leave --tower out"
+    what = "all towers at once" if tower is None else f"tower {tower!r}"
+    raise InvalidArgumentError(f"{what} cannot be planned for: {model.name} {has}")
 
 
 class TorchSubject:
@@ -165,6 +168,7 @@ class TorchSubject:
             resolution=(height, width),
             frames=first.frames,
             towers=model.towers,
+            tower=tower,
         )
 
     def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:

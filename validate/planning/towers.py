@@ -1,0 +1,45 @@
+"""Planning the towers of a model one by one, and joining their plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fna.export.sources.loading import LoadedModel
+from fna.patching import find_attention_blocks
+from fna.plan import Plan
+from fna.validate.planning.wish import Wish
+
+
+def towers_to_plan(model: LoadedModel, tower: str | None) -> list[str | None]:
+    """The towers to plan for: the one asked for, else those that have blocks that can be FNA; `[None]` for a model of one tower."""
+    if tower is not None or not model.towers:
+        return [tower]
+    blocks = find_attention_blocks(model.module)
+    return list(dict.fromkeys(block.tower_name for block in blocks if block.refusal is None))
+
+
+def share_wish(wish: Wish, count: int) -> Wish:
+    """What to ask of each of several plans that are joined: an equal share of the loss, for losses add up."""
+
+    def share(minimum: float | None) -> float | None:
+        return None if minimum is None else 1 - (1 - minimum) / count
+
+    goals = tuple(replace(goal, minimum=1 - (1 - goal.minimum) / count) for goal in wish.goals)
+    return replace(wish, min_cosine=share(wish.min_cosine), min_p5=share(wish.min_p5), goals=goals)
+
+
+def join_plans(plans: Sequence[Plan]) -> Plan:
+    """One plan of plans that each replace blocks of another tower."""
+    first = plans[0]
+    if len(plans) == 1:
+        return first
+    chosen = {
+        key: tuple(sorted((entry for plan in plans for entry in getattr(plan, key)), key=lambda entry: entry.block))
+        for key in ("blocks", "focal")
+    }
+    grids = {plan.patches for plan in plans if plan.patches is not None}
+    patches = grids.pop() if len(grids) == 1 else None
+    # through the constructor, so that the plan's version fits what is in it
+    settings = first.model_dump(exclude={"version", "patches", *chosen})
+    return Plan(**settings, **chosen, patches=patches)
