@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from called_models import OwnViT, ValueDependent, build
 
 from fna.errors import InputFileError, InvalidArgumentError, InvalidLandmarksError, ModelSourceError
 from fna.export.metadata import read_metadata
@@ -17,7 +18,7 @@ from fna.export.operators.builder import HIGHEST_OPSET
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import fna_nodes
 from fna.export.passes.lower import lower
-from fna.export.sources.loading import LoadedModel
+from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.trace import TraceOptions, export_onnx, trace_model
 from fna.files import load_onnx, save_model
 from fna.patching import is_patched, patch, unpatch
@@ -242,3 +243,24 @@ def test_the_built_in_models_pytorch_output_is_its_own_onnx_files(saliency_model
     with torch.inference_mode():
         saliency = saliency_model.module(torch.from_numpy(pixels))[0].numpy()
     np.testing.assert_allclose(saliency, run_onnx(original, pixels)[0], rtol=0, atol=1e-4)
+
+
+def test_a_model_that_looks_at_values_is_refused_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    model = wrap_model("tests:values", build(ValueDependent()))
+    with pytest.raises(ModelSourceError, match="chooses what to do by the values of a tensor") as caught:
+        trace_model(model, uniform_plan(3, landmarks=8), TraceOptions(32, 32))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_batch_that_is_worked_into_the_graph_is_not_left_open_silently() -> None:
+    class EachImage(OwnViT):
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([super(EachImage, self).forward(image[None]) for image in pixel_values])
+
+    model = wrap_model("tests:each", build(EachImage("plain")))
+    plan = uniform_plan(model.num_blocks, layers="none")
+    with pytest.raises(ModelSourceError, match=r"works its batch size into its graph.*--batch 1"):
+        trace_model(model, plan, TraceOptions(32, 32))
+    proto, _ = trace_model(model, plan, TraceOptions(32, 32, batch=1))
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
