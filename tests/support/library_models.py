@@ -147,7 +147,6 @@ LIBRARIES = {
         ), 0, 2, "queries but",
     ),
     "open_clip_tower": Library(open_clip_tower, 2),
-    "open_clip_tower_dynamo": dynamo(open_clip_tower, 2),
     "open_clip_tower_attentional_pool": Library(
         lambda: open_clip_tower(attentional_pool=True, attn_pooler_queries=4), 2, 1, "learned query"
     ),

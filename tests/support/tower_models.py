@@ -11,7 +11,14 @@ IMAGE = 64
 
 def depth_pro() -> nn.Module:
     """Three encoders of one image: of its patches at two scales, of the whole, and of its field of view."""
-    encoder = {**VISION, "mlp_ratio": 2, "model_type": "dinov2", "image_size": 32, "patch_size": 8}
+    encoder = {
+        **VISION,
+        "num_hidden_layers": 1,
+        "mlp_ratio": 2,
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+    }
     config = transformers.DepthProConfig(
         patch_size=32,
         fusion_hidden_size=16,
