@@ -74,4 +74,4 @@ def as_tokens(hidden: Tensor, entering: Entering) -> Tensor:  # [B, N, C]
     """Return hidden states in the order `[B, N, C]`."""
     if entering == "tokens first":
         return hidden.transpose(0, 1)
-    return hidden.flatten(1, 2) if entering == "map" else hidden
+    return hidden.flatten(1, 2) if hidden.dim() == 4 else hidden  # a map, as SAM 3's layers of transformers have it too
