@@ -212,9 +212,9 @@ def _run_exporter(model: LoadedModel, options: TraceOptions) -> ModelProto:
 def _describe_failure(cause: BaseException) -> str:
     if not isinstance(cause, GuardOnDataDependentSymNode):
         return first_line(cause)
-    place = re.search(r"Caused by: \((?:.*/)?([^/\s]+) in (\w+)\)", str(cause))
-    where = f" ({place[2]}, {place[1]})" if place else ""
-    return f"its forward chooses what to do by the values of a tensor{where}, which a file cannot; have it compute without that"
+    lines = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+), in \w+\n\s*(.+)', str(cause))
+    where = f" ({lines[-1][0]}, line {lines[-1][1]}: {lines[-1][2].strip()})" if lines else ""
+    return f"it chooses what to do by the values of a tensor{where}, which a file cannot; have it compute without that"
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

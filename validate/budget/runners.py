@@ -45,7 +45,7 @@ class OnnxRunner:
         self._name = name
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._input, self._batch, self._channels_last = _check_inputs(self._session.get_inputs(), name)
-        sides = self._input.shape[1:3] if self._channels_last else self._input.shape[2:4]
+        sides = self._input.shape[1:3] if self._channels_last else self._input.shape[-2:]
         self.height, self.width = (side if isinstance(side, int) else None for side in sides)
 
     def run(self, pixels: NDArray[np.float32], outputs: Sequence[str] | None = None) -> Arrays:
@@ -75,12 +75,13 @@ def _check_inputs(inputs: Sequence[Any], name: str) -> tuple[Any, int, bool]:
             "cut the vision part out first, by polygraphy surgeon extract for example"
         )
     (value,) = inputs
-    if len(value.shape) != 4 or 3 not in (value.shape[1], value.shape[3]):
+    scenes = len(value.shape) == 5 and value.shape[2] == 3  # [batch, frames, 3, height, width]
+    if not scenes and (len(value.shape) != 4 or 3 not in (value.shape[1], value.shape[3])):
         raise InputFileError(f"{name} takes {listed}, but images [batch, 3, height, width] are needed")
     if value.type not in _FLOAT_INPUTS:
         raise InputFileError(f"{name} takes {value.type} images, but a floating-point type that NumPy has is needed")
     batch = value.shape[0] if isinstance(value.shape[0], int) else 1
-    return value, batch, value.shape[1] != 3
+    return value, batch, not scenes and value.shape[1] != 3
 
 
 def with_functions(model: ModelProto) -> ModelProto:

@@ -26,6 +26,8 @@ def measure_focal(
 
     Both are taken over some of the tiles, and scaled to all of them.
     """
+    if not candidates:
+        return {}
     assert layout.patches is not None
     moments = {}
     prefix, patches = layout.prefix_tokens, layout.patches

@@ -19,13 +19,13 @@ from fna.validate.planning.subject import TorchSubject
 from fna.validate.planning.towers import join_plans, share_wish, towers_to_plan
 from fna.validate.planning.wish import Wish
 
-TRIED = SearchRange(samplers=("grid",), landmarks=(16,), iterations=(6,), shared=False, focal=(), corrections=False)
+TRIED = SearchRange(samplers=("grid",), landmarks=(8, 64), iterations=(6,), shared=False, focal=(), corrections=False)
 TOWERS = {"vision": "0-1", "depth": "2-4"}
 
 
 def plan_for(model: LoadedModel, tower: str) -> Planned:
     subject = TorchSubject(model, SIDE, SIDE, tower)
-    pixels = np.random.default_rng(0).standard_normal((2, *model.input_shape(SIDE, SIDE)), np.float32)
+    pixels = list(np.random.default_rng(0).standard_normal((2, *model.input_shape(SIDE, SIDE)), np.float32))
     wish = Wish(min_cosine=0.3, tried=TRIED)
     return make_best_plan(Planner(subject, wish, ProductCost(subject.layout), pixels[:1], pixels[1:]))
 
