@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fna.export.sources.loading import LoadedModel
 from fna.patching import find_attention_blocks
@@ -34,7 +35,7 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
     first = plans[0]
     if len(plans) == 1:
         return first
-    chosen = {
+    chosen: dict[str, Any] = {
         key: tuple(sorted((entry for plan in plans for entry in getattr(plan, key)), key=lambda entry: entry.block))
         for key in ("blocks", "focal")
     }
