@@ -22,6 +22,8 @@ def towers_to_plan(model: LoadedModel, tower: str | None) -> list[str | None]:
 
 def share_wish(wish: Wish, count: int) -> Wish:
     """What to ask of each of several plans that are joined: an equal share of the loss, for losses add up."""
+    if count == 1:
+        return wish
 
     def share(minimum: float | None) -> float | None:
         return None if minimum is None else 1 - (1 - minimum) / count
