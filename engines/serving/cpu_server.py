@@ -31,6 +31,7 @@ PACKAGES = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
 
 _BACKEND = Path(__file__).resolve().parent / "onnxruntime_backend.py"
 _START_SECONDS = 180.0
+_STOP_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class CpuServer:
     log: Path
 
     def stop(self) -> int:
-        """Ask it to end, as a container's runtime does; return its exit code."""
+        """End it as a container's runtime does: asked first, killed where it has not ended in time; return its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        try:
+            return self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 def fetch_server(folder: Path | None = None) -> Path:
