@@ -64,7 +64,7 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
     # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
     key = json.dumps(
         [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__]
-        + [oldest_assembler(target).version, 4]
+        + [oldest_assembler(target).version, 5]
     )
     stem = f"{variant.name}-{{}}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     own = _CacheFiles(cache / stem.format(target))

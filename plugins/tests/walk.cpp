@@ -1,68 +1,16 @@
 // Walk the library through TensorRT's calls in TensorRT's order. Usage: walk LIBRARY. Meant for AddressSanitizer.
 #include "check.hpp"
+#include "dimensions.hpp"
 #include "host.hpp"
 
 #include <NvInferImpl.h>
 
 #include <cstring>
-#include <deque>
 
 using namespace nvinfer1;
 
 namespace
 {
-
-constexpr int64_t kSymbolic = -1;
-
-// Dimensions of the builder: constants, or symbols such as a dynamic batch.
-class Dimension final : public IDimensionExpr, public apiv::VDimensionExpr
-{
-public:
-    explicit Dimension(int64_t value)
-        : mValue(value)
-    {
-        IDimensionExpr::mImpl = this;
-    }
-    bool isConstant() const override
-    {
-        return mValue != kSymbolic;
-    }
-    int64_t getConstantValue() const override
-    {
-        return mValue;
-    }
-    bool isSizeTensor() const override
-    {
-        return false;
-    }
-
-private:
-    int64_t mValue;
-};
-
-class Builder final : public IExprBuilder, public apiv::VExprBuilder
-{
-public:
-    Builder()
-    {
-        IExprBuilder::mImpl = this;
-    }
-    IDimensionExpr const* constant(int64_t value) override
-    {
-        return &mDimensions.emplace_back(value);
-    }
-    IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&, IDimensionExpr const&) override
-    {
-        return constant(kSymbolic);
-    }
-    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override
-    {
-        return constant(kSymbolic);
-    }
-
-private:
-    std::deque<Dimension> mDimensions;
-};
 
 DimsExprs expressions(apiv::VExprBuilder& builder, std::vector<int64_t> const& sizes)
 {
