@@ -2,6 +2,7 @@
 #pragma once
 
 #include <NvInferImpl.h>
+#include <NvInferRuntime.h>
 
 #include <deque>
 

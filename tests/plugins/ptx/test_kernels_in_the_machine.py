@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fna.chebyshev import usual_steps
 from fna.plugins.launch_plan import all_variants
 from fna.plugins.ptx.calls import Chip
 from fna.plugins.ptx.cases import AttentionCase, Case, SamplingCase, judge, quick_cases
@@ -45,9 +46,9 @@ def test_a_missing_barrier_or_wait_is_noticed(images: PtxImages) -> None:
 
 def test_the_output_kernels_last_barriers_are_missed_only_together(images: PtxImages) -> None:
     """Either orders the rows of the output before the landmarks' rows that are written over them."""
-    image = images.image("output-fp16-s64-d64", 0)
+    image = images.image("output-fp16-s128-d64", 0)
     last = synchronisations(image)[-2:]
-    case = AttentionCase("fp16", 64, 64, 131)
+    case = AttentionCase("fp16", 128, 64, 131, chebyshev=usual_steps(128))
     for removed, faults in ((last[:1], set()), (last[1:], set()), (last, {Fault.GLOBAL_WRITE_AFTER_WRITE})):
         call = case.run(Chip(images.with_kernel(image, without(image, removed))))
         assert {report.kind for report in call.memory.reports.faults} == faults
