@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, TensorProto
 
+from fna.engines.builder.attention import prepare_attention
 from fna.engines.bundle.format import BundledModel, BundleManifest, PluginLayer
 from fna.engines.look_inside.layers import requested_layers
 from fna.engines.lowerings import check_fused
@@ -48,7 +49,10 @@ def write_models(
     models = []
     for lowering in lowerings:
         name = f"{stem}.{lowering}.onnx"
-        (root / name).write_bytes(lower(model, lowering).SerializeToString(deterministic=True))
+        lowered = lower(model, lowering)
+        if lowering == "fused":  # no builder of this project touches it on the device
+            lowered = prepare_attention(lowered)
+        (root / name).write_bytes(lowered.SerializeToString(deterministic=True))
         models.append(
             BundledModel(path=name, weights=weights if wrote else None, lowering=lowering, precision=precision)
         )

@@ -37,7 +37,18 @@ def test_queries_are_scaled_before_attention_and_no_softmax_precision_is_left(fu
         product = makers[node.input[0]]
         assert (product.op_type, product.input[0]) == ("Mul", unprepared.input[0])
         assert constants[product.input[1]] == np.float32(0.25)
-        assert list(node.input[1:]) == list(unprepared.input[1:])
+        assert list(node.input[1:3]) == list(unprepared.input[1:3])
+
+
+def test_a_bias_is_read_as_one_row_and_not_as_one_for_each_query(fused: ModelProto) -> None:
+    """onnxruntime needs the rows; the builder reads them all, and fails on large constant ones in fp32."""
+    prepared = prepare_attention(fused)
+    makers = {output: node for node in prepared.graph.node for output in node.output}
+    (biased,) = [node for node in prepared.graph.node if node.op_type == "Attention" and len(node.input) == 4]
+    assert makers[biased.input[3]].op_type in ("Unsqueeze", "Cast")
+    unprepared = next(node for node in fused.graph.node if node.name == biased.name)
+    assert next(node for node in fused.graph.node if unprepared.input[3] in node.output).op_type == "Expand"
+    assert unprepared.input[3] not in makers
 
 
 def test_a_file_without_attention_is_left_as_it_is(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import zstandard
+from onnx.reference import ReferenceEvaluator
 
 from fna.cli import main
 from fna.engines.builder.options import BatchRange
@@ -278,7 +279,9 @@ def test_turing_gets_standard_operators_and_no_plugin(tiny: Path, tmp_path: Path
     assert opened.manifest.lowering == "decomposed"
     assert {model.lowering for model in opened.manifest.models} == {"fused", "decomposed", "portable"}
     for model in opened.manifest.models:  # one file of weights holds the tensors of all
-        outputs = run_session(open_session(root / model.path), opened.recorded_inputs())
+        # onnxruntime takes no bias of attention with one row for all queries, as the fused form has it for TensorRT
+        reference = ReferenceEvaluator(onnx.load(root / model.path))
+        outputs = dict(zip(reference.output_names, reference.run(None, opened.recorded_inputs()), strict=True))
         for name, expected in opened.recorded_outputs().items():
             assert np.linalg.norm(outputs[name] - expected) <= 1e-4 * np.linalg.norm(expected), model.lowering
     assert not (root / "plugin").exists()
