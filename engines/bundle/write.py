@@ -32,7 +32,7 @@ from fna.engines.bundle.format import (
 from fna.engines.bundle.models import bundled_lowerings, has_open_dimension, join_layers, plugin_layers, write_models
 from fna.engines.bundle.plugin_files import choose_kernels, write_plugin, write_plugin_layers
 from fna.engines.bundle.recording import record_images
-from fna.engines.lowerings import rules_for
+from fna.engines.lowerings import choose_lowering, rules_for
 from fna.engines.targets import Target
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata
@@ -174,7 +174,7 @@ def write_archive(root: Path, output: Path) -> None:
 def _default_lowering(target: Target, has_kernels: bool, models: Sequence[BundledModel]) -> Lowering:
     """The form for the lowest version of the target's first runtime, or what all take where the bundle does not hold that."""
     first = next(iter(target.flavours))
-    lowering = [form for runtime, _, form in rules_for(target.flavours, has_kernels) if runtime == first][-1]
+    lowering = choose_lowering(first, target.flavours[first], (target,) if has_kernels else ())
     return lowering if lowering in {model.lowering for model in models} else "portable"
 
 

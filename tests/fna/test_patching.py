@@ -22,6 +22,7 @@ from model_families import (
 )
 from patch_plans import BY_NAME, LANDMARKS, make_plan, snapshot
 from torch import Tensor, nn
+from tower_models import depth_pro
 
 import fna
 import fna.patching.attention
@@ -383,29 +384,7 @@ def test_a_model_with_two_vision_stacks_has_two_towers() -> None:
 
 
 def test_each_tower_has_its_own_prefix_tokens() -> None:
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "mlp_ratio": 2,
-        "model_type": "dinov2",
-    }
-    encoder = {**vision, "image_size": 32, "patch_size": 8}
-    config = transformers.DepthProConfig(
-        patch_size=32,
-        fusion_hidden_size=16,
-        intermediate_hook_ids=[0],
-        intermediate_feature_dims=[16],
-        scaled_images_ratios=[0.5, 1.0],
-        scaled_images_overlap_ratios=[0.0, 0.2],
-        scaled_images_feature_dims=[16, 16],
-        image_model_config=encoder,
-        patch_model_config=encoder,
-        fov_model_config=encoder,
-        use_fov_model=True,
-        num_fov_head_layers=0,
-    )
-    blocks = find_attention_blocks(transformers.DepthProForDepthEstimation(config))
+    blocks = find_attention_blocks(depth_pro())
     towers = ["patch_encoder", "image_encoder", "fov_encoder"]
     assert [(block.tower_name, block.prefix_tokens) for block in blocks] == [(name, 1) for name in towers]
 
