@@ -24,30 +24,33 @@ pixels: docs/plan.md."""
 
 
 def plan_without_photographs(
-    num_blocks: int, refused: set[int], patches: tuple[int, int] | None, prefix_tokens: int
+    num_blocks: int,
+    refused: set[int],
+    patches: tuple[int, int] | None,
+    prefix_tokens: int | None,
+    towers: dict[str, str] | None = None,
 ) -> tuple[Plan, str]:
     """Return a plan for a model that nothing else is known of, and a line that says what it is and why.
 
     Args:
         num_blocks: attention blocks of the model.
-        refused: of those, the ones that stay as they are.
+        refused: of those, the ones that stay as they are; in a model of several towers, all blocks of the others too.
         patches: rows and columns of patches; None where they are not on a grid that is known.
-        prefix_tokens: class and register tokens.
+        prefix_tokens: class and register tokens; None has each tower's own.
+        towers: the blocks of each tower, in a model of several.
     """
-    exact = Plan(num_blocks=num_blocks, prefix_tokens=prefix_tokens)
+    settings: dict[str, Any] = {"num_blocks": num_blocks, "prefix_tokens": prefix_tokens, "towers": towers or {}}
+    exact = Plan(**settings)
     if patches is None:
-        return (
-            exact,
-            "the model stays exact: its tokens are not on a grid that is known; choose --layers and --landmarks",
-        )
+        return exact, "stays exact: its tokens are not on a grid that is known; choose --layers and --landmarks"
     count = patches[0] * patches[1]
     if count < FEWEST_PATCHES:
         return exact, (
-            f"the model stays exact: at {count} patches nothing pays (from {FEWEST_PATCHES} on it does); choose --layers and "
-            "--landmarks, or a plan by fna plan"
+            f"stays exact: at {count} patches nothing pays (from {FEWEST_PATCHES} on it does); choose --layers and --landmarks, or a "
+            "plan by fna plan"
         )
     many = count >= MANY_PATCHES
-    later = uniform_plan(num_blocks, landmarks=LANDMARKS)
+    later = uniform_plan(num_blocks, landmarks=LANDMARKS, towers=towers)
     focal = tuple(
         FocalBlockPlan(block=number, tile=TILE, levels=LEVELS[many], hot=HOT[many], seed=number)
         for number in range(num_blocks)
@@ -55,8 +58,7 @@ def plan_without_photographs(
     )
     blocks = tuple(block for block in later.blocks if block.block not in refused)
     core: dict[str, Any] = {"core": later.core, "steps": later.steps, "low": later.low} if blocks else {}
-    made = Plan(num_blocks=num_blocks, blocks=blocks, focal=focal, prefix_tokens=prefix_tokens, patches=patches, **core)
-    return made, (
-        f"the first half of the blocks focal, the later half FNA with {LANDMARKS} landmarks, as no plan and no setting was given; "
-        "fna plan finds what keeps more, or costs less"
+    return Plan(**settings, blocks=blocks, focal=focal, patches=patches, **core), (
+        f"has the first half of its blocks focal, the later half FNA with {LANDMARKS} landmarks, as no plan and no setting was "
+        "given; fna plan finds what keeps more, or costs less"
     )

@@ -307,8 +307,8 @@ class Plan(CoreChoice):
                 f"use --resolution {_size(self.resolution)}, or make a plan for {_size(resolution)} with fna plan"
             )
 
-    def for_squares(self) -> Plan:
-        """Return the plan for square images of any size: for timing it and probing it at others than the one it was made for."""
+    def for_any_size(self) -> Plan:
+        """Return the plan for images of any size: for timing it and probing it at others than the one it was made for."""
         return self.model_copy(update={"resolution": None, "patches": None})
 
     def find(self, block: int) -> BlockPlan | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,20 @@ _PACKAGES = {"timm": "timm", "open_clip": "open_clip_torch", "torchvision": "tor
 LIBRARIES = tuple(_PACKAGES)
 """What stands before the colon in a model's name, for models of a library."""
 
-Loaded = tuple[nn.Module, Preprocessing]
+
+@dataclass(frozen=True)
+class LibraryModel:
+    """A model of a library.
+
+    Attributes:
+        module: takes images.
+        preprocessing: of the library's own configuration.
+        output: what its output is, where that is one tensor.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    output: str = "output"
 
 
 class FeatureModel(nn.Module):
@@ -38,7 +52,7 @@ class FeatureModel(nn.Module):
         return {"last_hidden_state": tokens, "pooler_output": self.model.forward_head(tokens)}
 
 
-def load_from_library(name: ModelName, written: str) -> Loaded:
+def load_from_library(name: ModelName, written: str) -> LibraryModel:
     """Load a library's model, with its trained weights, those of a file, or (`pretrained=False`) random ones.
 
     Args:
@@ -52,7 +66,7 @@ def load_from_library(name: ModelName, written: str) -> Loaded:
     library = _import(name.source)
     arguments = dict(name.arguments)
     trained = arguments.pop("pretrained", name.weights is None)
-    load: dict[str, Callable[..., Loaded]] = {
+    load: dict[str, Callable[..., LibraryModel]] = {
         "timm": _load_timm,
         "open_clip": _load_open_clip,
         "torchvision": _load_torchvision,
@@ -60,7 +74,7 @@ def load_from_library(name: ModelName, written: str) -> Loaded:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights are the same when validation loads them again
-            model, preprocessing = load[name.source](library, name.model, trained, arguments)
+            loaded = load[name.source](library, name.model, trained, arguments)
     except FnaError:
         raise
     except Exception as error:  # of the library, of its arguments, of the network
@@ -69,7 +83,7 @@ def load_from_library(name: ModelName, written: str) -> Loaded:
             f"{name.source} cannot make {written}: {type(error).__name__}: {first_line(error)}{way_out}"
         ) from error
     if name.weights is not None:
-        inner: Any = model.model if isinstance(model, FeatureModel) else model
+        inner: Any = loaded.module.model if isinstance(loaded.module, FeatureModel) else loaded.module
         weights = read_weights(name.weights)
         filtered = getattr(sys.modules[type(inner).__module__], "checkpoint_filter_fn", None)
         if name.source == "open_clip":
@@ -77,7 +91,7 @@ def load_from_library(name: ModelName, written: str) -> Loaded:
                 key.removeprefix("visual."): weight for key, weight in weights.items() if _is_vision(key, weights)
             }
         fit_weights(inner, weights if filtered is None else filtered(weights, inner), name.weights, written)
-    return model, preprocessing
+    return loaded
 
 
 def _is_vision(key: str, weights: dict[str, Tensor]) -> bool:
@@ -98,7 +112,7 @@ def _import(source: str) -> Any:
         raise ModelSourceError(f"{source} cannot be imported: {first_line(error)}") from None
 
 
-def _load_timm(timm: Any, name: str, trained: bool, arguments: dict[str, Any]) -> Loaded:
+def _load_timm(timm: Any, name: str, trained: bool, arguments: dict[str, Any]) -> LibraryModel:
     def make(**more: Any) -> Any:
         return timm.create_model(name, pretrained=trained, **arguments, **more)
 
@@ -111,10 +125,12 @@ def _load_timm(timm: Any, name: str, trained: bool, arguments: dict[str, Any]) -
             module.fused_attn = True
     settings = timm.data.resolve_model_data_config(model)
     preprocessing = _preprocessing(settings["mean"], settings["std"], settings["interpolation"])
-    return (model if model.num_classes else FeatureModel(model)), preprocessing
+    if model.num_classes:
+        return LibraryModel(model, preprocessing, "logits")
+    return LibraryModel(FeatureModel(model), preprocessing)
 
 
-def _load_open_clip(open_clip: Any, name: str, trained: bool | str, arguments: dict[str, Any]) -> Loaded:
+def _load_open_clip(open_clip: Any, name: str, trained: bool | str, arguments: dict[str, Any]) -> LibraryModel:
     if trained is True:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ModelSourceError(
@@ -123,16 +139,17 @@ def _load_open_clip(open_clip: Any, name: str, trained: bool | str, arguments: d
         )
     model = open_clip.create_model(name, pretrained=trained or None, **arguments)
     settings = open_clip.get_model_preprocess_cfg(model)
-    return model.visual, _preprocessing(settings["mean"], settings["std"], settings.get("interpolation", "bicubic"))
+    preprocessing = _preprocessing(settings["mean"], settings["std"], settings.get("interpolation", "bicubic"))
+    return LibraryModel(model.visual, preprocessing, "image_embeds")
 
 
-def _load_torchvision(torchvision: Any, name: str, trained: bool, arguments: dict[str, Any]) -> Loaded:
+def _load_torchvision(torchvision: Any, name: str, trained: bool, arguments: dict[str, Any]) -> LibraryModel:
     entry = torchvision.models.get_model_weights(name).DEFAULT
     model = torchvision.models.get_model(name, weights=None, **arguments)
     if trained:
         model.load_state_dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     settings = entry.transforms()
-    return model, _preprocessing(settings.mean, settings.std, settings.interpolation.value)
+    return LibraryModel(model, _preprocessing(settings.mean, settings.std, settings.interpolation.value), "logits")
 
 
 def _preprocessing(mean: Any, std: Any, resize: Any) -> Preprocessing:

@@ -43,6 +43,7 @@ _OUTPUT_FIELDS = (
     "pooler_output",
     "feature_maps",
 )
+_TOKEN_FIELDS = ("last_hidden_state", "image_features")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class LoadedModel:
         """The side of the square images that a model was made for; the height, where they are none."""
         return self.native_size[0]
 
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the patches of one image."""
+        return height // self.patch_size, width // self.patch_size
+
     def input_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one input."""
         return (3, height, width) if self.frames is None else (self.frames, 3, height, width)
@@ -112,8 +117,8 @@ def load_model(name: str) -> LoadedModel:
                 f"{', '.join(LIBRARIES)} and factories, module.path:function, take them"
             )
         if called.source in LIBRARIES:
-            module, preprocessing = load_from_library(called, name)
-            return wrap_model(name, module, preprocessing=preprocessing)
+            found = load_from_library(called, name)
+            return wrap_model(name, found.module, preprocessing=found.preprocessing, output=found.output)
         return wrap_model(name, call_factory(called))
     return wrap_model(name, *load_transformers(name))
 
@@ -156,17 +161,21 @@ def wrap_model(
     model: nn.Module,
     missing: tuple[str, ...] = (),
     preprocessing: Preprocessing | None = None,
+    output: str = "output",
 ) -> LoadedModel:
-    """Find the vision tower, probe which outputs it has, and wrap it to take and return plain tensors."""
+    """Find the vision tower, probe which outputs it has, and wrap it to take and return plain tensors.
+
+    `output` is the name of the output where there is one tensor.
+    """
     model.eval()
     blocks = find_attention_blocks(model)
     tower = _vision_part(model, blocks[0].tower)
     absent = _check_missing(name, missing)
     frames = _count_frames(model)
-    native, patch = _image_sizes(model, blocks[0])
+    native, patch = _image_sizes(model, next((b for b in blocks if b.patches and not b.refusal), blocks[0]))
     shape = (3, *native) if frames is None else (frames, 3, *native)
     arguments = _forward_arguments(tower)
-    fields = tuple(field for field in _probe_fields(name, tower, arguments, shape) if field not in absent)
+    fields = tuple(field for field in _probe_fields(name, tower, arguments, shape, output) if field not in absent)
     if absent and not fields:
         raise ModelSourceError(
             f"model {name!r} has no trained weights for any of its outputs: {', '.join(missing[:3])}"
@@ -245,7 +254,9 @@ def _forward_arguments(model: nn.Module) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
 
 
-def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
+def _probe_fields(
+    name: str, model: nn.Module, arguments: dict[str, Any], shape: tuple[int, ...], single: str
+) -> tuple[str, ...]:
     try:
         with torch.inference_mode():
             output = model(torch.zeros(1, *shape), **arguments)
@@ -254,16 +265,22 @@ def _probe_fields(name: str, model: nn.Module, arguments: dict[str, Any], shape:
             f"model {name!r} does not run on one {shape[-2]}x{shape[-1]} image: {first_line(error)}"
         ) from None
     if isinstance(output, Tensor):
-        return ("output",)
+        return (single,)
     if isinstance(output, (tuple, list)) and output and all(isinstance(value, Tensor) for value in output):
         return tuple(f"output_{index}" for index in range(len(output)))
-    fields = tuple(key for key in _OUTPUT_FIELDS if hasattr(output, "get") and output.get(key) is not None)
+    given = dict(output) if hasattr(output, "keys") else {}
+    fields = tuple(key for key in _OUTPUT_FIELDS if given.get(key) is not None)
+    fields = fields or tuple(key for key, value in given.items() if isinstance(key, str) and _is_real(value))
     if not fields:
         raise ModelSourceError(
             f"model {name!r} returns a {type(output).__name__} without any of {', '.join(_OUTPUT_FIELDS)}; "
-            "give a factory whose module returns a tensor, a tuple of tensors or one of transformers' output classes"
+            "give a factory whose module returns a tensor, a tuple or a dict of tensors or one of transformers' output classes"
         )
     return fields
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _classify(
@@ -273,14 +290,21 @@ def _classify(
         tensors = wrapped(torch.zeros(1, *shape))
     plain = [field for field in fields if field != "feature_maps"]
     names = plain + [f"feature_map_{index}" for index in range(len(tensors) - len(plain))]
+    named = [(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    size = shape[-2:]
+    maps = tuple(
+        name
+        for name, tensor in named
+        if name == "predicted_depth" or (name not in _OUTPUT_FIELDS and tuple(tensor.shape[1:]) in (size, (1, *size)))
+    )
     tokens = tuple(
         name
-        for name, tensor in zip(names, tensors, strict=True)
+        for name, tensor in named
         if tensor.dim() == 3
-        and name.startswith(("last_hidden_state", "image_features", "output"))
+        and name not in maps
+        and (name not in _OUTPUT_FIELDS or name in _TOKEN_FIELDS)
         and tensor.shape[1] >= patches  # a decoder's queries are none
     )
-    maps = tuple(name for name in names if name == "predicted_depth")
     return tuple(names), tokens, maps
 
 

@@ -15,7 +15,6 @@ from fna.plan import DEFAULT_LANDMARKS
 from fna.validate.bench import BACKENDS
 
 if TYPE_CHECKING:
-    from fna.plan import Plan
     from fna.validate.bench.models import BenchResult
 
 
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
 @options.plan_options(landmarks={"multiple": True, "default": (DEFAULT_LANDMARKS,), "help": "S; may be repeated."})
 @options.resolution(
     "resolutions",
-    type=int,
     multiple=True,
-    help="Side of the images; may be repeated.  [default: the plan's, or the model's own]",
+    help="Image size: 518, or HEIGHTxWIDTH; may be repeated.  [default: the plan's, or the model's own]",
 )
 @click.option(
     "--count", "counted", is_flag=True, help="Count cycles on a --target that is not here, instead of timing."
@@ -44,7 +42,7 @@ def command(
     model: str,
     backend: str,
     plan: options.PlanChoice,
-    resolutions: tuple[int, ...],
+    resolutions: tuple[tuple[int, int], ...],
     counted: bool,
     target: str | None,
     runs: int,
@@ -91,7 +89,7 @@ def command(
         result = bench(
             loaded,
             plans if plan.file is None else plans[:1],
-            resolutions or _sides(plans[0]) or (loaded.native_resolution,),
+            resolutions or (plans[0].resolution or loaded.native_size,),
             backend=backend,  # type: ignore[arg-type]
             runs=runs,
             batch=batch,
@@ -110,7 +108,7 @@ def _count(
     model: str,
     target: str,
     plan: options.PlanChoice,
-    resolutions: tuple[int, ...],
+    resolutions: tuple[tuple[int, int], ...],
     precision: str,
     json_file: Path | None,
     quiet: bool,
@@ -129,7 +127,7 @@ def _count(
 
         device = find_target(target)
         loaded = load_model(model)
-        sizes = block_sizes(loaded, resolutions or (loaded.native_resolution,))
+        sizes = block_sizes(loaded, resolutions or (loaded.native_size,))
         cores = [(count, core) for count in dict.fromkeys(plan.settings["landmarks"]) for core in usual_cores(count)]
         result = count_cycles(
             loaded.name,
@@ -144,22 +142,10 @@ def _count(
     print_counted(result, make_console(quiet))
 
 
-def _sides(plan: Plan) -> tuple[int, ...]:
-    """The side of the square images that a plan was made for, if it says so."""
-    from fna.errors import InvalidPlanError
-
-    if plan.resolution is None:
-        return ()
-    height, width = plan.resolution
-    if height != width:
-        raise InvalidPlanError(
-            f"the plan is for {height}x{width} images, but fna bench times square ones; make one for a square"
-        )
-    return (height,)
-
-
 def _print(result: BenchResult, quiet: bool) -> None:
     from rich.table import Table
+
+    from fna.validate.bench.models import format_size
 
     console = make_console(quiet)
     machine = result.machine
@@ -187,7 +173,7 @@ def _print(result: BenchResult, quiet: bool) -> None:
         counted = row.counts
         peaks = [timing.peak_mib for timing in (row.dense, row.fna)]
         table.add_row(
-            str(row.resolution),
+            format_size(row.height, row.width),
             str(row.tokens),
             str(row.landmarks) if row.landmarks else "focal",
             str(row.blocks),
@@ -199,10 +185,10 @@ def _print(result: BenchResult, quiet: bool) -> None:
             " ".join(f"{peak:.0f}" for peak in peaks if peak is not None),
         )
     console.print(table)
-    for resolution, row in {row.resolution: row for row in result.rows}.items():
+    for size, row in {format_size(row.height, row.width): row for row in result.rows}.items():
         others = [f"{name} {timing.median:.0f}" for name, timing in row.exact_forms.items() if name != row.baseline]
         rest = f", the fastest form of exact attention here (others: {', '.join(others)})" if others else ""
-        console.print(f"{resolution}: speed-up against {row.baseline}{rest}", markup=False)
+        console.print(f"{size}: speed-up against {row.baseline}{rest}", markup=False)
     for crossing in result.break_even:
         said = f"pays from {crossing.tokens:.0f} tokens on, " if crossing.tokens is not None else ""
         console.print(f"{_setting(crossing.landmarks)}: {said}{crossing.reason}")

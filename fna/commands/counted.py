@@ -19,6 +19,8 @@ def print_counted(result: CountedBench, console: Console) -> None:
     """A line for each call and each of its launches."""
     from rich.table import Table
 
+    from fna.validate.bench.models import format_size
+
     console.print(
         f"{result.model} on {result.target}, one block, batch 1, {result.precision}: {result.counted}. {result.multiprocessors} "
         f"multiprocessors at {result.clock_ghz:.2f} GHz, {result.multiply_adds:.0f} multiply-adds a cycle each; {result.chip}. "
@@ -27,7 +29,8 @@ def print_counted(result: CountedBench, console: Console) -> None:
     )
     for size in result.sizes:
         console.print(
-            f"\n{size.resolution} pixels, {size.tokens} tokens, {size.heads} heads of {size.head_size}", markup=False
+            f"\n{format_size(size.height, size.width)} pixels, {size.tokens} tokens, {size.heads} heads of {size.head_size}",
+            markup=False,
         )
         table = Table(box=None, pad_edge=False)
         for title in _COLUMNS:

@@ -72,8 +72,8 @@ def command(
         loaded = load_model(model)
         notes: list[str] = []
         if plan.is_left_open and not dynamic_size:
-            made, note = _plan_without_photographs(loaded, resolution, plan.settings["prefix_tokens"])
-            notes.append(f"note: {note}")
+            made, said = _plan_without_photographs(loaded, resolution, plan.settings["prefix_tokens"])
+            notes += [f"note: {line}" for line in said]
         elif plan.is_automatic:
             from fna.commands.plan import plan_automatically
 
@@ -112,19 +112,38 @@ def command(
 
 def _plan_without_photographs(
     loaded: LoadedModel, resolution: tuple[int, int] | None, prefix_tokens: int | None
-) -> tuple[Plan, str]:
+) -> tuple[Plan, list[str]]:
+    """The default plan, tower by tower, and lines that say what it is."""
     from fna.default_plan import plan_without_photographs
+    from fna.errors import InvalidArgumentError
     from fna.plan import Plan
     from fna.validate.planning.subject import TorchSubject
+    from fna.validate.planning.towers import check_grids, join_plans, towers_to_plan
 
-    if loaded.towers or loaded.frames:
-        what = f"{len(loaded.towers)} towers: {', '.join(loaded.towers)}" if loaded.towers else "several images at once"
-        return Plan(num_blocks=loaded.num_blocks, towers=loaded.towers), (
-            f"the model stays exact: it has {what}; choose --layers and --landmarks, or a plan by fna plan"
+    exact = Plan(num_blocks=loaded.num_blocks, towers=loaded.towers)
+    if loaded.frames:
+        return exact, [
+            f"the model stays exact: it takes {loaded.frames} images at once; choose --layers and --landmarks, or a plan by fna plan"
+        ]
+    size = resolution or loaded.native_size
+    layouts = [TorchSubject(loaded, *size, tower).layout for tower in towers_to_plan(loaded, None)]
+    try:
+        check_grids(layouts)
+    except InvalidArgumentError as error:
+        return exact, [f"the model stays exact: {error}"]
+    plans, notes = [], []
+    for layout in layouts:
+        own = None if layout.towers else layout.prefix_tokens
+        made, said = plan_without_photographs(
+            layout.num_blocks,
+            set(layout.refused),
+            layout.patches,
+            own if prefix_tokens is None else prefix_tokens,
+            layout.towers,
         )
-    layout = TorchSubject(loaded, *(resolution or loaded.native_size)).layout
-    prefix = layout.prefix_tokens if prefix_tokens is None else prefix_tokens
-    return plan_without_photographs(layout.num_blocks, set(layout.refused), layout.patches, prefix)
+        plans.append(made)
+        notes.append(f"{'the model' if layout.tower is None else f'tower {layout.tower}'} {said}")
+    return join_plans(plans), notes
 
 
 def _parse_batch(text: str) -> int | None:

@@ -119,9 +119,10 @@ def command(
         from fna.export.sources.model_names import with_weights
         from fna.files import write_text
         from fna.validate.planning.report import as_json, draw_front
-        from fna.validate.planning.towers import join_plans, share_wish
+        from fna.validate.planning.towers import check_grids, join_plans, share_wish
 
         subjects = open_subjects(with_weights(model, weights), resolution, say, tower)
+        check_grids([subject.layout for subject in subjects])
         shared = share_wish(wish, len(subjects))
         parts = []
         for subject in subjects:
@@ -193,9 +194,10 @@ def plan_automatically(model: str, size: tuple[int, int] | None, say: Callable[[
     """Make the plan of `--layers auto`: all defaults of `fna plan`."""
     from fna.validate.planning.best_plan import make_best_plan
     from fna.validate.planning.cost import ProductCost
-    from fna.validate.planning.towers import join_plans, share_wish
+    from fna.validate.planning.towers import check_grids, join_plans, share_wish
 
     subjects = open_subjects(model, size, say)
+    check_grids([subject.layout for subject in subjects])
     wish = share_wish(make_wish(), len(subjects))
     plans = []
     for subject in subjects:

@@ -101,14 +101,15 @@ def is_patched(model: nn.Module) -> bool:
 def _apply(blocks: list[AttentionBlock], plan: Plan, record: _PatchRecord) -> None:
     states: dict[int, BlockState] = {}
     finders = _Finders(blocks, states, plan.prefix_tokens, record)
-    chosen: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
-    groups: set[Hashable] = set()
+    # By tower and number of tokens: landmarks are shared among blocks that have the same tokens.
+    shared: dict[Hashable, tuple[dict[Hashable, tuple[Tensor, Tensor | None]], set[Hashable]]] = {}
     for block in blocks:
         steps = _known_features(steps_of(plan, block.number), block)
         if steps.is_untouched:
             continue
         _check_frames(steps, block)
         prefix = block.prefix_tokens if plan.prefix_tokens is None else plan.prefix_tokens
+        chosen, groups = shared.setdefault((block.tower_name, block.tokens), ({}, set()))
         state = BlockState(f"block {block.number} ({block.name})", steps, prefix, chosen, frames=block.frames)
         states[block.number] = state
         if steps.key_masking is not None:

@@ -15,6 +15,8 @@ from fna.patching.towers import name_towers
 from fna.special_tokens import detect_prefix_tokens
 
 _NONE = "{} has no self-attention block that can be FNA"
+_MOST_PREFIX = 8
+"""Prefix tokens that are looked for where neither a feature map nor the model tells: a class token and seven registers."""
 _NUMBERED = re.compile(r"(^|_)\d+$")
 _NAMED_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _USUAL = ("linear", "layer_norm", "dropout", "softmax", "gelu", "relu", "conv", "Tensor.")
@@ -35,14 +37,17 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
     if not seen.sites:
         raise UnsupportedAttentionError(_say_why_unseen(model, seen))
     modules = dict(model.named_modules())
-    grids: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
+    maps: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
     blocks = []
     paths = _tower_paths(seen.sites)
     names = name_towers(paths)
     for number, (site, path) in enumerate(zip(seen.sites, paths, strict=True)):
-        patches, images = grids.setdefault(path, (site.patches, site.images))
+        feature_map, images = maps.setdefault(path, (site.patches, site.images))
         frames = _count_frames(site, images)
         refusal = _refuse_windows(site, images, seen.entered.get(site.path, ())) or site.refusal
+        named = _named_prefix(site, model, modules)
+        tokens = site.query[-2] // frames if site.query else 0
+        patches, prefix = _find_grid(tokens, feature_map, None if refusal else seen.image, named)
         layer, entering = _find_layer(site, seen)
         known = len(site.query) == 4
         blocks.append(
@@ -53,9 +58,10 @@ def find_called_blocks(model: nn.Module, example: Example = None) -> list[Attent
                 layer=modules[layer],
                 tower=model,
                 refusal=refusal,
-                prefix_tokens=_count_prefix(site, patches, frames, model, modules),
+                prefix_tokens=prefix,
                 heads=site.query[1] if known else 0,
                 head_size=site.query[3] if known else 0,
+                tokens=site.query[2] if known else 0,
                 entering=entering,
                 patches=patches,
                 tower_name=names[path],
@@ -102,14 +108,32 @@ def _refuse_windows(site: CallSite, images: int | None, entered: Sequence[int]) 
     return None
 
 
-def _count_prefix(
-    site: CallSite, patches: tuple[int, int] | None, frames: int, model: nn.Module, modules: dict[str, nn.Module]
-) -> int:
-    """The tokens that are no patches of the grid; where there is no grid, what the nearest module says of itself."""
-    if patches is not None and site.query:
-        extra = site.query[-2] // frames - prod(patches)
-        if 0 <= extra < prod(patches):
-            return extra
+def _find_grid(
+    tokens: int, feature_map: tuple[int, int] | None, image: tuple[int, int] | None, named: int
+) -> tuple[tuple[int, int] | None, int]:
+    """Rows and columns of patches, and how many of an image's tokens are none.
+
+    Args:
+        tokens: of one image; 0 where they are not known.
+        feature_map: what the last convolution before the first block of a tower wrote; None where there was none.
+        image: height and width of the input; without a feature map, patches that divide it evenly are looked for. None: they are not.
+        named: prefix tokens by the model's own attributes and parameters.
+    """
+    if feature_map is not None:
+        extra = tokens - prod(feature_map)
+        return feature_map, extra if 0 <= extra < prod(feature_map) else named
+    height, width = image or (0, 0)
+    sides = [side for side in range(2, min(height, width) + 1) if height % side == width % side == 0]
+    grids = [(height // side, width // side) for side in sides]
+    for prefix in dict.fromkeys((named, *range(_MOST_PREFIX + 1))):
+        for grid in grids:
+            if prefix < prod(grid) == tokens - prefix:
+                return grid, prefix
+    return None, named
+
+
+def _named_prefix(site: CallSite, model: nn.Module, modules: dict[str, nn.Module]) -> int:
+    """Prefix tokens by what the nearest module says of itself, else by the model's parameters."""
     parts = site.path.split(".")
     for end in range(len(parts), -1, -1):
         count = getattr(modules[".".join(parts[:end])], "num_prefix_tokens", None)

@@ -32,8 +32,9 @@ class AttentionBlock:
         prefix_tokens: class and register tokens before each sequence's patches.
         heads: H; 0 where it is not known, of a block that is refused.
         head_size: D, likewise.
+        tokens: N, in the run that showed the block; 0 where it was not shown by one.
         entering: how the layer is given its tokens; None where it is not given all of them.
-        patches: rows and columns of the map that became its patches, in the run that showed the block; None where it is not known.
+        patches: rows and columns of its patches, in the run that showed the block; None where they are not known.
         tower_name: of the stack of blocks that it belongs to; see `fna.patching.towers`.
         frames: how many sequences, each with its own prefix tokens, follow one another in its tokens: images of a scene, windows.
         call: which of the calls of `scaled_dot_product_attention` in a forward of the module it is; None for a module that uses
@@ -50,6 +51,7 @@ class AttentionBlock:
     prefix_tokens: int
     heads: int
     head_size: int
+    tokens: int = 0
     entering: Entering | None = "tokens"
     patches: tuple[int, int] | None = None
     tower_name: str = ""

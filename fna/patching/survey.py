@@ -72,11 +72,13 @@ class Survey:
         sites: attention, in the order in which it first ran.
         entered: the shape of the first tensor that each module was given, by the module's path.
         called: PyTorch's functions by the path of the module that called them.
+        image: height and width of what the model was called with; None where it was no images.
     """
 
     sites: list[CallSite] = field(default_factory=list)
     entered: dict[str, tuple[int, ...]] = field(default_factory=dict)
     called: dict[str, Counter[str]] = field(default_factory=dict)
+    image: tuple[int, int] | None = None
 
 
 def survey(model: nn.Module, example: Example = None) -> Survey:
@@ -178,7 +180,7 @@ class _Watcher(TorchFunctionMode):
         self.running = [_Running("", None, [])]
         self.sites: dict[tuple[str, int], dict[str, Any]] = {}
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self.result = Survey()
+        self.result = Survey(image=None if images is None else (int(images.shape[-2]), int(images.shape[-1])))
 
     def finish(self) -> Survey:
         """Return what was seen."""
@@ -213,7 +215,7 @@ class _Watcher(TorchFunctionMode):
             self.weights[id(result)] = (result, result)
         elif func in _PASSED and isinstance(result, Tensor) and args and id(args[0]) in self.weights:
             self.weights[id(result)] = (result, self.weights[id(args[0])][1])
-        elif func in _CONVOLUTIONS and result.dim() == 4:
+        elif func in _CONVOLUTIONS and result.dim() == 4 and not _is_depthwise(*args[:2], **kwargs):
             self.patches = (int(result.shape[2]), int(result.shape[3]))
             self.images = int(result.shape[0])
         self._note_function(func)
@@ -323,6 +325,11 @@ def _refuse_multi_head_call(given: dict[str, Any]) -> str | None:
         if given.get(name) is not None:
             return f"it adds an attention mask of shape {list(given[name].shape)} to the scores ({name})"
     return None
+
+
+def _is_depthwise(input: Tensor, weight: Tensor, **_: Any) -> bool:
+    """Whether a convolution mixes no channels: one that encodes positions, maybe within windows, and makes no patches."""
+    return weight.shape[1] == 1 < input.shape[1]
 
 
 def _is_cross(tensors: list[Tensor]) -> bool:

@@ -10,6 +10,8 @@ import torch
 from called_models import (
     DIM,
     GRID,
+    PATCH,
+    Block,
     CrossViT,
     EncoderViT,
     MapViT,
@@ -202,6 +204,32 @@ def test_windows_are_told_from_a_batch(kind: str) -> None:
     assert blocks[1].prefix_tokens == 0
 
 
+def test_patches_are_found_without_a_convolution_and_by_the_size_of_the_image() -> None:
+    class FlatViT(OwnViT):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            cut = pixel_values.unflatten(3, (GRID, PATCH)).unflatten(2, (GRID, PATCH))  # [B, 3, rows, p, columns, p]
+            flat = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+            patches = nn.functional.linear(flat, self.patch_embed.weight.flatten(1))
+            return self.blocks(torch.cat([self.front.expand(len(patches), -1, -1), patches], dim=1))
+
+    block = find_attention_blocks(build(FlatViT(prefix=3)))[0]
+    assert (block.patches, block.prefix_tokens) == ((GRID, GRID), 3)
+
+
+def test_a_convolution_within_windows_makes_no_images_of_them() -> None:
+    class Positions(Block):  # as CSWin adds them
+        def forward(self, x: Tensor) -> Tensor:
+            windows = x.unflatten(1, (4, -1)).flatten(0, 1)
+            kernel = torch.ones(DIM, 1, 3, 3)
+            encoded = nn.functional.conv2d(windows.mT.unflatten(2, (4, -1)), weight=kernel, padding=1, groups=DIM)
+            return self.attn(windows + encoded.flatten(2).mT).reshape(x.shape)
+
+    model = build(OwnViT("plain", "plain", prefix=0))
+    model.blocks[0] = build(Positions())
+    refusals = [block.refusal for block in find_attention_blocks(model)]
+    assert refusals == [f"it attends within windows (4 of {GRID * GRID // 4} tokens for each image)", None]
+
+
 def test_cross_attention_of_equal_lengths_is_refused() -> None:
     assert "cross-attention" in str(find_attention_blocks(build(CrossViT()))[-1].refusal)
 
@@ -265,6 +293,35 @@ def test_towers_are_told_apart_and_patched_by_their_own_prefix_tokens() -> None:
     assert not torch.allclose(before[1], after[1], atol=1e-3)
     assert [call.landmarks[0, :4].tolist() for call in calls] == [[0, 1, 2, 3]] * 2
     assert [call.block for call in calls] == [3, 4]
+
+
+class HalvedViT(OwnViT):
+    """Its last block has half as many tokens, as in a pyramid."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.blocks[:2](self.patch_embed(pixel_values).flatten(2).transpose(1, 2))
+        return self.blocks[2:](x[:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("make", "towers", "layers"),
+    [(TwoTowers, {"vision": "0-1", "depth": "2-4"}, "vision:0-1,depth:0"), (HalvedViT, {}, "all")],
+)
+def test_landmarks_are_shared_among_blocks_of_the_same_tokens_only(
+    make: type[nn.Module], towers: dict[str, str], layers: str
+) -> None:
+    model = build(make())
+    plan = uniform_plan(5 if towers else 3, layers=layers, towers=towers, landmarks=S, sampler="fps")
+    entered: list[Tensor] = []
+    for block in fna.patch(model, plan):
+        block.layer.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    calls: list[NystromCall] = []
+    with torch.no_grad(), observed(model, replaced=calls.append):
+        model(sample_pixels())
+    first, second, other = (call.landmarks for call in calls)
+    assert torch.equal(first, select_landmarks(entered[0], S, method="fps"))
+    assert torch.equal(second, first)
+    assert torch.equal(other, select_landmarks(entered[2], S, method="fps"))
 
 
 def test_blocks_over_several_images_take_landmarks_of_each() -> None:

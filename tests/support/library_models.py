@@ -16,7 +16,6 @@ from typing import Any
 
 import surgery_zoo as zoo
 import torch
-from library_packages import define_torchvision_operators
 from torch import Tensor, nn
 
 TRANSFORMERS_4 = (
@@ -199,14 +198,12 @@ def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     warnings.simplefilter("ignore")
     gc.freeze()  # half a million objects of PyTorch, which every collection of a trace would walk
-    schemas = define_torchvision_operators()
     for name in names:
         library = {**LIBRARIES, **TRANSFORMERS_4_MODELS}[name]
         try:
             export(library, folder / f"{name}.onnx")
         except Exception as error:
             (folder / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
-    del schemas
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """timm, open_clip and torchvision for the tests: in a folder of their own, which only a process beside the tests sees.
 
 The torchvision of the package index is built for another PyTorch than the CPU's, so its compiled part does not load; its Python
-part does, once the schemas that it would register are there. That is a thing of the tests: the product knows nothing of it.
+part does, with `sitecustomize` beside this file. That is a thing of the tests: the product knows nothing of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 PACKAGES = (
@@ -53,11 +52,3 @@ def run_beside(libraries: Path, script: Path, *arguments: str) -> subprocess.Com
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=550)
-
-
-def define_torchvision_operators() -> torch.library.Library:
-    """The two schemas that torchvision's compiled part would register; built for another torch, it cannot."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

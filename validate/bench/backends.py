@@ -30,27 +30,27 @@ from fna.validate.bench.timing import OpenModel, clocked, peak_memory
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed, apart from the plan: square images of side `resolution`, files in `folder`."""
+    """What is timed, apart from the plan: images of a size (height, width) in pixels, files in `folder`."""
 
     model: LoadedModel
-    resolution: int
+    size: tuple[int, int]
     batch: int
     precision: Precision
     folder: Path
     launches: int
 
     @property
-    def pixels(self) -> NDArray[np.float32]:  # [B, 3, H, W]
+    def pixels(self) -> NDArray[np.float32]:  # [B, 3, H, W], or [B, frames, 3, H, W]
         """Images of noise, the same each time."""
-        shape = (self.batch, 3, self.resolution, self.resolution)
+        shape = (self.batch, *self.model.input_shape(*self.size))
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
     def export(self, plan: Plan, precision: Precision) -> Path:
         """Write the ONNX file of one plan, once."""
         digest = hashlib.sha256(f"{plan.model_dump_json()} {precision}".encode()).hexdigest()[:16]
-        path = self.folder / f"{digest}-{self.resolution}.onnx"
+        path = self.folder / f"{digest}-{self.size[0]}x{self.size[1]}.onnx"
         if not path.exists():
-            export_onnx(self.model, plan, TraceOptions(self.resolution, self.resolution, precision=precision), path)
+            export_onnx(self.model, plan, TraceOptions(*self.size, precision=precision), path)
         return path
 
 
@@ -134,7 +134,7 @@ def _open_compiled(setting: Setting, plan: Plan, _form: Form) -> OpenModel:
 def _torch(setting: Setting, plan: Plan, prepare: Callable[[Any], Any]) -> OpenModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.resetpeak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
     with peak_memory() as peak, torch.inference_mode():
         module = copy.deepcopy(setting.model.module).to(device, TORCH_TYPES[setting.precision])
         if plan.replaced_blocks:

@@ -91,5 +91,5 @@ def total_flop(model: LoadedModel, height: int, width: int) -> int:
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
     ):
-        module(torch.empty(1, 3, height, width, device="meta"))
+        module(torch.empty(1, *model.input_shape(height, width), device="meta"))
     return int(counter.get_total_flops())

@@ -101,7 +101,8 @@ class CountedSize(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    resolution: int
+    height: int
+    width: int
     tokens: int
     heads: int
     head_size: int

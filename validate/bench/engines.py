@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = bench(
             model,
             [uniform_plan(model.num_blocks, layers=settings.layers, landmarks=settings.landmarks)],
-            settings.resolution,
+            [(side, side) for side in settings.resolution],
             backend=settings.backend,
             runs=TURNS,
             batch=settings.batch,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print(row: BenchRow, precision: str, batch: int) -> None:
     for name, timing in (("dense", row.dense), ("FNA", row.fna)):
         print(
-            f"{row.resolution} {name:5} {precision} batch {batch}: median {timing.median:.3f} ms, "
+            f"{row.height} {name:5} {precision} batch {batch}: median {timing.median:.3f} ms, "
             f"p99 {timing.details['p99']:.3f} ms, {timing.images_per_second:.0f} images/s, {timing.peak_mib:.0f} MiB on the device"
             + (f", {row.speedup:.2f}x" if name == "FNA" else "")
         )

@@ -35,7 +35,8 @@ class BenchRow(BaseModel):
 
     Attributes:
         backend: what ran the models.
-        resolution: side of the square images, in pixels.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
         tokens: tokens per image, prefix tokens included.
         landmarks: S.
         blocks: how many blocks were FNA.
@@ -45,13 +46,14 @@ class BenchRow(BaseModel):
         fna: latency by the plan, in the fastest form.
         fna_form: that form.
         speedup: median of dense over median of FNA.
-        counts: operations and bytes.
+        counts: operations and bytes; None for models of several towers or images, whose blocks differ in their tokens.
     """
 
     model_config = ConfigDict(frozen=True)
 
     backend: Backend
-    resolution: int
+    height: int
+    width: int
     tokens: int
     landmarks: int
     blocks: int
@@ -115,7 +117,7 @@ class BenchResult(BaseModel):
 def bench(
     model: LoadedModel,
     plans: Sequence[Plan],
-    resolutions: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     *,
     backend: Backend = "onnxruntime",
     runs: int = 7,
@@ -130,7 +132,7 @@ def bench(
     Args:
         model: to be timed.
         plans: which blocks are FNA; usually one per S.
-        resolutions: sides of square images, in pixels.
+        sizes: heights and widths of the images, in pixels.
         backend: what runs the models.
         runs: timed runs of each, after warm-up.
         batch: images per run.
@@ -145,20 +147,21 @@ def bench(
         InvalidPlanError: for a plan that was made for another model or resolution.
         MissingCapabilityError: if this machine lacks the backend.
     """
-    for resolution in resolutions:
-        check_resolution(model, resolution, resolution)
+    for size in sizes:
+        check_resolution(model, *size)
         for plan in plans:
-            plan.check_fits(model.name, (resolution, resolution))
-        _check_landmarks(model, plans, resolution)
+            plan.check_fits(model.name, size)
+        _check_landmarks(model, plans, size)
     open_model, forms = OPENERS[backend], forms_of(backend, model)
     rows = []
-    for place, resolution in enumerate(sorted(set(resolutions))):
-        on_step(f"preparing {resolution}", place, len(resolutions))
+    for place, size in enumerate(sorted(set(sizes))):
+        on_step(f"preparing {format_size(*size)}", place, len(sizes))
+        placed = [_place(plan, model, size) for plan in plans]
         dense_plan = plans[0].model_copy(update={"blocks": (), "focal": ()})
         with tempfile.TemporaryDirectory() as folder:
-            setting = Setting(model, resolution, batch, precision, Path(folder), launches)
-            opened = [open_model(setting, plan, form) for plan in (dense_plan, *plans) for form in forms]
-            on_step(f"timing at {resolution}", place, len(resolutions))
+            setting = Setting(model, size, batch, precision, Path(folder), launches)
+            opened = [open_model(setting, plan, form) for plan in (dense_plan, *placed) for form in forms]
+            on_step(f"timing at {format_size(*size)}", place, len(sizes))
             timings = time_in_turns(opened, runs, warm_up, batch)
             for timed in opened:
                 timed.close()
@@ -167,7 +170,7 @@ def bench(
             for group in (timings[start : start + len(forms)] for start in range(0, len(timings), len(forms)))
         ]
         rows += [
-            _row(model, plan, resolution, backend, precision, by_form[0], of_plan)
+            _row(model, plan, size, backend, precision, by_form[0], of_plan)
             for plan, of_plan in zip(plans, by_form[1:], strict=True)
         ]
     return BenchResult(
@@ -185,25 +188,39 @@ def bench(
     )
 
 
-def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], resolution: int) -> None:
+def format_size(height: int, width: int) -> str:
+    """Write a size as people do: 518 for a square, else 518x784."""
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def _place(plan: Plan, model: LoadedModel, size: tuple[int, int]) -> Plan:
+    """The plan with rows and columns of patches at a size, where something in it depends on them; towers have their own."""
+    if plan.patches is not None or plan.towers or not plan.needs_positions:
+        return plan
+    return plan.model_copy(update={"patches": model.patches(*size)})
+
+
+def _check_landmarks(model: LoadedModel, plans: Sequence[Plan], size: tuple[int, int]) -> None:
     most = max((entry.landmarks for plan in plans for entry in plan.blocks), default=0)
-    tokens = (resolution // model.patch_size) ** 2 + find_attention_blocks(model.module)[0].prefix_tokens
-    if most > tokens:
+    tokens = math.prod(model.patches(*size)) + find_attention_blocks(model.module)[0].prefix_tokens
+    if most > tokens and not model.towers and model.frames is None:
         raise InvalidLandmarksError(
-            f"{most} landmarks were asked for, but at resolution {resolution} there are only {tokens} tokens; ask for fewer"
+            f"{most} landmarks were asked for, but at resolution {format_size(*size)} there are only {tokens} tokens; ask for fewer"
         )
 
 
-def bench_quickly(model: LoadedModel, plan: Plan, resolution: int, on_step: Say) -> dict[str, Any]:
+def bench_quickly(model: LoadedModel, plan: Plan, size: tuple[int, int], on_step: Say) -> dict[str, Any]:
     """Time a model in PyTorch at up to three sizes, a few runs each, for the report."""
-    patch_size = model.patch_size
-    sides = {round(resolution * share / patch_size) * patch_size for share in QUICK_SHARES}
+    patch = model.patch_size
+    sizes = {(round(size[0] * share / patch) * patch, round(size[1] * share / patch) * patch) for share in QUICK_SHARES}
     landmarks = max((block.landmarks for block in plan.blocks), default=1)
     hot, tile = (max((getattr(block, name) for block in plan.focal), default=0) for name in ("hot", "tile"))
-    grids = {side: side // patch_size for side in sides}
-    fitting = [side for side, grid in grids.items() if grid**2 > max(landmarks, hot) and grid >= tile] or [resolution]
-    chosen = sorted(fitting) if model.any_resolution else [resolution]
-    result = bench(model, [plan.for_squares()], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
+    grids = {tried: model.patches(*tried) for tried in sizes}
+    fitting = [
+        tried for tried, grid in grids.items() if math.prod(grid) > max(landmarks, hot) and min(grid) >= tile
+    ] or [size]
+    chosen = sorted(fitting) if model.any_resolution else [size]
+    result = bench(model, [plan.for_any_size()], chosen, backend="torch", runs=QUICK_RUNS, warm_up=1, on_step=on_step)
     data: dict[str, Any] = json.loads(result.model_dump_json())
     return data
 
@@ -252,34 +269,35 @@ def _break_even(landmarks: int, points: Sequence[tuple[int, float]]) -> BreakEve
 
 
 class BlockSize(NamedTuple):
-    """One attention block at one size of image: side in pixels, N, H, D."""
+    """One attention block at one size of image: its height and width in pixels, N, H, D."""
 
-    resolution: int
+    height: int
+    width: int
     tokens: int
     heads: int
     head_size: int
 
 
-def block_sizes(model: LoadedModel, resolutions: Sequence[int]) -> list[BlockSize]:
-    """The sizes of a model's first attention block at square images.
+def block_sizes(model: LoadedModel, sizes: Sequence[tuple[int, int]]) -> list[BlockSize]:
+    """The sizes of a model's first attention block, by heights and widths of images.
 
     Raises:
         ModelSourceError: for a resolution that the model does not take.
     """
     block = find_attention_blocks(model.module)[0]
     heads, head_size = block.heads, block.head_size
-    sizes = []
-    for side in resolutions:
-        check_resolution(model, side, side)
-        tokens = (side // model.patch_size) ** 2 + block.prefix_tokens
-        sizes.append(BlockSize(side, tokens, heads, head_size))
-    return sizes
+    found = []
+    for size in sizes:
+        check_resolution(model, *size)
+        tokens = math.prod(model.patches(*size)) + block.prefix_tokens
+        found.append(BlockSize(*size, tokens, heads, head_size))
+    return found
 
 
 def _row(
     model: LoadedModel,
     plan: Plan,
-    resolution: int,
+    size: tuple[int, int],
     backend: Backend,
     precision: str,
     exact: dict[str, Timing],  # by the form's name
@@ -292,8 +310,9 @@ def _row(
     baseline, fna_form = (min(timings, key=lambda name: timings[name].median) for timings in (exact, planned))
     return BenchRow(
         backend=backend,
-        resolution=resolution,
-        tokens=(resolution // model.patch_size) ** 2 + prefix,
+        height=size[0],
+        width=size[1],
+        tokens=math.prod(model.patches(*size)) + prefix,
         landmarks=max((entry.landmarks for entry in plan.blocks), default=0),
         blocks=len(plan.replaced_blocks),
         baseline=baseline,
@@ -302,5 +321,5 @@ def _row(
         fna=planned[fna_form],
         fna_form=fna_form,
         speedup=exact[baseline].median / planned[fna_form].median,
-        counts=count(model, full, resolution, resolution, precision),
+        counts=None if model.towers or model.frames else count(model, full, *size, precision),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,7 +17,7 @@ from fna.export.preprocessing import Preprocessing
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.export.sources.running import patched, run_torch
 from fna.observing import AttentionCall, observed
-from fna.patching import find_attention_blocks
+from fna.patching import AttentionBlock, find_attention_blocks
 from fna.plan import Plan
 from fna.runtime import Arrays
 from fna.validate.task.inputs import OutputKinds
@@ -152,9 +153,7 @@ class TorchSubject:
         with torch.inference_mode(), observed(model.module, lambda call: shapes.update({call.block: call.query.shape})):
             model.module(torch.zeros(1, *model.input_shape(height, width)))
         first = next((block for block in blocks if block.number not in refused), blocks[0])
-        prefix = first.prefix_tokens
         _, heads, tokens, size = shapes.get(first.number) or next(iter(shapes.values()))
-        patches = (height // model.patch_size, width // model.patch_size)
         self.layout = Layout(
             model=model.name,
             num_blocks=len(blocks),
@@ -163,8 +162,8 @@ class TorchSubject:
             heads=heads,
             head_size=size,
             channels=heads * size,
-            prefix_tokens=prefix,
-            patches=patches if patches[0] * patches[1] + prefix == tokens else None,
+            prefix_tokens=first.prefix_tokens,
+            patches=_find_grid(model, first, (height, width), tokens),
             resolution=(height, width),
             frames=first.frames,
             towers=model.towers,
@@ -241,6 +240,23 @@ class TorchSubject:
 
     def _fidelity_output(self) -> str:
         return (*self.model.token_outputs, *self.model.output_names)[0]
+
+
+def _find_grid(model: LoadedModel, block: AttentionBlock, size: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of the patches of a block's tower, at a size of image; None where the tokens are on no grid that is known."""
+    if block.frames > 1:
+        return None
+    grids = [model.patches(*size)]
+    if (
+        block.patches is not None
+    ):  # of the model's own size; a tower's patches may be of another size than the first one's
+        grids.append(
+            tuple(count * side // own for count, side, own in zip(block.patches, size, model.native_size, strict=True))
+        )
+    side = math.isqrt(max(tokens - block.prefix_tokens, 0))
+    if model.towers and size[0] == size[1]:  # of pieces of the image, or of the image at another scale
+        grids.append((side, side))
+    return next((grid for grid in grids if math.prod(grid) + block.prefix_tokens == tokens), None)
 
 
 def _gradients(directions: Tensor, errors: dict[int, Tensor], seed: int) -> dict[int, Tensor]:  # each [K, H, N, D]

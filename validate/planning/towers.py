@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
+from fna.validate.planning.subject import Layout
 from fna.validate.planning.wish import Wish
 
 
@@ -18,6 +20,21 @@ def towers_to_plan(model: LoadedModel, tower: str | None) -> list[str | None]:
         return [tower]
     blocks = find_attention_blocks(model.module)
     return list(dict.fromkeys(block.tower_name for block in blocks if block.refusal is None))
+
+
+def check_grids(layouts: Sequence[Layout]) -> None:
+    """Refuse to plan together for towers whose patches lie on different grids, where those are no squares.
+
+    Raises:
+        InvalidArgumentError: naming the grids.
+    """
+    grids = list(dict.fromkeys(layout.patches for layout in layouts if layout.patches is not None))
+    if len(grids) > 1 and any(rows != columns for rows, columns in grids):
+        named = " and ".join(f"{rows}x{columns}" for rows, columns in grids)
+        raise InvalidArgumentError(
+            f"its towers have patches on grids of {named}, and one plan tells one grid that is no square; make a plan with fna plan "
+            "--tower, or take square images"
+        )
 
 
 def share_wish(wish: Wish, count: int) -> Wish:
@@ -34,9 +51,9 @@ def share_wish(wish: Wish, count: int) -> Wish:
 
 def join_plans(plans: Sequence[Plan]) -> Plan:
     """One plan of plans that each replace blocks of another tower."""
-    first = plans[0]
     if len(plans) == 1:
-        return first
+        return plans[0]
+    first = next((plan for plan in plans if plan.blocks), plans[0])  # a core that it names is that of its blocks
     chosen: dict[str, Any] = {
         key: tuple(sorted((entry for plan in plans for entry in getattr(plan, key)), key=lambda entry: entry.block))
         for key in ("blocks", "focal")

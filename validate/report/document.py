@@ -221,7 +221,7 @@ def _find_blame(
 
 def _bench_now(chain: Chain, on_step: Say) -> dict[str, Any]:
     assert chain.model is not None
-    return bench_quickly(chain.model, chain.metadata.plan, chain.height, on_step)
+    return bench_quickly(chain.model, chain.metadata.plan, (chain.height, chain.width), on_step)
 
 
 def _today() -> str:

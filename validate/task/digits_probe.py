@@ -34,13 +34,11 @@ def measure_digits_probe(results: Results, inputs: TaskInputs) -> None:
     if model is None:
         results.skipped.append("digits probe: a grafted file has no PyTorch model to run at another size")
         return
-    side = (
-        max(DIGITS_SIDE // model.patch_size, 4) * model.patch_size if model.any_resolution else model.native_resolution
-    )
-    tokens = (side // model.patch_size) ** 2 + (chain.metadata.plan.prefix_tokens or 0)
-    full = (chain.height // model.patch_size) * (chain.width // model.patch_size)
-    plan = shrink_plan(chain.metadata.plan, tokens, full)
-    pixels, truth = load_digit_images(chain, side, inputs.digits)
+    side = max(DIGITS_SIDE // model.patch_size, 4) * model.patch_size
+    size = (side, side) if model.any_resolution else model.native_size
+    patches = model.patches(*size)
+    plan = shrink_plan(chain.metadata.plan, patches, math.prod(model.patches(chain.height, chain.width)))
+    pixels, truth = load_digit_images(chain, size, inputs.digits)
     vectors: dict[str, NDArray[Any]] = {}
     for kind, run in (("exact", _batched(chain, model, None)), ("fna", _batched(chain, model, plan))):
         features = run(pixels, lambda done, kind=kind: inputs.say(f"task: digits, {kind}", done, len(pixels)))
@@ -51,20 +49,26 @@ def measure_digits_probe(results: Results, inputs: TaskInputs) -> None:
     train, test = hold_out(truth, np.unique(truth))
     counts = sorted({block.landmarks for block in plan.blocks})
     detail = (
-        f"linear probe on {len(train)} of scikit-learn's digits at {side} pixels, {len(test)} held out; PyTorch, S="
-        f"{'/'.join(map(str, counts))} of {tokens} tokens, in proportion to the plan"
+        f"linear probe on {len(train)} of scikit-learn's digits at {size[0]}x{size[1]} pixels, {len(test)} held out; PyTorch, S="
+        f"{'/'.join(map(str, counts))} of {math.prod(patches) + (plan.prefix_tokens or 0)} tokens, in proportion to the plan"
     )
     add_probe(results, "digits probe", probe(vectors["exact"], vectors["fna"], truth, train, test), detail)
 
 
-def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
-    """Return the plan for square images of fewer tokens: as many landmarks in proportion, at least two beside the prefix tokens, and
+def shrink_plan(plan: Plan, patches: tuple[int, int], full: int) -> Plan:
+    """Return the plan for images of fewer patches: as many landmarks in proportion, at least two beside the prefix tokens, and
     as many hot keys in proportion, in tiles that are no larger than the images.
 
     What was fitted to the plan's own resolution, such as corrections, is kept as it is.
+
+    Args:
+        plan: for images of `full` patches.
+        patches: rows and columns of those that it is to be for.
+        full: patches of an image that it was made for.
     """
     prefix = plan.prefix_tokens or 0
-    share = min(1.0, (tokens - prefix) / full)
+    tokens = prefix + math.prod(patches)
+    share = min(1.0, math.prod(patches) / full)
     blocks = tuple(
         block.model_copy(
             update={"landmarks": min(tokens, max(prefix + 2, prefix + round((block.landmarks - prefix) * share)))}
@@ -72,22 +76,21 @@ def shrink_plan(plan: Plan, tokens: int, full: int) -> Plan:
         for block in plan.blocks
     )
     focal = tuple(
-        block.model_copy(
-            update={"hot": math.ceil(block.hot * share), "tile": min(block.tile, math.isqrt(tokens - prefix))}
-        )
+        block.model_copy(update={"hot": math.ceil(block.hot * share), "tile": min(block.tile, *patches)})
         for block in plan.focal
     )
-    return plan.for_squares().model_copy(update={"blocks": blocks, "focal": focal})
+    placed = {} if plan.towers else {"patches": patches}  # each tower has its own
+    return plan.for_any_size().model_copy(update={"blocks": blocks, "focal": focal, **placed})
 
 
-def load_digit_images(chain: Chain, side: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return scikit-learn's handwritten digits as the model's input `[M, 3, side, side]`, and their classes."""
+def load_digit_images(chain: Chain, size: tuple[int, int], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return scikit-learn's handwritten digits as the model's input `[M, 3, H, W]`, and their classes."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.images))[:count]
     pictures = [Image.fromarray((bunch.images[index] * 255 / 16).astype(np.uint8)) for index in order]
-    pixels = np.stack([chain.metadata.preprocessing.apply(picture, side, side) for picture in pictures])
+    pixels = np.stack([chain.metadata.preprocessing.apply(picture, *size) for picture in pictures])
     return pixels, bunch.target[order]
 
 

@@ -295,9 +295,14 @@ FACTORIES = """
             tokens = super().forward(pixel_values)
             return tokens, tokens.mean(1)
 
+    class Named(Tokens):
+        def forward(self, pixel_values):
+            tokens = super().forward(pixel_values)
+            return {"strange": tokens, "heat": pixel_values.mean(1), "steps": 3, "where": tokens.argmax(1)}
+
     class Odd(Tokens):
         def forward(self, pixel_values):
-            return {"strange": super().forward(pixel_values)}
+            return {"strange": [super().forward(pixel_values)]}
 
     def number():
         return 3
@@ -337,6 +342,12 @@ def test_a_factorys_model_may_return_plain_tensors(factories: str, factory: str,
     assert loaded.output_names == names
     assert loaded.module(sample_pixels())[0].shape == (2, 17, 32)
     assert loaded.any_resolution is False  # its own forward does not interpolate
+
+
+def test_a_factorys_model_may_name_its_tensors_itself(factories: str) -> None:
+    loaded = load_model(f"{factories}:Named")
+    assert loaded.output_names == ("strange", "heat")
+    assert (loaded.token_outputs, loaded.map_outputs) == (("strange",), ("heat",))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def row(tokens: int, speedup: float, landmarks: int = 8) -> BenchRow:
         Timing(median=ms, fastest=ms, slowest=ms, runs=1, images_per_second=1e3 / ms) for ms in (10.0, 10.0 / speedup)
     ]
     return BenchRow(
-        backend="torch", resolution=1, tokens=tokens, landmarks=landmarks, blocks=1, baseline="PyTorch",
+        backend="torch", height=1, width=1, tokens=tokens, landmarks=landmarks, blocks=1, baseline="PyTorch",
         dense=timings[0], fna=timings[1], speedup=speedup,
     )  # fmt: skip
 
@@ -70,10 +70,10 @@ def test_a_break_even_outside_of_what_was_measured_is_not_guessed() -> None:
 
 def test_rows_for_every_size_and_s_in_json_and_csv(tiny, tmp_path: Path) -> None:
     model = load_model("validate_tiny:tiny")
-    plans = [uniform_plan(3, layers="1-2", landmarks=count) for count in (6, 12)]
-    result = bench(model, plans, [112, 56], backend="torch", runs=2)
-    assert [(item.resolution, item.tokens, item.landmarks) for item in result.rows] == [
-        (56, 17, 6), (56, 17, 12), (112, 65, 6), (112, 65, 12),
+    plans = [uniform_plan(3, layers="1-2", landmarks=count) for count in (6, 8)]
+    result = bench(model, plans, [(112, 112), (56, 28)], backend="torch", runs=2)
+    assert [(item.height, item.width, item.tokens, item.landmarks) for item in result.rows] == [
+        (56, 28, 9, 6), (56, 28, 9, 8), (112, 112, 65, 6), (112, 112, 65, 8),
     ]  # fmt: skip
     for item in result.rows:
         assert item.speedup == item.dense.median / item.fna.median
@@ -125,8 +125,9 @@ def test_what_a_focal_plan_is_compared_with_is_exact_in_every_block(tiny, monkey
     monkeypatch.setitem(OPENERS, "torch", opener)
     focal = FocalBlockPlan(block=1, tile=2, levels=((1, 0), (2, 1)), hot=2, seed=0)
     plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1)
-    result = bench(load_model("validate_tiny:tiny"), [plan], [112], backend="torch", runs=1)
+    result = bench(load_model("validate_tiny:tiny"), [plan], [(112, 84)], backend="torch", runs=1)
     assert [seen.replaced_blocks for seen in plans] == [[], [1]]
+    assert plans[1].patches == (8, 6)  # no square, so its tiles must be told
     assert (result.rows[0].landmarks, result.rows[0].blocks) == (0, 1)
 
 
@@ -135,7 +136,7 @@ def test_a_quick_bench_leaves_out_sizes_that_a_focal_plan_does_not_fit(tiny, mon
     for settings, tokens in (({"hot": 30}, [37, 65]), ({"tile": 7}, [65]), ({}, [10, 37, 65])):
         focal = FocalBlockPlan.model_validate({"block": 1, "tile": 2, "levels": ((1, 0), (2, 1)), "hot": 2} | settings)
         plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1)
-        found = bench_quickly(load_model("validate_tiny:tiny"), plan, 112, lambda *_: None)
+        found = bench_quickly(load_model("validate_tiny:tiny"), plan, (112, 112), lambda *_: None)
         assert [row["tokens"] for row in found["rows"]] == tokens
 
 

@@ -78,14 +78,16 @@ def test_a_probe_sees_what_is_linearly_there_and_loses_what_is_not() -> None:
 
 def test_a_smaller_image_gets_landmarks_in_proportion() -> None:
     plan = uniform_plan(12, layers="6-11", landmarks=128, prefix_tokens=1)
-    assert {entry.landmarks for entry in shrink_plan(plan, 50, 1369).blocks} == {6}
-    assert {entry.landmarks for entry in shrink_plan(plan, 4, 1369).blocks} == {3}
+    assert {entry.landmarks for entry in shrink_plan(plan, (7, 7), 1369).blocks} == {6}
+    assert {entry.landmarks for entry in shrink_plan(plan, (1, 3), 1369).blocks} == {3}
 
 
 def test_a_focal_block_has_fewer_hot_keys_and_fitting_tiles_on_smaller_images() -> None:
     focal = FocalBlockPlan(block=1, tile=8, levels=((1, 0), (2, 2)), hot=64, seed=1)
-    small = shrink_plan(Plan(num_blocks=2, focal=(focal,), prefix_tokens=1), 50, 37 * 37).focal[0]
-    assert (small.tile, small.hot, small.levels, small.seed) == (7, 3, focal.levels, 1)
+    plan = Plan(num_blocks=2, focal=(focal,), prefix_tokens=1, patches=(37, 37))
+    small = shrink_plan(plan, (7, 9), 37 * 37)
+    assert small.patches == (7, 9)
+    assert small.focal[0] == focal.model_copy(update={"tile": 7, "hot": 3})
 
 
 def test_labels_are_the_models_names_or_numbers() -> None:
