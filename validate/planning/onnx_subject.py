@@ -26,10 +26,12 @@ from fna.export.surgery.graft import GraftOptions, find_image_size, find_points_
 from fna.export.surgery.graph.files import export_model, import_model, load_model, stored_value
 from fna.export.surgery.graph.resolution import set_resolution
 from fna.export.surgery.graph.view import GraphView, output_names
+from fna.export.surgery.output import external_files
 from fna.export.surgery.recognise.rows import Decision, Row
 from fna.export.surgery.recognise.scan import scan
 from fna.export.surgery.recognise.stream import count_prefix_tokens, find_stream
 from fna.export.surgery.rewrite.rewrite import operand_nodes
+from fna.files import file_sha256, load_onnx
 from fna.plan import Plan
 from fna.runtime import Arrays, open_session
 from fna.validate.planning.subject import BlockView, Layout
@@ -98,6 +100,11 @@ class OnnxSubject:
         self._session = self._open(observed, "observed")
         self._input = self._session.get_inputs()[0].name
         self._planned: tuple[Plan | None, Any] = (None, self._session)
+
+    def fingerprint(self) -> str:
+        """See `fna.validate.planning.subject.Subject.fingerprint`."""
+        files = [self.path, *external_files(load_onnx(self.path, tensors=False), self.path.parent)]
+        return " ".join(file_sha256(file) for file in files)
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """See `fna.validate.planning.subject.Subject.look`."""

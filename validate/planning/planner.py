@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,14 @@ class Planner:
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what `make` returned when it was called before for this model, these candidates and this version, or call it."""
+        if self.cache is None:
+            return make()
         measured_by = (looking.PROBES, SAMPLED_ROWS, SAMPLED_QUERIES)
-        return load_or_make(self.cache, name, (self.layout, self.wish.tried, measured_by), make)
+        return load_or_make(self.cache, name, (self._weights, self.layout, self.wish.tried, measured_by), make)
+
+    @cached_property
+    def _weights(self) -> str:
+        return self.subject.fingerprint()
 
     # ------------------------------------------------------------ choosing
 

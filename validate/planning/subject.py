@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,6 +115,9 @@ class Subject(Protocol):
     def kinds(self, outputs: Arrays) -> OutputKinds:
         """What the outputs are, for tasks."""
 
+    def fingerprint(self) -> str:
+        """Tell weights apart that go by one name: what is cached of a model is not that of the same model trained further."""
+
 
 def _check_tower(model: LoadedModel, tower: str | None) -> None:
     if tower in model.towers or (tower is None and not model.towers):
@@ -187,6 +191,14 @@ class TorchSubject:
         names, prefix = self.model.token_outputs, self.layout.prefix_tokens
         bare = tuple(name for name in names if self.layout.prefix_among(outputs[name].shape[1]) < prefix)
         return OutputKinds(self.model.map_outputs, names, prefix, bare)
+
+    def fingerprint(self) -> str:
+        """See `Subject.fingerprint`."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def look(self, pixels: NDArray[np.float32], visit: Callable[[BlockView], None]) -> None:
         """See `Subject.look`."""

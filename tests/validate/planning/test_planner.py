@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_an_interrupted_run_goes_on_where_it_was(subject: TorchSubject, pictures
                 raise KeyboardInterrupt
             subject.look(pixels, visit)
 
-        run, tokens, kinds = subject.run, subject.tokens, subject.kinds
+        run, tokens, kinds, fingerprint = subject.run, subject.tokens, subject.kinds, subject.fingerprint
 
     first, second = Interrupted(), Interrupted()
     second.fails_at = 0
@@ -311,6 +312,25 @@ def test_what_was_measured_with_other_gradients_is_measured_anew(
     assert planner.cached("step", lambda: 1) == 1
     monkeypatch.setattr("fna.validate.planning.subject.PROBES", 4)
     assert planner.cached("step", lambda: 2) == 2
+
+
+def test_a_model_that_was_trained_further_under_its_name_is_measured_anew(
+    planned_model: LoadedModel, planned_file: Path, pictures: Pictures, tmp_path: Path
+) -> None:
+    further = copy.deepcopy(planned_model)
+    next(further.module.parameters()).data.flatten()[-1] += 1e-3
+    found = []
+    for number, model in enumerate((planned_model, planned_model, further)):
+        planner = planner_for(TorchSubject(model, 112, 112), pictures)
+        planner.cache = tmp_path / "cache"
+        found.append(planner.cached("step", lambda number=number: number))
+    assert found == [0, 0, 2]
+    file = tmp_path / planned_file.name
+    file.write_bytes(planned_file.read_bytes())
+    subject = OnnxSubject(file, None)
+    before = subject.fingerprint()
+    file.write_bytes(file.read_bytes() + b"\x72\x00")  # metadata with nothing in it
+    assert subject.fingerprint() != before
 
 
 def test_a_plan_that_was_run_is_not_run_again(subject: TorchSubject, pictures: Pictures, tmp_path: Path) -> None:
