@@ -35,7 +35,7 @@ def test_a_model_without_a_patch_grid_stays_exact() -> None:
 @pytest.mark.parametrize(
     ("fewest", "arguments", "attention", "said"),
     [
-        (4, [], {"FocalAttention", "FastNystromAttention"}, "the first half of the blocks focal"),
+        (4, [], {"FocalAttention", "FastNystromAttention"}, "the first half of its blocks focal"),
         (900, [], set(), "stays exact"),
         (4, ["--landmarks", "5"], {"FastNystromAttention"}, ""),
         (4, ["--method", "published", "--landmarks", "5"], {"FastNystromAttention"}, ""),

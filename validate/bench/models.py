@@ -171,7 +171,7 @@ def bench(
         ]
         rows += [
             _row(model, plan, size, backend, precision, by_form[0], of_plan)
-            for plan, of_plan in zip(plans, by_form[1:], strict=True)
+            for plan, of_plan in zip(placed, by_form[1:], strict=True)
         ]
     return BenchResult(
         model=model.name,
