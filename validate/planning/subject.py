@@ -259,12 +259,9 @@ def _find_grid(model: LoadedModel, block: AttentionBlock, size: tuple[int, int],
     if block.frames > 1:
         return None
     grids = [model.patches(*size)]
-    if (
-        block.patches is not None
-    ):  # of the model's own size; a tower's patches may be of another size than the first one's
-        grids.append(
-            tuple(count * side // own for count, side, own in zip(block.patches, size, model.native_size, strict=True))
-        )
+    if block.patches is not None:  # at the model's own size; towers have patches of different sizes
+        rows, columns = block.patches
+        grids.append((rows * size[0] // model.native_size[0], columns * size[1] // model.native_size[1]))
     side = math.isqrt(max(tokens - block.prefix_tokens, 0))
     if model.towers and size[0] == size[1]:  # of pieces of the image, or of the image at another scale
         grids.append((side, side))
