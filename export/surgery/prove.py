@@ -86,11 +86,6 @@ def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path,
     Raises:
         InputFileError: if onnxruntime cannot run the file at all.
     """
-    point = min(points, key=_point_bytes)
-    if _point_bytes(point) > LARGEST_RUN_BYTES:
-        raise InputFileError(
-            f"the file is too large to check (its tensors take {_point_bytes(point) / 2**30:.0f} GiB); use --no-check"
-        )
     names = [
         [replacement.query, replacement.key, replacement.value, *replacement.fna.input[3:], replacement.output]
         for replacement in rewritten.replacements
@@ -98,6 +93,12 @@ def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path,
     model = rewritten.model
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = list(dict.fromkeys(name for group in names for name in group if name not in constants))
+    point = min(points, key=lambda point: _live_bytes(model, point, wanted))
+    live = _live_bytes(model, point, wanted)
+    if live > LARGEST_RUN_BYTES:
+        raise InputFileError(
+            f"the file is too large to check (up to {live / 2**30:.0f} GiB of its tensors are needed at once); use --no-check"
+        )
     outputs = list(model.graph.output)
     have = {output.name for output in outputs}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
@@ -434,6 +435,24 @@ def random_feeds(model: ModelProto, point: ShapePoint, generator: np.random.Gene
     return feeds
 
 
-def _point_bytes(point: ShapePoint) -> float:
-    """Bytes of all tensors at a point, were they all kept."""
-    return float(sum(4.0 * np.prod(shape, dtype=np.float64) for shape in point.shapes.values() if shape is not None))
+def _live_bytes(model: ModelProto, point: ShapePoint, kept: Sequence[str]) -> float:
+    """The most bytes of tensors that a run of `model` holds at once, of those whose shape at `point` is known.
+
+    A tensor is held from the node that writes it to the last that reads it, and those in `kept` to the end.
+    """
+    last_read = {name: index for index, node in enumerate(model.graph.node) for name in names_read(node)}
+    held = dict.fromkeys((*kept, *(output.name for output in model.graph.output)))
+    ends: dict[int, float] = {}
+    live = most = 0.0
+    for index, node in enumerate(model.graph.node):
+        for name in node.output:
+            shape = point.shapes.get(name)
+            if shape is None or (name not in last_read and name not in held):
+                continue
+            size = 4.0 * float(np.prod(shape, dtype=np.float64))
+            live += size
+            if name not in held:
+                ends[last_read[name]] = ends.get(last_read[name], 0.0) + size
+        most = max(most, live)
+        live -= ends.pop(index, 0.0)
+    return most

