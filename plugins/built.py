@@ -13,6 +13,10 @@ of machine."""
 
 MACHINES = ("aarch64", "x86_64")
 
+KERNEL_FILE = "kernels.bin"
+CONSTANTS = "launch_constants.hpp"
+"""The table: every chip's kernels, and the numbers of the launch plan for C++."""
+
 _HERE = Path(__file__).resolve().parent
 _CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
 
@@ -30,9 +34,13 @@ def build_folder() -> Path:
 
 
 def table_folder() -> Path:
-    """Return the folder of the kernel table: what `fna plugin` built, else what the installed package carries."""
+    """Return the folder of the kernel table: what `fna plugin` built, else what the installed package carries, unpacked."""
     built, carried = build_folder(), _HERE / "prebuilt"
-    return carried if carried.is_dir() and not (built / "kernels.json").is_file() else built
+    if (built / KERNEL_FILE).is_file() or not carried.is_dir():
+        return built
+    from fna.plugins.carried import unpacked
+
+    return unpacked(carried, cache_folder())
 
 
 def library_folder() -> Path:

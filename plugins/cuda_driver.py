@@ -8,7 +8,8 @@ from typing import Any
 
 from fna.errors import MissingCapabilityError
 from fna.plugins.launch_plan import KernelVariant
-from fna.plugins.table.read import CompiledKernel, Table
+from fna.plugins.table.kernel_file import CompiledKernel
+from fna.plugins.table.read import Table
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024

@@ -2,7 +2,8 @@
 
     python -m fna.plugins.release SOURCE --table build/plugin -o dist
 
-Every wheel carries the libraries of all machines, since a bundle for a Jetson is made on a workstation.
+Every wheel carries the libraries of all machines, since a bundle for a Jetson is made on a workstation, and the kernels once
+(`fna.plugins.carried`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fna.errors import BuildError, CheckFailedError, FnaError, MissingCapabilityError
-from fna.plugins.built import LIBRARIES, MACHINES
+from fna.plugins.built import CONSTANTS, KERNEL_FILE, LIBRARIES, MACHINES
+from fna.plugins.carried import carry
 from fna.plugins.library import NEWEST_GLIBC, glibc_of
 
-TABLE_FILES = ("kernels.bin", "kernels.json", "kernel_table.inc", "launch_constants.hpp")
 _LEFT_OUT = shutil.ignore_patterns("build", "dist", ".*", "*.egg-info", "__pycache__", "prebuilt", "tests", "studies")
 
 
@@ -32,17 +33,18 @@ def make_release(source: Path, table: Path, output: Path) -> list[Path]:
         output: folder to write to.
 
     Raises:
-        MissingCapabilityError: if a library is not built; says how.
+        MissingCapabilityError: if kernels or a library are not built; says how.
         CheckFailedError: if a library needs a newer C library than the oldest device has.
         BuildError: if the packages cannot be built.
     """
+    _check(table)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fna-release-") as folder:
         stage = Path(folder) / "fna"
         shutil.copytree(source, stage, ignore=_LEFT_OUT)
         shutil.copytree(source / "plugins" / "tests", stage / "plugins" / "tests")
         _build("build_sdist", output, stage)
-        _carry(table, stage / "plugins" / "prebuilt")
+        carry(table, stage / "plugins" / "prebuilt")
         for machine in MACHINES:
             platform = f"manylinux_{NEWEST_GLIBC[0]}_{NEWEST_GLIBC[1]}_{machine}"
             _build("build_wheel", output, stage, {"--build-option": ["--plat-name", platform]})
@@ -58,26 +60,19 @@ def _build(step: str, output: Path, stage: Path, settings: dict[str, list[str]] 
         raise BuildError(f"the packages cannot be built: {said}")
 
 
-def _carry(table: Path, folder: Path) -> None:
-    folder.mkdir()
-    for name in TABLE_FILES:
-        if not (table / name).is_file():
+def _check(table: Path) -> None:
+    libraries = [table / machine / name for machine in MACHINES for name in LIBRARIES]
+    for needed in (table / KERNEL_FILE, table / CONSTANTS, *libraries):
+        if not needed.is_file():
             raise MissingCapabilityError(
-                f"{table / name} is missing; run: fna plugin -o {table} --machine {','.join(MACHINES)}"
+                f"{needed} is missing; run: fna plugin -o {table} --machine {','.join(MACHINES)}"
             )
-        shutil.copyfile(table / name, folder / name)
-    for library in (table / machine / name for machine in MACHINES for name in LIBRARIES):
-        if not library.is_file():
-            raise MissingCapabilityError(
-                f"{library} is missing; run: fna plugin -o {table} --machine {','.join(MACHINES)}"
-            )
+    for library in libraries:
         if glibc_of(library) > NEWEST_GLIBC:
             raise CheckFailedError(
                 f"{library} needs glibc {'.'.join(map(str, glibc_of(library)))}, but JetPack 6 has "
                 f"{'.'.join(map(str, NEWEST_GLIBC))}; compile it on Ubuntu 22.04"
             )
-        (folder / library.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(library, folder / library.parent.name / library.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fna.engines.targets import Target, find_target
 from fna.errors import FnaError
+from fna.plugins.built import KERNEL_FILE, LIBRARY
 from fna.plugins.table.chips import FALLBACK
 from fna.plugins.table.read import load_table
 
@@ -24,12 +25,12 @@ def missing_libraries(target: Target, table: Path, machines: Sequence[str]) -> I
     if target.lowering != "plugin":
         return
     needed = {*target.capabilities, FALLBACK}
-    there = {sm for _, sm in load_table(table).kernels} if (table / "kernels.json").is_file() else set()
+    there = {sm for _, sm in load_table(table).kernels} if (table / KERNEL_FILE).is_file() else set()
     chips = ",".join(str(sm) for sm in (*sorted((needed | there) - {FALLBACK}), FALLBACK))
     for machine in machines:
-        library = table / machine / "libfna_plugin.so"
+        library = table / machine / LIBRARY
         whole = needed <= there and library.is_file()
-        if not whole or library.stat().st_mtime < (table / "kernels.bin").stat().st_mtime:
+        if not whole or library.stat().st_mtime < (table / KERNEL_FILE).stat().st_mtime:
             yield machine, chips
 
 

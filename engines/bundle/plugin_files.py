@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import fna.plugins
 from fna.engines.bundle.format import PluginLayer
 from fna.engines.targets import Target
 from fna.errors import MissingCapabilityError
-from fna.plugins.built import LIBRARIES, MACHINES
+from fna.plugins.built import KERNEL_FILE, LIBRARIES, LIBRARY, MACHINES
 from fna.plugins.table.chips import FALLBACK, chip_name
-from fna.plugins.table.read import CompiledKernel, load_table
+from fna.plugins.table.kernel_file import CompiledKernel, join_kernels, packed_image, without_kernels
+from fna.plugins.table.read import load_table
 from fna.plugins.table.write import write_library_files
 
 REGISTER_SOURCE = "register.cpp"
@@ -37,7 +37,7 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Compi
         return None
     chips = ",".join(map(str, (*target.capabilities, FALLBACK)))
     how = f"compile the kernels first: fna plugin --sm {chips}"
-    if not (folder / "kernels.json").is_file():
+    if not (folder / KERNEL_FILE).is_file():
         raise MissingCapabilityError(f"{target.name} is built with the plugin, but {folder} has no kernels; {how}")
     table = load_table(folder)
     chosen = [kernel for kernel in table.kernels.values() if kernel.sm in (*target.capabilities, FALLBACK)]
@@ -48,12 +48,15 @@ def choose_kernels(target: Target, folder: Path, has_layers: bool) -> list[Compi
 
 
 def write_plugin(folder: Path, table: Path, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
-    """Copy the plugin: sources, the kernels chosen, and the libraries that were built. Returns the machines of those."""
+    """Copy the plugin: sources, the kernels chosen, and the libraries that were built, which carry those kernels instead of all.
+
+    Returns the machines of the libraries.
+    """
     shutil.copytree(_PLUGIN_SOURCES / "src", folder / "src")
     shutil.copyfile(_PLUGIN_SOURCES / "CMakeLists.txt", folder / "CMakeLists.txt")
     (folder / "kernels").mkdir()
-    with (table / "kernels.bin").open("rb") as data:
-        write_library_files(((kernel, _packed(data, kernel)) for kernel in kernels), folder / "kernels")
+    chosen = join_kernels((kernel, packed_image(table / KERNEL_FILE, kernel)) for kernel in kernels)
+    write_library_files(chosen, folder / "kernels")
     prebuilt = []
     for machine in MACHINES:
         libraries = [table / machine / library for library in LIBRARIES]
@@ -61,7 +64,8 @@ def write_plugin(folder: Path, table: Path, kernels: Sequence[CompiledKernel]) -
             place = folder / "prebuilt" / machine
             place.mkdir(parents=True)
             for library in libraries:
-                shutil.copyfile(library, place / library.name)
+                carried = chosen if library.name == LIBRARY else b""
+                (place / library.name).write_bytes(without_kernels(library.read_bytes()) + carried)
             prebuilt.append(machine)
     return tuple(prebuilt)
 
@@ -71,8 +75,3 @@ def write_plugin_layers(root: Path, layers: Sequence[PluginLayer], precisions: S
     for precision in precisions:
         lines = [f"{layer.name}\t{layer.precision[precision].replace('unknown', '?')}\n" for layer in layers]
         (root / "check" / f"plugin_layers.{precision}.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def _packed(data: BinaryIO, kernel: CompiledKernel) -> bytes:
-    data.seek(kernel.offset)
-    return data.read(kernel.packed)

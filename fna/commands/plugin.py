@@ -46,7 +46,7 @@ def command(
 
     The first time takes some minutes for each chip. What is compiled already is taken from a cache in the folder.
     """
-    from fna.plugins.built import build_folder, cache_folder, table_folder
+    from fna.plugins.built import KERNEL_FILE, build_folder, cache_folder, table_folder
 
     say = make_console(quiet).print
     if listed:
@@ -63,7 +63,7 @@ def command(
     if not variants:
         raise InvalidArgumentError(f"--only {only!r} fits no kernel; fna plugin --list names them")
     entries = build_table(table, chips=chips, variants=variants, jobs=jobs, progress=not quiet)
-    size = (table / "kernels.bin").stat().st_size
+    size = (table / KERNEL_FILE).stat().st_size
     say(f"{table}: {len(entries)} kernels, {size / 2**20:.1f} MiB")
     for machine in machines.split(",") if machines != "none" else ():
         for library in build_libraries(table, machine.strip(), header_cache=cache_folder() / "headers", checks=checks):
@@ -82,12 +82,12 @@ def _parse_chips(text: str) -> list[int]:
 def _list(folder: Path) -> None:
     """Print a table's chips and kernels, and the libraries beside it."""
     from fna.errors import MissingCapabilityError
-    from fna.plugins.built import LIBRARIES, MACHINES
+    from fna.plugins.built import KERNEL_FILE, LIBRARIES, MACHINES
     from fna.plugins.library import glibc_of
     from fna.plugins.table.chips import chip_name
     from fna.plugins.table.read import load_table
 
-    if not (folder / "kernels.json").is_file():
+    if not (folder / KERNEL_FILE).is_file():
         raise MissingCapabilityError(f"{folder} has no kernels; compile them: fna plugin")
     kernels = load_table(folder).kernels.values()
     lines = [f"{folder}: {len(kernels)} kernels"]

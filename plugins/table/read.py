@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from fna.errors import InputFileError
-from fna.plugins.built import table_folder
+from fna.plugins.built import KERNEL_FILE, table_folder
 from fna.plugins.table.chips import FALLBACK
+from fna.plugins.table.kernel_file import CompiledKernel, packed_image, read_kernels, unpack
 
 ENVIRONMENT = "FNA_KERNEL_TABLE"
-
-
-@dataclass(frozen=True)
-class CompiledKernel:
-    """One compiled kernel: where its image lies in kernels.bin, and how to launch it. `sm` 0 is PTX."""
-
-    variant: str
-    sm: int
-    offset: int
-    packed: int
-    size: int
-    shared: int
-    warps: int
-    symbol: str
-    layout: str
 
 
 @dataclass(frozen=True)
@@ -43,31 +27,24 @@ class Table:
 
     def image(self, kernel: CompiledKernel) -> bytes:
         """Unpack a kernel."""
-        with self.data.open("rb") as file:
-            file.seek(kernel.offset)
-            return zlib.decompress(file.read(kernel.packed), -15)
+        return unpack(packed_image(self.data, kernel))
 
 
 def find_table() -> Table | None:
     """The table in the folder that FNA_KERNEL_TABLE names, else the one that `fna plugin` built, else None."""
     named = os.environ.get(ENVIRONMENT)
     folder = Path(named) if named else table_folder()
-    if (folder / "kernels.json").exists() and (folder / "kernels.bin").exists():
+    if (folder / KERNEL_FILE).exists():
         return load_table(folder)
     if named:
-        raise InputFileError(
-            f"{ENVIRONMENT} is {named}, but kernels.json and kernels.bin are not there; run fna plugin"
-        )
+        raise InputFileError(f"{ENVIRONMENT} is {named}, but {KERNEL_FILE} is not there; run fna plugin")
     return None
 
 
 def load_table(folder: Path) -> Table:
-    """Read kernels.json in `folder`."""
-    try:
-        rows = json.loads((folder / "kernels.json").read_text())["kernels"]
-        kernels = [CompiledKernel(**row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFileError(
-            f"{folder / 'kernels.json'} cannot be read ({error}); build it anew: fna plugin"
-        ) from error
-    return Table({(k.variant, k.sm): k for k in kernels}, folder / "kernels.bin")
+    """Read the table in `folder`.
+
+    Raises:
+        InputFileError: if there is none that can be read.
+    """
+    return Table({(k.variant, k.sm): k for k in read_kernels(folder / KERNEL_FILE)}, folder / KERNEL_FILE)

@@ -1,9 +1,8 @@
-"""Write the table: what the C++ library is built from, and what PyTorch reads.
+"""Write the table: the kernels, which PyTorch reads and the C++ library carries, and a header that the library is compiled from.
 
-`kernels.bin` holds raw deflate streams, one after the other. `kernel_table.inc` says where each lies (fields as in
-`plugins/src/common/kernel_table.hpp`) and `launch_constants.hpp` holds the numbers of the launch plan, so that none is typed in
-C++; both are compiled into the library. `kernels.json` is the first of them for Python. Beside them, for `fna.plugins.ptx` and not
-shipped: `ptx/`, the PTX that the assembler turned into each chip's image, and `ptx.json`, with the image's SHA-256 for each.
+`kernels.bin` is `fna.plugins.table.kernel_file`'s. `launch_constants.hpp` holds the numbers of the launch plan, so that none is typed
+in C++. Beside them, for `fna.plugins.ptx` and not shipped: `ptx/`, the PTX that the assembler turned into each chip's image, and
+`ptx.json`, with the image's SHA-256 for each.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from fna.chebyshev import MAX_CHEBYSHEV_STEPS
 from fna.plan import ITERATIONS_OF_VERSION_1
 from fna.plugins import focal_plan, launch_plan
+from fna.plugins.built import CONSTANTS, KERNEL_FILE
 from fna.plugins.table.chips import OLDEST_CHIP
 from fna.plugins.table.compile import Compiled, write_bytes
-from fna.plugins.table.read import CompiledKernel
+from fna.plugins.table.kernel_file import CompiledKernel, join_kernels, pack
 
 
 def write_table(compiled: Sequence[Compiled], output: Path) -> None:
@@ -29,15 +29,12 @@ def write_table(compiled: Sequence[Compiled], output: Path) -> None:
     packed = []
     for built in sorted(compiled, key=lambda e: (e.variant, e.sm)):
         raw = Path(built.image).read_bytes()
-        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-        image = packer.compress(raw) + packer.flush()
         kernel = CompiledKernel(
-            built.variant, built.sm, 0, len(image), len(raw), built.shared, built.warps, built.symbol, built.layout
+            built.variant, built.sm, 0, 0, len(raw), built.shared, built.warps, built.symbol, built.layout
         )
-        packed.append((kernel, image))
+        packed.append((kernel, pack(raw)))
     output.mkdir(parents=True, exist_ok=True)
-    kernels = write_library_files(packed, output)
-    write_bytes(output / "kernels.json", json.dumps({"kernels": [asdict(k) for k in kernels]}, indent=1).encode())
+    write_library_files(join_kernels(packed), output)
     _write_ptx(compiled, output)
 
 
@@ -59,16 +56,10 @@ def _write_ptx(compiled: Sequence[Compiled], output: Path) -> None:
     write_bytes(output / "ptx.json", json.dumps({"kernels": rows}, indent=1).encode())
 
 
-def write_library_files(packed: Iterable[tuple[CompiledKernel, bytes]], output: Path) -> list[CompiledKernel]:
-    """Write what the library is compiled from; return the kernels with their offsets in the new kernels.bin."""
-    blob, kernels = bytearray(), []
-    for kernel, image in packed:
-        kernels.append(replace(kernel, offset=len(blob)))
-        blob += image
-    write_bytes(output / "kernels.bin", bytes(blob))
-    write_bytes(output / "kernel_table.inc", "".join(map(_table_row, kernels)).encode())
-    write_bytes(output / "launch_constants.hpp", launch_constants().encode())
-    return kernels
+def write_library_files(kernels: bytes, output: Path) -> None:
+    """Write what the library is made from: the kernels that it will carry, and the header."""
+    write_bytes(output / KERNEL_FILE, kernels)
+    write_bytes(output / CONSTANTS, launch_constants().encode())
 
 
 def launch_constants() -> str:
@@ -130,11 +121,6 @@ def launch_constants() -> str:
         f"struct Blocks {{ int32_t dtype;{_members(launch_plan.Blocks)} }};\n"
         f"constexpr Blocks kBlocks[] = {{\n{blocks}}};\n\n}} // namespace fna\n"
     )
-
-
-def _table_row(kernel: CompiledKernel) -> str:
-    numbers = (kernel.sm, kernel.offset, kernel.packed, kernel.size, kernel.shared, kernel.warps)
-    return f'{{"{kernel.variant}", {", ".join(map(str, numbers))}, "{kernel.symbol}", "{kernel.layout}"}},\n'
 
 
 def _members(kind: type) -> str:

@@ -50,6 +50,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / machine).mkdir()
         for name in ("libfna_plugin.so", "libfna_plugin_register.so"):
             (folder / machine / name).write_bytes(f"stub of {name} for {machine}, opens libnvinfer.so.10\0".encode())
+        with (folder / machine / "libfna_plugin.so").open("ab") as library:
+            library.write((folder / "kernels.bin").read_bytes())
     return folder
 
 

@@ -28,6 +28,7 @@ from fna.plugins.launch_plan import (
 from fna.plugins.library import NEWEST_GLIBC, build_libraries, glibc_of
 from fna.plugins.sampling_plan import sampling_plan
 from fna.plugins.table.compile import Compiled
+from fna.plugins.table.kernel_file import read_kernels, without_kernels
 from fna.plugins.table.read import load_table
 from fna.plugins.table.write import write_table
 
@@ -366,6 +367,34 @@ def test_a_variant_that_was_not_compiled_is_named(driver: FakeDriver) -> None:
     done, _ = driver.run("attention", 0, 1, 6, 1370, 64, 64, 1, 1, 0.125, 6, 1)
     assert done.returncode == 1
     assert "no kernel landmark-fp32-s64-d64 for compute capability 8.7" in done.stdout
+
+
+def test_a_library_that_lost_its_kernels_says_so(programs: Programs, table: Path, tmp_path: Path) -> None:
+    """As `strip` leaves it."""
+    for name in ("enqueue", "fake"):
+        (tmp_path / name).symlink_to(programs.folder / name)
+    bare = Programs(tmp_path)
+    bare.library.write_bytes(without_kernels(programs.library.read_bytes()))
+    done, _ = FakeDriver(bare, table, tmp_path).run(*SMALL)
+    assert done.returncode == 1
+    assert (
+        "libfna_plugin.so carries no kernels: it was not joined with kernels.bin, or was stripped since" in done.stdout
+    )
+
+
+def test_a_damaged_index_of_kernels_is_told_from_none(programs: Programs, table: Path, tmp_path: Path) -> None:
+    """One image is said to lie behind the last."""
+    for name in ("enqueue", "fake"):
+        (tmp_path / name).symlink_to(programs.folder / name)
+    whole, (first, *_) = programs.library.read_bytes(), read_kernels(table / "kernels.bin")
+    row = f"{first.variant} {first.sm} {first.offset} {first.packed} "
+    assert whole.count(row.encode()) == 1
+    damaged = Programs(tmp_path)
+    digits = len(str(first.packed))
+    damaged.library.write_bytes(whole.replace(row.encode(), row.replace(str(first.packed), "9" * digits).encode()))
+    done, _ = FakeDriver(damaged, table, tmp_path).run(*SMALL)
+    assert done.returncode == 1
+    assert "damaged" in done.stdout
 
 
 def test_the_library_cross_compiles_for_aarch64(table: Path) -> None:

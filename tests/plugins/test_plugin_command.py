@@ -75,7 +75,9 @@ def test_without_a_checkout_things_lie_in_the_cache_or_in_the_package(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = tmp_path / "cache" / "fna" / "plugin"
     assert built.build_folder() == cache
-    assert built.table_folder() == package / "prebuilt"
-    cache.mkdir(parents=True)
-    (cache / "kernels.json").touch()
+    (package / "prebuilt" / "DIGEST").write_text("0123")
+    (tmp_path / "cache" / "fna" / "plugin-0123").mkdir(parents=True)
+    assert built.table_folder() == tmp_path / "cache" / "fna" / "plugin-0123"
+    cache.mkdir()
+    (cache / "kernels.bin").touch()
     assert built.table_folder() == cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +126,12 @@ def test_pytorch_finds_the_table_that_the_environment_names(table: Path, tmp_pat
         find_table()
 
 
-def test_a_damaged_table_is_named(tmp_path: Path) -> None:
-    (tmp_path / "kernels.json").write_text(json.dumps({"kernels": [{"variant": "x"}]}))
-    with pytest.raises(InputFileError, match=r"kernels\.json"):
+def test_a_damaged_table_is_named(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "kernels.bin").write_bytes((table / "kernels.bin").read_bytes()[:-1])
+    with pytest.raises(InputFileError, match=r"kernels\.bin cannot be read .*build it anew: fna plugin"):
         load_table(tmp_path)
+    with pytest.raises(InputFileError, match=r"nowhere/kernels\.bin cannot be read"):
+        load_table(tmp_path / "nowhere")
 
 
 PLANS = [

@@ -201,6 +201,7 @@ compile() { # WHAT OUTPUT ARGUMENT...
   say "compiling $what against TensorRT's headers in $tensorrt_include"
   "$cxx" -std=c++17 -O2 -Wall -isystem "$tensorrt_include" -isystem "$cuda_include" "$@" -o "$output.part" \
     || fail 3 "$what does not compile here; the compiler's message is above"
+  if [[ -n ${carried:-} ]]; then cat "$carried" >> "$output.part"; fi
   mv "$output.part" "$output"
   remember "$output" "$key"
 }
@@ -260,8 +261,9 @@ make_plugin() {
   find_compiler || fail 3 "the plugin cannot be compiled here: $lacking"
   mkdir -p build/plugin
   plugin=build/plugin/libfna_plugin.so
-  compile "the plugin" "$plugin" -fPIC -shared -fvisibility=hidden -fvisibility-inlines-hidden -Iplugin/src -Iplugin/kernels \
-    "-DFNA_KERNEL_DATA=\"$PWD/plugin/kernels/kernels.bin\"" "${PLUGIN_SOURCES[@]}" \
+  # It reads its kernels from the end of its own file.
+  carried=plugin/kernels/kernels.bin compile "the plugin" "$plugin" -fPIC -shared -fvisibility=hidden -fvisibility-inlines-hidden \
+    -Iplugin/src -Iplugin/kernels "${PLUGIN_SOURCES[@]}" \
     -Wl,-soname,libfna_plugin.so -Wl,--version-script=plugin/src/common/exports.map -Wl,--no-undefined -ldl
   if [[ -n $runner ]]; then
     said=$("$runner" --check-plugin "$plugin" 2>&1) || fail 3 "the plugin compiles, but does not load: $said"

@@ -1,6 +1,5 @@
 #include "common/cuda_driver.hpp"
 
-#include "common/inflate.hpp"
 #include "common/logging.hpp"
 #include "launch_constants.hpp"
 
@@ -144,6 +143,11 @@ public:
             mKernels.emplace(key, kernel);
             return true;
         }
+        if (!whyNoKernels().empty())
+        {
+            logError(whyNoKernels());
+            return false;
+        }
         if (fallback == nullptr)
         {
             logError("no kernel ", variant, " for compute capability ", device.sm / 10, ".", device.sm % 10,
@@ -171,7 +175,7 @@ private:
     bool load(KernelEntry const& entry, LoadedKernel& kernel, nvinfer1::ILogger::Severity severity)
     {
         Driver const& cuda = driver();
-        std::vector<uint8_t> const image = inflate(packedKernels() + entry.offset, entry.packed, entry.size);
+        std::vector<uint8_t> const image = unpackKernel(entry);
         if (image.empty())
         {
             logError("kernel ", entry.variant, " is damaged in this library; rebuild it");
@@ -182,7 +186,7 @@ private:
         int32_t status = cuda.moduleLoadData(&module, image.data());
         if (status == kSuccess)
         {
-            status = cuda.moduleGetFunction(&function, module, entry.symbol);
+            status = cuda.moduleGetFunction(&function, module, entry.symbol.c_str());
         }
         if (status == kSuccess && entry.shared > kDefaultSharedLimit)
         {
@@ -286,7 +290,7 @@ bool launchKernel(LoadedKernel const& kernel, uint32_t const (&grid)[3], void co
         // After a kernel's own arguments Triton's interface has two addresses of scratch that none of these kernels uses.
         void* unused = nullptr;
         void* pointers[kMaxArguments + 2];
-        size_t const count = std::strlen(kernel.entry->layout);
+        size_t const count = kernel.entry->layout.size();
         if (count > kMaxArguments)
         {
             logError("kernel ", kernel.entry->variant, " has ", count, " arguments, but at most ", kMaxArguments, " are possible");

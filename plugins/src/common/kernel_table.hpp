@@ -1,28 +1,34 @@
-// The kernels that the ahead-of-time build compiled (fna plugin): where each lies in the packed data, and how to launch it.
+// The kernels that the ahead-of-time build compiled (fna plugin). This library carries them at the end of its own file, behind what
+// the linker wrote: images, an index, a footer, as fna.plugins.table.kernel_file writes them.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace fna
 {
 
 struct KernelEntry
 {
-    char const* variant; // such as "output-fp16-s64-d64"
-    int32_t sm;          // compute capability times ten; 0 is PTX for any chip from 8.0 on
-    size_t offset;       // of the packed image in the data
-    size_t packed;       // bytes there
-    size_t size;         // bytes unpacked
-    int32_t shared;      // dynamic shared memory, bytes
-    int32_t warps;
-    char const* symbol; // the function's name in the image
-    char const* layout; // one letter for each argument: p address, i int32, f float32
+    std::string variant; // such as "output-fp16-s64-d64"
+    int32_t sm{0};       // compute capability times ten; 0 is PTX for any chip from 8.0 on
+    uint64_t offset{0};  // of the packed image among the images
+    uint64_t packed{0};  // bytes there
+    uint64_t size{0};    // bytes unpacked
+    int32_t shared{0};   // dynamic shared memory, bytes
+    int32_t warps{0};
+    std::string symbol; // the function's name in the image
+    std::string layout; // one letter for each argument: p address, i int32, f float32
 };
 
-// The entry for a variant on a chip, or nullptr.
+// The entry for a variant on a chip, or nullptr. It stays where it is for as long as the library is loaded.
 KernelEntry const* findKernel(char const* variant, int32_t sm) noexcept;
 
-uint8_t const* packedKernels() noexcept;
+// Why this library has no kernels at all, or an empty text.
+std::string const& whyNoKernels() noexcept;
+
+// A kernel's image. Empty where it is damaged or cannot be read.
+std::vector<uint8_t> unpackKernel(KernelEntry const& entry);
 
 } // namespace fna

@@ -24,6 +24,8 @@ from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityEr
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.operators.registry import fna_nodes
 from fna.files import file_sha256, load_onnx
+from fna.plugins.table.kernel_file import without_kernels
+from fna.plugins.table.read import load_table
 from fna.runtime import open_session, run_session
 
 from ..conftest import make_bundle
@@ -47,8 +49,7 @@ def test_it_holds_what_a_device_needs(bundle: Path) -> None:
         "Dockerfile", "README.md", "SHA256SUMS", "build_engine.sh", "check.sh", "serve.sh", "check/input.npy",
         "check/expected.last_hidden_state.npy",
         "check/plugin_layers.fp32.txt", "manifest.json", "model.plugin.onnx", "model.portable.onnx", "model.weights",
-        "model.fp16.plugin.onnx", "plugin/kernels/kernels.bin", "plugin/kernels/kernel_table.inc",
-        "plugin/kernels/launch_constants.hpp", "plugin/src/common/exports.map",
+        "model.fp16.plugin.onnx", "plugin/kernels/kernels.bin", "plugin/kernels/launch_constants.hpp", "plugin/src/common/exports.map",
         "plugin/prebuilt/aarch64/libfna_plugin.so", "runner/fna_runner.cpp", "settings.sh",
     ):  # fmt: skip
         assert name in names
@@ -61,12 +62,21 @@ def test_it_holds_what_a_device_needs(bundle: Path) -> None:
     assert os.access(bundle / "check.sh", os.X_OK)
 
 
-def test_the_kernels_are_those_of_the_targets_chip_and_the_ptx(bundle: Path) -> None:
-    rows = (bundle / "plugin/kernels/kernel_table.inc").read_text().splitlines()
-    assert [row.split(", ")[1] for row in rows] == ["0", "87", "0", "87"]
-    offsets = [tuple(map(int, row.split(", ")[2:4])) for row in rows]
-    assert sum(packed for _, packed in offsets) == (bundle / "plugin/kernels/kernels.bin").stat().st_size
-    assert [offset for offset, _ in offsets] == [0, *np.cumsum([packed for _, packed in offsets])[:-1]]
+def test_the_kernels_are_those_of_the_targets_chip_and_the_ptx(bundle: Path, table: Path) -> None:
+    chosen, whole = load_table(bundle / "plugin/kernels"), load_table(table)
+    assert [sm for _, sm in chosen.kernels] == [0, 87, 0, 87]
+    for key, kernel in chosen.kernels.items():
+        assert chosen.image(kernel) == whole.image(whole.kernels[key])
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "x86_64"])
+def test_each_library_carries_the_kernels_of_its_bundle(bundle: Path, table: Path, machine: str) -> None:
+    """So that one file is all that TensorRT has to be given; the library of the table carries every chip's."""
+    library = (bundle / "plugin/prebuilt" / machine / "libfna_plugin.so").read_bytes()
+    own = without_kernels((table / machine / "libfna_plugin.so").read_bytes())
+    assert library == own + (bundle / "plugin/kernels/kernels.bin").read_bytes()
+    register = bundle / "plugin/prebuilt" / machine / "libfna_plugin_register.so"
+    assert register.read_bytes() == (table / machine / register.name).read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -14,6 +14,7 @@ import pytest
 from fna import __version__
 from fna.errors import MissingCapabilityError
 from fna.plugins.release import make_release
+from fna.plugins.table.kernel_file import without_kernels
 
 from ..conftest import ROOT
 
@@ -48,8 +49,10 @@ def test_an_installed_wheel_makes_a_bundle_with_its_own_plugin(table: Path, tmp_
 
     fna("export", "tiny_vit:make", "-o", "tiny.onnx", "--resolution", "56", "--layers", "all", "--landmarks", "6")
     assert "prebuilt for aarch64, x86_64" in fna("bundle", "tiny.onnx", "-o", "orin", "--target", "jetson-agx-orin")
-    prebuilt = tmp_path / "orin" / "plugin" / "prebuilt" / "aarch64" / "libfna_plugin.so"
-    assert prebuilt.read_bytes() == (table / "aarch64" / "libfna_plugin.so").read_bytes()
+    plugin = tmp_path / "orin" / "plugin"
+    library = without_kernels((table / "aarch64" / "libfna_plugin.so").read_bytes())
+    carried = (plugin / "kernels" / "kernels.bin").read_bytes()
+    assert (plugin / "prebuilt" / "aarch64" / "libfna_plugin.so").read_bytes() == library + carried
     assert "sm_87" in fna("plugin", "--list")
 
 
