@@ -23,18 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fna.engines.builder.options import BatchRange, parse_batch
+from fna.engines.bundle.tolerances import failures, task_tolerances, tolerance_of
 from fna.engines.serving.client import RefusedError, TritonClient
 from fna.engines.serving.cpu_server import serve
 from fna.engines.serving.model_repository import write_model_repository
 from fna.errors import CheckFailedError, FnaError
+from fna.export.metadata import FileMetadata, read_metadata
 from fna.export.preprocessing import bundled_photographs
-from fna.files import write_text
+from fna.files import load_onnx, write_text
 from fna.runtime import Arrays, open_session, run_session
 
 LARGEST_ERROR = 5e-3
 """Relative L2 of an answer: batches and fp32 sums in another order. Two photographs' answers are far further apart."""
 
 _PATIENCE_SECONDS = 60.0
+
+Agrees = Callable[[Arrays, Arrays], bool]
+"""Whether an answer has the expected outputs."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def hold(
     reload: Sequence[str] = (),
     largest_batch: int = 8,
     stop: Callable[[], object] | None = None,
+    agrees: Agrees | None = None,
 ) -> Tally:
     """Hold one client for each sample against a server.
 
@@ -146,6 +152,7 @@ def hold(
         reload: models to load anew in the middle; none where the server does not let clients.
         largest_batch: of the model.
         stop: stops the server, at the end and under load; None leaves it running.
+        agrees: whether an answer has the expected outputs; `agree` if None.
     """
     tally, lock, stopping, ended = Tally(), threading.Lock(), threading.Event(), threading.Event()
 
@@ -164,7 +171,7 @@ def hold(
                 connection = client()
                 continue
             with lock:
-                tally.wrong += not agree(answer, sample.expected)
+                tally.wrong += not (agrees or agree)(answer, sample.expected)
                 if not stopping.is_set():
                     tally.seconds.append(time.perf_counter() - begun)
                 elif not sent_after_stop:
@@ -206,6 +213,19 @@ def agree(answer: Arrays, expected: Arrays) -> bool:
     )
 
 
+def agree_as_bundled(metadata: FileMetadata) -> Agrees:
+    """Return a test of answers by the tolerances of a bundle of the file: a TensorRT engine computes in the file's types."""
+    tolerance = tolerance_of(metadata, metadata.precision)
+
+    def agrees(answer: Arrays, expected: Arrays) -> bool:
+        tasks = task_tolerances(metadata, expected)
+        return answer.keys() == expected.keys() and not any(
+            failures(tolerance, tasks.get(name), array, answer[name]) for name, array in expected.items()
+        )
+
+    return agrees
+
+
 def without_batching(repository: Path) -> None:
     """Take dynamic batching out of a repository's configurations."""
     for path in repository.glob("*/config.pbtxt"):
@@ -234,12 +254,15 @@ def load_cpu_server(
 
 
 def load_server(address: str, file: Path, clients: int, seconds: float, batch: BatchRange, model: str | None) -> Tally:
-    """Hold the clients against a server that runs already and goes on running; answers are computed here."""
+    """Hold the clients against a server that runs already and goes on running; answers are computed here, and compared as a bundle's."""
     with tempfile.TemporaryDirectory(prefix="fna-load-") as folder:
         repository = Path(folder) / "models"
         name = write_model_repository(file, repository, batch=batch).models[0]
         samples = make_samples(repository, name, clients)
-    return hold(lambda: TritonClient(address), model or name, samples, seconds, largest_batch=batch.largest)
+    agrees = agree_as_bundled(read_metadata(load_onnx(file, tensors=False), str(file)))
+    return hold(
+        lambda: TritonClient(address), model or name, samples, seconds, largest_batch=batch.largest, agrees=agrees
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,6 +64,11 @@ def _settings(root: Path, manifest: BundleManifest) -> str:
         "PREBUILT_FOR": manifest.plugin.prebuilt if manifest.plugin is not None else (),
         "CHECK_INPUTS": [f"{name}={path}" for name, path in check.inputs.items()],
         "CHECK_OUTPUTS": [f"{name}={path}" for name, path in check.outputs.items()],
+        "TASK_TOLERANCES": [
+            f"{name}={measure}:{limit:g}"
+            for name, task in check.tasks.items()
+            for measure, limit in task.limits().items()
+        ],
         "REFERENCE": f"FNA in PyTorch fp32 on {', '.join(check.images)}"
         if check.reference == "pytorch"
         else f"onnxruntime on {manifest.onnx_name}, on {', '.join(check.images)}",
@@ -92,6 +97,10 @@ def _readme(root: Path, manifest: BundleManifest, target: Target) -> str:
         f"| {precision} | {tolerance.relative_l2:g} | {tolerance.cosine:g} |"
         for precision, tolerance in manifest.check.tolerances.items()
     ]
+    tasks = [
+        f"| `{name}`, {task.task} | {', '.join(f'{measure} {limit:g}' for measure, limit in task.limits().items())} |"
+        for name, task in manifest.check.tasks.items()
+    ]
     plugin = manifest.plugin
     values = {
         "name": manifest.name,
@@ -107,6 +116,11 @@ def _readme(root: Path, manifest: BundleManifest, target: Target) -> str:
         "images": ", ".join(manifest.check.images),
         "reference": "FNA in PyTorch fp32" if manifest.check.reference == "pytorch" else "onnxruntime",
         "tolerances": "\n".join(tolerances),
+        "tasks": "\n".join(
+            ["", "In 8 bits outputs are held to what they are for:", "", "| output | |", "|---|---|", *tasks, ""]
+        )
+        if tasks
+        else "",
         "prebuilt": (
             "prebuilt for " + ", ".join(plugin.prebuilt) if plugin and plugin.prebuilt else "no prebuilt library"
         ),

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fna.engines.bundle.tolerances import TaskTolerance, Tolerance
 from fna.engines.manifest import ShapeRange
 from fna.engines.targets import Flavour
 from fna.errors import InputFileError, describe_validation_error
@@ -39,20 +40,6 @@ ARCHIVE_SUFFIX = ".tar.zst"
 
 _LARGEST_MANIFEST = 16 * 2**20
 _LARGEST_ARCHIVE = 256 * 2**30  # bytes unpacked; reading ends there, whatever a damaged or hostile archive claims
-
-
-class Tolerance(BaseModel):
-    """How close an engine's output has to be to the recorded one.
-
-    Attributes:
-        relative_l2: largest relative L2 error.
-        cosine: smallest cosine similarity.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    relative_l2: float = Field(gt=0)
-    cosine: float = Field(gt=0, le=1)
 
 
 class BundledModel(BaseModel):
@@ -113,7 +100,8 @@ class Check(BaseModel):
         inputs: file of each graph input.
         outputs: file of each graph output.
         reference: what computed the outputs: FNA in PyTorch fp32, or, for grafted files, onnxruntime on the file itself.
-        tolerances: by precision.
+        tolerances: by precision, of outputs that are not among `tasks`.
+        tasks: of outputs in 8 bits whose task is known, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,6 +111,7 @@ class Check(BaseModel):
     outputs: dict[str, str]
     reference: Literal["pytorch", "onnxruntime"]
     tolerances: dict[str, Tolerance]
+    tasks: dict[str, TaskTolerance] = Field(default_factory=dict)
 
 
 class BundledFile(BaseModel):

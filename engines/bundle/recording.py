@@ -9,24 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fna.engines.bundle.format import Check, Tolerance, safe_name
+from fna.engines.bundle.format import Check, safe_name
+from fna.engines.bundle.tolerances import task_tolerances, tolerance_of
 from fna.engines.manifest import ShapeRange
 from fna.errors import InputFileError, ModelSourceError
 from fna.export.metadata import FileMetadata
 from fna.export.sources.loading import load_model
 from fna.export.sources.running import patched, run_torch
 from fna.runtime import Arrays, open_session, run_session
-
-TOLERANCES = {
-    "fp32": Tolerance(relative_l2=1e-3, cosine=0.99999),
-    "fp16": Tolerance(relative_l2=2e-2, cosine=0.999),
-    "bf16": Tolerance(relative_l2=1e-1, cosine=0.99),
-    "int8": Tolerance(relative_l2=1e-1, cosine=0.995),
-    "fp8": Tolerance(relative_l2=1e-1, cosine=0.995),
-}
-"""Relative L2 as for the export error of `fna validate`; two vectors of equal length that are apart by a relative L2 of e have cosine
-1 - e^2 / 2, and the limits here leave room for different lengths. 8 bits: two to three times what was measured on
-photographs that nothing was calibrated on (docs/engines.md)."""
 
 
 def record_images(
@@ -61,12 +51,9 @@ def record_images(
         inputs={name: "check/input.npy"},
         outputs=files,
         reference="pytorch" if traced else "onnxruntime",
-        tolerances={precision: TOLERANCES[_coarsest(metadata, precision)] for precision in precisions},
+        tolerances={precision: tolerance_of(metadata, precision) for precision in precisions},
+        tasks=task_tolerances(metadata, outputs),
     )
-
-
-def _coarsest(metadata: FileMetadata, precision: str) -> str:
-    return metadata.quantized.partition("+")[0] if metadata.quantized is not None else precision
 
 
 def _run_pytorch(metadata: FileMetadata, pixels: NDArray[np.float32]) -> Arrays:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fna.engines.load_test import Sample, Tally, agree, hold
+from fna.engines.load_test import Sample, Tally, agree, agree_as_bundled, hold
 from fna.engines.serving.client import RefusedError, TritonClient
 from fna.errors import CheckFailedError
+from fna.export.metadata import FileMetadata
+from fna.plan import uniform_plan
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,19 @@ def test_an_answer_is_right_only_with_the_shape_and_the_values() -> None:
     assert not agree({"tokens": expected["tokens"] * 1.01}, expected)
     assert not agree({"tokens": expected["tokens"][:, :4]}, expected)
     assert not agree({}, expected)
+
+
+def test_a_server_with_an_engine_is_held_to_a_bundles_tolerances() -> None:
+    plan = uniform_plan(2, layers="all", landmarks=6)
+    file = FileMetadata(plan=plan, source="x", origin="trace", token_outputs=("tokens",))
+    expected = {"tokens": np.random.default_rng(0).standard_normal((1, 40, 64)).astype(np.float32)}
+    noise = np.random.default_rng(1).standard_normal((1, 40, 64)).astype(np.float32)
+    near = {"tokens": expected["tokens"] + 0.03 * noise}  # cosine 0.9996
+    int8 = agree_as_bundled(file.model_copy(update={"quantized": "int8"}))
+    assert int8(near, expected)
+    assert not agree_as_bundled(file)(near, expected)
+    assert not int8({"tokens": expected["tokens"] + 0.3 * noise}, expected)
+    assert not int8({}, expected)
 
 
 class Crossed(TritonClient):

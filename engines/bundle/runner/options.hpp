@@ -1,6 +1,7 @@
 // The command line.
 #pragma once
 
+#include "difference.hpp"
 #include "number_formats.hpp"
 
 #include <cstdlib>
@@ -20,6 +21,8 @@ constexpr char const* kUsage = R"(usage: fna_runner ENGINE [options]           r
   --expect NAME=FILE.npy    what an output has to be
   --relative-l2 X           largest relative L2 error of an output     (1e-3)
   --cosine X                smallest cosine similarity of an output    (0.999)
+  --task-tolerance NAME=MEASURE:X
+                            what an output is held to instead: row_cosine, row_cosine_p5, correlation (at least), regret (at most)
   --plugin-layers FILE      layers that have to be plugin layers: a name a line, a tab, and fp32, fp16, bf16 or ?
   --output DIR              write the outputs there as NAME.npy
   --batch N                 items at a time     (the engine's usual batch, or all items if they are fewer)
@@ -46,6 +49,7 @@ struct Options
     Named compare;
     double relativeL2{1e-3};
     double cosine{0.999};
+    std::vector<TaskTolerance> tasks;
     int64_t batch{0};
     int64_t warmUp{20};
     int64_t runs{100};
@@ -69,6 +73,18 @@ inline double parseNumber(std::string const& option, std::string const& text, do
         throw Error(kBadInput, option + " " + text + " cannot be used; give a number of at least " + number("%g", smallest));
     }
     return value;
+}
+
+inline TaskTolerance parseTask(std::string const& option, std::string const& text)
+{
+    auto const [output, limit] = splitName(text);
+    size_t const colon = limit.find(':');
+    Measure const* const measure = colon == std::string::npos ? nullptr : findMeasure(limit.substr(0, colon));
+    if (output.empty() || measure == nullptr)
+    {
+        throw Error(kBadInput, option + " " + text + " cannot be read; write NAME=MEASURE:NUMBER, as in tokens=row_cosine:0.99");
+    }
+    return {output, measure, parseNumber(option, limit.substr(colon + 1), -1)};
 }
 
 inline Options parse(std::vector<std::string> const& arguments)
@@ -96,6 +112,7 @@ inline Options parse(std::vector<std::string> const& arguments)
         else if (option == "--compare") { options.compare.push_back(splitName(value())); }
         else if (option == "--relative-l2") { options.relativeL2 = parseNumber(option, value(), 0); }
         else if (option == "--cosine") { options.cosine = parseNumber(option, value(), -1); }
+        else if (option == "--task-tolerance") { options.tasks.push_back(parseTask(option, value())); }
         else if (option == "--batch") { options.batch = whole(1); }
         else if (option == "--warm-up") { options.warmUp = whole(0); }
         else if (option == "--runs") { options.runs = whole(0); }

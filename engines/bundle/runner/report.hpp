@@ -60,7 +60,12 @@ inline std::string toJson(Report const& report, Options const& options, Driver c
         auto const& [name, difference] = report.differences[i];
         json += (i == 0 ? "" : ", ") + jsonText(name) + ": {\"relative_l2\": " + jsonNumber(difference.relativeL2)
             + ", \"cosine\": " + jsonNumber(difference.cosine) + ", \"max_abs\": " + jsonNumber(difference.maxAbs)
-            + ", \"not_finite\": " + std::to_string(difference.notFinite) + "}";
+            + ", \"not_finite\": " + std::to_string(difference.notFinite);
+        for (Measure const& each : kMeasures)
+        {
+            json += ", " + jsonText(each.name) + ": " + jsonNumber(difference.*each.value);
+        }
+        json += "}";
     }
     json += "}, \"plugin_layers\": {";
     for (size_t i = 0; i < report.layers.size(); ++i)
@@ -133,13 +138,21 @@ inline void compareOutputs(Report& report, Options const& options, std::map<std:
             throw Error(kBadInput, "output " + name + " is expected, but there is none of that name");
         }
         Difference const difference = measure(name, readNpy(path), output->second);
-        std::string const failure = verdict(name, difference, options.relativeL2, options.cosine);
+        std::string const failure = verdict(name, difference, options.relativeL2, options.cosine, options.tasks);
         if (report.differences.empty())
         {
             std::printf("%-24s %10s %10s %10s\n", "output", "rel L2", "cosine", "max abs");
         }
         std::printf("%-24s %10.2e %10.6f %10.2e  %s\n", name.c_str(), difference.relativeL2, difference.cosine, difference.maxAbs,
             failure.empty() ? "ok" : "FAILED");
+        for (TaskTolerance const& task : options.tasks)
+        {
+            if (task.output == name)
+            {
+                std::printf("  %s %.6g (%s %g)\n", task.measure->title, difference.*task.measure->value,
+                    task.measure->largest ? "at most" : "at least", task.limit);
+            }
+        }
         report.differences.emplace_back(name, difference);
         if (!failure.empty())
         {

@@ -122,12 +122,13 @@ tegrastats_summary='
 tolerance=TOLERANCE_$PRECISION
 read -r relative_l2 cosine <<< "${!tolerance}"
 options+=(--relative-l2 "$relative_l2" --cosine "$cosine" --runs "$runs" --json build/check.json)
+for entry in ${TASK_TOLERANCES[@]+"${TASK_TOLERANCES[@]}"}; do options+=(--task-tolerance "$entry"); done
 for entry in "${CHECK_INPUTS[@]}"; do options+=(--input "$entry"); done
 for entry in "${CHECK_OUTPUTS[@]}"; do options+=(--expect "$entry"); done
 if [[ -n $HOST_CODE ]]; then options+=(--allow-host-code); fi
 if [[ -n $PLUGIN ]]; then options+=(--plugin "$PLUGIN" --plugin-layers "check/plugin_layers.$PRECISION.txt"); fi
 
-say "reference: $REFERENCE; tolerance at $PRECISION: relative L2 $relative_l2, cosine $cosine"
+say "reference: $REFERENCE; tolerance at $PRECISION: relative L2 $relative_l2, cosine $cosine${TASK_TOLERANCES:+; ${TASK_TOLERANCES[*]}}"
 before=$(power)
 say "$before"
 rm -f build/check.json build/tegrastats.log

@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from fna.cli import main
 from fna.engines.builder.options import BatchRange
 from fna.engines.bundle.format import Bundle, is_bundle, list_files, open_bundle
+from fna.engines.bundle.tolerances import failures, measure
 from fna.engines.bundle.write import write_archive
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.metadata import read_metadata, write_metadata
@@ -123,12 +124,17 @@ def test_linear_layers_in_8_bits_are_bundled_in_one_step(
     assert "in int8; 100.0 % of their multiply-adds in 8 bits" in " ".join(capsys.readouterr().out.split())
     opened = open_bundle(tmp_path / "x")
     assert (opened.precisions, opened.manifest.metadata.quantized) == (("fp16",), "int8")
-    tolerance = opened.manifest.check.tolerances["fp16"]
-    assert (tolerance.relative_l2, tolerance.cosine) == (0.1, 0.995)
+    check = opened.manifest.check
+    assert {output: task.task for output, task in check.tasks.items()} == {
+        "last_hidden_state": "tokens", "pooler_output": "vector",
+    }  # fmt: skip
+    settings = (tmp_path / "x" / "settings.sh").read_text()
+    assert "TASK_TOLERANCES=(last_hidden_state=row_cosine:0.997 " in settings
+    assert "| `pooler_output`, vector | row_cosine 0.997 |" in (tmp_path / "x" / "README.md").read_text()
     outputs = run_session(open_session(opened.model("portable")), opened.recorded_inputs())
     for output, expected in opened.recorded_outputs().items():
-        error = np.linalg.norm(outputs[output] - expected) / np.linalg.norm(expected)
-        assert error < tolerance.relative_l2
+        assert failures(check.tolerances["fp16"], check.tasks[output], expected, outputs[output]) == []
+        error = measure(expected, outputs[output])["relative_l2"]
         assert (error > 1e-5) == (name == "traced")  # a grafted file is its own reference
 
 

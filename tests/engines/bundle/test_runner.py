@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fna.engines.bundle.tolerances import measure
+
 from ..conftest import ROOT, STAND_IN, Headers, compile_cpp
 
 RUNNER = ROOT / "engines" / "bundle" / "runner"
@@ -141,6 +143,53 @@ def test_errors_are_those_that_numpy_gives(runner: Path, arrays: dict[str, Path]
     assert found["max_abs"] == pytest.approx(np.abs(far - exact).max(), rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 17, 5), (2, 9), (2, 1, 6, 4), (1, 1)])
+def test_measures_of_tasks_are_those_of_python(runner: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal(shape).astype(np.float32) + 1
+    actual = expected + 0.3 * rng.standard_normal(shape).astype(np.float32)
+    actual.reshape(-1, shape[-1])[0] = 0
+    for name, array in (("expected", expected), ("actual", actual)):
+        np.save(tmp_path / f"{name}.npy", array)
+    record = tmp_path / "errors.json"
+    run(
+        runner,
+        "--compare",
+        f"x={tmp_path / 'actual.npy'}",
+        "--expect",
+        f"x={tmp_path / 'expected.npy'}",
+        "--json",
+        record,
+    )
+    found = json.loads(record.read_text())["outputs"]["x"]
+    for name, value in measure(expected, actual).items():
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("limits", "code", "said"),
+    [
+        (["row_cosine:0.9999", "row_cosine_p5:0.999"], 0, ""),
+        (
+            ["row_cosine:0.9999", "row_cosine_p5:0.99999"],
+            1,
+            r"output tokens has row cosine p5 0.9998\d+ \(tolerance 0.99999\)",
+        ),
+        (["correlation:1"], 1, "output tokens has correlation 0.99995"),
+        (["regret:0"], 0, ""),
+        (["speed:1"], 2, "--task-tolerance tokens=speed:1 cannot be read; write NAME=MEASURE:NUMBER"),
+    ],
+)
+def test_an_output_is_held_to_its_task_alone_where_that_is_known(
+    runner: Path, arrays: dict[str, Path], limits: list[str], code: int, said: str
+) -> None:
+    """`far` is out of the usual relative L2."""
+    options = [word for limit in limits for word in ("--task-tolerance", f"tokens={limit}")]
+    done = compare(runner, arrays, "far", *options)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert re.search(said, done.stderr), done.stderr
+
+
 @pytest.mark.parametrize(
     ("actual", "options", "code", "said"),
     [
@@ -192,6 +241,7 @@ def test_help_tells_every_option(runner: Path) -> None:
         "--input",
         "--expect",
         "--relative-l2",
+        "--task-tolerance",
         "--plugin-layers",
         "--graph",
         "--streams",

@@ -392,6 +392,22 @@ def test_check_runs_the_recorded_photographs_against_the_recorded_outputs(device
         assert (device.root / name.rsplit("=", 1)[-1]).is_file()
 
 
+def test_tolerances_of_tasks_reach_the_runner(device: Device) -> None:
+    settings = device.root / "settings.sh"
+    settings.write_text(
+        settings.read_text().replace("TASK_TOLERANCES=()", "TASK_TOLERANCES=(a=row_cosine:0.9 b=regret:0)")
+    )
+    seal(device.root)
+    done = device.run("check.sh")
+    assert done.returncode == 0, done.stderr
+    call = device.calls("runner")[-1]
+    assert [call[i + 1] for i, word in enumerate(call) if word == "--task-tolerance"] == [
+        "a=row_cosine:0.9",
+        "b=regret:0",
+    ]
+    assert "cosine 0.99999; a=row_cosine:0.9 b=regret:0" in done.stdout
+
+
 NVPMODEL = """#!/bin/sh
 [ "$2" = --verbose ] && echo 'NVPM VERB: PARAM GPU_POWER: ARG MAX_FREQ: REAL_VAL: 1020000000 CONF_VAL: 1020000000'
 echo NV Power Mode: MAXN_SUPER
