@@ -254,7 +254,7 @@ def load_cpu_server(
 
 
 def load_server(address: str, file: Path, clients: int, seconds: float, batch: BatchRange, model: str | None) -> Tally:
-    """Hold the clients against a server that runs already and goes on running; answers are computed here, and compared as a bundle's."""
+    """Hold the clients against a server that runs already and goes on running; answers are computed here, compared as a bundle's."""
     with tempfile.TemporaryDirectory(prefix="fna-load-") as folder:
         repository = Path(folder) / "models"
         name = write_model_repository(file, repository, batch=batch).models[0]
