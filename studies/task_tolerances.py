@@ -1,8 +1,8 @@
 """What tolerances of bundles in 8 bits come from: `python -m studies.task_tolerances FILE --types int8 fp8 --digits SMALL`.
 
-FILE is an fp32 file of `fna export` or `fna graft`, calibrated on the bundled photographs and run on those of `studies.eight_bits` that
-nothing was chosen on; SMALL is one for 98 pixels. Prints, for each measure of `fna.engines.bundle.tolerances`, the worst photograph: of
-the outputs, of the class token, and of the scores of a linear probe on handwritten digits, half of which trained it.
+FILE is an fp32 file of `fna export`, calibrated on the bundled photographs and run on those of `studies.eight_bits` that nothing was
+chosen on. SMALL is one for 98 pixels. Prints the worst photograph for each measure of `fna.engines.bundle.tolerances`: of the outputs,
+of the class token, and of the scores of a linear probe on handwritten digits, half of which trained it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ from studies.eight_bits import unseen_photographs
 DIGITS = 240
 
 
-def both_outputs(file: Path, kinds: Sequence[str], images: Sequence[Image.Image]) -> list[tuple[Arrays, Arrays]]:
-    """Run a file and what it becomes in 8 bits on each image; the class token is an output beside the file's own."""
+Pair = tuple[Arrays, Arrays]
+"""Outputs of a file, and of what it becomes in 8 bits."""
+
+
+def both_outputs(
+    file: Path, kinds: Sequence[str], calibration: Sequence[Image.Image], images: Sequence[Image.Image]
+) -> list[Pair]:
+    """Run both files on each image; the class token is an output beside the file's own."""
     model = load_onnx(file)
     metadata = read_metadata(model, str(file))
     size = image_size(model, metadata, None)
-    photographs = images if len(images) > 100 else [image for _, image in bundled_photographs()]
-    calibration = [metadata.preprocessing.apply(image, *size)[None] for image in photographs[::48][:5] or photographs]
-    quantized = quantize_model(model, calibration, kinds=[EIGHT_BIT[name] for name in kinds]).model
+    seen = [metadata.preprocessing.apply(image, *size)[None] for image in calibration]
+    quantized = quantize_model(model, seen, kinds=[EIGHT_BIT[name] for name in kinds]).model
     sessions = [open_session(each) for each in (model, quantized)]
     pairs = []
     for image in images:
@@ -56,8 +61,9 @@ def probe_scores(exact: NDArray[np.float32], other: NDArray[np.float32], truth: 
     half = len(exact) // 2
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, C=0.1)).fit(exact[:half], truth[:half])
     scores = [head.decision_function(features[half:]).astype(np.float32) for features in (exact, other)]
-    print(f"  probe: accuracy {(scores[0].argmax(1) == truth[half:]).mean():.3f}, in 8 bits "
-          f"{(scores[1].argmax(1) == truth[half:]).mean():.3f}, one class {(scores[0].argmax(1) == scores[1].argmax(1)).mean():.3f}")  # fmt: skip
+    exact_classes, classes = (array.argmax(axis=1) for array in scores)
+    accuracies = [float((found == truth[half:]).mean()) for found in (exact_classes, classes)]
+    print(f"probe: accuracies {accuracies}, one class in {(exact_classes == classes).mean():.3f}")
     return [{"logits": array} for array in scores]
 
 
@@ -68,8 +74,9 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["int8", "fp8"])
     parser.add_argument("--digits", type=Path)
     arguments = parser.parse_args()
+    bundled = [image for _, image in bundled_photographs()]
     for kind in arguments.types:
-        pairs = both_outputs(arguments.file, kind.split("+"), unseen_photographs())
+        pairs = both_outputs(arguments.file, kind.split("+"), bundled, unseen_photographs())
         for name in pairs[0][0]:
             found = [measure(exact[name], other[name]) for exact, other in pairs]
             worst = {
@@ -79,7 +86,7 @@ def main() -> None:
         if arguments.digits:
             bunch = load_digits()
             images = [Image.fromarray((array * 255 / 16).astype(np.uint8)) for array in bunch.images[:DIGITS]]
-            pairs = both_outputs(arguments.digits, kind.split("+"), images)
+            pairs = both_outputs(arguments.digits, kind.split("+"), images[:5], images)
             tokens = [np.concatenate([pair[n]["class token"] for pair in pairs]) for n in (0, 1)]
             exact, other = probe_scores(tokens[0], tokens[1], bunch.target[:DIGITS])
             regrets = [
