@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from fna.engines.bundle.chips import main, missing_libraries
 from fna.engines.targets import find_target
+
+from ..conftest import ROOT
 
 
 def missing(target: str, table: Path, *machines: str) -> list[tuple[str, str]]:
@@ -43,3 +46,11 @@ def test_the_program_prints_what_the_makefile_reads(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == "aarch64 87,0\n"
     assert main(["voodoo", "--table", str(tmp_path), "--machines", "aarch64"]) == 2
     assert "voodoo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "batch"), [(["BATCH=1:4:8"], " --batch 1:4:8"), ([], "")])
+def test_make_bundle_takes_the_batch_sizes_of_a_triton_repository(tmp_path: Path, given: list[str], batch: str) -> None:
+    command = ["make", "-n", "bundle", "TARGET=t4", f"BUILD={tmp_path}", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if "fna bundle" in line)
+    assert line.rstrip().endswith(f"--target t4 --precision fp16,fp32{batch}")
