@@ -129,8 +129,7 @@ private:
 
     int mFile{-1};
     uint64_t mImages{0}; // where they begin
-    // Never destroyed: plugins, which hold entries, may outlive this library's static objects.
-    std::vector<KernelEntry>& mEntries{*new std::vector<KernelEntry>};
+    std::vector<KernelEntry> mEntries;
     std::string mProblem;
 };
 
