@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from fna.errors import InputFileError
 
@@ -53,7 +54,13 @@ def read_kernels(file: Path) -> list[CompiledKernel]:
     Raises:
         InputFileError: if the file is missing, damaged, or of another version.
     """
-    kinds = [int if field.type == "int" else str for field in fields(CompiledKernel)]
+    names = [field.name for field in fields(CompiledKernel)]
+    numbers = {field.name for field in fields(CompiledKernel) if field.type == "int"}
+
+    def read_row(line: str) -> CompiledKernel:
+        words: dict[str, Any] = dict(zip(names, line.split(" "), strict=True))
+        return CompiledKernel(**words | {name: int(words[name]) for name in numbers})
+
     try:
         with file.open("rb") as data:
             data.seek(-_FOOTER.size, 2)
@@ -61,11 +68,8 @@ def read_kernels(file: Path) -> list[CompiledKernel]:
             if magic != MAGIC or images + index + _FOOTER.size != file.stat().st_size:
                 raise ValueError("its end is not that of a table")
             data.seek(images)
-            lines = data.read(index).decode().splitlines()
-        return [
-            CompiledKernel(*(kind(word) for kind, word in zip(kinds, line.split(" "), strict=True))) for line in lines
-        ]
-    except (OSError, ValueError, TypeError) as error:
+            return [read_row(line) for line in data.read(index).decode().splitlines()]
+    except (OSError, ValueError) as error:
         raise InputFileError(f"{file} cannot be read ({error}); build it anew: fna plugin") from error
 
 
