@@ -70,19 +70,19 @@ TOLERANCES = {
 
 TASK_TOLERANCES: dict[str, dict[Task, TaskTolerance]] = {
     "int8": {
-        "tokens": TaskTolerance(task="tokens", row_cosine=0.997, row_cosine_p5=0.99),
-        "vector": TaskTolerance(task="vector", row_cosine=0.997),
-        "map": TaskTolerance(task="map", correlation=0.998),
-        "classes": TaskTolerance(task="classes", regret=0.1),
+        "tokens": TaskTolerance(task="tokens", row_cosine=0.9955, row_cosine_p5=0.989),
+        "vector": TaskTolerance(task="vector", row_cosine=0.998),
+        "map": TaskTolerance(task="map", correlation=0.9994),
+        "classes": TaskTolerance(task="classes", regret=0.4),
     },
     "fp8": {
-        "tokens": TaskTolerance(task="tokens", row_cosine=0.995, row_cosine_p5=0.988),
-        "vector": TaskTolerance(task="vector", row_cosine=0.995),
-        "map": TaskTolerance(task="map", correlation=0.998),
-        "classes": TaskTolerance(task="classes", regret=0.1),
+        "tokens": TaskTolerance(task="tokens", row_cosine=0.995, row_cosine_p5=0.986),
+        "vector": TaskTolerance(task="vector", row_cosine=0.9915),
+        "map": TaskTolerance(task="map", correlation=0.9986),
+        "classes": TaskTolerance(task="classes", regret=0.3),
     },
 }
-"""Some three times what was measured on photographs that nothing was calibrated on (docs/notes/bundle.md)."""
+"""Twice what the worst photograph lost of those that nothing was calibrated on (`studies.task_tolerances`, docs/notes/bundle.md)."""
 
 
 def tolerance_of(metadata: FileMetadata, precision: str) -> Tolerance:

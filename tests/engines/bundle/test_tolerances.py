@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ from fna.engines.bundle.tolerances import (
 )
 from fna.export.metadata import FileMetadata
 from fna.plan import uniform_plan
+
+from ..conftest import ROOT
 
 TOKENS = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
 SCORES = np.array([[0, 1, 5, 4.9], [3, 0, 1, 2]], np.float32)
@@ -104,6 +108,16 @@ def test_an_output_fails_by_its_task_alone_where_that_is_known() -> None:
     assert failures(TOLERANCES["int8"], task, SCORES, near[:1]) == ["shape [1, 4], but [2, 4] was recorded"]
     near[0, 0] = np.nan
     assert failures(TOLERANCES["int8"], task, SCORES, near) == ["NaN or infinite values"]
+
+
+@pytest.mark.parametrize("task", ["tokens", "vector", "map", "classes"])
+def test_the_documented_tolerances_are_these(task: str) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    cells = (
+        "; ".join(f"{limit:g}" for limit in TASK_TOLERANCES[kind][task].limits().values()) for kind in ("int8", "fp8")
+    )
+    (row,) = re.findall(rf"^\| (?:a )?{task}\b.* \| (.* \| .*) \|$", text, re.MULTILINE)
+    assert row.endswith(" | ".join(cells))
 
 
 @pytest.mark.parametrize("kinds", ["int8", "fp8"])
