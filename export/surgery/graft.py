@@ -45,6 +45,9 @@ from fna.samplers import DEFAULT_SAMPLER
 
 Progress = Callable[[str], None]
 
+LARGE_FILE_BYTES = 1 << 28
+"""From here on memory counts for more than the sixth of a second that looking for cycles takes."""
+
 
 @dataclass(frozen=True)
 class GraftOptions:
@@ -208,9 +211,10 @@ def _graft(source: Path, output: Path | None, options: GraftOptions, progress: P
     assert result.model is not None
     assert result.plan is not None
     describe_graft(result.model, result.rows, result.plan, result.prefix_tokens, source.name, sha256, data_sha256)
-    # graphs of graphsurgeon are cycles; the model that was read goes before another of its size is written
     del graph
-    gc.collect()
+    if source.stat().st_size > LARGE_FILE_BYTES:
+        # graphs of graphsurgeon are cycles; the model that was read goes before another of its size is written
+        gc.collect()
     progress(f"writing {output}")
     write_beside_its_data(result.model, source.parent, output)
     return result

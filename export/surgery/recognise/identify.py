@@ -298,8 +298,10 @@ def _compare_tables(tables: Sequence[NDArray[np.int32]]) -> str | None:
 
 def _sorted_groups(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """The distinct rows, in order of first appearance."""
-    _, first = np.unique(rows, axis=0, return_index=True)
-    return rows[np.sort(first)]
+    first: dict[bytes, int] = {}
+    for index, row in enumerate(rows):
+        first.setdefault(row.tobytes(), index)
+    return rows[list(first.values())]
 
 
 # ---------------------------------------------------------------- batch and heads
