@@ -25,6 +25,7 @@ from fna.export.blocks import module_scopes, traced_node_name
 from fna.export.metadata import FileMetadata, write_metadata
 from fna.export.operators.builder import HIGHEST_OPSET
 from fna.export.operators.registry import attach_functions, fna_nodes, is_attention, translation_table
+from fna.export.passes.fold_resizes import fold_constant_resizes
 from fna.export.passes.fold_scales import fold_channel_scales
 from fna.export.sources.loading import LoadedModel, check_resolution
 from fna.export.types import ONNX_TYPES
@@ -127,6 +128,8 @@ def trace_model(model: LoadedModel, plan: Plan, options: TraceOptions) -> tuple[
     _name_nodes(program, blocks)
     _drop_stack_traces(program)
     fold_channel_scales(program.graph)
+    if options.precision == "fp32":
+        fold_constant_resizes(program)
     attach_functions(
         program, ONNX_TYPES[options.precision] if plan.replaced_blocks or plan.masks else TensorProto.UNDEFINED
     )
