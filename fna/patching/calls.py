@@ -119,14 +119,14 @@ def _multi_head_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:
-    """`nn.MultiheadAttention` for self-attention without weights to return, its attention answered by the handler.
+    """`nn.MultiheadAttention` for self-attention whose weights nobody uses, its attention answered by the handler.
 
     Its own forward calls PyTorch's function inside another one that a mode cannot look into.
     """
-    if need_weights or is_causal or attn_mask is not None or key_padding_mask is not None:
+    if is_causal or attn_mask is not None or key_padding_mask is not None:
         raise UnsupportedAttentionError(
-            "a torch.nn.MultiheadAttention was called causally, with a mask or for its attention weights, but not when it was found; "
-            "call fna.patch with an example of how the model is called"
+            "a torch.nn.MultiheadAttention was called causally or with a mask, but not when it was found; call fna.patch with an "
+            "example of how the model is called"
         )
     packed = query is key and key is value
     tensors = (query, key, value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
 from fna.errors import ModelSourceError, first_line
 
@@ -138,7 +139,7 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Survey:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), _watched(model, arguments) as watcher:
-            model(*arguments)
+            watcher.note_uses(model(*arguments))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
@@ -180,6 +181,7 @@ class _Watcher(TorchFunctionMode):
         self.running = [_Running("", None, [])]
         self.sites: dict[tuple[str, int], dict[str, Any]] = {}
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.returned: dict[int, tuple[Tensor, dict[str, Any]]] = {}
         self.result = Survey(image=None if images is None else (int(images.shape[-2]), int(images.shape[-1])))
 
     def finish(self) -> Survey:
@@ -204,10 +206,15 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.note_uses((args, kwargs))
         if func is scaled_dot_product_attention:
             self._note_sdpa(*args, **kwargs)
         elif func is multi_head_attention_forward:
-            self._note_multi_head(inspect.signature(func).bind(*args, **kwargs).arguments)
+            seen = self._note_multi_head(inspect.signature(func).bind(*args, **kwargs).arguments)
+            result = func(*args, **kwargs)
+            if result[1] is not None:
+                self.returned[id(result[1])] = (result[1], seen)
+            return result
         elif func in _PRODUCTS:
             self._note_product(args)
         result = func(*args, **kwargs)
@@ -221,12 +228,19 @@ class _Watcher(TorchFunctionMode):
         self._note_function(func)
         return result
 
+    def note_uses(self, values: Any) -> None:
+        """Refuse attention whose weights, as `nn.MultiheadAttention` returned them, are among values that a model goes on with."""
+        for value in tree_leaves(values) if self.returned else ():
+            if id(value) in self.returned:
+                seen = self.returned[id(value)][1]
+                seen["refusal"] = seen["refusal"] or "its attention weights are used, which FNA does not compute"
+
     def _note_function(self, func: Any) -> None:
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         counted = self.result.called.setdefault(self.running[-1].path, Counter())
         counted[name.removeprefix("torch.").removeprefix("nn.functional.")] += 1
 
-    def _note(self, query: tuple[int, ...], key: tuple[int, ...], refusal: str | None) -> None:
+    def _note(self, query: tuple[int, ...], key: tuple[int, ...], refusal: str | None) -> dict[str, Any]:
         running = self.running[-1]
         seen = self.sites.setdefault(
             (running.path, running.calls),
@@ -242,6 +256,7 @@ class _Watcher(TorchFunctionMode):
         seen["calls"] += 1
         seen["refusal"] = seen["refusal"] or refusal
         running.calls += 1
+        return seen
 
     def _note_sdpa(
         self,
@@ -259,7 +274,7 @@ class _Watcher(TorchFunctionMode):
             refusal = "it is cross-attention: its module is given several sequences"
         self._note(tuple(query.shape), tuple(key.shape), refusal)
 
-    def _note_multi_head(self, given: dict[str, Any]) -> None:
+    def _note_multi_head(self, given: dict[str, Any]) -> dict[str, Any]:
         query, key, heads = given["query"], given["key"], given["num_heads"]
         module = self.running[-1].module
         refusal = None
@@ -272,11 +287,9 @@ class _Watcher(TorchFunctionMode):
         shapes = [(x.shape[1], heads, x.shape[0], x.shape[2] // heads) for x in (query, key) if x.dim() == 3]
         if refusal is None:
             refusal = _refuse_multi_head_call(given)
-        if refusal is None and given.get("need_weights", True):
-            refusal = "it returns its attention weights; call it with need_weights=False"
         if refusal is None and (shapes[0] != shapes[1] or _is_other(query, key, self.running[-1].tensors)):
             refusal = "it is cross-attention: its query and its key are two tensors"
-        self._note(shapes[0] if shapes else (), shapes[-1] if shapes else (), refusal)
+        return self._note(shapes[0] if shapes else (), shapes[-1] if shapes else (), refusal)
 
     def _note_product(self, args: tuple[Any, ...]) -> None:
         left = args[1][0] if args and isinstance(args[0], str) and isinstance(args[1], (tuple, list)) else None

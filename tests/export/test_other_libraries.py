@@ -87,7 +87,7 @@ def libraries(folder: Path) -> Results:
     """What the models of the libraries gave."""
     tasks = [f"find {title}" for title in LIBRARY_MODELS if title not in CARRIED]
     tasks += [f"carry {title}" for title in LIBRARY_MODELS if title in CARRIED]
-    return run_libraries(folder, [*tasks, "dinov2", "unknown", "argument", "tag"])
+    return run_libraries(folder, [*tasks, "dinov2", "commands", "unknown", "argument", "tag"])
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +138,19 @@ def test_dinov2_by_timm_and_by_transformers_has_one_plan_and_the_same_tokens(lib
     plan = json.loads(result["plans"][0])
     assert [len(plan[kind]) for kind in ("focal", "blocks")] == [6, 6]
     assert result["difference"] < 1e-4
+
+
+def test_commands_take_a_library_s_model_from_weights_in_a_file_to_a_bundle(libraries: Results) -> None:
+    result = libraries["commands"]
+    assert "failed" not in result, result
+    assert set(result["codes"].values()) == {0}, result["codes"]
+    assert set(result["sources"]) == {result["source"]} == {result["plan"]["model"]}
+    assert result["blocks"] == ["/blocks.1/FastNystromAttention"]
+    planned = result["planned"]
+    assert [planned[key] for key in ("height", "patch_size", "token_outputs")] == [140, 14, ["last_hidden_state"]]
+    assert planned["preprocessing"] == {"mean": [0.485, 0.456, 0.406]}
+    assert planned["plan"]["blocks"] == result["plan"]["blocks"] != []
+    assert max(error["rel_l2"] for error in result["steps"]["export"]) < 1e-5
 
 
 def test_preprocessing_is_the_library_s_own(libraries: Results) -> None:

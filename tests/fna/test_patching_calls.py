@@ -234,9 +234,24 @@ def test_cross_attention_of_equal_lengths_is_refused() -> None:
     assert "cross-attention" in str(find_attention_blocks(build(CrossViT()))[-1].refusal)
 
 
-def test_attention_that_returns_its_weights_is_refused() -> None:
-    refusal = find_attention_blocks(build(EncoderViT(need_weights=True)))[-1].refusal
-    assert refusal == "it returns its attention weights; call it with need_weights=False"
+def test_attention_whose_weights_are_used_is_refused_and_where_they_are_dropped_it_is_not() -> None:
+    class Pooled(EncoderViT):
+        def forward(self, pixel_values: Tensor) -> Any:
+            x = super().forward(pixel_values)
+            out, weights = self.pool(x, x, x)
+            if self.use == "computed with":
+                return weights @ out
+            return out if self.use == "dropped" else (out, [weights])
+
+    model = build(Pooled(pool=True))
+    for use in ("computed with", "returned"):
+        model.use = use
+        assert find_attention_blocks(model)[-1].refusal == "its attention weights are used, which FNA does not compute"
+    model.use = "dropped"
+    assert find_attention_blocks(model)[-1].refusal is None
+    before = run(model)
+    fna.patch(model, uniform_plan(4, layers="3", landmarks=S))
+    assert not torch.allclose(run(model), before, atol=1e-3)
 
 
 def test_a_call_that_was_plain_when_found_and_is_masked_later_is_refused() -> None:

@@ -104,21 +104,20 @@ class SharedViT(OwnViT):
 class EncoderViT(nn.Module):
     """A Vision Transformer of PyTorch's own encoder layers."""
 
-    def __init__(self, batch_first: bool = True, need_weights: bool = False) -> None:
+    def __init__(self, batch_first: bool = True, pool: bool = False) -> None:
         super().__init__()
         self.img_size = SIDE
         self.patch_embed = nn.Conv2d(3, DIM, PATCH, PATCH)
         layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=batch_first)
         self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.batch_first = batch_first
-        if need_weights:
+        if pool:
             self.pool = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-        self.need_weights = need_weights
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         x = self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
-        return self.pool(x, x, x)[0] if self.need_weights else x
+        return x
 
 
 class MapViT(nn.Module):

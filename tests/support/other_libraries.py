@@ -10,18 +10,26 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from called_models import DIM, HEADS, PATCH, SIDE
 from carried_models import carry, describe
+from model_families import randomise
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import fna
+from fna.cli import main
 from fna.default_plan import plan_without_photographs
+from fna.export.metadata import read_metadata
 from fna.export.sources.loading import load_model
 from fna.export.sources.model_names import with_weights
+from fna.files import load_onnx
 from fna.plan import Plan
 
 TIMM = f",img_size={SIDE},patch_size={PATCH},embed_dim={DIM},depth=2,num_heads={HEADS},pretrained=False"
@@ -84,8 +92,6 @@ def _timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def compare_dinov2() -> dict[str, Any]:
     """The default model's backbone by transformers and, its weights renamed, by timm: plans, layouts, the largest difference."""
-    from safetensors.torch import save_file
-
     from fna.validate.planning.subject import TorchSubject
 
     ours = load_model("dinov2-small-saliency")
@@ -114,17 +120,66 @@ def _tokens(model: Any, plan: Plan) -> torch.Tensor:
         fna.unpatch(model.module)
 
 
+SMALL = "timm:vit_small_patch14_dinov2,img_size=112,embed_dim=32,depth=2,num_heads=2"
+"""The default model's class, small."""
+
+
+def run_commands() -> dict[str, Any]:
+    """The commands one after another, from weights in a file to a bundle, at another size than the model's own."""
+    codes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name, chdir(name):
+        model = load_model(f"{SMALL},pretrained=False").module.model.model
+        randomise(model)
+        save_file(model.state_dict(), "mine.safetensors")
+        Path("photographs").mkdir()
+        for number, noise in enumerate(np.random.default_rng(0).integers(0, 255, (2, 60, 80, 3), np.uint8)):
+            Image.fromarray(noise).save(f"photographs/{number}.png")
+        size, photographs = ["--resolution", "140"], ["--images", "photographs"]
+        source = [SMALL, "--weights", "mine.safetensors"]
+        tried = ["--samplers", "lattice", "--no-focal", "--no-corrections", "--min-cosine", "0.1", "--cache", "cache"]
+        commands = {
+            "export": [*source, *size, "-o", "first.onnx", "--layers", "1", "--landmarks", "12"],
+            "build": ["first.onnx", "-o", "first.engine", "--target", "rtx-ada", "--optimization-level", "0"],
+            "validate": ["first.onnx", *photographs, "--output", "report", "--report", "report/index.html"],
+            "plan": [*source, *size, *photographs, *tried, "-o", "plan.json"],
+            "export by plan": [*source, "--plan", "plan.json", "-o", "planned.onnx"],
+            "bundle": ["planned.onnx", *photographs, "-o", "bundle", "--target", "t4"],
+            "bundle verified": ["bundle", "--verify"],
+        }
+        for step, arguments in commands.items():
+            codes[step] = main([step.split()[0], *arguments, "--quiet"])
+        record = json.loads(Path("report/errors.json").read_text())
+        engine = json.loads(Path("first.engine.json").read_text())
+        bundle = json.loads(Path("bundle/manifest.json").read_text())
+        planned = read_metadata(load_onnx(Path("planned.onnx")), "planned.onnx")
+        return {
+            "codes": codes,
+            "source": f"{SMALL},weights={Path('mine.safetensors').resolve()}",
+            "blocks": [node.name for node in load_onnx(Path("first.onnx")).graph.node if node.domain == "fna"],
+            "planned": json.loads(planned.model_dump_json()),
+            "plan": json.loads(Path("plan.json").read_text()),
+            "sources": [
+                record["validation"]["metadata"]["source"],
+                bundle["metadata"]["source"],
+                engine["metadata"]["source"],
+            ],
+            "steps": {step["step"]: step["errors"] for step in record["validation"]["steps"]},
+        }
+
+
 TASKS: dict[str, Callable[[], Any]] = {
     **{f"find {title}": lambda name=name: describe(name) for title, name in MODELS.items()},
     **{f"carry {title}": lambda name=name: carry(name) for title, name in MODELS.items()},
     "dinov2": compare_dinov2,
+    "commands": run_commands,
     "unknown": lambda: describe("timm:no_such_model,pretrained=False"),
     "argument": lambda: describe("timm:vit_tiny_patch16_224,pretrained=False,colour=7"),
     "tag": lambda: describe("open_clip:ViT-B-16"),
 }
 
 
-def main() -> None:
+def run_tasks() -> None:
+    """Run those that are named, or all."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
@@ -137,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tasks()
