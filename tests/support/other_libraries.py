@@ -140,7 +140,7 @@ def run_commands() -> dict[str, Any]:
         commands = {
             "export": [*source, *size, "-o", "first.onnx", "--layers", "1", "--landmarks", "12"],
             "build": ["first.onnx", "-o", "first.engine", "--target", "rtx-ada", "--optimization-level", "0"],
-            "validate": ["first.onnx", *photographs, "--output", "report", "--report", "report/index.html"],
+            "validate": ["first.onnx", *photographs, "--output", "report"],
             "plan": [*source, *size, *photographs, *tried, "-o", "plan.json"],
             "export by plan": [*source, "--plan", "plan.json", "-o", "planned.onnx"],
             "bundle": ["planned.onnx", *photographs, "-o", "bundle", "--target", "t4"],
@@ -156,14 +156,14 @@ def run_commands() -> dict[str, Any]:
             "codes": codes,
             "source": f"{SMALL},weights={Path('mine.safetensors').resolve()}",
             "blocks": [node.name for node in load_onnx(Path("first.onnx")).graph.node if node.domain == "fna"],
-            "planned": json.loads(planned.model_dump_json()),
+            "planned": planned.model_dump(mode="json"),
             "plan": json.loads(Path("plan.json").read_text()),
-            "sources": [
-                record["validation"]["metadata"]["source"],
-                bundle["metadata"]["source"],
-                engine["metadata"]["source"],
-            ],
-            "steps": {step["step"]: step["errors"] for step in record["validation"]["steps"]},
+            "sources": [record["validation"]["metadata"]["source"], bundle["metadata"]["source"], planned.source],
+            "engine": engine,
+            "errors": {
+                step["step"]: max(error["relative_l2"] for error in step["errors"])
+                for step in record["validation"]["steps"]
+            },
         }
 
 
