@@ -156,7 +156,7 @@ def run_commands() -> dict[str, Any]:
             "codes": codes,
             "source": f"{SMALL},weights={Path('mine.safetensors').resolve()}",
             "blocks": [node.name for node in load_onnx(Path("first.onnx")).graph.node if node.domain == "fna"],
-            "planned": planned.model_dump(mode="json"),
+            "planned": planned.model_dump(mode="json", exclude_none=True),
             "plan": json.loads(Path("plan.json").read_text()),
             "sources": [record["validation"]["metadata"]["source"], bundle["metadata"]["source"], planned.source],
             "engine": engine,
