@@ -2,12 +2,15 @@
 
 Exact attention is timed in each form that onnxruntime has, a plan in the form that onnxruntime is given (docs/engines.md), all taking
 turns in one process, batch 1, fp32. A PLAN is as `studies.outside_photographs` has it. With --processor the time is the process's
-own, with one thread: it can be had beside other work, which a clock cannot. Milliseconds, median (fastest to slowest).
+own, with one thread: it can be had beside other work, which a clock cannot. With --files the exported files are kept in a folder and
+found there again, so that they can be made before the machine is quiet; --runs 0 only makes them. Milliseconds, median (fastest to
+slowest).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="dinov2-small-saliency")
     parser.add_argument("--resolution", type=int, default=518)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
     parser.add_argument("--processor", action="store_true", help="processor time of one thread")
     arguments = parser.parse_args()
     side = arguments.resolution
@@ -43,13 +47,18 @@ def main() -> None:
     plans |= {text: read_plan(text, subject) for text in arguments.plans}
     sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
         for text, plan in plans.items():
-            export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
+            path = (arguments.files or Path(folder)) / f"{side}-{re.sub('[^a-z0-9]+', '-', text)}.onnx"
+            if not path.is_file():
+                export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
+            if not arguments.runs:
+                continue
             for lowering in EXACT_FORMS if text == "exact" else ("onnxruntime",):
                 threads = 1 if arguments.processor else 0
                 session = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
                 sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session
+    if not arguments.runs:
+        return
     pixels = {INPUT_NAME: np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)}
     outputs = {name: session.run(None, pixels)[0] for name, session in sessions.items()}
     forms = [name for name in sessions if name.startswith("exact, ")]
