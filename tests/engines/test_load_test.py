@@ -47,6 +47,9 @@ def test_a_server_with_an_engine_is_held_to_a_bundles_tolerances() -> None:
     assert not agree_as_bundled(file)(near, expected)
     assert not int8({"tokens": expected["tokens"] + 0.3 * noise}, expected)
     assert not int8({}, expected)
+    scores = {"logits": np.array([[0, 1, 5]], np.float32)}
+    assert int8({"logits": scores["logits"] * 2}, scores)  # the same class
+    assert not int8({"logits": scores["logits"][:, ::-1]}, scores)
 
 
 class Crossed(TritonClient):

@@ -9,6 +9,7 @@ import pytest
 
 from fna.errors import InputFileError
 from fna.plugins.table.kernel_file import (
+    MAGIC,
     CompiledKernel,
     join_kernels,
     pack,
@@ -66,6 +67,12 @@ def test_a_library_gives_up_its_kernels_and_keeps_the_rest(file: Path, library: 
 def test_a_cut_file_is_no_table(file: Path, cut: int) -> None:
     os.truncate(file, file.stat().st_size - cut)
     with pytest.raises(InputFileError, match=r"kernels\.bin cannot be read .* fna plugin"):
+        read_kernels(file)
+
+
+def test_a_file_of_another_version_is_no_table(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(MAGIC, b"FNAKERN9"))
+    with pytest.raises(InputFileError, match="its end is not that of a table"):
         read_kernels(file)
 
 

@@ -37,6 +37,7 @@ constexpr Measure kMeasures[] = {
     {"row_cosine", "row cosine", &Difference::rowCosine, false},
     {"row_cosine_p5", "row cosine p5", &Difference::rowCosineP5, false},
     {"correlation", "correlation", &Difference::correlation, false},
+    {"relative_l2", "relative L2 error", &Difference::relativeL2, true},
     {"regret", "regret", &Difference::regret, true},
 };
 

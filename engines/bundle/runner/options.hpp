@@ -22,7 +22,8 @@ constexpr char const* kUsage = R"(usage: fna_runner ENGINE [options]           r
   --relative-l2 X           largest relative L2 error of an output     (1e-3)
   --cosine X                smallest cosine similarity of an output    (0.999)
   --task-tolerance NAME=MEASURE:X
-                            what an output is held to instead: row_cosine, row_cosine_p5, correlation (at least), regret (at most)
+                            what an output is held to instead: row_cosine, row_cosine_p5, correlation (at least),
+                            relative_l2, regret (at most)
   --plugin-layers FILE      layers that have to be plugin layers: a name a line, a tab, and fp32, fp16, bf16 or ?
   --output DIR              write the outputs there as NAME.npy
   --batch N                 items at a time     (the engine's usual batch, or all items if they are fewer)

@@ -58,8 +58,7 @@ inline std::string toJson(Report const& report, Options const& options, Driver c
     for (size_t i = 0; i < report.differences.size(); ++i)
     {
         auto const& [name, difference] = report.differences[i];
-        json += (i == 0 ? "" : ", ") + jsonText(name) + ": {\"relative_l2\": " + jsonNumber(difference.relativeL2)
-            + ", \"cosine\": " + jsonNumber(difference.cosine) + ", \"max_abs\": " + jsonNumber(difference.maxAbs)
+        json += (i == 0 ? "" : ", ") + jsonText(name) + ": {\"cosine\": " + jsonNumber(difference.cosine) + ", \"max_abs\": " + jsonNumber(difference.maxAbs)
             + ", \"not_finite\": " + std::to_string(difference.notFinite);
         for (Measure const& each : kMeasures)
         {

@@ -94,6 +94,14 @@ def test_the_regret_is_what_the_chosen_class_lacks() -> None:
     assert measure(SCORES, far)["regret"] == pytest.approx(3 / SCORES[1].std(), rel=1e-5)
 
 
+def test_a_wrong_scale_fails_though_it_turns_no_row() -> None:
+    for task in ("tokens", "vector", "map"):
+        assert failures(TOLERANCES["int8"], TASK_TOLERANCES["int8"][task], TOKENS, TOKENS * 1.2)[0].startswith(
+            "relative l2 0.2"
+        )
+    assert failures(TOLERANCES["int8"], TASK_TOLERANCES["int8"]["classes"], SCORES, SCORES * 1.2) == []
+
+
 def test_an_output_fails_by_its_task_alone_where_that_is_known() -> None:
     task = TaskTolerance(task="classes", regret=0.1)
     near = SCORES.copy()
