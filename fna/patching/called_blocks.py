@@ -116,12 +116,12 @@ def _find_grid(
     Args:
         tokens: of one image; 0 where they are not known.
         feature_map: what the last convolution before the first block of a tower wrote; None where there was none.
-        image: height and width of the input; without a feature map, patches that divide it evenly are looked for. None: they are not.
+        image: height and width of the input; where the feature map does not fit, patches that divide it evenly are looked for.
+            None: they are not.
         named: prefix tokens by the model's own attributes and parameters.
     """
-    if feature_map is not None:
-        extra = tokens - prod(feature_map)
-        return feature_map, extra if 0 <= extra < prod(feature_map) else named
+    if feature_map is not None and 0 <= tokens - prod(feature_map) < prod(feature_map):
+        return feature_map, tokens - prod(feature_map)
     height, width = image or (0, 0)
     sides = [side for side in range(2, min(height, width) + 1) if height % side == width % side == 0]
     grids = [(height // side, width // side) for side in sides]
@@ -129,7 +129,7 @@ def _find_grid(
         for grid in grids:
             if prefix < prod(grid) == tokens - prefix:
                 return grid, prefix
-    return None, named
+    return feature_map, named
 
 
 def _named_prefix(site: CallSite, model: nn.Module, modules: dict[str, nn.Module]) -> int:
