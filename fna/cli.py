@@ -91,7 +91,9 @@ def run_and_exit() -> None:
     """Entry point of the command and of `python -m fna.cli`."""
     code = main()
     # The interpreter looks for cycles once more before it ends, half a second after a large model; all memory goes with it.
-    gc.freeze()
+    # Triton's bindings print a page about what was not collected by then, so it looks where they are loaded.
+    if "triton" not in sys.modules:
+        gc.freeze()
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fna.cli import COMMANDS, main
+from fna.cli import COMMANDS, main, run_and_exit
 from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.export.trace import TraceOptions, trace_model
 from fna.files import save_model
@@ -191,6 +191,22 @@ def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(
     assert err.startswith("fna: ")
     assert re.search(said, err), err
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_cycles_are_left_alone_at_the_end_unless_tritons_bindings_would_say_what_is_left(
+    loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr("sys.argv", ["fna", "--help"])
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    if loaded:
+        monkeypatch.setitem(sys.modules, "triton", sys)
+    else:
+        monkeypatch.delitem(sys.modules, "triton", raising=False)
+    with pytest.raises(SystemExit):
+        run_and_exit()
+    assert frozen == ([] if loaded else [True])
 
 
 def test_a_corrupt_onnx_file_is_refused(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
