@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,17 +51,17 @@ def identify(context: Context, core: Core) -> Attention:
     operands = []
     for name, side, table in zip(("query", "key", "value"), (core.query, core.key, core.value), tables, strict=True):
         own_split = _split_batch(table, len(side.axes.batch))
-        wanted = _in_order(context.shape(side.tensor), side.axes, own_split, core.packed_heads)
+        in_order = partial(_in_order, axes=side.axes, split=own_split, packed_heads=core.packed_heads)
         links = chain_above(context.graph, context.points, side.tensor)
         if name == "value":
             links = [link for link in links if link.factor == 1.0]
         if name == "key" or name == "query":
             _check_per_head_factor(context, side, links[-1].tensor)
-        operand, number = find_operand(context.graph, context.points, side.tensor, wanted, sizes, links)
+        operand, number = find_operand(context.graph, context.points, side.tensor, in_order, sizes, links)
         operands.append(operand)
         factor *= number
     _check_output(context, core)
-    order = _in_order(context.shape(core.output), core.output_axes, own_split, core.packed_heads)
+    order = _in_order(numbered(context.shape(core.output)), core.output_axes, own_split, core.packed_heads)
     index = np.empty(order.size, np.int64)
     index[order.reshape(-1)] = numbered((order.size,))
     result = find_result(
@@ -359,15 +360,16 @@ def _sizes_at(
 
 
 def _in_order(
-    shape: Sequence[int],
+    array: NDArray[np.int64],
     axes: Axes,
     split: tuple[tuple[int, ...], tuple[int, ...], str],
     packed_heads: int | None,
 ) -> NDArray[np.int64]:  # [B, H, N, D]
-    """Numbers of a tensor's elements in the order `[B, H, N, D]`."""
+    """An array of a tensor's shape, in the order `[B, H, N, D]`."""
     images, heads, merged = split
+    shape = array.shape
     order = [axes.batch[axis] for axis in (*images, *heads)] + [axes.token, axes.channel]
-    moved = np.transpose(numbered(shape), order)
+    moved = np.transpose(array, order)
     tokens, channels = shape[axes.token], shape[axes.channel]
     outer = int(np.prod([shape[axes.batch[axis]] for axis in images], dtype=np.int64))
     if packed_heads:

@@ -6,7 +6,7 @@ their own, and so that equal sizes (heads of 3 beside a packed 3, N equal to D) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -159,22 +159,22 @@ def find_operand(
     graph: GraphView,
     points: Sequence[ShapePoint],
     name: str,
-    wanted: Index,  # numbers of the operand's elements, in the order [B, H, N, D], at points[0]
+    in_order: Callable[[Index], Index],  # an array of the operand's shape at points[0] -> [B, H, N, D]
     all_wanted: Sequence[tuple[int, int, int, int]],  # [B, H, N, D] at every point
     links: Sequence[Link],
 ) -> tuple[Operand, float]:
     """Choose the tensor from which `[B, H, N, D]` is had with fewest nodes, beyond scalings where possible."""
     best: tuple[tuple[int, int], Operand, float] | None = None
+    elements = int(np.prod(all_wanted[0], dtype=np.int64))
     for link in links:
         shape = points[0].shapes.get(link.tensor)
-        if shape is None or int(np.prod(shape, dtype=np.int64)) != wanted.size:
+        if shape is None or int(np.prod(shape, dtype=np.int64)) != elements:
             break
         try:
-            down = run_steps(graph, link.steps, numbered(shape), points[0]).reshape(-1)
+            down = run_steps(graph, link.steps, numbered(shape), points[0])
         except (CannotFoldError, ValueError, IndexError):
             break
-        own = down[wanted] if link.steps else wanted
-        recipe = _operand_recipe(points, link.tensor, shape, own, all_wanted)
+        recipe = _operand_recipe(points, link.tensor, shape, in_order(down), all_wanted)
         if recipe is None:
             continue
         nodes = (recipe.reshape is not None) + (recipe.perm is not None)
