@@ -122,6 +122,14 @@ def bundled_photographs() -> list[tuple[str, Image.Image]]:
     return [(name, Image.fromarray(pixels)) for name, pixels in images]
 
 
+def views_of(image: Image.Image) -> list[Image.Image]:
+    """Return an image and its four quarters: more of what a model may see than the image alone has."""
+    width, height = image.size
+    columns, rows = (0, width // 2, width), (0, height // 2, height)
+    boxes = [(columns[i], rows[j], columns[i + 1], rows[j + 1]) for j in range(2) for i in range(2)]
+    return [image, *(image.crop(box) for box in boxes if box[0] < box[2] and box[1] < box[3])]
+
+
 def load_images(folder: Path) -> tuple[list[tuple[str, Image.Image]], list[str]]:
     """Read every image in a folder, sorted by name.
 

@@ -18,11 +18,14 @@ from fna.export.passes.layer_costs import measure_layer_costs
 from fna.export.passes.precision import cast_model
 from fna.export.passes.quantize import Quantized, quantize_model
 from fna.export.passes.ranges import find_overflows, measure_ranges
+from fna.export.preprocessing import views_of
 from fna.files import load_onnx, save_model
 from fna.precision import Precision
 
 PHOTOGRAPHS_FOR_COSTS = 2
 """Each takes two runs for each linear layer."""
+MANY_PHOTOGRAPHS = 16
+"""From so many on 8 bits are calibrated on photographs as they are; of fewer, on their quarters as well."""
 FEW_PHOTOGRAPHS = 4
 """Fewer leave no three to give the ranges that a fourth is tried with."""
 
@@ -107,11 +110,12 @@ def make_variant(
     if variant.eight_bit:
         on_step(f"quantising to {' and '.join(variant.eight_bit)} on {len(pixels)} photographs")
         kinds = [EIGHT_BIT[name] for name in variant.eight_bit]
+        views = calibration_pixels(
+            metadata, [image for _, image in photographs], image_size(model, metadata, resolution)
+        )
 
         def quantize(kept: Sequence[str]) -> Quantized:
-            return quantize_model(
-                model, pixels, kinds=kinds, keep=variant.keep_fp32, keep_layers=kept, name=str(source)
-            )
+            return quantize_model(model, views, kinds=kinds, keep=variant.keep_fp32, keep_layers=kept, name=str(source))
 
         quantized = quantize(variant.keep_linear)
         if variant.linear_goal is not None:
@@ -130,6 +134,14 @@ def make_variant(
         )
     save_model(result, output)
     return notes
+
+
+def calibration_pixels(
+    metadata: FileMetadata, images: Sequence[Image.Image], size: tuple[int, int]
+) -> list[NDArray[np.float32]]:
+    """Return what 8 bits are calibrated on, `[V, 3, H, W]` for each photograph."""
+    cuts = views_of if len(images) < MANY_PHOTOGRAPHS else lambda image: [image]
+    return [np.stack([metadata.preprocessing.apply(view, *size) for view in cuts(image)]) for image in images]
 
 
 def _costliest(

@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 from fna.errors import InvalidArgumentError
 from fna.export.operators.builder import Builder
 from fna.export.operators.registry import model_opset
+from fna.export.passes.lower import lower
 from fna.files import LARGEST_SINGLE_FILE
 from fna.runtime import open_session, run_session
 
@@ -24,10 +25,10 @@ class InputStatistics:
     """What a tensor `[..., K]` held on the photographs.
 
     Attributes:
-        lowest: of each photograph and channel, `[P, K]`.
+        lowest: of each photograph and channel, `[P, K]`, on all of its views.
         highest: likewise.
         mean: per channel, `[K]`.
-        rows: evenly spaced rows of each photograph, `[P, R, K]`.
+        rows: evenly spaced rows of each photograph's views, `[P, R, K]`.
     """
 
     lowest: NDArray[np.float64]
@@ -48,17 +49,16 @@ def measure_inputs(
     Args:
         model: with its functions and tensors.
         channels: the tensors, with the size K of their last axis.
-        pixels: preprocessed photographs, `[1, 3, H, W]` each.
+        pixels: preprocessed photographs, `[V, 3, H, W]` each: one view, or several, as many of each.
         rows: how many of each tensor are kept, of all photographs together.
         name: says in errors which file it was.
 
     Raises:
         InvalidArgumentError: if a tensor holds NaN or infinite values, naming it and the photograph's number.
     """
-    observed = ModelProto()
-    observed.CopyFrom(model)
+    observed = lower(model, "onnxruntime")  # scores of all heads at once are gigabytes at 5330 tokens
     op = Builder(model_opset(model), prefix="fna_observed/")
-    places = np.arange(-(-rows // max(1, len(pixels))), dtype=np.int64)
+    places = np.arange(-(-rows // sum(len(views) for views in pixels)), dtype=np.int64)
     results: dict[str, tuple[str, ...]] = {}
     for tensor, size in channels.items():
         flat = op.Reshape(tensor, [-1, size])
@@ -78,16 +78,18 @@ def measure_inputs(
         path = Path(folder) / "observed.onnx"
         onnx.save(observed, path, save_as_external_data=observed.ByteSize() > LARGEST_SINGLE_FILE)
         session = open_session(path, name=name)
-        for number, image in enumerate(pixels):
-            arrays = run_session(session, {session.get_inputs()[0].name: image}, name=name)
+        for number, views in enumerate(pixels):
+            arrays = [run_session(session, {session.get_inputs()[0].name: view[None]}, name=name) for view in views]
             for tensor, kept in results.items():
-                found = tuple(arrays[value] for value in kept)
-                if not all(np.isfinite(array).all() for array in found):
+                found = [tuple(of_view[value] for value in kept) for of_view in arrays]
+                if not all(np.isfinite(array).all() for arrays_of_view in found for array in arrays_of_view):
                     raise InvalidArgumentError(
                         f"{tensor} of {name} holds NaN or infinite values on photograph {number + 1} of {len(pixels)}, so it "
                         "has no range to quantise by; mend the fp32 model first (fna validate names its first such tensor)"
                     )
-                seen[tensor].append(found)
+                lowest, highest, mean, sample = zip(*found, strict=True)
+                merged = np.min(lowest, axis=0), np.max(highest, axis=0), np.mean(mean, axis=0), np.concatenate(sample)
+                seen[tensor].append(merged)
     return {tensor: _summary(found) for tensor, found in seen.items()}
 
 

@@ -6,18 +6,22 @@ the rest. So the middle of each channel's range is taken off and what stands out
 
     x = scale * y + shift,   x W + b = y (scale W) + (shift W + b)
 
-What comes straight out of attention is left alone: FNA's rows need not sum to 1, so nothing can be shifted through it.
+What comes straight out of attention cannot be shifted through it: FNA's rows need not sum to 1. But every kind of attention treats
+each channel of its values by itself and linearly, so a division goes through it, into the weight and bias that make the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
+from fna.export.operators.record import DOMAIN
+from fna.export.operators.registry import OPERATORS
 from fna.export.passes.linear import Array, LinearGraph, LinearLayer
 
 _MOVES = (
@@ -39,6 +43,8 @@ _ELEMENTWISE = (
     "LeakyRelu", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization", "GroupNormalization",
 )  # fmt: skip
 
+_SWAP_HEADS = [0, 2, 1, 3]
+
 
 @dataclass(frozen=True)
 class Equalisation:
@@ -48,12 +54,27 @@ class Equalisation:
     scale: NDArray[np.float64]
 
 
-def can_equalise(graph: LinearGraph, source: str) -> bool:
-    """Return whether a linear layer's input comes from a norm or a function by elements, and not straight out of attention."""
+class Freedom(Enum):
+    """What may be done to a tensor before it is quantised."""
+
+    NONE = "none"
+    SCALE = "scale"
+    ALL = "shift and scale"
+
+
+def find_freedom(graph: LinearGraph, source: str, layers: Sequence[LinearLayer]) -> Freedom:
+    """Return what may be done to the input of linear layers: all to what a norm or a function by elements made.
+
+    What comes straight out of attention can be scaled where its values come from a weight and nowhere else.
+    """
     maker = graph.makers.get(source)
     while maker is not None and maker.op_type in _MOVES:
         maker = graph.makers.get(maker.input[0])
-    return maker is not None and maker.op_type in _ELEMENTWISE and maker.domain in ("", "ai.onnx", "com.microsoft")
+    if maker is not None and maker.op_type in _ELEMENTWISE and maker.domain in ("", "ai.onnx", "com.microsoft"):
+        return Freedom.ALL
+    values = _values_of_attention(graph, source, [layer.node for layer in layers])
+    size = len(graph.weight(layers[0]))
+    return Freedom.SCALE if values is not None and _factors(graph, *values, size) is not None else Freedom.NONE
 
 
 def equalise(graph: LinearGraph, source: str, layers: Sequence[LinearLayer], chosen: Equalisation) -> str:
@@ -83,7 +104,7 @@ def _divide(graph: LinearGraph, tensor: str, readers: Sequence[NodeProto], scale
     """Divide a tensor by `[K]` in the constants that make it; in a node where there are none."""
     if (scale == 1).all():
         return tensor
-    places = _factors(graph, tensor, readers, scale.size)
+    places = _factors(graph, *(_values_of_attention(graph, tensor, readers) or (tensor, readers)), scale.size)
     if places is None:
         return graph.insert("Mul", [tensor, graph.add_constant(f"{tensor}/factor", 1 / scale)], f"{tensor}/scaled")
     for node, position in places:
@@ -138,6 +159,48 @@ def _factors(
         value is not None and (_is_per_channel(value, size) or _is_weight(node, value, size)) for node, value in values
     )
     return places if all(fits) else None
+
+
+def _values_of_attention(
+    graph: LinearGraph, tensor: str, readers: Sequence[NodeProto]
+) -> tuple[str, list[NodeProto]] | None:
+    """Of a tensor `[B, N, H D]` straight out of attention, the tensor of that shape that its values are, and what reads it.
+
+    None where it is something else, its heads are laid out otherwise, or something else reads the values.
+    """
+    attention = _past_heads(graph, tensor, readers)
+    maker = None if attention is None else graph.makers.get(attention[0])
+    if attention is None or maker is None or not graph.is_read_by_these_alone(*attention):
+        return None
+    operator = OPERATORS.get(maker.op_type) if maker.domain == DOMAIN else None
+    if operator is not None and operator.attends:
+        value = maker.input[[formal.name for formal in operator.inputs].index("value")]
+    elif maker.op_type == "Attention":
+        value = maker.input[2]
+    elif maker.op_type == "MatMul" and _is_softmax(graph, maker.input[0]):
+        value = maker.input[1]
+    else:
+        return None
+    return _past_heads(graph, value, [maker])
+
+
+def _past_heads(graph: LinearGraph, tensor: str, readers: Sequence[NodeProto]) -> tuple[str, list[NodeProto]] | None:
+    """Go up past the splitting or joining of heads to `(tensor, what reads it)`; None where there is none."""
+    swaps, reader = 0, list(readers)
+    while (maker := graph.makers.get(tensor)) is not None and maker.op_type in ("Reshape", "Transpose"):
+        if not graph.is_read_by_these_alone(tensor, reader):
+            return None
+        if maker.op_type == "Transpose":
+            swaps += list(maker.attribute[0].ints) == _SWAP_HEADS if maker.attribute else 2
+        tensor, reader = maker.input[0], [maker]
+    return (tensor, reader) if swaps == 1 else None
+
+
+def _is_softmax(graph: LinearGraph, tensor: str) -> bool:
+    maker = graph.makers.get(tensor)
+    while maker is not None and maker.op_type == "Cast":
+        maker = graph.makers.get(maker.input[0])
+    return maker is not None and maker.op_type == "Softmax"
 
 
 def _is_per_channel(values: Array, size: int) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from fna.export.passes.linear import LINEAR, LinearGraph
+from fna.export.passes.lower import lower
 from fna.runtime import Arrays, open_session, run_session
 
 _SWITCHES = "fna_in_eight_bits"
@@ -50,7 +51,7 @@ def measure_layer_costs(
         most: how many of the costliest are left out of 8 bits one after the other; None is all.
     """
     switched, groups = _with_switches(model)
-    session = open_session(switched)
+    session = open_session(lower(switched, "onnxruntime"))
     name = next(value.name for value in session.get_inputs() if value.name != _SWITCHES)
     most = len(groups) if most is None else min(most, len(groups))
     runs = [0, len(pixels) * (2 + len(groups) + most)]

@@ -21,17 +21,15 @@ from fna.errors import InvalidArgumentError
 from fna.export.metadata import FileMetadata, read_metadata, write_metadata
 from fna.export.operators.registry import attach_functions, model_opset
 from fna.export.passes.calibration import InputStatistics, measure_inputs
-from fna.export.passes.eight_bit import FP8, INT8, SMALLEST_SCALE, EightBit, quantized_types
-from fna.export.passes.equalise import can_equalise, equalise
+from fna.export.passes.eight_bit import INT8, SMALLEST_SCALE, EightBit, quantized_types
+from fna.export.passes.equalise import equalise, find_freedom
 from fna.export.passes.linear import LinearGraph, LinearLayer, find_linear_layers
 from fna.export.passes.raise_opset import raise_opset
 from fna.export.passes.recipe import (
-    ROWS_FOR_CHOOSING,
     ROWS_FOR_ROUNDING,
     Candidate,
     choose,
-    round_rows,
-    round_weight,
+    move_rows,
     round_weight_in_turn,
     weight_scale,
 )
@@ -73,7 +71,7 @@ def quantize_model(
 
     Args:
         model: with its tensors loaded.
-        pixels: preprocessed photographs, `[1, 3, H, W]` each; what enters the layers is measured on them.
+        pixels: preprocessed photographs, `[V, 3, H, W]` each, one view or several; what enters the layers is measured on them.
         kinds: the 8-bit types; of several each layer gets the one that its output bears best.
         keep: numbers of blocks whose linear layers stay as they are.
         keep_layers: names of linear layers that stay as they are, and with them those that share their input.
@@ -91,14 +89,13 @@ def quantize_model(
     inputs = _inputs_of(layers, keep, keep_layers, name)
     sizes = {layer.name: graph.weight(layer).size for layer in layers}
     channels = {source: len(graph.weight(sharing[0])) for source, sharing in inputs.items()}
-    rows = ROWS_FOR_ROUNDING if FP8 in kinds else ROWS_FOR_CHOOSING
-    statistics = measure_inputs(result, channels, pixels, rows, name)
+    statistics = measure_inputs(result, channels, pixels, ROWS_FOR_ROUNDING, name)
     chosen: dict[str, Candidate] = {}
     notes: list[str] = []
 
     def choose_for(source: str) -> Candidate:
         weights = [graph.weight(layer) for layer in inputs[source]]
-        return choose(kinds, statistics[source], weights, can_equalise(graph, source))
+        return choose(kinds, statistics[source], weights, find_freedom(graph, source, inputs[source]))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         candidates = dict(zip(inputs, pool.map(choose_for, inputs), strict=True))
@@ -186,22 +183,20 @@ def _quantize(
     statistics: InputStatistics,
 ) -> None:
     """Write the pairs around a tensor and the weights that it meets, and take the mean error off the biases."""
-    kind, equalisation = candidate.kind, candidate.equalisation
-    entering = _pair(graph, tensor, kind, kind.scale(np.asarray(candidate.largest)))
-    mean = ((statistics.rows - equalisation.shift) / equalisation.scale).mean(axis=(0, 1))
-    rounded = round_rows(kind, equalisation, candidate.largest, statistics.rows)
-    rounded_mean = rounded.mean(axis=(0, 1), dtype=np.float64)
-    for layer in layers:
-        weight = graph.weight(layer)
-        if kind is FP8:  # int8 gains nothing by it
-            rounded_weight = round_weight_in_turn(kind, weight, rounded.reshape(-1, len(weight)))
-            scale = weight_scale(kind, weight)
-            graph.set_weight(layer, rounded_weight)
-        else:
-            rounded_weight, scale = round_weight(kind, weight), weight_scale(kind, weight)
-        graph.add_to_bias(layer, mean @ weight - rounded_mean @ rounded_weight)
+    kind, scale = candidate.kind, candidate.kind.scale(np.asarray(candidate.largest))
+    entering = _pair(graph, tensor, kind, scale)
+    moved = move_rows(candidate.equalisation, statistics.rows)
+    rounded = kind.round(moved, scale)
+    means = [rows.mean(axis=(0, 1), dtype=np.float64) for rows in (moved, rounded)]
+    weights = [graph.weight(layer) for layer in layers]
+    together = round_weight_in_turn(kind, np.concatenate(weights, axis=1), rounded.reshape(-1, len(weights[0])))
+    ends = np.cumsum([weight.shape[1] for weight in weights])[:-1]
+    for layer, weight, rounded_weight in zip(layers, weights, np.split(together, ends, axis=1), strict=True):
+        graph.set_weight(layer, rounded_weight)
+        graph.add_to_bias(layer, means[0] @ weight - means[1] @ rounded_weight)
         layer.node.input[0] = entering
-        layer.node.input[1] = _pair(graph, layer.node.input[1], kind, scale, axis=0 if layer.is_transposed else 1)
+        axis = 0 if layer.is_transposed else 1
+        layer.node.input[1] = _pair(graph, layer.node.input[1], kind, weight_scale(kind, weight), axis=axis)
 
 
 def _pair(graph: LinearGraph, tensor: str, kind: EightBit, scale: NDArray[np.float32], **attributes: int) -> str:

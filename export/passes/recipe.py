@@ -10,20 +10,35 @@ from numpy.typing import NDArray
 
 from fna.export.passes.calibration import InputStatistics
 from fna.export.passes.eight_bit import INT8, Array, EightBit
-from fna.export.passes.equalise import Equalisation
-
-STANDING_OUT = (0.0, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Candidates: this share of the channels, the widest, is divided down to the width of the next."""
+from fna.export.passes.equalise import Equalisation, Freedom
 
 
+@dataclass(frozen=True)
+class Narrowing:
+    """How the channels that stand out are divided: this share of them, the widest, by a power of how far they are above the next."""
+
+    share: float
+    power: float = 1.0
+
+
+NARROWINGS = (
+    *(Narrowing(share) for share in (0, 1 / 64, 1 / 16, 1 / 4, 1 / 2)),
+    Narrowing(1 / 4, 0.5),
+    Narrowing(3 / 4, 0.5),
+)
+"""Candidates. The root leaves the weights' rows alike, the whole leaves the channels so."""
 ROWS_FOR_CHOOSING, ROWS_FOR_ROUNDING = 640, 4096
 """Rows of all photographs together: a choice needs an error's size, rounding in turn a Gram matrix of K x K."""
 DAMPING = 0.01
 """Of the mean of the Gram matrix's diagonal, as in GPTQ's own code."""
 GROUP = 128
 """Rows after which an error reaches the rest; a matter of speed only."""
-HEADROOM = (1.0, 1.15, 1.3, 1.5)
+HEADROOM = (1.2, 1.5, 2.0)
 """Candidates: how much wider than on the photographs the range is made, for what others hold."""
+USUAL = 0.9
+"""So many of the channels are no wider than what is taken as the least width of all."""
+LEFT_BY_ROUNDING_IN_TURN = 0.5
+"""About this share of the error of weights that are rounded one by one is left where they are rounded in turn."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class Candidate:
         equalisation: the shift and scale that come before.
         largest: magnitude of the equalised tensor that the type's range is fitted to.
         error: of the layers' outputs on the sampled rows of each photograph, with ranges of the others: mean squares of what is
-            left when its mean is taken off, as a share of the output's variance, summed over the layers.
+            left when its mean is taken off, as a share of the output's variance, summed over the layers; that of the input and
+            `LEFT_BY_ROUNDING_IN_TURN` of that of the weights.
     """
 
     kind: EightBit
@@ -48,7 +64,7 @@ def choose(
     kinds: Sequence[EightBit],
     statistics: InputStatistics,
     weights: Sequence[Array],  # [K, M] each
-    movable: bool,
+    freedom: Freedom,
 ) -> Candidate:
     """Return the candidate whose layers' outputs are nearest to the exact ones, on photographs that gave it no range.
 
@@ -56,12 +72,12 @@ def choose(
         kinds: types to choose from.
         statistics: of the tensor that enters.
         weights: of the layers that it enters.
-        movable: whether it may be shifted and scaled.
+        freedom: whether it may be shifted and scaled.
     """
-    trial = _Trial(_thinned(statistics), np.concatenate(weights, axis=1), _shares(statistics, weights), movable)
+    trial = _Trial(_thinned(statistics), np.concatenate(weights, axis=1), _shares(statistics, weights), freedom)
     best = min((trial.best_of(kind) for kind in kinds), key=lambda setting: setting.error)
     everything = range(len(statistics.rows))
-    equalisation = _equalisation(best.kind, statistics, everything, best.portion, movable)
+    equalisation = _equalisation(best.kind, statistics, everything, best.narrowing, freedom)
     largest = best.headroom * _largest(statistics, everything, equalisation)
     return Candidate(best.kind, equalisation, largest, best.error)
 
@@ -69,7 +85,7 @@ def choose(
 @dataclass(frozen=True)
 class _Setting:
     kind: EightBit
-    portion: float
+    narrowing: Narrowing
     headroom: float
     error: float
 
@@ -81,26 +97,30 @@ class _Trial:
     statistics: InputStatistics
     weight: NDArray[np.float32]  # [K, M], of all layers
     shares: NDArray[np.float64]  # [M], what an output's mean square counts
-    movable: bool
+    freedom: Freedom
 
     def best_of(self, kind: EightBit) -> _Setting:
-        """Return the best portion to divide down together with the best headroom."""
-        portions = STANDING_OUT if self.movable and kind is INT8 else (0.0,)
+        """Return the best way to divide channels together with the best headroom."""
+        narrowings = NARROWINGS if self.freedom is not Freedom.NONE and kind is INT8 else NARROWINGS[:1]
         count = len(self.statistics.rows)
-        errors = np.zeros((len(portions), len(HEADROOM)))
+        errors = np.zeros((len(narrowings), len(HEADROOM)))
         for left_out in range(count):
             others = [number for number in range(count) if number != left_out] or [left_out]
             rows = self.statistics.rows[left_out]
-            exact = rows @ self.weight
-            for index, portion in enumerate(portions):
-                equalisation = _equalisation(kind, self.statistics, others, portion, self.movable)
+            for index, narrowing in enumerate(narrowings):
+                equalisation = _equalisation(kind, self.statistics, others, narrowing, self.freedom)
                 largest = _largest(self.statistics, others, equalisation)
-                weight = round_weight(kind, equalisation.scale[:, None].astype(np.float32) * self.weight)
+                weight = equalisation.scale[:, None].astype(np.float32) * self.weight
+                moved = move_rows(equalisation, rows)
+                of_weights = LEFT_BY_ROUNDING_IN_TURN * self._size(moved @ (round_weight(kind, weight) - weight))
                 for place, headroom in enumerate(HEADROOM):
-                    difference = round_rows(kind, equalisation, headroom * largest, rows) @ weight - exact
-                    errors[index, place] += float(difference.var(axis=0) @ self.shares) / count
+                    rounding = kind.round(moved, kind.scale(np.asarray(headroom * largest))) - moved
+                    errors[index, place] += (self._size(rounding @ weight) + of_weights) / count
         index, place = divmod(int(errors.argmin()), len(HEADROOM))
-        return _Setting(kind, portions[index], HEADROOM[place], float(errors[index, place]))
+        return _Setting(kind, narrowings[index], HEADROOM[place], float(errors[index, place]))
+
+    def _size(self, difference: NDArray[np.float32]) -> float:
+        return float(difference.var(axis=0) @ self.shares)
 
 
 def _thinned(statistics: InputStatistics) -> InputStatistics:
@@ -121,26 +141,37 @@ def _largest(statistics: InputStatistics, photographs: Sequence[int], equalisati
 
 
 def _equalisation(
-    kind: EightBit, statistics: InputStatistics, photographs: Sequence[int], portion: float, movable: bool
+    kind: EightBit, statistics: InputStatistics, photographs: Sequence[int], narrowing: Narrowing, freedom: Freedom
 ) -> Equalisation:
-    one = np.ones(statistics.mean.shape)
-    if not movable:
-        return Equalisation(np.zeros_like(one), one)
+    zero, one = np.zeros(statistics.mean.shape), np.ones(statistics.mean.shape)
+    if freedom is Freedom.NONE or (freedom is Freedom.SCALE and kind is not INT8):
+        return Equalisation(zero, one)
     if kind is not INT8:  # a floating type is as fine as its values are small, so they are gathered around zero
         return Equalisation(statistics.mean, one)
+    lowest, highest = _ranges(statistics, photographs)
+    middle = (lowest + highest) / 2 if freedom is Freedom.ALL else zero
+    half = np.maximum(highest - middle, middle - lowest)
+    limit = np.sort(half)[::-1][int(narrowing.share * half.size)]
+    return Equalisation(middle, np.maximum(one, half / limit) ** narrowing.power if limit > 0 else one)
+
+
+def _ranges(statistics: InputStatistics, photographs: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lowest and highest value of each channel; those of quiet channels are taken from their mean as far as most channels reach.
+
+    What a channel answers to may be on none of the photographs.
+    """
     lowest, highest = statistics.lowest[photographs].min(axis=0), statistics.highest[photographs].max(axis=0)
-    half = (highest - lowest) / 2
-    limit = np.sort(half)[::-1][int(portion * half.size)]
-    return Equalisation((lowest + highest) / 2, np.maximum(one, half / limit) if limit > 0 else one)
+    width = highest - lowest
+    factor = np.maximum(1, np.quantile(width, USUAL) / np.maximum(width, 1e-30))
+    mean = np.clip(statistics.mean, lowest, highest)
+    return mean - factor * (mean - lowest), mean + factor * (highest - mean)
 
 
-def round_rows(
-    kind: EightBit, equalisation: Equalisation, largest: float, rows: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Return rows `[..., K]`, equalised and quantised."""
+def move_rows(equalisation: Equalisation, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return rows `[..., K]`, equalised."""
     moved = np.subtract(rows, equalisation.shift, dtype=np.float32)
     moved /= equalisation.scale.astype(np.float32)
-    return kind.round(moved, kind.scale(np.asarray(largest)))
+    return moved
 
 
 def weight_scale(kind: EightBit, weight: Array) -> NDArray[np.float32]:
@@ -163,7 +194,7 @@ def round_weight_in_turn(
     Every row of the result is on the grid that `weight_scale(kind, weight)` spans.
     """
     scale = weight_scale(kind, weight)
-    gram = rows.astype(np.float64).T @ rows
+    gram = (rows.T @ rows).astype(np.float64)
     gram[np.diag_indices_from(gram)] += DAMPING * np.trace(gram) / len(gram) + 1e-12
     upper = np.linalg.cholesky(np.linalg.inv(gram)).T  # of the inverse; its rows say how an error is best spread
     left, done = weight.astype(np.float64).copy(), np.zeros(weight.shape, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +18,31 @@ from fna.engines.serving.client import RefusedError, TritonClient
 from fna.engines.serving.cpu_server import CpuServer, fetch_server, serve
 from fna.engines.serving.model_repository import write_model_repository
 from fna.errors import MissingCapabilityError
+from fna.export.passes.eight_bit import EIGHT_BIT
 from fna.export.preprocessing import Preprocessing, bundled_photographs
+from fna.export.variants import FileVariant, make_variant
 from fna.runtime import open_session, run_session
 
 CLIENTS = 4
 
 
 @pytest.fixture(scope="module")
-def repository(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("served") / "models"
+def eight_bit(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same file in each type of 8 bits."""
+    files = {kind: tmp_path_factory.mktemp("eight") / f"{kind}.onnx" for kind in EIGHT_BIT}
+    for kind, file in files.items():
+        make_variant(tiny, file, FileVariant(eight_bit=(kind,)), bundled_photographs()[:2])
+    return files
+
+
+@pytest.fixture(scope="module")
+def repository(tiny: Path, eight_bit: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    output = folder / "models"
     write_model_repository(tiny, output, batch=BatchRange(1, 4, 8))
+    for kind, file in eight_bit.items():
+        write_model_repository(file, folder / kind, batch=BatchRange(1, 4, 8))
+        shutil.copytree(folder / kind / f"{kind}_onnxruntime", output / f"{kind}_onnxruntime")
     return output
 
 
@@ -37,7 +53,7 @@ def server(repository: Path) -> Iterator[CpuServer]:
             fetch_server()
     except MissingCapabilityError as missing:
         pytest.skip(str(missing))
-    with serve(repository, ["tiny_portable"]) as running:
+    with serve(repository, ["tiny_portable", *(f"{kind}_onnxruntime" for kind in EIGHT_BIT)]) as running:
         yield running
     end = time.monotonic() + 10
     while is_group(running.process.pid) and time.monotonic() < end:  # until init has reaped them
@@ -64,6 +80,14 @@ def test_a_photograph_over_http_gets_what_fna_run_gives(server: CpuServer, tiny:
             assert np.linalg.norm(answer[name] - expected) < 2e-3 * np.linalg.norm(
                 expected
             )  # as the preprocessing model
+
+
+@pytest.mark.parametrize("kind", EIGHT_BIT)
+def test_a_file_in_8_bits_gets_what_onnxruntime_gives(server: CpuServer, eight_bit: dict[str, Path], kind: str) -> None:
+    pixels = Preprocessing().apply(bundled_photographs()[2][1], 56, 56)[None]
+    answer = TritonClient(server.address).infer(f"{kind}_onnxruntime", pixels, "pixel_values")
+    for name, expected in run_session(open_session(eight_bit[kind]), {"pixel_values": pixels}).items():
+        assert np.linalg.norm(answer[name] - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 def test_every_warm_up_ran_and_the_configurations_are_read_unchanged(server: CpuServer, repository: Path) -> None:
