@@ -13,23 +13,24 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from tiny_files import SIDE
 
-from fna.export.passes.equalise import Equalisation, can_equalise, equalise
+from fna.export.passes.equalise import Equalisation, Freedom, equalise, find_freedom
 from fna.export.passes.linear import LinearGraph, LinearLayer, find_linear_layers
 from fna.files import load_onnx
 from fna.runtime import Arrays, open_session, run_session
 
 RANDOM = np.random.default_rng(0)
 K = 8
-SHAPES = {"flat": [10, K], "whole": [2, 5, K]}
+SHAPES = {"flat": [10, K], "whole": [2, 5, K], "split": [2, 5, 4, 2]}
 
 
 def equalise_all(graph: LinearGraph, layers: list[LinearLayer]) -> None:
     """By random shifts and scales, where that is allowed."""
     for source in dict.fromkeys(layer.source for layer in layers):
         sharing = [layer for layer in layers if layer.source == source]
-        if can_equalise(graph, source):
-            size = len(graph.weight(sharing[0]))
-            equalise(graph, source, sharing, Equalisation(RANDOM.normal(size=size), np.exp(RANDOM.normal(size=size))))
+        freedom, size = find_freedom(graph, source, sharing), len(graph.weight(sharing[0]))
+        if freedom is not Freedom.NONE:
+            shift = RANDOM.normal(size=size) if freedom is Freedom.ALL else np.zeros(size)
+            equalise(graph, source, sharing, Equalisation(shift, np.exp(RANDOM.normal(size=size))))
     graph.finish()
 
 
@@ -54,12 +55,17 @@ def test_equalising_alone_leaves_the_outputs_as_they_were(tiny_file: Callable[[s
     assert kinds(model) - before == {"Sub": 4}  # behind each GELU; norms and what follows take the rest
 
 
-def test_what_comes_out_of_attention_is_left_alone(tiny_file: Callable[[str], Path]) -> None:
+def test_what_comes_out_of_attention_is_scaled_in_the_values_weight_and_never_shifted(
+    tiny_file: Callable[[str], Path],
+) -> None:
     for name in ("traced", "grafted"):
         model = load_onnx(tiny_file(name))
         graph = LinearGraph(model)
-        alone = [layer for layer in find_linear_layers(graph, model, 4) if not can_equalise(graph, layer.source)]
-        assert [layer.block for layer in alone] == [0, 1, 2, 3]  # the projections
+        layers = find_linear_layers(graph, model, 4)
+        found = {layer.name: find_freedom(graph, layer.source, [layer]) for layer in layers}
+        projections = [layer for layer in layers if found[layer.name] is Freedom.SCALE]
+        assert [layer.block for layer in projections] == [0, 1, 2, 3]  # exact attention, then FNA
+        assert set(found.values()) == {Freedom.SCALE, Freedom.ALL}
 
 
 def small_model(nodes: list[NodeProto], output: str, opset: int = 20) -> ModelProto:
@@ -81,6 +87,16 @@ def node(text: str, **attributes: float) -> NodeProto:
     output, _, call = text.partition(" = ")
     op_type, _, inputs = call.rstrip(")").partition("(")
     return helper.make_node(op_type, inputs.split(", "), [output], **attributes)
+
+
+def attention(values: str) -> list[NodeProto]:
+    """Tokens with themselves, in heads of two channels; `values` makes `v`."""
+    return [
+        node(values), node("s = Reshape(v, split)"), node("p = Transpose(s)", perm=[0, 2, 1, 3]),
+        node("q = Reshape(x, split)"), node("k = Transpose(q)", perm=[0, 2, 3, 1]), node("l = Transpose(q)", perm=[0, 2, 1, 3]),
+        node("m = MatMul(l, k)"), node("n = Softmax(m)"), node("o = MatMul(n, p)"), node("r = Transpose(o)", perm=[0, 2, 1, 3]),
+        node("a = Reshape(r, whole)"), node(FFN),
+    ]  # fmt: skip
 
 
 FFN = "y = MatMul(a, w)"
@@ -135,6 +151,18 @@ def test_every_kind_of_layer_computes_the_same(case: str) -> None:
     assert kinds(model) - before == added
     (found,) = run(model, pixels).values()
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_values_that_something_else_reads_are_left_alone() -> None:
+    for nodes, freedom in (
+        (attention("v = MatMul(x, w1)"), Freedom.SCALE),
+        ([*attention("v = MatMul(x, w1)"), node("z = Add(y, v)")], Freedom.NONE),  # the residual
+        (attention("v = Relu(x)"), Freedom.NONE),
+    ):
+        model = small_model(nodes, nodes[-1].output[0])
+        graph = LinearGraph(model)
+        (layer,) = [LinearLayer(each, "a", None) for each in graph.nodes if each.input[:2] == ["a", "w"]]
+        assert find_freedom(graph, "a", [layer]) is freedom
 
 
 def test_a_constant_that_others_read_stays_for_them() -> None:

@@ -17,14 +17,15 @@ from fna.errors import InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
 from fna.export.operators.registry import model_opset
-from fna.export.passes.calibration import InputStatistics
+from fna.export.passes.calibration import InputStatistics, measure_inputs
 from fna.export.passes.eight_bit import FP8, INT8
+from fna.export.passes.equalise import Freedom
 from fna.export.passes.layer_costs import measure_layer_costs
 from fna.export.passes.precision import cast_model
 from fna.export.passes.quantize import quantize_model
-from fna.export.passes.recipe import choose, round_weight, round_weight_in_turn, weight_scale
+from fna.export.passes.recipe import choose, move_rows, round_weight, round_weight_in_turn, weight_scale
 from fna.export.preprocessing import bundled_photographs
-from fna.export.variants import FileVariant, make_variant
+from fna.export.variants import FileVariant, calibration_pixels, make_variant
 from fna.files import load_onnx, save_model
 
 Find = Callable[[str], Path]
@@ -112,9 +113,41 @@ def test_ranges_are_chosen_with_room_for_photographs_that_gave_none() -> None:
     statistics = InputStatistics(
         rows.min(axis=1).astype(float), rows.max(axis=1).astype(float), rows.mean(axis=(0, 1)).astype(float), rows
     )
-    chosen = choose([INT8], statistics, [random.normal(size=(16, 8)).astype(np.float32)], movable=True)
-    moved = (rows - chosen.equalisation.shift) / chosen.equalisation.scale
+    chosen = choose([INT8], statistics, [random.normal(size=(16, 8)).astype(np.float32)], Freedom.ALL)
+    moved = move_rows(chosen.equalisation, rows)
     assert chosen.largest > 1.1 * np.abs(moved).max()
+
+
+def test_a_channel_that_is_quiet_on_all_photographs_has_room_as_the_others_have() -> None:
+    random = np.random.default_rng(0)
+    rows = np.abs(random.normal(size=(4, 64, 16))).astype(np.float32)
+    rows[:, :, 0] = 0.01 * random.random((4, 64))
+    lowest, highest = rows.min(axis=1).astype(float), rows.max(axis=1).astype(float)
+    statistics = InputStatistics(lowest, highest, rows.mean(axis=(0, 1)).astype(float), rows)
+    chosen = choose([INT8], statistics, [random.normal(size=(16, 8)).astype(np.float32)], Freedom.ALL)
+    awake = rows[0, :1] * 0
+    awake[0, 0] = rows.max()
+    assert np.abs(move_rows(chosen.equalisation, awake)[0, 0]) < chosen.largest
+
+
+def test_views_of_a_photograph_count_as_that_photograph(tiny_file: Find, pixels: list[NDArray[np.float32]]) -> None:
+    model = load_onnx(tiny_file("traced"))
+    (source,) = {
+        node.output[0] for node in model.graph.node if node.op_type == "LayerNormalization" and "_4" in node.output[0]
+    }
+    apart = measure_inputs(model, {source: 32}, pixels[:4], 40)[source]
+    views = measure_inputs(model, {source: 32}, [np.concatenate(pixels[:2]), np.concatenate(pixels[2:4])], 40)[source]
+    assert np.array_equal(views.lowest, apart.lowest.reshape(2, 2, -1).min(axis=1))
+    assert np.array_equal(views.highest, apart.highest.reshape(2, 2, -1).max(axis=1))
+    assert np.allclose(views.mean, apart.mean)
+    assert views.rows.shape == (2, 20, 32)
+
+
+def test_few_photographs_are_cut_into_quarters_and_many_are_not(tiny_file: Find) -> None:
+    metadata = read_metadata(load_onnx(tiny_file("traced")), "x")
+    images = [image for _, image in bundled_photographs()[:2]]
+    counts = [[len(views) for views in calibration_pixels(metadata, images * times, (28, 28))] for times in (1, 8)]
+    assert counts == [[5, 5], [1] * 16]
 
 
 def test_layers_named_stay_with_those_that_share_their_input(
