@@ -35,7 +35,7 @@ GROUP = 128
 """Rows after which an error reaches the rest; a matter of speed only."""
 HEADROOM = (1.2, 1.5, 2.0)
 """Candidates: how much wider than on the photographs the range is made, for what others hold."""
-USUAL = 0.9
+USUAL = 0.75
 """So many of the channels are no wider than what is taken as the least width of all."""
 LEFT_BY_ROUNDING_IN_TURN = 0.5
 """About this share of the error of weights that are rounded one by one is left where they are rounded in turn."""

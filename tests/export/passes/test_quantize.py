@@ -121,12 +121,12 @@ def test_ranges_are_chosen_with_room_for_photographs_that_gave_none() -> None:
 def test_a_channel_that_is_quiet_on_all_photographs_has_room_as_the_others_have() -> None:
     random = np.random.default_rng(0)
     rows = np.abs(random.normal(size=(4, 64, 16))).astype(np.float32)
-    rows[:, :, 0] = 0.01 * random.random((4, 64))
+    rows[:, :, 0] = 0.01 * random.random((4, 64)) ** 8  # like GELU's: seldom above zero, and then little
     lowest, highest = rows.min(axis=1).astype(float), rows.max(axis=1).astype(float)
     statistics = InputStatistics(lowest, highest, rows.mean(axis=(0, 1)).astype(float), rows)
     chosen = choose([INT8], statistics, [random.normal(size=(16, 8)).astype(np.float32)], Freedom.ALL)
     awake = rows[0, :1] * 0
-    awake[0, 0] = rows.max()
+    awake[0, 0] = np.median(highest.max(axis=0))
     assert np.abs(move_rows(chosen.equalisation, awake)[0, 0]) < chosen.largest
 
 
