@@ -300,7 +300,8 @@ def test_the_readmes_models_are_rows_of_the_measured_table() -> None:
 
 
 def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
-    """Fidelity stands in notes/planning.md, both numbers in one row; speed in benchmarks.md; cycles in notes/plugin.md."""
+    """Fidelity stands in notes/planning.md, both numbers in one row; speed in benchmarks.md; cycles in plugin.md
+    and, of focal attention, in notes/plugin.md."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| setting | tokens |"))
     table = list(takewhile(lambda line: line.startswith("|"), lines[start + 3 :]))  # after the row of exact attention
@@ -309,7 +310,11 @@ def test_the_readmes_gains_and_losses_are_numbers_of_the_notebook() -> None:
     assert all(re.fullmatch(r"0\.\d{4}", cell) for row in rows for cell in row[2:4])
     fidelities = (ROOT / "docs" / "notes" / "planning.md").read_text(encoding="utf-8").splitlines()
     speeds = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    cycles = (ROOT / "docs" / "notes" / "plugin.md").read_text(encoding="utf-8").splitlines()
+    cycles = [
+        line
+        for page in ("plugin.md", "notes/plugin.md")
+        for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    ]
     for setting, tokens, patches, class_token, speed, counted in rows:
         assert any(f"| {patches} |" in line and f"| {class_token} |" in line for line in fidelities), setting
         assert speed == "not timed" or re.search(rf"\| {tokens} \|.*\| {re.escape(speed)} \|", speeds), setting
