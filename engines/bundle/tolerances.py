@@ -72,19 +72,20 @@ TOLERANCES = {
 
 TASK_TOLERANCES: dict[str, dict[Task, TaskTolerance]] = {
     "int8": {
-        "tokens": TaskTolerance(task="tokens", row_cosine=0.9955, row_cosine_p5=0.989, relative_l2=0.13),
-        "vector": TaskTolerance(task="vector", row_cosine=0.998, relative_l2=0.09),
-        "map": TaskTolerance(task="map", correlation=0.9994, relative_l2=0.06),
-        "classes": TaskTolerance(task="classes", regret=0.4),
+        "tokens": TaskTolerance(task="tokens", row_cosine=0.9978, row_cosine_p5=0.9948, relative_l2=0.066),
+        "vector": TaskTolerance(task="vector", row_cosine=0.9979, relative_l2=0.065),
+        "map": TaskTolerance(task="map", correlation=0.9994, relative_l2=0.023),
+        "classes": TaskTolerance(task="classes", regret=1),
     },
     "fp8": {
-        "tokens": TaskTolerance(task="tokens", row_cosine=0.995, row_cosine_p5=0.986, relative_l2=0.14),
-        "vector": TaskTolerance(task="vector", row_cosine=0.9915, relative_l2=0.18),
-        "map": TaskTolerance(task="map", correlation=0.9986, relative_l2=0.1),
-        "classes": TaskTolerance(task="classes", regret=0.3),
+        "tokens": TaskTolerance(task="tokens", row_cosine=0.9946, row_cosine_p5=0.9893, relative_l2=0.105),
+        "vector": TaskTolerance(task="vector", row_cosine=0.9915, relative_l2=0.13),
+        "map": TaskTolerance(task="map", correlation=0.9976, relative_l2=0.036),
+        "classes": TaskTolerance(task="classes", regret=1.2),
     },
 }
-"""Twice what the worst photograph lost of those that nothing was calibrated on (`studies.task_tolerances`, docs/notes/bundle.md)."""
+"""Twice the error of the worst photograph that nothing was calibrated on (`studies.task_tolerances`, docs/notes/bundle.md). How far a
+cosine is from 1 goes with the square of the error, so four times that."""
 
 
 def tolerance_of(metadata: FileMetadata, precision: str) -> Tolerance:
