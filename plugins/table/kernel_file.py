@@ -18,7 +18,7 @@ from fna.errors import InputFileError
 
 MAGIC = b"FNAKERN1"
 LEVEL = 6
-"""Of zlib. Its 9 takes eight times as long on machine code for 1.6 % less (2026-11-28, the release's table)."""
+"""Of zlib. Its 9 takes seven times as long on machine code for 1.7 % less (99 of the release's 1133 images, 2026-11-28)."""
 
 _FOOTER = struct.Struct("<8sQQ")
 
