@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -173,6 +173,21 @@ class TorchSubject:
             towers=model.towers,
             tower=tower,
         )
+        names = (*model.token_outputs, *model.output_names)
+        self._fidelity_output = self._first_reached(names, (height, width)) if model.towers else names[0]
+
+    def _first_reached(self, names: Sequence[str], size: tuple[int, int]) -> str:
+        """The first of some outputs that the blocks planned for have a part in: other towers may have outputs of their own."""
+        pixels = torch.ones(1, *self.model.input_shape(*size))
+
+        def silence(call: AttentionCall) -> Tensor | None:
+            return None if call.block in self.layout.refused else torch.zeros_like(call.out)
+
+        with torch.inference_mode():
+            whole = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))
+            with observed(self.model.module, silence):
+                without = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))
+        return next((name for name in names if not torch.equal(whole[name], without[name])), names[0])
 
     def run(self, pixels: NDArray[np.float32], plan: Plan | None) -> Arrays:
         """See `Subject.run`."""
@@ -183,8 +198,8 @@ class TorchSubject:
 
     def tokens(self, outputs: Arrays) -> NDArray[np.float32]:
         """See `Subject.tokens`."""
-        tokens: NDArray[np.float32] = outputs[self._fidelity_output()].astype(np.float32)
-        return tokens[0] if self.model.token_outputs else tokens.reshape(1, -1)
+        tokens: NDArray[np.float32] = outputs[self._fidelity_output].astype(np.float32)
+        return tokens[0] if self._fidelity_output in self.model.token_outputs else tokens.reshape(1, -1)
 
     def kinds(self, outputs: Arrays) -> OutputKinds:
         """See `Subject.kinds`."""
@@ -247,11 +262,8 @@ class TorchSubject:
                 visit(view)
 
     def _tokens(self, pixels: Tensor) -> Tensor:  # [T, C]
-        tokens = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output()]
-        return tokens[0] if self.model.token_outputs else tokens.reshape(1, -1)
-
-    def _fidelity_output(self) -> str:
-        return (*self.model.token_outputs, *self.model.output_names)[0]
+        tokens = dict(zip(self.model.output_names, self.model.module(pixels), strict=True))[self._fidelity_output]
+        return tokens[0] if self._fidelity_output in self.model.token_outputs else tokens.reshape(1, -1)
 
 
 def _find_grid(model: LoadedModel, block: AttentionBlock, size: tuple[int, int], tokens: int) -> tuple[int, int] | None:

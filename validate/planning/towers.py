@@ -10,7 +10,7 @@ from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel
 from fna.patching import find_attention_blocks
 from fna.plan import Plan
-from fna.validate.planning.subject import Layout
+from fna.validate.planning.subject import Layout, Subject
 from fna.validate.planning.wish import Wish
 
 
@@ -35,6 +35,17 @@ def check_grids(layouts: Sequence[Layout]) -> None:
             f"its towers have patches on grids of {named}, and one plan tells one grid that is no square; make a plan with fna plan "
             "--tower, or take square images"
         )
+
+
+def leave_out_small(subjects: Sequence[Subject], wish: Wish) -> tuple[list[Subject], list[str]]:
+    """Leave out towers where nothing is cheaper than exact attention, and say so; where that is all of them, leave them in."""
+    paying = [subject for subject in subjects if wish.tried.candidates(subject.layout)]
+    if not paying:
+        return list(subjects), []
+    small = [subject.layout for subject in subjects if subject not in paying]
+    return paying, [
+        f"tower {layout.tower} stays exact: nothing is cheaper at its {layout.tokens} tokens" for layout in small
+    ]
 
 
 def share_wish(wish: Wish, count: int) -> Wish:

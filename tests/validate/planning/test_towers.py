@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from called_models import SIDE, make_scene, make_towers
@@ -16,7 +18,7 @@ from fna.validate.planning.cost import ProductCost
 from fna.validate.planning.planner import Planner
 from fna.validate.planning.result import Planned
 from fna.validate.planning.subject import TorchSubject
-from fna.validate.planning.towers import join_plans, share_wish, towers_to_plan
+from fna.validate.planning.towers import check_grids, join_plans, leave_out_small, share_wish, towers_to_plan
 from fna.validate.planning.wish import Wish
 
 TRIED = SearchRange(samplers=("grid",), landmarks=(8, 64), iterations=(6,), shared=False, focal=(), corrections=False)
@@ -41,6 +43,28 @@ def test_one_tower_is_planned_for_and_the_others_stay_exact() -> None:
     fna.patch(model.module, planned.plan)
     with pytest.raises(InvalidArgumentError, match=r"all towers at once .*vision, depth"):
         TorchSubject(model, SIDE, SIDE)
+
+
+def test_a_tower_where_nothing_pays_stays_exact_and_is_said() -> None:
+    model = wrap_model("tests:towers", make_towers())
+    wish = Wish(min_cosine=0.3, tried=TRIED)
+    subjects = [TorchSubject(model, SIDE, SIDE, tower) for tower in TOWERS]
+    assert leave_out_small(subjects, wish) == (subjects, [])
+    subjects[0].layout = replace(subjects[0].layout, tokens=9)
+    assert leave_out_small(subjects, wish) == (
+        subjects[1:],
+        ["tower vision stays exact: nothing is cheaper at its 9 tokens"],
+    )
+    assert leave_out_small(subjects[:1], wish) == (subjects[:1], [])  # planning then says why
+
+
+def test_towers_of_different_grids_that_are_no_squares_are_refused() -> None:
+    layout = TorchSubject(wrap_model("tests:towers", make_towers()), SIDE, SIDE, "vision").layout
+    square, wide = replace(layout, patches=(4, 4)), replace(layout, patches=(4, 6))
+    check_grids([layout, square])
+    check_grids([wide, wide])
+    with pytest.raises(InvalidArgumentError, match="patches on grids of 8x8 and 4x6"):
+        check_grids([layout, wide])
 
 
 def test_sixteen_images_at_once_are_planned_for() -> None:

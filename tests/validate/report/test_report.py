@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from fna.cli import main
-from fna.validate.report.page import look_up
+from fna.validate.budget.measure import Outputs
+from fna.validate.report.document import Document
+from fna.validate.report.page import look_up, render
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -223,3 +225,16 @@ def test_print_keeps_what_backgrounds_say(report: Path) -> None:
     """Browsers print no backgrounds unless told to, and the bars and the tolerances' lines are backgrounds."""
     style = report.read_text(encoding="utf-8").split("@media print", 1)[1]
     assert "print-color-adjust: exact" in style.split("</style>")[0]
+
+
+def test_a_bench_without_counts_is_shown_without_them(report: Path, data: dict) -> None:
+    changed = json.loads(json.dumps(data))
+    for row in changed["bench"]["rows"]:
+        row["counts"] = None  # of a model of several towers
+    document = Document.model_validate_json(report.with_suffix(".json").read_text(encoding="utf-8"))
+    numbers = {
+        path
+        for path, *_ in Page(render(document, changed, Outputs(exact={}, approximated={}, exported={}), [])).numbers
+    }
+    assert "bench.rows.0.speedup" in numbers
+    assert not any("counts" in path for path in numbers)
