@@ -40,6 +40,11 @@ def test_one_tower_is_planned_for_and_the_others_stay_exact() -> None:
     assert planned.plan.blocks
     assert {block.block for block in planned.plan.blocks} <= {0, 1}
     assert planned.point.measured is not None
+    depth = plan_for(model, "depth")  # whose tokens are the second output
+    assert depth.plan.blocks
+    assert {block.block for block in depth.plan.blocks} <= {2, 3, 4}
+    assert depth.point.measured is not None
+    assert depth.point.measured.mean < 1
     fna.patch(model.module, planned.plan)
     with pytest.raises(InvalidArgumentError, match=r"all towers at once .*vision, depth"):
         TorchSubject(model, SIDE, SIDE)
