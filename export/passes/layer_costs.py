@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from fna.export.blocks import find_blocks
 from fna.export.passes.linear import LINEAR, LinearGraph
 from fna.export.passes.lower import lower
 from fna.runtime import Arrays, open_session, run_session
@@ -25,12 +26,16 @@ class LayerCost:
         alone: mean cosine of the outputs, rows of the last axis, with these layers alone in 8 bits, to those with none.
         everything: the same with all layers in 8 bits.
         without: the same with all in 8 bits but these and those that cost more; None where that was not measured.
+        block: that they belong to; None outside all blocks, and where blocks were not asked for.
+        block_alone: the same with all layers of that block alone in 8 bits.
     """
 
     layers: tuple[str, ...]
     alone: float
     everything: float
     without: float | None
+    block: int | None = None
+    block_alone: float | None = None
 
 
 def measure_layer_costs(
@@ -40,6 +45,7 @@ def measure_layer_costs(
     on_layer: Callable[[int, int], None] = lambda _done, _of: None,
     *,
     most: int | None = None,
+    num_blocks: int = 0,
 ) -> list[LayerCost]:
     """Measure the linear layers of a file with pairs of QuantizeLinear and DequantizeLinear, the costliest alone first.
 
@@ -49,12 +55,17 @@ def measure_layer_costs(
         output: the output that is compared, `[..., C]`.
         on_layer: called with how many runs are done, and of how many.
         most: how many of the costliest are left out of 8 bits one after the other; None is all.
+        num_blocks: attention blocks, as the file's plan counts them, to measure each block's layers together as well; 0 does not.
     """
-    switched, groups = _with_switches(model)
+    block_of = find_blocks(model, num_blocks) if num_blocks else {}
+    switched, products = _with_switches(model)
+    groups = [tuple(str(node.name) for node in nodes) for nodes in products]
+    blocks = [block_of.get(nodes[0].output[0]) for nodes in products]
+    known = sorted({block for block in blocks if block is not None})
     session = open_session(lower(switched, "onnxruntime"))
     name = next(value.name for value in session.get_inputs() if value.name != _SWITCHES)
     most = len(groups) if most is None else min(most, len(groups))
-    runs = [0, len(pixels) * (2 + len(groups) + most)]
+    runs = [0, len(pixels) * (2 + len(groups) + len(known) + most)]
 
     def run(on: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
         results = []
@@ -68,6 +79,7 @@ def measure_layer_costs(
     count = len(groups)
     exact = run(np.zeros(count, bool))
     alone = [_cosine(exact, run(np.arange(count) == index)) for index in range(count)]
+    together = {block: _cosine(exact, run(np.array([other == block for other in blocks]))) for block in known}
     order = np.argsort(alone)
     on = np.ones(count, bool)
     everything = _cosine(exact, run(on))
@@ -75,7 +87,9 @@ def measure_layer_costs(
     for place, index in enumerate(order):
         on[index] = False
         without = _cosine(exact, run(on)) if place < most else None
-        costs.append(LayerCost(groups[index], alone[index], everything, without))
+        block = blocks[index]
+        of_block = None if block is None else together[block]
+        costs.append(LayerCost(groups[index], alone[index], everything, without, block, of_block))
     return costs
 
 
@@ -88,8 +102,8 @@ def _cosine(exact: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.flo
     return float(np.mean(cosines))
 
 
-def _with_switches(model: ModelProto) -> tuple[ModelProto, list[tuple[str, ...]]]:
-    """A copy with one more input, a switch for each tensor that enters linear layers in 8 bits; and the names of those layers."""
+def _with_switches(model: ModelProto) -> tuple[ModelProto, list[list[NodeProto]]]:
+    """A copy with one more input, a switch for each tensor that enters linear layers in 8 bits; and those layers."""
     result = ModelProto()
     result.CopyFrom(model)
     graph = LinearGraph(result)
@@ -99,7 +113,6 @@ def _with_switches(model: ModelProto) -> tuple[ModelProto, list[tuple[str, ...]]
         if node.op_type in LINEAR and all(pair is not None and pair.op_type == "DequantizeLinear" for pair in pairs):
             sharing.setdefault(node.input[0], []).append(index)
     products = {entering: [graph.nodes[index] for index in indices] for entering, indices in sharing.items()}
-    groups = [tuple(str(node.name) for node in nodes) for nodes in products.values()]
     for place, (entering, nodes) in enumerate(products.items()):
         position = graph.add_constant(f"{_SWITCHES}/{place}", np.array(place), TensorProto.INT64)
         on = graph.insert("Gather", [_SWITCHES, position], f"{_SWITCHES}/{place}/on", axis=0)
@@ -108,8 +121,8 @@ def _with_switches(model: ModelProto) -> tuple[ModelProto, list[tuple[str, ...]]
         for node in nodes:
             node.input[0], node.input[1] = chosen[node.input[0]], chosen[node.input[1]]
     graph.finish()
-    result.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(groups)]))
-    return result, groups
+    result.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(products)]))
+    return result, list(products.values())
 
 
 def _choice(graph: LinearGraph, on: str, tensor: str) -> str:

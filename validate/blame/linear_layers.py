@@ -27,6 +27,7 @@ def measure_linear_layers(chain: Chain, pixels: Sequence[NDArray[np.float32]], o
         output,
         lambda done, of: on_step("measuring each linear layer in 8 bits", done, of),
         most=KEPT[-1],
+        num_blocks=chain.metadata.plan.num_blocks,
     )
     return tuple(costs)
 
@@ -37,8 +38,11 @@ def describe_linear_layers(costs: Sequence[LayerCost]) -> list[str]:
         return []
     worst = costs[0]
     kept = ", ".join(f"{costs[count - 1].without:.6f} without {count}" for count in KEPT if count < len(costs))
+    blocks = sorted({(cost.block_alone, cost.block) for cost in costs if cost.block_alone is not None})
+    by_block = ", ".join(f"{alone:.6f} block {block}" for alone, block in blocks[:4])
     return [
         f"linear layers in 8 bits, mean cosine: {worst.everything:.6f} with all, {kept} of the costliest inputs "
         "(--keep-fp16-linear)",
         *(f"  {', '.join(cost.layers)}: {cost.alone:.6f} alone" for cost in costs[:3]),
+        *([f"  by block, alone: {by_block}"] if by_block else []),
     ]

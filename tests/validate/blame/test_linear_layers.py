@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fna.export.metadata import read_metadata
 from fna.export.passes.layer_costs import LayerCost
 from fna.export.variants import FileVariant, make_variant
+from fna.files import load_onnx
 from fna.validate.blame.linear_layers import KEPT, describe_linear_layers, measure_linear_layers
 from fna.validate.budget.chain import open_chain, open_validated_file
 from fna.validate.photographs import Photographs
@@ -27,7 +29,14 @@ def test_every_layer_of_an_8_bit_file_is_measured_and_none_of_another(tiny, tmp_
     assert [cost.alone for cost in costs] == sorted(cost.alone for cost in costs)
     assert costs[0].everything < costs[-1].alone
     assert [cost.without is None for cost in costs] == [place >= KEPT[-1] for place in range(len(costs))]
+    assert {cost.block for cost in costs} == set(range(chain_blocks(path)))
+    assert all(cost.block_alone < cost.alone + 1e-5 for cost in costs)  # one layer of several
+    assert "by block, alone: 0.9" in describe_linear_layers(costs)[-1]
     assert describe_linear_layers(costs)[0].startswith("linear layers in 8 bits, mean cosine: 0.9")
+
+
+def chain_blocks(path: Path) -> int:
+    return read_metadata(load_onnx(path), "x").plan.num_blocks
 
 
 def test_the_gain_of_keeping_layers_is_told_by_their_number() -> None:
