@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
-from fna.export.blocks import find_blocks
 from fna.export.passes.linear import LINEAR, LinearGraph
 from fna.export.passes.lower import lower
 from fna.runtime import Arrays, open_session, run_session
@@ -45,7 +45,7 @@ def measure_layer_costs(
     on_layer: Callable[[int, int], None] = lambda _done, _of: None,
     *,
     most: int | None = None,
-    num_blocks: int = 0,
+    blocks: Mapping[str, int] = MappingProxyType({}),
 ) -> list[LayerCost]:
     """Measure the linear layers of a file with pairs of QuantizeLinear and DequantizeLinear, the costliest alone first.
 
@@ -55,13 +55,11 @@ def measure_layer_costs(
         output: the output that is compared, `[..., C]`.
         on_layer: called with how many runs are done, and of how many.
         most: how many of the costliest are left out of 8 bits one after the other; None is all.
-        num_blocks: attention blocks, as the file's plan counts them, to measure each block's layers together as well; 0 does not.
+        blocks: of the layers by the names of their nodes, to measure each block's layers together as well.
     """
-    block_of = find_blocks(model, num_blocks) if num_blocks else {}
-    switched, products = _with_switches(model)
-    groups = [tuple(str(node.name) for node in nodes) for nodes in products]
-    blocks = [block_of.get(nodes[0].output[0]) for nodes in products]
-    known = sorted({block for block in blocks if block is not None})
+    switched, groups = _with_switches(model)
+    block_of = [blocks.get(names[0]) for names in groups]
+    known = sorted({block for block in block_of if block is not None})
     session = open_session(lower(switched, "onnxruntime"))
     name = next(value.name for value in session.get_inputs() if value.name != _SWITCHES)
     most = len(groups) if most is None else min(most, len(groups))
@@ -79,7 +77,7 @@ def measure_layer_costs(
     count = len(groups)
     exact = run(np.zeros(count, bool))
     alone = [_cosine(exact, run(np.arange(count) == index)) for index in range(count)]
-    together = {block: _cosine(exact, run(np.array([other == block for other in blocks]))) for block in known}
+    together = {block: _cosine(exact, run(np.array([other == block for other in block_of]))) for block in known}
     order = np.argsort(alone)
     on = np.ones(count, bool)
     everything = _cosine(exact, run(on))
@@ -87,7 +85,7 @@ def measure_layer_costs(
     for place, index in enumerate(order):
         on[index] = False
         without = _cosine(exact, run(on)) if place < most else None
-        block = blocks[index]
+        block = block_of[index]
         of_block = None if block is None else together[block]
         costs.append(LayerCost(groups[index], alone[index], everything, without, block, of_block))
     return costs
@@ -102,8 +100,8 @@ def _cosine(exact: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.flo
     return float(np.mean(cosines))
 
 
-def _with_switches(model: ModelProto) -> tuple[ModelProto, list[list[NodeProto]]]:
-    """A copy with one more input, a switch for each tensor that enters linear layers in 8 bits; and those layers."""
+def _with_switches(model: ModelProto) -> tuple[ModelProto, list[tuple[str, ...]]]:
+    """A copy with one more input, a switch for each tensor that enters linear layers in 8 bits; and the names of those layers."""
     result = ModelProto()
     result.CopyFrom(model)
     graph = LinearGraph(result)
@@ -113,6 +111,7 @@ def _with_switches(model: ModelProto) -> tuple[ModelProto, list[list[NodeProto]]
         if node.op_type in LINEAR and all(pair is not None and pair.op_type == "DequantizeLinear" for pair in pairs):
             sharing.setdefault(node.input[0], []).append(index)
     products = {entering: [graph.nodes[index] for index in indices] for entering, indices in sharing.items()}
+    groups = [tuple(str(node.name) for node in nodes) for nodes in products.values()]
     for place, (entering, nodes) in enumerate(products.items()):
         position = graph.add_constant(f"{_SWITCHES}/{place}", np.array(place), TensorProto.INT64)
         on = graph.insert("Gather", [_SWITCHES, position], f"{_SWITCHES}/{place}/on", axis=0)
@@ -121,8 +120,8 @@ def _with_switches(model: ModelProto) -> tuple[ModelProto, list[list[NodeProto]]
         for node in nodes:
             node.input[0], node.input[1] = chosen[node.input[0]], chosen[node.input[1]]
     graph.finish()
-    result.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(products)]))
-    return result, list(products.values())
+    result.graph.input.append(helper.make_tensor_value_info(_SWITCHES, TensorProto.BOOL, [len(groups)]))
+    return result, groups
 
 
 def _choice(graph: LinearGraph, on: str, tensor: str) -> str:

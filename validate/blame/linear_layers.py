@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fna.export.blocks import find_blocks
 from fna.export.passes.layer_costs import LayerCost, measure_layer_costs
 from fna.validate.budget.chain import Chain, Say
 from fna.validate.budget.rounding import has_low_types, round_everywhere
@@ -27,9 +28,15 @@ def measure_linear_layers(chain: Chain, pixels: Sequence[NDArray[np.float32]], o
         output,
         lambda done, of: on_step("measuring each linear layer in 8 bits", done, of),
         most=KEPT[-1],
-        num_blocks=chain.metadata.plan.num_blocks,
+        blocks=_blocks_by_node(chain),
     )
     return tuple(costs)
+
+
+def _blocks_by_node(chain: Chain) -> dict[str, int]:
+    blocks = find_blocks(chain.proto, chain.metadata.plan.num_blocks)
+    nodes = ((node.name, blocks.get(node.output[0])) for node in chain.proto.graph.node)
+    return {name: block for name, block in nodes if block is not None}
 
 
 def describe_linear_layers(costs: Sequence[LayerCost]) -> list[str]:
