@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fna.errors import MissingCapabilityError
+from fna.errors import InputFileError, MissingCapabilityError
 from fna.plugins.built import CONSTANTS, KERNEL_FILE, LIBRARIES, LIBRARY, MACHINES
 from fna.plugins.table.kernel_file import LEVEL, repacked, without_kernels
 
@@ -41,6 +41,7 @@ def unpacked(folder: Path, cache: Path) -> Path:
 
     Raises:
         MissingCapabilityError: if it cannot be written; says what to set.
+        InputFileError: if what the wheel carries is damaged.
     """
     output = cache / f"plugin-{(folder / _DIGEST).read_text()}"
     if output.is_dir():
@@ -51,6 +52,10 @@ def unpacked(folder: Path, cache: Path) -> Path:
             made = Path(name) / output.name
             _unpack(folder, made)
             made.rename(output)
+    except lzma.LZMAError as error:
+        raise InputFileError(
+            f"{folder / STREAM} is damaged ({error}); install the package anew: pip install --force-reinstall fna"
+        ) from error
     except OSError as error:
         if not output.is_dir():  # else another process was first
             raise MissingCapabilityError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fna.errors import MissingCapabilityError
+from fna.errors import InputFileError, MissingCapabilityError
 from fna.plugins import carried
 from fna.plugins.built import LIBRARIES, MACHINES
 from fna.plugins.carried import STREAM, carry, unpacked
@@ -67,3 +67,12 @@ def test_a_cache_that_cannot_be_written_is_named(built: Path, tmp_path: Path) ->
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(MissingCapabilityError, match=r"cannot be unpacked to .*cache/plugin-\w+ .*set XDG_CACHE_HOME"):
         unpacked(tmp_path / "prebuilt", tmp_path / "cache")
+
+
+def test_a_damaged_stream_is_named_and_leaves_nothing(built: Path, tmp_path: Path) -> None:
+    carry(built, tmp_path / "prebuilt")
+    stream = tmp_path / "prebuilt" / STREAM
+    stream.write_bytes(stream.read_bytes()[:-9])
+    with pytest.raises(InputFileError, match=r"kernels.bin.xz is damaged .*pip install --force-reinstall"):
+        unpacked(tmp_path / "prebuilt", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
