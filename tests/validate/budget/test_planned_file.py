@@ -44,7 +44,7 @@ def test_every_part_of_the_validation_takes_it(tiny: Tiny, tmp_path: Path, monke
     assert main([*map(str, arguments), "--quiet"]) == 0
     found = json.loads(record.read_text())
     assert {effect["block"] for effect in found["bisection"]["effects"]} == {1, 2}
-    assert {row["resolution"] for row in found["bench"]["rows"]} - {TINY_SIDE}
+    assert {row["height"] for row in found["bench"]["rows"]} - {TINY_SIDE}
     assert "digits probe" in {measure["task"] for measure in found["task"]["measures"]}
 
 
@@ -81,10 +81,10 @@ def test_a_broken_focal_node_is_named_with_its_cause(
 
 def test_a_bench_at_another_size_than_the_plans_is_refused(tiny: Tiny) -> None:
     with pytest.raises(InvalidPlanError, match="the plan is for 112x112 images, but the resolution is 140x140"):
-        bench(load_model("validate_tiny:tiny"), [plan_for(112)], [140], backend="torch")
+        bench(load_model("validate_tiny:tiny"), [plan_for(112)], [(140, 140)], backend="torch")
 
 
 def test_a_plan_for_smaller_images_leaves_where_patches_lie_to_their_number() -> None:
-    small = shrink_plan(plan_for(518), 50, 37 * 37)
+    small = shrink_plan(plan_for(518), (5, 10), 37 * 37)
     assert (small.patches, small.resolution) == (None, None)
     assert {entry.landmarks for entry in small.blocks} == {3}
