@@ -84,7 +84,7 @@ def test_a_bench_at_another_size_than_the_plans_is_refused(tiny: Tiny) -> None:
         bench(load_model("validate_tiny:tiny"), [plan_for(112)], [(140, 140)], backend="torch")
 
 
-def test_a_plan_for_smaller_images_leaves_where_patches_lie_to_their_number() -> None:
+def test_a_plan_for_smaller_images_has_their_own_grid_of_patches() -> None:
     small = shrink_plan(plan_for(518), (5, 10), 37 * 37)
-    assert (small.patches, small.resolution) == (None, None)
+    assert (small.patches, small.resolution) == ((5, 10), None)
     assert {entry.landmarks for entry in small.blocks} == {3}
