@@ -39,6 +39,7 @@ def open_session(
     threads: int = 0,
     optimise: bool = True,
     once: bool = False,
+    in_file_order: bool = False,
     weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Any:
     """Open a model in onnxruntime.
@@ -51,6 +52,7 @@ def open_session(
         threads: for one operator; 0 takes all cores.
         optimise: let onnxruntime fuse operators; off where every tensor must be computed as the file says.
         once: the session runs a single time, so weights are not laid out anew for many runs.
+        in_file_order: run the operators in the order of the file, as far as that goes.
         weights: values of initializers that a model in memory says lie outside it. They are not copied, and must live as long
             as the session.
 
@@ -75,6 +77,8 @@ def open_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         _share_one_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+    if in_file_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if folder is not None and not isinstance(model, Path):
