@@ -120,15 +120,21 @@ def check_hardware_compatible(options: BuildOptions, targets: Sequence[Target]) 
 
 
 def check_precision(path: Path, metadata: FileMetadata, targets: Sequence[Target]) -> None:
-    """Refuse a file in a type that one of the targets does not compute in.
+    """Refuse a file in a type that one of the targets does not compute in; see `check_types`."""
+    types = (metadata.precision, *(metadata.quantized.split("+") if metadata.quantized else ()))
+    check_types(types, targets, f"{path.name} is {{}}")
+
+
+def check_types(types: Sequence[str], targets: Sequence[Target], text: str = "{} was asked for") -> None:
+    """Refuse types that one of the targets does not compute in; `text` says of one whose it is.
 
     Raises:
         InvalidArgumentError: naming the target and its types.
     """
     for target in targets:
-        for wanted in (metadata.precision, *(metadata.quantized.split("+") if metadata.quantized else ())):
+        for wanted in types:
             if wanted not in target.precisions:
                 raise InvalidArgumentError(
-                    f"{path.name} is {wanted}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "
+                    f"{text.format(wanted)}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "
                     "file to one of those"
                 )

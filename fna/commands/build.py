@@ -76,7 +76,7 @@ def command(
     with build_progress(quiet) as (say, on_progress):
         say("importing the builder")
         from fna.engines.builder.build import build_engine
-        from fna.engines.builder.options import BuildOptions, parse_batch
+        from fna.engines.builder.options import BuildOptions, check_types, parse_batch
         from fna.engines.targets import find_targets
         from fna.export.variants import make_variant
 
@@ -92,6 +92,7 @@ def command(
         variant = precision.variant()
         notes: list[str] = []
         if variant.changes:
+            check_types((variant.precision, *variant.eight_bit), build_options.targets)  # before minutes of quantising
             cast_file = output.with_name(f"{output.stem.removesuffix(f'-{variant.label}')}-{variant.label}.onnx")
             photographs = options.load_photographs(images)[0]
             resolution = resolutions[0] if resolutions else None

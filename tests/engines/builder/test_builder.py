@@ -86,6 +86,16 @@ def test_fp8_is_built_for_chips_that_have_it_and_refused_for_others_by_name(
             check_precision(path, read_metadata(load_onnx(path), "x"), find_targets(target))
 
 
+def test_a_type_that_a_target_lacks_is_refused_before_anything_is_cast(
+    tiny_file: Find, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fna.export.variants.make_variant", lambda *_, **__: pytest.fail("it was cast"))
+    engine = tmp_path / "x.engine"
+    assert main(["build", str(tiny_file("traced")), "-o", str(engine), "--target", "rtx-ampere", "--fp8"]) == 2
+    said = capsys.readouterr().err
+    assert "fna: fp8 was asked for, but rtx-ampere computes in fp32, fp16, bf16, int8 only" in said
+
+
 def test_pairs_that_another_tool_wrote_are_grafted_built_validated_and_bundled(
     tiny_file: Find, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
