@@ -135,6 +135,6 @@ def check_types(types: Sequence[str], targets: Sequence[Target], text: str = "{}
         for wanted in types:
             if wanted not in target.precisions:
                 raise InvalidArgumentError(
-                    f"{text.format(wanted)}, but {target.name} computes in {', '.join(target.precisions)} only; cast the fp32 "
-                    "file to one of those"
+                    f"{text.format(wanted)}, but {target.name} computes in {', '.join(target.precisions)} only; choose one of "
+                    "those for the fp32 file"
                 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fna.engines.builder.options import BatchRange
+from fna.engines.builder.options import BatchRange, check_types
 from fna.engines.builder.profiles import input_profiles
 from fna.engines.bundle.device_files import write_device_files
 from fna.engines.bundle.format import (
@@ -181,12 +181,7 @@ def _default_lowering(target: Target, has_kernels: bool, models: Sequence[Bundle
 def _check_precisions(metadata: FileMetadata, options: BundleOptions) -> tuple[Precision, ...]:
     chosen: tuple[Precision, ...] = tuple(dict.fromkeys(options.precisions)) or (metadata.precision,)
     kinds = metadata.quantized.split("+") if metadata.quantized is not None else []
-    for precision in (*kinds, *chosen):
-        if precision not in options.target.precisions:
-            raise InvalidArgumentError(
-                f"{precision} was asked for, but {options.target.name} computes in {', '.join(options.target.precisions)}; "
-                "choose another --precision"
-            )
+    check_types((*kinds, *chosen), (options.target,))
     wrong = [precision for precision in chosen if precision != metadata.precision]
     if wrong and (kinds or metadata.precision != "fp32"):
         kind = " and ".join([*kinds, metadata.precision])

@@ -93,8 +93,9 @@ def prove_file(rewritten: Rewritten, points: Sequence[ShapePoint], folder: Path,
     model = rewritten.model
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = list(dict.fromkeys(name for group in names for name in group if name not in constants))
-    point = min(points, key=lambda point: _live_bytes(model, point, wanted))
-    live = _live_bytes(model, point, wanted)
+    held = [_live_bytes(model, point, wanted) for point in points]
+    live = min(held)
+    point = points[held.index(live)]
     if live > LARGEST_RUN_BYTES:
         raise InputFileError(
             f"the file is too large to check (up to {live / 2**30:.0f} GiB of its tensors are needed at once); use --no-check"
