@@ -7,6 +7,7 @@ counted. Sizes: N `tokens`, S `landmarks`, H `heads` (those that the formula is 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fna.chebyshev import ChebyshevSteps
@@ -177,14 +178,14 @@ def block_bytes(plan: Plan, block: int, tokens: int, heads: int, head_size: int,
     return total
 
 
-def plan_products(plan: Plan, tokens: int, heads: int, head_size: int) -> int:
-    """Products of the whole model's attention by a plan; blocks that stay exact count in full.
+def plan_products(plan: Plan, tokens: int, heads: int, head_size: int, blocks: Collection[int] | None = None) -> int:
+    """Products of the attention of some blocks by a plan, of all where none are named; those that stay exact count in full.
 
     Choosing landmarks counts in every block that chooses anew, and once for blocks that share them.
     """
     chosen: set[SharingKey] = set()
     taken = 0
-    for block in range(plan.num_blocks):
+    for block in range(plan.num_blocks) if blocks is None else blocks:
         taken += block_products(plan, block, tokens, heads, head_size)
         entry = plan.find(block)
         if entry is not None and (plan.resamples(entry) or plan.sharing_key(entry) not in chosen):
@@ -198,10 +199,10 @@ def plan_bytes(plan: Plan, tokens: int, heads: int, head_size: int, element: int
     return sum(block_bytes(plan, block, tokens, heads, head_size, element) for block in range(plan.num_blocks))
 
 
-def saved_part(plan: Plan, tokens: int, heads: int, head_size: int) -> float:
-    """Part of the whole model's attention products that a plan saves."""
-    exact = plan.num_blocks * exact_products(tokens, heads, head_size)
-    return 1 - plan_products(plan, tokens, heads, head_size) / exact
+def saved_part(plan: Plan, tokens: int, heads: int, head_size: int, blocks: Collection[int] | None = None) -> float:
+    """Part of the attention products of some blocks that a plan saves, of all where none are named."""
+    exact = (plan.num_blocks if blocks is None else len(blocks)) * exact_products(tokens, heads, head_size)
+    return 1 - plan_products(plan, tokens, heads, head_size, blocks) / exact
 
 
 def _patches_and_prefix(plan: Plan, tokens: int) -> tuple[tuple[int, int], int]:

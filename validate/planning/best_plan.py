@@ -71,7 +71,7 @@ def make_best_plan(planner: Planner) -> Planned:
         notes[0] += (
             f"; {len(fidelities)} plans were run on the others, {refined} of them to come nearer to what was asked for"
         )
-    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
+    exact_cost = planner.cost.baseline()[0] * len(planner.layout.own_blocks)
     reached = planner.keeps(fidelities[chosen])
     return Planned(point.plan, point, list(points.values()), exact_cost, reached, notes)
 
@@ -88,7 +88,7 @@ def _excess(planner: Planner, fidelity: Fidelity) -> float:
 
 def _worth_it(planner: Planner, front: list[BlockChoices[PickedHeads]]) -> list[BlockChoices[PickedHeads]]:
     """All exact, and what costs less than exact attention in its fastest form."""
-    most = planner.cost.baseline()[0] * planner.layout.num_blocks
+    most = planner.cost.baseline()[0] * len(planner.layout.own_blocks)
     return [front[0], *(choice for choice in front[1:] if choice.cost < most)]
 
 
@@ -192,7 +192,7 @@ def _alone(
 def _exact_only(planner: Planner, choice: BlockChoices[PickedHeads]) -> Planned:
     """The plan where no candidate is cheaper than exact attention."""
     plan = planner.make_plan(choice.choices, {})
-    exact_cost = planner.cost.baseline()[0] * planner.layout.num_blocks
+    exact_cost = planner.cost.baseline()[0] * len(planner.layout.own_blocks)
     point = FrontPlan(plan, exact_cost, 0.0, 0.0, _perfect(planner))
     return Planned(plan, point, [point], exact_cost, True, _say_break_even(planner))
 

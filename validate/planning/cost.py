@@ -180,7 +180,7 @@ class TimeCost:
 
 def share_of_choice(candidate: Candidate, layout: Layout) -> float:
     """The part of choosing landmarks that one block bears: all of it, or its share where all blocks use the same."""
-    return 1.0 if candidate.resample else 1.0 / layout.num_blocks
+    return 1.0 if candidate.resample else 1.0 / len(layout.own_blocks)
 
 
 def find_break_even(

@@ -220,8 +220,10 @@ class Planner:
         """What each block could be: exact, focal, or FNA on all heads; where heads may be split, also on those it hurts least."""
         heads = self.layout.heads
         result = []
+        own = self.layout.own_blocks
         for number in range(self.layout.num_blocks):
-            options: list[BlockOption[PickedHeads]] = [BlockOption(self.cost.exact(heads), 0.0, PickedHeads())]
+            exact = self.cost.exact(heads) if number in own else 0.0
+            options: list[BlockOption[PickedHeads]] = [BlockOption(exact, 0.0, PickedHeads())]
             for (block, candidate), fit in fits.items():
                 if block != number:
                     continue
@@ -334,8 +336,9 @@ class Planner:
         return self.wish.excess(fidelity) <= 1
 
     def saved(self, plan: Plan) -> float:
-        """Part of the attention products that a plan saves."""
-        return saved_part(plan, self.layout.tokens, self.layout.heads, self.layout.head_size)
+        """Part of the attention products that a plan saves, of the tower planned for."""
+        layout = self.layout
+        return saved_part(plan, layout.tokens, layout.heads, layout.head_size, layout.own_blocks)
 
 
 def _is_corrected(candidate: AnyCandidate) -> bool:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fna.block_numbers import parse_layers
 from fna.errors import InvalidArgumentError
 from fna.export.preprocessing import Preprocessing
 from fna.export.sources.loading import LoadedModel, check_resolution
@@ -60,6 +61,12 @@ class Layout:
     frames: int = 1
     towers: dict[str, str] = field(default_factory=dict)
     tower: str | None = None
+
+    @property
+    def own_blocks(self) -> list[int]:
+        """Blocks of the tower planned for, those included that cannot be FNA; all blocks of a model of one tower."""
+        text = "all" if self.tower is None else f"{self.tower}:all"
+        return parse_layers(text, self.num_blocks, self.towers if self.tower is not None else None)
 
     def prefix_among(self, count: int) -> int:
         """How many of so many tokens of an output precede the patches: none where the model hands out patches alone."""

@@ -26,20 +26,21 @@ def run_uniform_settings(planner: Planner) -> tuple[UniformRun, ...]:
     These are the settings of users without a plan; those that exact attention would be cheaper than are left out.
     """
     layout, cost = planner.layout, planner.cost
-    count, exact = layout.num_blocks, cost.exact(layout.heads)
+    own, exact = layout.own_blocks, cost.exact(layout.heads)
+    count = len(own)
     names = [f"{count // 2}-{count - 1}", "all"]
     if count >= 4:
         names.append(f"0-{count // 4 - 1},{count // 2}-{count - 1}")
     sizes = [size for size in UNIFORM_LANDMARKS if layout.prefix_tokens < size < layout.tokens]
     runs = []
     for name, landmarks, (sampler, method) in product(names, sizes, uniform_settings()):
-        blocks = [number for number in parse_layers(name, count) if number in planner.blocks]
+        blocks = [own[place] for place in parse_layers(name, count) if own[place] in planner.blocks]
         block = cost.block(usual_candidate(landmarks, sampler, method), layout.heads, 0)
         total = len(blocks) * block + (count - len(blocks)) * exact
         if not blocks or total >= count * exact:
             continue
         plan = uniform_plan(
-            count,
+            layout.num_blocks,
             layers=",".join(map(str, blocks)),
             landmarks=landmarks,
             sampler=sampler,

@@ -9,6 +9,7 @@ import pytest
 from called_models import SIDE, make_scene, make_towers
 
 import fna
+from fna.arithmetic import exact_products
 from fna.errors import InvalidArgumentError
 from fna.export.sources.loading import LoadedModel, wrap_model
 from fna.plan import BlockPlan, FocalBlockPlan, Plan
@@ -40,6 +41,11 @@ def test_one_tower_is_planned_for_and_the_others_stay_exact() -> None:
     assert planned.plan.blocks
     assert {block.block for block in planned.plan.blocks} <= {0, 1}
     assert planned.point.measured is not None
+    layout = TorchSubject(model, SIDE, SIDE, "vision").layout
+    assert layout.own_blocks == [0, 1]
+    # What is saved is a part of its own two blocks' products, not of all five.
+    assert planned.exact_cost == 2 * exact_products(layout.tokens, layout.heads, layout.head_size)
+    assert planned.point.saved == pytest.approx(1 - planned.point.cost / planned.exact_cost)
     depth = plan_for(model, "depth")  # whose tokens are the second output
     assert depth.plan.blocks
     assert {block.block for block in depth.plan.blocks} <= {2, 3, 4}
