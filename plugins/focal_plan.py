@@ -32,8 +32,8 @@ FOCAL_ROWS = 64
 KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
 """Keys of a list per step."""
 
-HOT_BLOCK, PREFIX_BLOCK, LIST_BLOCK = 16, 64, 256
-"""Hot keys per step, keys per step of a prefix row, and keys of a list whose biases are prepared at a time."""
+PREFIX_BLOCK, LIST_BLOCK = 64, 128
+"""Keys per step of a prefix row, and keys of a list that are prepared at a time."""
 
 SCAN_BLOCK, RANK_BLOCK = 1024, 32
 """Scores that are held against the threshold, and candidates that are ranked, at a time."""
@@ -67,6 +67,12 @@ class FocalShape:
     def row_blocks(self) -> int:
         """Programs of one tile and head."""
         return -(-self.tile_rows // FOCAL_ROWS)
+
+    @property
+    def row_length(self) -> int:
+        """Room for the hot keys and the list of one program, in whole steps."""
+        step = max(KEY_BLOCK.values())
+        return -(-(self.list_length + MAX_HOT) // step) * step
 
 
 def check_focal_shape(shape: FocalShape, prefix_tokens: int, hot: int) -> None:
@@ -125,10 +131,10 @@ def focal_workspace_bound(shape: FocalShape) -> int:
 def _focal_buffers(shape: FocalShape, head_splits: int) -> dict[str, Buffer]:
     heads = shape.batch * shape.heads
     every, best = heads * shape.tokens * 4, heads * MAX_HOT * 4
-    lists = heads * shape.tiles * shape.row_blocks * shape.list_length * 4
+    lists = heads * shape.tiles * shape.row_blocks * shape.row_length * 4
     sizes = {
         "query_sums": head_splits * padded_head_size(shape.head_size) * 4, "hot_scores": every, "candidates": every,
-        "hot_values": best, "hot_tokens": best, "offsets": every + best, "biases": lists,
+        "hot_values": best, "hot_tokens": best, "offsets": every + best, "listed": lists, "biases": lists,
     }  # fmt: skip
     return lay_out(sizes)
 
@@ -197,10 +203,11 @@ def focal_plan(
                 "key_mask",
                 "hot_tokens",
                 "offsets",
+                "listed",
                 "biases",
             )
             + ("out", *sizes, written.batch, written.head, written.token, *mask)
-            + (shape.row_blocks, shape.tile_rows, shape.list_length, int(prepared), scale),
+            + (shape.row_blocks, shape.tile_rows, shape.list_length, shape.row_length, int(prepared), scale),
         )
     )
     return LaunchPlan(tuple(launches), focal_buffers(shape, splits))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from fna.plugins.focal_plan import (
-    HOT_BLOCK,
     KEY_BLOCK,
     LIST_BLOCK,
     PREFIX_BLOCK,
@@ -56,8 +55,8 @@ def _attending_programs(
     name, heads = launch.variant.name, launch.grid[0]
     rows = {"keys": -(-shape.tokens // PREFIX_BLOCK)}
     found = [Programs(f"{name} prefix", heads * prefix_tokens, 0, rows)] if prefix_tokens else []
-    blocks = [-(-int(count) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
-    fixed = {"hot": -(-hot // HOT_BLOCK), "list": -(-shape.list_length // LIST_BLOCK)}
+    blocks = [-(-(hot + int(count)) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
+    fixed = {"list": -(-(hot + shape.list_length) // LIST_BLOCK)}
     job = prefix_tokens
     for length, alike in groupby(blocks):
         count = len(list(alike))

@@ -278,19 +278,19 @@ def _run_table(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor) 
 
 def launch_jit(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor, *, upcast: bool = False) -> None:
     """Execute a plan through Triton: compiled just in time, or interpreted on the CPU (then with `upcast` for bf16)."""
-    from fna.plugins.kernels.registry import KERNELS, constants, options
+    from fna.plugins.kernels.registry import constants, kernel_of, options
 
     every = {**tensors, **scratch_views(plan, workspace, next(iter(tensors.values())).dtype)}
     sm = _capability(workspace.device.index) if workspace.is_cuda else OLDEST_CHIP
     for launch in plan.launches:
         arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
         blocks = constants(launch.variant, upcast=upcast)
-        KERNELS[launch.variant.kernel][launch.grid](*arguments, **blocks, **options(launch.variant, sm))
+        kernel_of(launch.variant)[launch.grid](*arguments, **blocks, **options(launch.variant, sm))
 
 
 def scratch_views(plan: LaunchPlan, workspace: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The buffers of a plan as flat views of its workspace; `mixed` has the type of the inputs."""
-    kinds = {"mixed": dtype} | dict.fromkeys(("best_index", "candidates", "hot_tokens"), torch.int32)
+    kinds = {"mixed": dtype} | dict.fromkeys(("best_index", "candidates", "hot_tokens", "listed"), torch.int32)
     return {
         name: workspace[buffer.offset : buffer.offset + buffer.size].view(kinds.get(name, torch.float32))
         for name, buffer in plan.buffers.items()

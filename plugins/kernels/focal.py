@@ -24,7 +24,7 @@ HIDDEN = tl.constexpr(FAR_BELOW)
 HOT = tl.constexpr(launch_plan.MAX_HOT)
 
 _SIZES = ["heads", "tokens", "prefix", "hot", "mask_stride", "mask_mode"]
-_LISTS = ["row_blocks", "tile_rows", "list_length", "has_offsets"]
+_LISTS = ["row_blocks", "tile_rows", "list_length", "row_length", "has_offsets"]
 
 
 @triton.jit
@@ -202,28 +202,33 @@ def _prefix_row(
 
 
 @triton.jit
-def _prepare_list(tile_keys, tile_bias, offsets, biases, tokens, list_length, has_offsets, BLOCK_L: tl.constexpr):
-    """Write what is added to the scores of each key of a list (base 2); return its length, up to the last key that is not hidden."""
+def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tokens, hot, list_length, row_length, has_offsets,
+                  BLOCK_L: tl.constexpr):  # fmt: skip
+    """Write the keys of a tile, hot ones first, and what is added to their scores (base 2); return how many there are."""
     length = 1
-    for start in tl.range(0, list_length, BLOCK_L, num_stages=1):
+    for start in tl.range(0, hot + list_length, BLOCK_L, num_stages=1):
         slot = start + tl.arange(0, BLOCK_L)
-        inside = slot < list_length
-        bias = tl.load(tile_bias + slot, mask=inside, other=HIDDEN)
-        length = tl.maximum(length, tl.max(tl.where(bias > HIDDEN, slot + 1, 1), 0))
-        token = tl.load(tile_keys + slot, mask=inside, other=0)
-        token = tl.minimum(tl.maximum(token, 0), tokens - 1)
-        bias = bias * LOG2E + tl.load(offsets + token, mask=tl.where(inside, has_offsets, 0) != 0, other=0.0)
-        tl.store(biases + slot, bias, mask=inside)
+        place = slot - hot
+        is_hot = slot < hot
+        in_list = (place >= 0) & (place < list_length)
+        bias = tl.load(tile_bias + place, mask=in_list, other=HIDDEN)
+        token = tl.load(tile_keys + place, mask=in_list, other=0)
+        hottest = tl.load(hot_tokens + slot, mask=is_hot, other=0)
+        length = tl.maximum(length, tl.max(tl.where(is_hot | (bias > HIDDEN), slot + 1, 1), 0))
+        token = tl.minimum(tl.maximum(tl.where(is_hot, hottest, token), 0), tokens - 1)
+        added = tl.load(offsets + tl.where(is_hot, tokens + slot, token), mask=(is_hot | in_list) & (has_offsets != 0), other=0.0)
+        tl.store(listed + slot, token, mask=slot < row_length)
+        tl.store(biases + slot, tl.where(is_hot, 0.0, bias * LOG2E) + added, mask=slot < row_length)
     tl.debug_barrier()
     return length
 
 
 @triton.jit
-def _attend_keys(query, key, value, queries, own, index, inside, offset, maximum, total, acc, stride_n, head_size, scale,
+def _attend_keys(query, key, value, queries, own, index, offset, maximum, total, acc, stride_n, head_size, scale,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """One more block of gathered keys in an online softmax: the new maximum, total and unnormalised sum."""
     if query.dtype.element_ty == tl.float32:
-        scores = deep_scores(query, key, own, index, own >= 0, inside, stride_n, head_size, BLOCK_M, BLOCK_N, BLOCK_D)
+        scores = deep_scores(query, key, own, index, own >= 0, index >= 0, stride_n, head_size, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
         keys = gather_rows(key, stride_n, index, head_size, BLOCK_D)
         scores = dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
@@ -232,26 +237,13 @@ def _attend_keys(query, key, value, queries, own, index, inside, offset, maximum
     return attend_further(scores, values, maximum, total, acc, UPCAST)
 
 
-@triton.jit
-def _attend_hot(query, key, value, queries, own, hot_tokens, offsets, start, maximum, total, acc, stride_n, tokens, hot, head_size,
-                scale, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """BLOCK_H hot keys from `start` on."""
-    slot = start + tl.arange(0, BLOCK_H)
-    inside = slot < hot
-    index = tl.load(hot_tokens + slot, mask=inside, other=0)
-    index = tl.minimum(tl.maximum(index, 0), tokens - 1)
-    offset = tl.load(offsets + tokens + slot, mask=inside, other=HIDDEN)
-    return _attend_keys(query, key, value, queries, own, index, inside, offset, maximum, total, acc, stride_n, head_size, scale,
-                        BLOCK_M, BLOCK_H, BLOCK_D, UPCAST)  # fmt: skip
-
-
 @triton.jit(do_not_specialize=[*_SIZES, *_LISTS])
 def focal_kernel(
-    query, key, value, tile_queries, tile_keys, tile_bias, key_mask, hot_tokens, offsets, biases, out,
+    query, key, value, tile_queries, tile_keys, tile_bias, key_mask, hot_tokens, offsets, listed, biases, out,
     heads, tokens, prefix, hot, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n, mask_stride, mask_mode,
-    row_blocks, tile_rows, list_length, has_offsets, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_L: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, UPCAST: tl.constexpr,
+    row_blocks, tile_rows, list_length, row_length, has_offsets, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile's queries to the hot keys and its own list of keys, online softmax; and the prefix rows.
 
@@ -287,12 +279,14 @@ def focal_kernel(
     else:
         job -= prefix
         tile = job // row_blocks
-        hot_tokens += bh * HOT
-        offsets += bh * (tokens + HOT)
-        biases += (bh * (tl.num_programs(1) - prefix) + job) * list_length
+        mine = (bh * (tl.num_programs(1) - prefix) + job) * row_length
+        listed += mine
+        biases += mine
         tile_queries += tile * tile_rows
-        tile_keys += tile * list_length
-        tile_bias += tile * list_length
+        length = _prepare_list(
+            tile_keys + tile * list_length, tile_bias + tile * list_length, hot_tokens + bh * HOT, offsets + bh * (tokens + HOT),
+            listed, biases, tokens, hot, list_length, row_length, has_offsets, BLOCK_L,
+        )  # fmt: skip
         column = tl.arange(0, BLOCK_D)
         row = (job % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         # Shorter tiles repeat their first query.
@@ -300,32 +294,14 @@ def focal_kernel(
         written = (row < tile_rows) & ((row == 0) | (own != tl.load(tile_queries)))
         own = tl.minimum(tl.maximum(own, 0), tokens - 1)
         queries = gather_rows(query, stride_n, own, head_size, BLOCK_D)
-        length = _prepare_list(tile_keys, tile_bias, offsets, biases, tokens, list_length, has_offsets, BLOCK_L)
         maximum = tl.full([BLOCK_M], HIDDEN, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        first = 0
-        if HELD:
-            # Queries that are used outside of the loops stay in registers within them, else each turn reads them from shared memory.
-            maximum, total, acc = _attend_hot(
-                query, key, value, queries, own, hot_tokens, offsets, 0, maximum, total, acc, stride_n, tokens, hot, head_size,
-                scale, BLOCK_M, BLOCK_H, BLOCK_D, UPCAST,
-            )  # fmt: skip
-            first = BLOCK_H
-        for start in tl.range(first, hot, BLOCK_H, num_stages=1):
-            maximum, total, acc = _attend_hot(
-                query, key, value, queries, own, hot_tokens, offsets, start, maximum, total, acc, stride_n, tokens, hot, head_size,
-                scale, BLOCK_M, BLOCK_H, BLOCK_D, UPCAST,
-            )  # fmt: skip
-        for start in tl.range(0, length, BLOCK_N, num_stages=STAGES):
+        for start in tl.range(0, length, BLOCK_N, num_stages=1):
             slot = start + tl.arange(0, BLOCK_N)
-            inside = slot < length
-            index = tl.load(tile_keys + slot, mask=inside, other=0)
-            index = tl.minimum(tl.maximum(index, 0), tokens - 1)
-            offset = tl.load(biases + slot, mask=inside, other=HIDDEN)
             maximum, total, acc = _attend_keys(
-                query, key, value, queries, own, index, inside, offset, maximum, total, acc, stride_n, head_size, scale,
-                BLOCK_M, BLOCK_N, BLOCK_D, UPCAST,
+                query, key, value, queries, own, tl.load(listed + slot), tl.load(biases + slot), maximum, total, acc, stride_n,
+                head_size, scale, BLOCK_M, BLOCK_N, BLOCK_D, UPCAST,
             )  # fmt: skip
         result = acc / total[:, None]
         pointer = out + own.to(tl.int64)[:, None] * out_n + column[None, :]

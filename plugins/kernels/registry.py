@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fna.plugins.focal_plan import FOCAL_ROWS, HOT_BLOCK, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK, RANK_BLOCK, SCAN_BLOCK
-from fna.plugins.kernels import attention, focal, norms, sampling
+import triton
+
+from fna.plugins.focal_plan import FOCAL_ROWS, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK, RANK_BLOCK, SCAN_BLOCK
+from fna.plugins.kernels import attention, focal, focal_tiles, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
     FINISH_COLUMNS,
@@ -39,7 +41,7 @@ KERNELS = {
 }
 _TYPED = {"query", "key", "value", "mixed", "out", "features"}
 _INT_POINTERS = {
-    "landmarks", "key_mask", "best_index", "tile_queries", "tile_keys", "candidates", "hot_tokens",
+    "landmarks", "key_mask", "best_index", "tile_queries", "tile_keys", "candidates", "hot_tokens", "listed",
 }  # fmt: skip
 _FLOAT_POINTERS = {
     "bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best", "norms",
@@ -47,6 +49,13 @@ _FLOAT_POINTERS = {
 }  # fmt: skip
 _MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d"}
 _UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "tile_bias"}
+
+
+def kernel_of(variant: KernelVariant) -> Any:
+    """The kernel that a variant is compiled from. The interpreter has no Gluon."""
+    if variant.kernel == "focal" and variant.dtype != "fp32" and not triton.knobs.runtime.interpret:
+        return focal_tiles.focal_tiles_kernel
+    return KERNELS[variant.kernel]
 
 
 def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]:
@@ -68,21 +77,9 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
     if variant.kernel == "focal_hot":
         return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": SCAN_BLOCK, "BLOCK_R": RANK_BLOCK}
     if variant.kernel == "focal":
-        keys = {
-            "BLOCK_N": KEY_BLOCK[variant.dtype],
-            "BLOCK_H": HOT_BLOCK,
-            "BLOCK_P": PREFIX_BLOCK,
-            "BLOCK_L": LIST_BLOCK,
-        }
-        held = half and variant.head_size == HEAD_PADDINGS[0]
-        return {
-            "BLOCK_M": FOCAL_ROWS,
-            "BLOCK_D": variant.head_size,
-            **keys,
-            "STAGES": 4,
-            "HELD": held,
-            "UPCAST": upcast,
-        }
+        rows = {"BLOCK_M": FOCAL_ROWS, "BLOCK_N": KEY_BLOCK[variant.dtype], "BLOCK_D": variant.head_size}
+        upcasts = {} if kernel_of(variant) is focal_tiles.focal_tiles_kernel else {"UPCAST": upcast}
+        return {**rows, "BLOCK_P": PREFIX_BLOCK, "BLOCK_L": LIST_BLOCK, **upcasts}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":
@@ -136,7 +133,7 @@ def signature(variant: KernelVariant) -> dict[str, str]:
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
     kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
     kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | dict.fromkeys(("scale", "middle", "ratio", "half_width"), "fp32")
-    parameters = KERNELS[variant.kernel].params
+    parameters = kernel_of(variant).params
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 
 

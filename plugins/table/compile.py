@@ -56,7 +56,7 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
     from fna.plugins.kernels import registry
 
     (target,) = {compiled_as(sm) for sm in chips}
-    kernel = registry.KERNELS[variant.kernel]
+    kernel = registry.kernel_of(variant)
     constants, options = registry.constants(variant), registry.options(variant, target)
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
@@ -117,15 +117,18 @@ def _compile(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon import GluonASTSource
 
     from fna.plugins.kernels import registry
 
+    kernel = registry.kernel_of(variant)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     signature = registry.signature(variant)
     names = list(signature)
     with _assembler(target):
         built = triton.compile(
-            ASTSource(
-                registry.KERNELS[variant.kernel],
+            source(
+                kernel,
                 signature,
                 constexprs={(names.index(name),): value for name, value in constants.items()},
                 attrs={(position,): [["tt.divisibility", 16]] for position in registry.multiples_of_16(variant)},
