@@ -21,12 +21,14 @@ HIDDEN = gl.constexpr(FAR_BELOW)
 HOT = gl.constexpr(launch_plan.MAX_HOT)
 CHANNELS = gl.constexpr(8)
 """Of a lane, 16 bytes."""
+UNIT = gl.constexpr(launch_plan.HEAD_SIZE_STEP)
+"""Elements that rows are counted in: every stride is a multiple."""
 
 
 @gluon.jit
-def _load_rows(base, stride_n, tokens, channel, inside):
-    """Rows `tokens` of one head; one of the two index vectors is a row, the other a column."""
-    return gl.load(base + tokens.to(gl.int64) * stride_n + channel, mask=inside, other=0.0)
+def _row_offsets(listed, inside):
+    """Where the rows of listed keys begin, in elements."""
+    return gl.load(listed, mask=inside, other=0).to(gl.int64) * UNIT
 
 
 @gluon.jit
@@ -67,8 +69,8 @@ def _prefix_row(
 
 
 @gluon.jit
-def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tokens, hot, list_length, row_length, has_offsets,
-                  BLOCK_L: gl.constexpr, lanes: gl.constexpr):  # fmt: skip
+def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tokens, stride_n, hot, list_length, row_length,
+                  has_offsets, BLOCK_L: gl.constexpr, lanes: gl.constexpr):  # fmt: skip
     """Write the keys of a tile, hot ones first, and what is added to their scores (base 2); return how many there are."""
     length = gl.full([BLOCK_L], 1, gl.int32, lanes)
     for start in range(0, row_length, BLOCK_L):
@@ -83,7 +85,7 @@ def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tok
         token = gl.minimum(gl.maximum(gl.where(is_hot, hottest, token), 0), tokens - 1)
         offset = gl.load(offsets + gl.where(is_hot, tokens + slot, token), mask=(is_hot | in_list) & (has_offsets != 0), other=0.0)
         bias = gl.where(is_hot, 0.0, bias * LOG2E) + offset
-        gl.store(listed + slot, token, mask=slot < row_length)
+        gl.store(listed + slot, token * (stride_n // UNIT), mask=slot < row_length)
         gl.store(biases + slot, bias, mask=slot < row_length)
     gl.barrier()
     return gl.max(length, 0)
@@ -103,7 +105,7 @@ def _attend_tile(
 
     channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, query_layout))[None, :]
     asked = gl.convert_layout(own, gl.SliceLayout(1, query_layout))[:, None]
-    queries = _load_rows(query, stride_n, asked, channel, channel < head_size)
+    queries = gl.load(query + asked.to(gl.int64) * stride_n + channel, mask=channel < head_size, other=0.0)
 
     key_slot = listed + gl.arange(0, BLOCK_N, gl.SliceLayout(0, key_layout))
     key_channel = gl.arange(0, BLOCK_D, gl.SliceLayout(1, key_layout))[:, None]
@@ -112,9 +114,10 @@ def _attend_tile(
     score_slot = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
     held = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_D], gl.SwizzledSharedLayout(CHANNELS, 1, 8, [1, 0]))
 
-    keys = _load_rows(key, stride_n, gl.load(key_slot)[None, :], key_channel, key_channel < head_size)
-    at = value + gl.load(value_slot)[:, None].to(gl.int64) * stride_n + value_channel
-    async_copy.async_load(held.index(0), at, mask=value_channel < head_size)
+    at = _row_offsets(key_slot, True)[None, :]
+    keys = gl.load(key + key_channel + at, mask=key_channel < head_size, other=0.0)
+    at = _row_offsets(value_slot, True)[:, None]
+    async_copy.async_load(held.index(0), value + value_channel + at, mask=value_channel < head_size)
     async_copy.commit_group()
     maximum = gl.full([BLOCK_M], HIDDEN, gl.float32, gl.SliceLayout(1, mma))
     total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, mma))
@@ -124,10 +127,10 @@ def _attend_tile(
         # The next block's keys and values are on their way while this one is worked on.
         following = start + BLOCK_N
         more = following < length
-        key_token = gl.load(key_slot + following, mask=more, other=0)[None, :]
-        value_token = gl.load(value_slot + following, mask=more, other=0)[:, None]
+        key_at = _row_offsets(key_slot + following, more)[None, :]
+        value_at = _row_offsets(value_slot + following, more)[:, None]
         scores = mma_v2(queries, keys, gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma))
-        keys = _load_rows(key, stride_n, key_token, key_channel, (key_channel < head_size) & more)
+        keys = gl.load(key + key_channel + key_at, mask=(key_channel < head_size) & more, other=0.0)
         bias = gl.load(biases + start + score_slot)
         scores = scores * (scale * LOG2E) + bias[None, :]
         larger = gl.maximum(maximum, gl.max(scores, 1))
@@ -138,8 +141,7 @@ def _attend_tile(
         async_copy.wait_group(0)
         values = held.index(buffer).load(value_layout)
         buffer = 1 - buffer
-        at = value + value_token.to(gl.int64) * stride_n + value_channel
-        async_copy.async_load(held.index(buffer), at, mask=(value_channel < head_size) & more)
+        async_copy.async_load(held.index(buffer), value + value_channel + value_at, mask=(value_channel < head_size) & more)
         async_copy.commit_group()
         acc = mma_v2(gl.convert_layout(weight.to(dtype), weight_layout), values, acc * shrink[:, None])
     async_copy.wait_group(0)
@@ -182,7 +184,7 @@ def focal_tiles_kernel(
         tile_queries += tile * tile_rows
         length = _prepare_list(
             tile_keys + tile * list_length, tile_bias + tile * list_length, hot_tokens + bh * HOT, offsets + bh * (tokens + HOT),
-            listed, biases, tokens, hot, list_length, row_length, has_offsets, BLOCK_L, lanes,
+            listed, biases, tokens, stride_n, hot, list_length, row_length, has_offsets, BLOCK_L, lanes,
         )  # fmt: skip
         row = (job % row_blocks) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, mma))
         # Shorter tiles repeat their first query.
