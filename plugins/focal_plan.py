@@ -32,6 +32,9 @@ FOCAL_ROWS = 64
 KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
 """Keys of a list per step."""
 
+LIST_STEP = max(KEY_BLOCK.values())
+"""What the room for a list is a multiple of."""
+
 PREFIX_BLOCK, LIST_BLOCK = 64, 128
 """Keys per step of a prefix row, and keys of a list that are prepared at a time."""
 
@@ -70,9 +73,8 @@ class FocalShape:
 
     @property
     def row_length(self) -> int:
-        """Room for the hot keys and the list of one program, in whole steps."""
-        step = max(KEY_BLOCK.values())
-        return -(-(self.list_length + MAX_HOT) // step) * step
+        """Room for the hot keys and the list of one program."""
+        return -(-(MAX_HOT + self.list_length) // LIST_STEP) * LIST_STEP
 
 
 def check_focal_shape(shape: FocalShape, prefix_tokens: int, hot: int) -> None:

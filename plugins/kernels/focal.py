@@ -8,7 +8,8 @@ Names follow `fna.focal`. Scratch, per head (`bh` = batch item * heads + head), 
     hot_tokens  [bh, HOT]           their tokens
     offsets     [bh, N + HOT]       added to each key's scores (base 2): 0, what masking takes off, or HIDDEN for keys that are
                                     hot, since no tile lists a hot key a second time; then the same for the hot keys themselves
-    biases      [bh, programs, K]   added to the scores (base 2) of the keys of a tile's list
+    listed      [bh, programs, R]   where the rows of a program's keys begin, hot keys first, in units of 16 elements
+    biases      [bh, programs, R]   added to their scores (base 2)
 
 Indices are clamped to the tokens that exist, so wrong lists give wrong rows but never a wild access.
 """
@@ -18,10 +19,11 @@ import triton.language as tl
 
 from fna.focal_keys import FAR_BELOW
 from fna.plugins import launch_plan
-from fna.plugins.kernels.tiles import LOG2E, MASKED, attend_further, deep_scores, dot_input, gather_rows, mask_flags
+from fna.plugins.kernels.tiles import LOG2E, MASKED, attend_further, deep_scores, gather_rows, mask_flags
 
 HIDDEN = tl.constexpr(FAR_BELOW)
 HOT = tl.constexpr(launch_plan.MAX_HOT)
+UNIT = tl.constexpr(launch_plan.HEAD_SIZE_STEP)
 
 _SIZES = ["heads", "tokens", "prefix", "hot", "mask_stride", "mask_mode"]
 _LISTS = ["row_blocks", "tile_rows", "list_length", "row_length", "has_offsets"]
@@ -202,8 +204,8 @@ def _prefix_row(
 
 
 @triton.jit
-def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tokens, hot, list_length, row_length, has_offsets,
-                  BLOCK_L: tl.constexpr):  # fmt: skip
+def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tokens, stride_n, hot, list_length, row_length,
+                  has_offsets, BLOCK_L: tl.constexpr):  # fmt: skip
     """Write the keys of a tile, hot ones first, and what is added to their scores (base 2); return how many there are."""
     length = 1
     for start in tl.range(0, hot + list_length, BLOCK_L, num_stages=1):
@@ -217,24 +219,10 @@ def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tok
         length = tl.maximum(length, tl.max(tl.where(is_hot | (bias > HIDDEN), slot + 1, 1), 0))
         token = tl.minimum(tl.maximum(tl.where(is_hot, hottest, token), 0), tokens - 1)
         added = tl.load(offsets + tl.where(is_hot, tokens + slot, token), mask=(is_hot | in_list) & (has_offsets != 0), other=0.0)
-        tl.store(listed + slot, token, mask=slot < row_length)
+        tl.store(listed + slot, token * (stride_n // UNIT), mask=slot < row_length)
         tl.store(biases + slot, tl.where(is_hot, 0.0, bias * LOG2E) + added, mask=slot < row_length)
     tl.debug_barrier()
     return length
-
-
-@triton.jit
-def _attend_keys(query, key, value, queries, own, index, offset, maximum, total, acc, stride_n, head_size, scale,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One more block of gathered keys in an online softmax: the new maximum, total and unnormalised sum."""
-    if query.dtype.element_ty == tl.float32:
-        scores = deep_scores(query, key, own, index, own >= 0, index >= 0, stride_n, head_size, BLOCK_M, BLOCK_N, BLOCK_D)
-    else:
-        keys = gather_rows(key, stride_n, index, head_size, BLOCK_D)
-        scores = dot_input(queries, tl.trans(keys), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
-    values = gather_rows(value, stride_n, index, head_size, BLOCK_D)
-    scores = scores * (scale * LOG2E) + offset[None, :]
-    return attend_further(scores, values, maximum, total, acc, UPCAST)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_LISTS])
@@ -243,12 +231,12 @@ def focal_kernel(
     heads, tokens, prefix, hot, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n, mask_stride, mask_mode,
     row_blocks, tile_rows, list_length, row_length, has_offsets, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile's queries to the hot keys and its own list of keys, online softmax; and the prefix rows.
 
     Grid: (B * H, prefix + T * row_blocks). The first programs of a head attend from one prefix token each to all keys, the others
-    from BLOCK_M queries of a tile each.
+    from BLOCK_M queries of a tile each. For fp32; 16-bit inputs have `fna.plugins.kernels.focal_tiles`, which the interpreter cannot
+    run, so it runs this for them too.
     """
     bh = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)
@@ -260,22 +248,8 @@ def focal_kernel(
     out += item * out_b + (bh % heads) * out_h
     key_mask += item * mask_stride
     if job < prefix:
-        _prefix_row(
-            query,
-            key,
-            value,
-            out,
-            job,
-            stride_n,
-            out_n,
-            key_mask,
-            mask_mode,
-            tokens,
-            head_size,
-            scale,
-            BLOCK_P,
-            BLOCK_D,
-        )
+        _prefix_row(query, key, value, out, job, stride_n, out_n, key_mask, mask_mode, tokens, head_size, scale,
+                    BLOCK_P, BLOCK_D)  # fmt: skip
     else:
         job -= prefix
         tile = job // row_blocks
@@ -285,7 +259,7 @@ def focal_kernel(
         tile_queries += tile * tile_rows
         length = _prepare_list(
             tile_keys + tile * list_length, tile_bias + tile * list_length, hot_tokens + bh * HOT, offsets + bh * (tokens + HOT),
-            listed, biases, tokens, hot, list_length, row_length, has_offsets, BLOCK_L,
+            listed, biases, tokens, stride_n, hot, list_length, row_length, has_offsets, BLOCK_L,
         )  # fmt: skip
         column = tl.arange(0, BLOCK_D)
         row = (job % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -293,16 +267,17 @@ def focal_kernel(
         own = tl.load(tile_queries + row, mask=row < tile_rows, other=0)
         written = (row < tile_rows) & ((row == 0) | (own != tl.load(tile_queries)))
         own = tl.minimum(tl.maximum(own, 0), tokens - 1)
-        queries = gather_rows(query, stride_n, own, head_size, BLOCK_D)
+        asked = own * (stride_n // UNIT)
         maximum = tl.full([BLOCK_M], HIDDEN, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in tl.range(0, length, BLOCK_N, num_stages=1):
+        for start in tl.range(0, length, BLOCK_N, num_stages=4):
             slot = start + tl.arange(0, BLOCK_N)
-            maximum, total, acc = _attend_keys(
-                query, key, value, queries, own, tl.load(listed + slot), tl.load(biases + slot), maximum, total, acc, stride_n,
-                head_size, scale, BLOCK_M, BLOCK_N, BLOCK_D, UPCAST,
-            )  # fmt: skip
+            at = tl.load(listed + slot)
+            scores = deep_scores(query, key, asked, at, own >= 0, at >= 0, UNIT, head_size, BLOCK_M, BLOCK_N, BLOCK_D)
+            scores = scores * (scale * LOG2E) + tl.load(biases + slot)[None, :]
+            values = gather_rows(value, UNIT, at, head_size, BLOCK_D).to(tl.float32)
+            maximum, total, acc = attend_further(scores, values, maximum, total, acc, False)
         result = acc / total[:, None]
         pointer = out + own.to(tl.int64)[:, None] * out_n + column[None, :]
         tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & (column < head_size)[None, :])

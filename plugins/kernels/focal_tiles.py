@@ -152,13 +152,13 @@ def _attend_tile(
     "heads", "tokens", "prefix", "hot", "mask_stride", "mask_mode", "row_blocks", "tile_rows", "list_length", "row_length",
     "has_offsets",
 ])  # fmt: skip
-def focal_tiles_kernel(
+def focal_kernel(
     query, key, value, tile_queries, tile_keys, tile_bias, key_mask, hot_tokens, offsets, listed, biases, out,
     heads, tokens, prefix, hot, head_size, stride_b, stride_h, stride_n, out_b, out_h, out_n, mask_stride, mask_mode,
     row_blocks, tile_rows, list_length, row_length, has_offsets, scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_L: gl.constexpr,
 ):  # fmt: skip
-    """As `focal_kernel`."""
+    """As `fna.plugins.kernels.focal.focal_kernel`."""
     warps: gl.constexpr = gl.num_warps()
     rows: gl.constexpr = gl.BlockedLayout([1, CHANNELS], [32 * CHANNELS // BLOCK_D, BLOCK_D // CHANNELS], [warps, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])

@@ -54,7 +54,7 @@ _UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "til
 def kernel_of(variant: KernelVariant) -> Any:
     """The kernel that a variant is compiled from. The interpreter has no Gluon."""
     if variant.kernel == "focal" and variant.dtype != "fp32" and not triton.knobs.runtime.interpret:
-        return focal_tiles.focal_tiles_kernel
+        return focal_tiles.focal_kernel
     return KERNELS[variant.kernel]
 
 
@@ -78,8 +78,7 @@ def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]
         return {"BLOCK_N": MAX_HOT, "BLOCK_D": variant.head_size, "BLOCK_C": SCAN_BLOCK, "BLOCK_R": RANK_BLOCK}
     if variant.kernel == "focal":
         rows = {"BLOCK_M": FOCAL_ROWS, "BLOCK_N": KEY_BLOCK[variant.dtype], "BLOCK_D": variant.head_size}
-        upcasts = {} if kernel_of(variant) is focal_tiles.focal_tiles_kernel else {"UPCAST": upcast}
-        return {**rows, "BLOCK_P": PREFIX_BLOCK, "BLOCK_L": LIST_BLOCK, **upcasts}
+        return {**rows, "BLOCK_P": PREFIX_BLOCK, "BLOCK_L": LIST_BLOCK}
     if variant.kernel == "fps":
         return {"BLOCK_N": FPS_ONE_LAUNCH_TOKENS, "BLOCK_C": 8}
     if variant.kernel == "norm_grid":

@@ -75,7 +75,7 @@ def taken_off(key_mask, mask_mode, queries, keys, in_queries, in_keys):
 @triton.jit
 def deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_size,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """query[row] @ key[column]^T for fp32, read in steps of 32 channels: tf32x3 holds every operand twice."""
+    """query[row] @ key[column]^T in fp32, read in steps of 32 channels: tf32x3 holds every operand twice."""
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, BLOCK_D, 32, num_stages=1):
         channel = start + tl.arange(0, 32)
@@ -84,7 +84,7 @@ def deep_scores(query, key, row, column, in_rows, in_columns, stride_n, head_siz
                     mask=in_rows[:, None] & inside, other=0.0)  # fmt: skip
         y = tl.load(key + column.to(tl.int64)[:, None] * stride_n + channel[None, :],
                     mask=in_columns[:, None] & inside, other=0.0)  # fmt: skip
-        acc = tl.dot(x, tl.trans(y), acc, input_precision="tf32x3")
+        acc = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), acc, input_precision="tf32x3")
     return acc
 
 

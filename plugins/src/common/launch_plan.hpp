@@ -49,6 +49,7 @@ enum Slot : uint8_t
     kHotValues,
     kHotTokens,
     kOffsets,
+    kListed,
     kBiases,
     kSlots,
 };

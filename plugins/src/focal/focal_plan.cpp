@@ -23,6 +23,12 @@ int64_t rowBlocks(FocalShape const& shape)
     return divideUp(shape.tileRows, kFocalRows);
 }
 
+// Room for the hot keys and the list of one program.
+int64_t rowLength(FocalShape const& shape)
+{
+    return divideUp(kMaxHot + shape.listLength, kListStep) * kListStep;
+}
+
 int64_t hotSplits(FocalShape const& shape, int64_t multiprocessors)
 {
     int64_t const wanted = std::min(multiprocessors, kMaxMultiprocessors) / (shape.batch * shape.heads);
@@ -35,9 +41,10 @@ size_t focalBuffers(FocalShape const& shape, int64_t headSplits, std::array<size
     int64_t const heads = shape.batch * shape.heads;
     int64_t const every = heads * shape.tokens * 4;
     int64_t const best = heads * kMaxHot * 4;
-    int64_t const lists = heads * shape.tiles * rowBlocks(shape) * shape.listLength * 4;
+    int64_t const lists = heads * shape.tiles * rowBlocks(shape) * rowLength(shape) * 4;
     return layOut({{kQuerySums, headSplits * paddedHeadSize(shape.headSize) * 4}, {kHotScores, every}, {kCandidates, every},
-                      {kHotValues, best}, {kHotTokens, best}, {kOffsets, every + best}, {kBiases, lists}},
+                      {kHotValues, best}, {kHotTokens, best}, {kOffsets, every + best}, {kListed, lists},
+                      {kBiases, lists}},
         offsets);
 }
 
@@ -127,9 +134,10 @@ Plan planLaunches(FocalShape const& shape, FocalAttributes const& attributes, in
                 splits, splitTokens, step, attributes.scale});
     }
     plan.add("focal", shape.dtype, 0, blockD, bh, shape.prefixTokens + shape.tiles * rowBlocks(shape),
-        {kQuery, kKey, kValue, kTileQueries, kTileKeys, kTileBias, kKeyMask, kHotTokens, kOffsets, kBiases, kOut, shape.heads,
-            shape.tokens, shape.prefixTokens, shape.hot, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN,
-            maskStride, maskMode, rowBlocks(shape), shape.tileRows, shape.listLength, int64_t{prepared}, attributes.scale});
+        {kQuery, kKey, kValue, kTileQueries, kTileKeys, kTileBias, kKeyMask, kHotTokens, kOffsets, kListed, kBiases, kOut,
+            shape.heads, shape.tokens, shape.prefixTokens, shape.hot, shape.headSize, strideB, strideH, strideN, strideB, strideH, strideN,
+            maskStride, maskMode, rowBlocks(shape), shape.tileRows, shape.listLength, rowLength(shape),
+            int64_t{prepared}, attributes.scale});
     return plan;
 }
 
