@@ -7,7 +7,6 @@ from itertools import groupby
 
 from fna.plugins.focal_plan import (
     KEY_BLOCK,
-    LIST_BLOCK,
     PREFIX_BLOCK,
     RANK_BLOCK,
     FocalShape,
@@ -56,10 +55,9 @@ def _attending_programs(
     rows = {"keys": -(-shape.tokens // PREFIX_BLOCK)}
     found = [Programs(f"{name} prefix", heads * prefix_tokens, 0, rows)] if prefix_tokens else []
     blocks = [-(-(hot + int(count)) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
-    fixed = {"list": -(-(hot + shape.list_length) // LIST_BLOCK)}
     job = prefix_tokens
     for length, alike in groupby(blocks):
         count = len(list(alike))
-        found.append(Programs(f"{name} tile", heads * count, job * heads, {"keys": length, **fixed}))
+        found.append(Programs(f"{name} tile", heads * count, job * heads, {"keys": length}))
         job += count
     return found
