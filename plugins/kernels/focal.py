@@ -218,7 +218,11 @@ def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tok
         hottest = tl.load(hot_tokens + slot, mask=is_hot, other=0)
         length = tl.maximum(length, tl.max(tl.where(is_hot | (bias > HIDDEN), slot + 1, 1), 0))
         token = tl.minimum(tl.maximum(tl.where(is_hot, hottest, token), 0), tokens - 1)
-        added = tl.load(offsets + tl.where(is_hot, tokens + slot, token), mask=tl.where(is_hot | in_list, has_offsets, 0) != 0, other=0.0)
+        added = tl.load(
+            offsets + tl.where(is_hot, tokens + slot, token),
+            mask=tl.where(is_hot | in_list, has_offsets, 0) != 0,
+            other=0.0,
+        )
         tl.store(listed + slot, token * (stride_n // UNIT), mask=slot < row_length)
         tl.store(biases + slot, tl.where(is_hot, 0.0, bias * LOG2E) + added, mask=slot < row_length)
     tl.debug_barrier()

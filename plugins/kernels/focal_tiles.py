@@ -40,7 +40,9 @@ def _prefix_row(
     row = gl.arange(0, BLOCK_P, gl.SliceLayout(1, rows))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows))
     in_head = column < head_size
-    asked = gl.load(query + own.to(gl.int64) * stride_n + column, mask=in_head, other=0.0).to(gl.float32) * (scale * LOG2E)
+    asked = gl.load(query + own.to(gl.int64) * stride_n + column, mask=in_head, other=0.0).to(gl.float32) * (
+        scale * LOG2E
+    )
     maximum = HIDDEN
     total = gl.zeros([BLOCK_P], gl.float32, gl.SliceLayout(1, rows))
     acc = gl.zeros([BLOCK_P, BLOCK_D], gl.float32, rows)
@@ -83,7 +85,9 @@ def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tok
         hottest = gl.load(hot_tokens + slot, mask=is_hot, other=0)
         length = gl.maximum(length, gl.where(is_hot | (bias > HIDDEN), slot + 1, 1))
         token = gl.minimum(gl.maximum(gl.where(is_hot, hottest, token), 0), tokens - 1)
-        offset = gl.load(offsets + gl.where(is_hot, tokens + slot, token), mask=(is_hot | in_list) & (has_offsets != 0), other=0.0)
+        offset = gl.load(
+            offsets + gl.where(is_hot, tokens + slot, token), mask=(is_hot | in_list) & (has_offsets != 0), other=0.0
+        )
         bias = gl.where(is_hot, 0.0, bias * LOG2E) + offset
         gl.store(listed + slot, token * (stride_n // UNIT), mask=slot < row_length)
         gl.store(biases + slot, bias, mask=slot < row_length)
@@ -141,7 +145,9 @@ def _attend_tile(
         async_copy.wait_group(0)
         values = held.index(buffer).load(value_layout)
         buffer = 1 - buffer
-        async_copy.async_load(held.index(buffer), value + value_channel + value_at, mask=(value_channel < head_size) & more)
+        async_copy.async_load(
+            held.index(buffer), value + value_channel + value_at, mask=(value_channel < head_size) & more
+        )
         async_copy.commit_group()
         acc = mma_v2(gl.convert_layout(weight.to(dtype), weight_layout), values, acc * shrink[:, None])
     async_copy.wait_group(0)
@@ -160,7 +166,9 @@ def focal_kernel(
 ):  # fmt: skip
     """As `fna.plugins.kernels.focal.focal_kernel`."""
     warps: gl.constexpr = gl.num_warps()
-    rows: gl.constexpr = gl.BlockedLayout([1, CHANNELS], [32 * CHANNELS // BLOCK_D, BLOCK_D // CHANNELS], [warps, 1], [1, 0])
+    rows: gl.constexpr = gl.BlockedLayout(
+        [1, CHANNELS], [32 * CHANNELS // BLOCK_D, BLOCK_D // CHANNELS], [warps, 1], [1, 0]
+    )
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [warps], [0])
     bh = gl.program_id(0).to(gl.int64)

@@ -47,7 +47,17 @@ _FLOAT_POINTERS = {
     "bias", "partial", "stats", "matrices", "colsum", "exact", "mixed_scale", "between", "distance", "best", "norms",
     "tile_bias", "query_sums", "hot_scores", "hot_values", "offsets", "biases",
 }  # fmt: skip
-_MULTIPLES_OF_16 = {"head_size", "stride_b", "stride_h", "stride_n", "out_b", "out_h", "out_n", "padded_d", "row_length"}
+_MULTIPLES_OF_16 = {
+    "head_size",
+    "stride_b",
+    "stride_h",
+    "stride_n",
+    "out_b",
+    "out_h",
+    "out_n",
+    "padded_d",
+    "row_length",
+}
 _UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "tile_bias"}
 
 

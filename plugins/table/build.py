@@ -6,6 +6,7 @@ that some of the chip's drivers do not load fails the build by name.
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -155,6 +156,8 @@ def _pool(jobs: int, cache: Path) -> ProcessPoolExecutor:
 
 
 def _prepare_worker(cache: str) -> None:
+    # Triton's bindings keep some of Gluon's layouts to the end, and would list them on stderr there.
+    atexit.register(os._exit, 0)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=cache, prefix="triton-")
