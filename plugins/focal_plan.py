@@ -32,6 +32,9 @@ FOCAL_ROWS = 64
 KEY_BLOCK: dict[Dtype, int] = {"fp32": 16, "fp16": 32, "bf16": 32}
 """Keys of a list per step."""
 
+FIRST_KEYS = 16
+"""Of a list, before whole steps, with 16-bit inputs: so fewer keys at its end are padding."""
+
 LIST_STEP = max(KEY_BLOCK.values())
 """What the room for a list is a multiple of."""
 
@@ -74,7 +77,7 @@ class FocalShape:
     @property
     def row_length(self) -> int:
         """Room for the hot keys and the list of one program."""
-        return -(-(MAX_HOT + self.list_length) // LIST_STEP) * LIST_STEP
+        return FIRST_KEYS - (-(MAX_HOT + self.list_length) // LIST_STEP) * LIST_STEP
 
 
 def check_focal_shape(shape: FocalShape, prefix_tokens: int, hot: int) -> None:

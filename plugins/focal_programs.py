@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from fna.plugins.focal_plan import (
+    FIRST_KEYS,
     KEY_BLOCK,
     PREFIX_BLOCK,
     RANK_BLOCK,
@@ -54,7 +55,8 @@ def _attending_programs(
     name, heads = launch.variant.name, launch.grid[0]
     rows = {"keys": -(-shape.tokens // PREFIX_BLOCK)}
     found = [Programs(f"{name} prefix", heads * prefix_tokens, 0, rows)] if prefix_tokens else []
-    blocks = [-(-(hot + int(count)) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
+    first = 0 if shape.dtype == "fp32" else FIRST_KEYS
+    blocks = [-(-(hot + int(count) - first) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
     job = prefix_tokens
     for length, alike in groupby(blocks):
         count = len(list(alike))

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from fna.focal_keys import FAR_BELOW
-from fna.plugins import launch_plan
+from fna.plugins import focal_plan, launch_plan
 from fna.special_tokens import MASKED_SCORE
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -21,14 +21,37 @@ HIDDEN = gl.constexpr(FAR_BELOW)
 HOT = gl.constexpr(launch_plan.MAX_HOT)
 CHANNELS = gl.constexpr(8)
 """Of a lane, 16 bytes."""
+FIRST = gl.constexpr(focal_plan.FIRST_KEYS)
 UNIT = gl.constexpr(launch_plan.HEAD_SIZE_STEP)
 """Elements that rows are counted in: every stride is a multiple."""
 
 
 @gluon.jit
-def _row_offsets(listed, inside):
-    """Where the rows of listed keys begin, in elements."""
-    return gl.load(listed, mask=inside, other=0).to(gl.int64) * UNIT
+def _read_keys(key, listed, inside, head_size, COUNT: gl.constexpr, BLOCK_D: gl.constexpr, layout: gl.constexpr):
+    """The keys whose rows are listed, `[BLOCK_D, COUNT]`."""
+    at = gl.load(listed + gl.arange(0, COUNT, gl.SliceLayout(0, layout)), mask=inside, other=0).to(gl.int64) * UNIT
+    channel = gl.arange(0, BLOCK_D, gl.SliceLayout(1, layout))[:, None]
+    return gl.load(key + channel + at[None, :], mask=(channel < head_size) & inside, other=0.0)
+
+
+@gluon.jit
+def _copy_values(into, value, listed, inside, head_size, COUNT: gl.constexpr, BLOCK_D: gl.constexpr, rows: gl.constexpr):
+    """Begin to copy the values whose rows are listed to shared memory, `[COUNT, BLOCK_D]`."""
+    at = gl.load(listed + gl.arange(0, COUNT, gl.SliceLayout(1, rows)), mask=inside, other=0).to(gl.int64) * UNIT
+    channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows))[None, :]
+    async_copy.async_load(into, value + channel + at[:, None], mask=(channel < head_size) & inside)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _weigh(scores, biases, scale, maximum, total, COUNT: gl.constexpr):
+    """Weights of a block of scores in an online softmax, what to shrink former sums by, and the new maximum and total."""
+    bias = gl.load(biases + gl.arange(0, COUNT, gl.SliceLayout(0, scores.type.layout)))
+    scores = scores * (scale * LOG2E) + bias[None, :]
+    larger = gl.maximum(maximum, gl.max(scores, 1))
+    weight = gl.exp2(scores - larger[:, None])
+    shrink = gl.exp2(maximum - larger)
+    return weight, shrink, larger, total * shrink + gl.sum(weight, 1)
 
 
 @gluon.jit
@@ -75,7 +98,7 @@ def _prepare_list(tile_keys, tile_bias, hot_tokens, offsets, listed, biases, tok
                   has_offsets, BLOCK_L: gl.constexpr, lanes: gl.constexpr):  # fmt: skip
     """Write the keys of a tile, hot ones first, and what is added to their scores (base 2); return how many there are."""
     length = gl.full([BLOCK_L], 1, gl.int32, lanes)
-    for start in range(0, row_length, BLOCK_L):
+    for start in range(0, hot + list_length + FIRST, BLOCK_L):
         slot = start + gl.arange(0, BLOCK_L, lanes)
         place = slot - hot
         is_hot = slot < hot
@@ -111,44 +134,33 @@ def _attend_tile(
     asked = gl.convert_layout(own, gl.SliceLayout(1, query_layout))[:, None]
     queries = gl.load(query + asked.to(gl.int64) * stride_n + channel, mask=channel < head_size, other=0.0)
 
-    key_slot = listed + gl.arange(0, BLOCK_N, gl.SliceLayout(0, key_layout))
-    key_channel = gl.arange(0, BLOCK_D, gl.SliceLayout(1, key_layout))[:, None]
-    value_slot = listed + gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows))
-    value_channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows))[None, :]
-    score_slot = gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
-    held = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_D], gl.SwizzledSharedLayout(CHANNELS, 1, 8, [1, 0]))
-
-    at = _row_offsets(key_slot, True)[None, :]
-    keys = gl.load(key + key_channel + at, mask=key_channel < head_size, other=0.0)
-    at = _row_offsets(value_slot, True)[:, None]
-    async_copy.async_load(held.index(0), value + value_channel + at, mask=value_channel < head_size)
-    async_copy.commit_group()
+    shared: gl.constexpr = gl.SwizzledSharedLayout(CHANNELS, 1, 8, [1, 0])
+    first = gl.allocate_shared_memory(dtype, [FIRST, BLOCK_D], shared)
+    held = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_D], shared)
+    # While a block is worked on, the next one's keys and values are on their way.
+    first_keys = _read_keys(key, listed, True, head_size, FIRST, BLOCK_D, key_layout)
+    _copy_values(first, value, listed, True, head_size, FIRST, BLOCK_D, rows)
+    first_scores = mma_v2(queries, first_keys, gl.zeros([BLOCK_M, FIRST], gl.float32, mma))
+    more = length > FIRST
+    keys = _read_keys(key, listed + FIRST, more, head_size, BLOCK_N, BLOCK_D, key_layout)
+    _copy_values(held.index(0), value, listed + FIRST, more, head_size, BLOCK_N, BLOCK_D, rows)
     maximum = gl.full([BLOCK_M], HIDDEN, gl.float32, gl.SliceLayout(1, mma))
     total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, mma))
+    first_weight, _, maximum, total = _weigh(first_scores, biases, scale, maximum, total, FIRST)
+    async_copy.wait_group(1)
     acc = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, mma)
+    acc = mma_v2(gl.convert_layout(first_weight.to(dtype), weight_layout), first.load(value_layout), acc)
     buffer = 0
-    for start in range(0, length, BLOCK_N):
-        # The next block's keys and values are on their way while this one is worked on.
+    for start in range(FIRST, length, BLOCK_N):
         following = start + BLOCK_N
         more = following < length
-        key_at = _row_offsets(key_slot + following, more)[None, :]
-        value_at = _row_offsets(value_slot + following, more)[:, None]
         scores = mma_v2(queries, keys, gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma))
-        keys = gl.load(key + key_channel + key_at, mask=(key_channel < head_size) & more, other=0.0)
-        bias = gl.load(biases + start + score_slot)
-        scores = scores * (scale * LOG2E) + bias[None, :]
-        larger = gl.maximum(maximum, gl.max(scores, 1))
-        weight = gl.exp2(scores - larger[:, None])
-        shrink = gl.exp2(maximum - larger)
-        maximum = larger
-        total = total * shrink + gl.sum(weight, 1)
+        keys = _read_keys(key, listed + following, more, head_size, BLOCK_N, BLOCK_D, key_layout)
+        weight, shrink, maximum, total = _weigh(scores, biases + start, scale, maximum, total, BLOCK_N)
         async_copy.wait_group(0)
         values = held.index(buffer).load(value_layout)
         buffer = 1 - buffer
-        async_copy.async_load(
-            held.index(buffer), value + value_channel + value_at, mask=(value_channel < head_size) & more
-        )
-        async_copy.commit_group()
+        _copy_values(held.index(buffer), value, listed + following, more, head_size, BLOCK_N, BLOCK_D, rows)
         acc = mma_v2(gl.convert_layout(weight.to(dtype), weight_layout), values, acc * shrink[:, None])
     async_copy.wait_group(0)
     return acc / total[:, None]

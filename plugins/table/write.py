@@ -89,6 +89,7 @@ def launch_constants() -> str:
         "FpsTile": launch_plan.FPS_TILE,
         "MaxHot": launch_plan.MAX_HOT,
         "FocalRows": focal_plan.FOCAL_ROWS,
+        "FirstKeys": focal_plan.FIRST_KEYS,
         "ListStep": focal_plan.LIST_STEP,
         "HotSplitTokens": focal_plan.HOT_SPLIT_TOKENS,
         "FewestHotSplits": focal_plan.FEWEST_HOT_SPLITS,

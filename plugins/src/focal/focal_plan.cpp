@@ -26,7 +26,7 @@ int64_t rowBlocks(FocalShape const& shape)
 // Room for the hot keys and the list of one program.
 int64_t rowLength(FocalShape const& shape)
 {
-    return divideUp(kMaxHot + shape.listLength, kListStep) * kListStep;
+    return kFirstKeys + divideUp(kMaxHot + shape.listLength, kListStep) * kListStep;
 }
 
 int64_t hotSplits(FocalShape const& shape, int64_t multiprocessors)
