@@ -56,7 +56,11 @@ def _attending_programs(
     rows = {"keys": -(-shape.tokens // PREFIX_BLOCK)}
     found = [Programs(f"{name} prefix", heads * prefix_tokens, 0, rows)] if prefix_tokens else []
     first = 0 if shape.dtype == "fp32" else FIRST_KEYS
-    blocks = [-(-(hot + int(count) - first) // KEY_BLOCK[shape.dtype]) for count in key_counts for _ in range(shape.row_blocks)]
+    blocks = [
+        -(-(hot + int(count) - first) // KEY_BLOCK[shape.dtype])
+        for count in key_counts
+        for _ in range(shape.row_blocks)
+    ]
     job = prefix_tokens
     for length, alike in groupby(blocks):
         count = len(list(alike))

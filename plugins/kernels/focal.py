@@ -36,10 +36,22 @@ def _query_sum(query, stride_n, low, high, head_size, BLOCK_N: tl.constexpr, BLO
     in_head = (column < head_size)[None, :]
     pointer = query + (low + row).to(tl.int64)[:, None] * stride_n + column[None, :]
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in tl.range(low, high, BLOCK_N, num_stages=1):
-        sums += tl.load(pointer, mask=(row < high - start)[:, None] & in_head, other=0.0).to(tl.float32)
+    whole = high - (high - low) % BLOCK_N
+    for _ in tl.range(low, whole, BLOCK_N, num_stages=1):
+        sums += tl.load(pointer, mask=in_head, other=0.0).to(tl.float32)
         pointer += BLOCK_N * stride_n.to(tl.int64)
+    sums += tl.load(pointer, mask=(row < high - whole)[:, None] & in_head, other=0.0).to(tl.float32)
     return tl.sum(sums, 0)
+
+
+@triton.jit
+def _score_block(pointer, mean, in_head, inside, key_mask, mask_mode, hot_scores, token):
+    """Write the scores of the keys of some tokens against `mean`."""
+    keys = tl.load(pointer, mask=inside[:, None] & in_head, other=0.0)
+    score = tl.sum(keys.to(tl.float32) * mean[None, :], 1)
+    if mask_mode != 0:
+        score -= mask_flags(key_mask, mask_mode, token, inside) * MASKED
+    tl.store(hot_scores + token, score, mask=inside)
 
 
 @triton.jit
@@ -49,14 +61,11 @@ def _score_keys(key, stride_n, mean, key_mask, mask_mode, hot_scores, low, high,
     row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     in_head = (column < head_size)[None, :]
     pointer = key + (low + row).to(tl.int64)[:, None] * stride_n + column[None, :]
-    for start in tl.range(low, high, BLOCK_N, num_stages=1):
-        inside = row < high - start
-        keys = tl.load(pointer, mask=inside[:, None] & in_head, other=0.0)
+    whole = high - (high - low) % BLOCK_N
+    for start in tl.range(low, whole, BLOCK_N, num_stages=1):
+        _score_block(pointer, mean, in_head, row >= 0, key_mask, mask_mode, hot_scores, start + row)
         pointer += BLOCK_N * stride_n.to(tl.int64)
-        score = tl.sum(keys.to(tl.float32) * mean[None, :], 1)
-        if mask_mode != 0:
-            score -= mask_flags(key_mask, mask_mode, start + row, inside) * MASKED
-        tl.store(hot_scores + start + row, score, mask=inside)
+    _score_block(pointer, mean, in_head, row < high - whole, key_mask, mask_mode, hot_scores, whole + row)
 
 
 @triton.jit

@@ -35,7 +35,9 @@ def _read_keys(key, listed, inside, head_size, COUNT: gl.constexpr, BLOCK_D: gl.
 
 
 @gluon.jit
-def _copy_values(into, value, listed, inside, head_size, COUNT: gl.constexpr, BLOCK_D: gl.constexpr, rows: gl.constexpr):
+def _copy_values(
+    into, value, listed, inside, head_size, COUNT: gl.constexpr, BLOCK_D: gl.constexpr, rows: gl.constexpr
+):
     """Begin to copy the values whose rows are listed to shared memory, `[COUNT, BLOCK_D]`."""
     at = gl.load(listed + gl.arange(0, COUNT, gl.SliceLayout(1, rows)), mask=inside, other=0).to(gl.int64) * UNIT
     channel = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows))[None, :]
