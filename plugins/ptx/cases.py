@@ -14,6 +14,7 @@ from fna.attention import NEWTON_SCHULZ_ITERATIONS, nystrom_attention_reference
 from fna.chebyshev import ChebyshevSteps
 from fna.focal import focal_attention
 from fna.focal_keys import Levels, focal_keys
+from fna.plugins.focal_plan import LIST_BLOCK
 from fna.plugins.launch_plan import DTYPES, Dtype, padded_head_size, padded_landmarks
 from fna.plugins.ptx.calls import Call, Chip, Surroundings, run_attention, run_focal, run_norm_grid, run_sampling
 from fna.plugins.torch_ops import DTYPE_NAMES
@@ -315,6 +316,8 @@ def quick_cases() -> Iterator[Case]:
         "fp32", 33, 64, 131, mask="sinks", chebyshev=ChebyshevSteps(8, 0.05), hostile_landmarks=True, surroundings=UNUSUAL,
     )  # fmt: skip
     yield FocalCase("fp16", (30, 27), levels=((1, 0), (2, 2), (4, 6)), hot=20, masked=True, surroundings=UNUSUAL)
+    # With the hot keys, a list as long as what is prepared at a time: the last step reads past it.
+    yield FocalCase("fp16", (8, LIST_BLOCK // 8 - 2), levels=((1, 0),), prefix_tokens=0)
     yield FocalCase("bf16", (13, 10), tile=9, prefix_tokens=5, heads=2, surroundings=ZEROS)
     yield FocalCase("fp32", (11, 9), 48, tile=4, hot=64, masked=True, surroundings=UNUSUAL)
     for channels in (37, 48):
