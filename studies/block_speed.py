@@ -1,16 +1,24 @@
 """One block's attention on this machine's onnxruntime, by form: `python -m studies.block_speed --resolution 518`.
 
 Processor time of one thread, which can be had beside other work; the shape is DINOv2-S's: 6 heads of 64. All take turns in one
-process. Milliseconds, median (fastest to slowest), and the share of the fastest exact form.
+process. Milliseconds, median (fastest to slowest), and the share of the fastest exact form; with --operators also what each of a
+form's operators takes, by onnxruntime's own profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import ModelProto
 
 from fna.chebyshev import CHEBYSHEV, default_core
 from fna.focal_keys import Levels
@@ -31,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolution", type=int, default=518)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--operators", action="store_true", help="what each operator of a form takes")
     arguments = parser.parse_args()
     side = arguments.resolution // 14
     layout = Layout("one block", 1, {}, side * side + 1, 6, 64, 384, 1, (side, side), (arguments.resolution,) * 2)
@@ -62,6 +71,28 @@ def main() -> None:
     fastest = min(median for name, median in medians.items() if name.startswith("exact"))
     for name, taken in times.items():
         print(f"{name}: {medians[name]:.1f} ms ({min(taken):.1f} to {max(taken):.1f}), {medians[name] / fastest:.2f}")
+        if arguments.operators:
+            spent = operator_times(models[name], {"hidden": hidden}, arguments.runs).most_common(6)
+            print("    " + ", ".join(f"{operator} {milliseconds:.1f}" for operator, milliseconds in spent))
+
+
+def operator_times(model: ModelProto, inputs: dict[str, NDArray[np.float32]], runs: int) -> Counter[str]:
+    """Milliseconds of one run by operator, the mean of so many runs after a first."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for _ in range(runs + 1):
+            session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["ts"] > starts[1]:
+            spent[event["args"]["op_name"].replace("FusedMatMul", "MatMul")] += event["dur"] / 1e3 / runs
+    return spent
 
 
 if __name__ == "__main__":
