@@ -193,6 +193,7 @@ class Blocks:
         key_block: keys per step of the landmark kernel; a split is a multiple of it.
         landmark_rows: landmark queries per program of the landmark kernel.
         query_block: queries per tile of the output kernel.
+        query_prologue: what a program of the output kernel takes beside its tiles, in halves of a tile, by count.
         landmark_block: landmarks per step of the output kernel; kp and vp stay on chip where it is S_PAD.
         newton_schulz: Z and W, and through scratch also A, T and Y.
         chebyshev: A and T.
@@ -203,6 +204,7 @@ class Blocks:
     key_block: int
     landmark_rows: int
     query_block: int
+    query_prologue: int
     landmark_block: int
     newton_schulz: CoreBlocks
     chebyshev: CoreBlocks
@@ -219,14 +221,15 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
         step = 32 if block_d == 64 else 16
         lengths = {TILE: (230, 20), 2 * TILE: (1900, 120)}.get(s_pad, (0, 0))
         cores = CoreBlocks(5, False, lengths[0]), CoreBlocks(2, False, lengths[1])
-        return Blocks(s_pad, block_d, step, TILE, 64, step, *cores)
+        return Blocks(s_pad, block_d, step, TILE, 64, 1, step, *cores)
     # Where a program's registers hold only half of the scores at once, landmarks come in tiles of 64.
     held = s_pad if block_d > 64 and s_pad <= 2 * TILE else TILE
     lengths = {TILE: (94, 24), 2 * TILE: (1390, 49)}.get(s_pad, (0, 0))
     newton_schulz = CoreBlocks(2, True, lengths[0]) if s_pad == TILE else CoreBlocks(5, False, lengths[0])
     chebyshev = CoreBlocks(1, True, lengths[1]) if s_pad <= 2 * TILE else CoreBlocks(2, False, 0)
-    queries = 128 if block_d == 64 else 64
-    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, held, newton_schulz, chebyshev)
+    # Four warps hold keys and values of 64 landmarks beside 64 queries, not beside 128.
+    queries, prologue = (TILE, 4) if s_pad == block_d == TILE else (2 * TILE if block_d == TILE else TILE, 1)
+    return Blocks(s_pad, block_d, 64, min(s_pad, 2 * TILE), queries, prologue, held, newton_schulz, chebyshev)
 
 
 def all_blocks(dtype: Dtype) -> tuple[Blocks, ...]:
@@ -313,17 +316,15 @@ def core_programs(s_pad: int, step: int) -> int:
 
 
 def query_tiles(shape: AttentionShape, multiprocessors: int) -> int:
-    """Query tiles per program of the output kernel: the number that takes the fewest rounds of the multiprocessors, in tiles.
-
-    A program's prologue takes about half of what a tile does, by count (`fna.plugins.programs`).
-    """
-    tiles = -(-shape.tokens // call_blocks(shape).query_block)
+    """Query tiles per program of the output kernel: the number that takes the fewest rounds of the multiprocessors, in tiles."""
+    blocks = call_blocks(shape)
+    tiles = -(-shape.tokens // blocks.query_block)
     heads, there = shape.batch * shape.heads, min(multiprocessors, MAX_MULTIPROCESSORS)
 
     def half_tiles(share: int) -> int:
         programs = -(-tiles // share) * heads
         rounds = -(-programs // there)
-        return rounds * (2 * share + 1)
+        return rounds * (2 * share + blocks.query_prologue)
 
     return min(range(1, MAX_QUERY_TILES + 1), key=half_tiles)
 

@@ -207,10 +207,11 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
         for place in tl.static_range(JOINED):
             split = first + place
             there = row < tl.where(split < splits, S_PAD, 0)
-            part = partial + (split * S_PAD + row)[:, None] * padded_d + column[None, :]
+            # As three dimensions: two-dimensional fp32 is read in vectors as long as those of 16 bits beside it, half a sector a time.
+            part = partial + ((split * S_PAD + row)[:, None] * padded_d + column[None, :])[None, :, :]
             shrink = tl.exp2(tl.load(stats + split * 2 * S_PAD + row, mask=there, other=float("-inf")) - maximum)
             total += tl.load(stats + (split * 2 + 1) * S_PAD + row, mask=there, other=0.0) * shrink
-            acc += tl.load(part, mask=there[:, None], other=0.0) * shrink[:, None]
+            acc += tl.sum(tl.load(part, mask=there[None, :, None], other=0.0), 0) * shrink[:, None]
     return tl.where((row < count)[:, None], acc / total[:, None], 0.0)
 
 
@@ -293,11 +294,11 @@ def finish_chebyshev_kernel(
                                                   S_PAD, COLUMNS)  # fmt: skip
         # Read again rather than held in registers through the steps.
         own = landmark_values(value, stride_n, landmarks, row, column, tokens, count, head_size)
-        result = tl.where((row < count)[:, None], own / unit[None, :] + correction, 0.0)
+        result = tl.where((row < count)[:, None], own + unit[None, :] * correction, 0.0)
         largest = tl.max(tl.abs(result), 0)
         largest = tl.where(largest > 0.0, largest, 1.0)
         tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
-        tl.store(mixed_scale + bh * padded_d + column, largest * unit)
+        tl.store(mixed_scale + bh * padded_d + column, largest)
     else:
         between += bh * 3 * S_PAD * padded_d
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
@@ -335,6 +336,38 @@ def _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TIL
     index = landmark_index(landmarks, slot, count, tokens)
     offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
     return tl.where(slot < count, offset, float("-inf"))
+
+
+@triton.jit
+def _output_from_registers(query, keys, values, landmarks, bias, key_mask, mixed_scale, out, tokens, count, head_size,
+                           stride_n, out_n, mask_mode, low, high, scale, TILE_S: tl.constexpr, BLOCK_M: tl.constexpr,
+                           BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Tiles of queries from `low` to `high` over one tile of landmarks, whose keys and values stay in registers."""
+    column = tl.arange(0, BLOCK_D)
+    in_head = column < head_size
+    offset = _landmark_offset(bias, landmarks, key_mask, mask_mode % 2, 0, tokens, count, TILE_S)
+    scale_of_column = tl.load(mixed_scale + column)
+    start = low
+    # Into a loop with `for`, Triton moves what turns keys and values into operands: they would be read for every tile again.
+    while start < high:
+        token = start + tl.arange(0, BLOCK_M)
+        inside = (token < tokens)[:, None] & in_head[None, :]
+        queries = tl.load(query + token.to(tl.int64)[:, None] * stride_n + column[None, :], mask=inside, other=0.0)
+        scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+        scores = scores * (scale * LOG2E) + offset[None, :]
+        weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        acc = dot_input(weight.to(values.dtype), values, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
+        _store_output(acc / tl.sum(weight, 1)[:, None] * scale_of_column[None, :], out, token, tokens, out_n, key_mask, mask_mode,
+                      in_head, BLOCK_D)  # fmt: skip
+        start += BLOCK_M
+
+
+@triton.jit
+def _store_output(rows, out, token, tokens, out_n, key_mask, mask_mode, in_head, BLOCK_D: tl.constexpr):
+    """Write the rows of some tokens: all that exist, or those of masked tokens alone (`mask_mode` 2)."""
+    pointer = out + token.to(tl.int64)[:, None] * out_n + tl.arange(0, BLOCK_D)[None, :]
+    written = (token < tokens) & (mask_flags(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
+    tl.store(pointer, rows.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])
 
 
 @triton.jit(do_not_specialize=_PLAIN_OUTPUT)
@@ -376,48 +409,52 @@ def output_kernel(
             more_values = _landmark_mixed(mixed, TILE_S, TILE_S, BLOCK_D)
     low = tl.program_id(0) * tiles * BLOCK_M
     high = tl.minimum(low + tiles * BLOCK_M, tokens)
-    for start in tl.range(low, high, BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M)
-        mask = (token < tokens)[:, None] & in_head[None, :]
-        own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
-        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if HELD:
-            queries = tl.load(own, mask=mask, other=0.0)
-            scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-            # Offsets are read for every tile of queries: held, they would take as many registers as a tile's weights.
-            offset = _landmark_offset(bias, landmarks, key_mask, hides, 0, tokens, count, TILE_S)
-            scores = scores * (scale * LOG2E) + offset[None, :]
-            maximum = tl.max(scores, 1)
-            weight = tl.exp2(scores - maximum[:, None])
-            total = tl.sum(weight, 1)
-            acc = dot_input(weight.to(values.dtype), values, acc, UPCAST)
-            if S_PAD > TILE_S:
-                scores = dot_input(queries, more_keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                offset = _landmark_offset(bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S)
+    if HELD and S_PAD == TILE_S and BLOCK_D == TILE:
+        _output_from_registers(query, keys, values, landmarks, bias, key_mask, mixed_scale + bh * BLOCK_D, out, tokens, count,
+                               head_size, stride_n, out_n, mask_mode, low, high, scale, TILE_S, BLOCK_M, BLOCK_D, UPCAST)  # fmt: skip
+    else:
+        for start in tl.range(low, high, BLOCK_M):
+            token = start + tl.arange(0, BLOCK_M)
+            mask = (token < tokens)[:, None] & in_head[None, :]
+            own = query + token.to(tl.int64)[:, None] * stride_n + column[None, :]
+            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            if HELD:
+                queries = tl.load(own, mask=mask, other=0.0)
+                scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+                # Offsets are read for every tile of queries: held, they would take as many registers as a tile's weights.
+                offset = _landmark_offset(bias, landmarks, key_mask, hides, 0, tokens, count, TILE_S)
                 scores = scores * (scale * LOG2E) + offset[None, :]
-                maximum, total, acc = attend_further(scores, more_values, maximum, total, acc, UPCAST)
-        else:
-            # Every tile has a landmark, so the maximum is finite from the first on.
-            for first in tl.range(0, count, TILE_S, num_stages=1):
-                if query.dtype.element_ty == tl.float32:
-                    slot = first + tl.arange(0, TILE_S)
-                    index = landmark_index(landmarks, slot, count, tokens)
-                    scores = deep_scores(query, key, token, index, token < tokens, slot < count, stride_n, head_size,
-                                          BLOCK_M, TILE_S, BLOCK_D)  # fmt: skip
-                else:
-                    keys = _landmark_keys(key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D)
-                    queries = tl.load(own, mask=mask, other=0.0)
-                    scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                values = _landmark_mixed(mixed, first, TILE_S, BLOCK_D)
-                offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S)
-                scores = scores * (scale * LOG2E) + offset[None, :]
-                maximum, total, acc = attend_further(scores, values, maximum, total, acc, UPCAST)
-        result = acc / total[:, None] * tl.load(mixed_scale + bh * BLOCK_D + column)[None, :]
-        pointer = out + token.to(tl.int64)[:, None] * out_n + column[None, :]
-        written = (token < tokens) & (mask_flags(key_mask, mask_mode // 2, token, token < tokens) == mask_mode // 2)
-        tl.store(pointer, result.to(out.dtype.element_ty), mask=written[:, None] & in_head[None, :])
+                maximum = tl.max(scores, 1)
+                weight = tl.exp2(scores - maximum[:, None])
+                total = tl.sum(weight, 1)
+                acc = dot_input(weight.to(values.dtype), values, acc, UPCAST)
+                if S_PAD > TILE_S:
+                    scores = dot_input(queries, more_keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+                    more_offset = _landmark_offset(bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S)
+                    scores = scores * (scale * LOG2E) + more_offset[None, :]
+                    maximum, total, acc = attend_further(scores, more_values, maximum, total, acc, UPCAST)
+            else:
+                # Every tile has a landmark, so the maximum is finite from the first on.
+                for first in tl.range(0, count, TILE_S, num_stages=1):
+                    if query.dtype.element_ty == tl.float32:
+                        slot = first + tl.arange(0, TILE_S)
+                        index = landmark_index(landmarks, slot, count, tokens)
+                        scores = deep_scores(query, key, token, index, token < tokens, slot < count, stride_n, head_size,
+                                              BLOCK_M, TILE_S, BLOCK_D)  # fmt: skip
+                    else:
+                        keys = _landmark_keys(
+                            key, stride_n, landmarks, first, tokens, count, head_size, TILE_S, BLOCK_D
+                        )
+                        queries = tl.load(own, mask=mask, other=0.0)
+                        scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
+                    values = _landmark_mixed(mixed, first, TILE_S, BLOCK_D)
+                    offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S)
+                    scores = scores * (scale * LOG2E) + offset[None, :]
+                    maximum, total, acc = attend_further(scores, values, maximum, total, acc, UPCAST)
+            result = acc / total[:, None] * tl.load(mixed_scale + bh * BLOCK_D + column)[None, :]
+            _store_output(result, out, token, tokens, out_n, key_mask, mask_mode, in_head, BLOCK_D)
     if exact_rows != 0:
         tl.debug_barrier()
         for first in tl.static_range(0, S_PAD, TILE):

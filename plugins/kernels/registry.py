@@ -127,7 +127,6 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
         held = _holds_landmarks(variant)
         short = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
         warps, stages = 4 if held and (short or four_hold_128) else 8, 2 if held else 1
-        warps, stages = (2, 1) if two_hold_64 else (warps, stages)
     elif variant.kernel == "focal":
         short = variant.head_size == HEAD_PADDINGS[0]
         warps, stages = (4 if short else 8) if wide else (2 if short else 4), 1

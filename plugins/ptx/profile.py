@@ -10,9 +10,6 @@ import numpy as np
 
 from fna.plugins.ptx.number_types import Array, s32, s64
 
-SAMPLES = 6
-"""How many executions of an instruction, all CTAs of a group each, the memory behaviour is measured on."""
-
 BANKS, BANK_BYTES, SECTOR_BYTES = 32, 4, 32
 _NO_WORD = 1 << 40
 
@@ -34,7 +31,10 @@ def classify(operation: str) -> str:
 
 @dataclass
 class Requests:
-    """Sampled memory requests of warps at one instruction: how many, wavefronts or sectors, and how few would do."""
+    """Memory requests of warps at one instruction: how many, wavefronts or sectors, and how few would do.
+
+    Those of which no lane takes part count as well: they move nothing.
+    """
 
     count: int = 0
     moved: int = 0
@@ -56,7 +56,6 @@ class Profile:
         self.by_cta: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self.shared: defaultdict[int, Requests] = defaultdict(Requests)  # instruction -> wavefronts
         self.sectors: defaultdict[int, Requests] = defaultdict(Requests)  # instruction -> sectors
-        self._seen: Counter[tuple[str, int]] = Counter()
 
     def enter_block(self, block: int, ctas: Array) -> None:
         """Count a basic block that CTAs run."""
@@ -68,15 +67,9 @@ class Profile:
         """Executions of each basic block by some CTAs, or by all."""
         return self.blocks if ctas is None else sum((self.by_cta[cta] for cta in ctas), Counter())
 
-    def _samples(self, space: str, instruction: int) -> bool:
-        if not self.detailed:
-            return False
-        self._seen[space, instruction] += 1
-        return self._seen[space, instruction] <= SAMPLES
-
     def shared_request(self, instruction: int, address: Array, mask: Array | None, size: int) -> None:
         """A load or store of all lanes: 8 bytes a lane take two phases of half a warp, 16 bytes four."""
-        if not self._samples("shared", instruction):
+        if not self.detailed:
             return
         words = max(1, size // BANK_BYTES)
         at = (address.astype(s64) // BANK_BYTES).reshape(-1, 32 // words)
@@ -86,7 +79,7 @@ class Profile:
 
     def matrix_request(self, instruction: int, rows: Array, count: int) -> None:
         """A load or store of matrices: a phase a matrix of eight rows."""
-        if not self._samples("shared", instruction):
+        if not self.detailed:
             return
         touched = (rows.astype(s64) // BANK_BYTES).reshape(-1, 8)[:, :, None] + np.arange(4)
         self._add_wavefronts(instruction, touched.reshape(len(touched), -1), count)
@@ -105,7 +98,7 @@ class Profile:
 
     def global_request(self, instruction: int, address: Array, mask: Array | None, size: int) -> None:
         """A load or store of all lanes, in sectors of 32 bytes."""
-        if not self._samples("global", instruction):
+        if not self.detailed:
             return
         sector = (address.view(s64) // SECTOR_BYTES).reshape(-1, 32)
         if mask is not None:
@@ -115,4 +108,4 @@ class Profile:
         new[:, 1:] = sector[:, 1:] != sector[:, :-1]
         live = (sector >= 0).sum(1)
         moved = int((new & (sector >= 0)).sum())
-        self.sectors[instruction].add(int((live > 0).sum()), moved, int(np.ceil(live * size / SECTOR_BYTES).sum()))
+        self.sectors[instruction].add(len(live), moved, int(np.ceil(live * size / SECTOR_BYTES).sum()))

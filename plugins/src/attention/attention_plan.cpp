@@ -87,11 +87,12 @@ std::pair<double, double> chebyshevInterval(AttentionAttributes const& attribute
 
 int64_t queryTiles(AttentionShape const& shape, int64_t multiprocessors)
 {
-    int64_t const tiles = divideUp(shape.tokens, blocksOf(shape).queryBlock);
+    Blocks const& blocks = blocksOf(shape);
+    int64_t const tiles = divideUp(shape.tokens, blocks.queryBlock);
     int64_t const there = std::min(multiprocessors, kMaxMultiprocessors);
     auto const halfTiles = [&](int64_t share) {
         int64_t const rounds = divideUp(divideUp(tiles, share) * shape.batch * shape.heads, there);
-        return rounds * (2 * share + 1);
+        return rounds * (2 * share + blocks.queryPrologue);
     };
     int64_t best = 1;
     for (int64_t share = 2; share <= kMaxQueryTiles; ++share)

@@ -331,3 +331,17 @@ def test_a_profile_counts_instructions_wavefronts_and_sectors() -> None:
     assert (sectors.count, sectors.moved, sectors.ideal) == (3, 12, 12)
     classes = kernel.instructions_by_class(profile)
     assert (classes["st.shared"], classes["st.global"], classes["branch"]) == (3, 3, 3)
+
+
+def test_a_request_in_which_no_lane_takes_part_moves_nothing() -> None:
+    """Of 8 turns the last 7 store nothing: one request of four sectors and seven of none."""
+    memory = GlobalMemory(1 << 16)
+    addresses = [memory.allocate("source", 256), memory.allocate("out", 256)]
+    kernel = make_kernel(
+        " mov.b32 %r5, 0;\nturn:\n setp.eq.u32 %p1, %r5, 0;\n @%p1 st.global.b32 [%rd5], %r1;\n add.s32 %r5, %r5, 1;\n"
+        " setp.lt.u32 %p2, %r5, 8;\n @%p2 bra turn;",
+        threads=32,
+        profile=True,
+    )
+    (sectors,) = kernel.launch(memory, (1, 1, 1), [*addresses, 0]).sectors.values()
+    assert (sectors.count, sectors.moved) == (8, 4)
