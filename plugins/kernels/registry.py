@@ -7,7 +7,7 @@ from typing import Any
 import triton
 
 from fna.plugins.focal_plan import FOCAL_ROWS, KEY_BLOCK, LIST_BLOCK, PREFIX_BLOCK, RANK_BLOCK, SCAN_BLOCK
-from fna.plugins.kernels import attention, focal, focal_tiles, norms, sampling
+from fna.plugins.kernels import attention, focal, norms, sampling
 from fna.plugins.launch_plan import (
     CHEBYSHEV_COLUMNS,
     FINISH_COLUMNS,
@@ -25,6 +25,9 @@ from fna.plugins.launch_plan import (
 from fna.plugins.table.chips import OLDEST_CHIP
 
 HOPPER = 90
+
+GLUON_SINCE = (3, 9)
+"""The first Triton whose Gluon has all that focal attention's tiles take. Under PyTorch older ones run the kernel that fp32 has."""
 
 KERNELS = {
     "landmark": attention.landmark_kernel,
@@ -61,9 +64,16 @@ _MULTIPLES_OF_16 = {
 _UNALIGNED = {"landmarks", "bias", "key_mask", "tile_queries", "tile_keys", "tile_bias"}
 
 
+def has_gluon() -> bool:
+    """Whether this Triton is of `GLUON_SINCE` or later."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= GLUON_SINCE
+
+
 def kernel_of(variant: KernelVariant) -> Any:
     """The kernel that a variant is compiled from. The interpreter has no Gluon."""
-    if variant.kernel == "focal" and variant.dtype != "fp32" and not triton.knobs.runtime.interpret:
+    if variant.kernel == "focal" and variant.dtype != "fp32" and has_gluon() and not triton.knobs.runtime.interpret:
+        from fna.plugins.kernels import focal_tiles
+
         return focal_tiles.focal_kernel
     return KERNELS[variant.kernel]
 

@@ -56,6 +56,11 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
     from fna.plugins.kernels import registry
 
     (target,) = {compiled_as(sm) for sm in chips}
+    if not registry.has_gluon():
+        raise MissingCapabilityError(
+            f"the table is compiled with Triton {'.'.join(map(str, registry.GLUON_SINCE))} or later, and {triton.__version__} is "
+            "installed: pip install -U triton"
+        )
     kernel = registry.kernel_of(variant)
     constants, options = registry.constants(variant), registry.options(variant, target)
     if target == FALLBACK_TARGET:
@@ -116,18 +121,20 @@ def _compile(
     """Let Triton make image and PTX; return them with what the image uses."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon import GluonASTSource
 
     from fna.plugins.kernels import registry
 
+    if not registry.has_gluon():
+        raise MissingCapabilityError(
+            f"the table is compiled with Triton {'.'.join(map(str, registry.GLUON_SINCE))} or later, and {triton.__version__} is "
+            "installed: pip install -U triton"
+        )
     kernel = registry.kernel_of(variant)
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
     signature = registry.signature(variant)
     names = list(signature)
     with _assembler(target):
         built = triton.compile(
-            source(
+            _source_class(kernel)(
                 kernel,
                 signature,
                 constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -143,6 +150,17 @@ def _compile(
         )
     asked = {"symbol": made.name, "shared": made.shared, "warps": made.num_warps}
     return cubin, built.asm["ptx"], {**asked, "layout": registry.parameter_layout(variant), **_image_facts(cubin)}
+
+
+def _source_class(kernel: Any) -> Any:
+    """What Triton compiles a kernel as."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _assembled_again(own: _CacheFiles, sm: int, options: dict[str, Any]) -> tuple[bytes, str, dict[str, Any]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from shared_build import KERNEL_CACHE
 
-from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError
-from fna.plugins.launch_plan import DTYPES, AttentionShape, attention_plan
+from fna.errors import CheckFailedError, InputFileError, InvalidArgumentError, MissingCapabilityError
+from fna.plugins.launch_plan import DTYPES, AttentionShape, KernelVariant, attention_plan
 from fna.plugins.ptx.check import body_digest
 from fna.plugins.ptx.images import load_images
 from fna.plugins.sampling_plan import norm_grid_plan, sampling_plan
@@ -182,3 +182,22 @@ def test_a_chip_that_takes_the_ptx_of_another_would_get_the_same(table: Path, sm
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     own = compile_variant(variant, (sm,), tmp_path)[sm]
     assert body_digest(Path(own.ptx).read_text().rstrip("\0")) == body_digest(shared)
+
+
+def test_a_triton_without_all_of_gluon_has_the_plain_kernel_and_makes_no_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    needs_triton()
+    import triton
+
+    from fna.plugins.kernels import focal, focal_tiles, registry
+
+    variant = KernelVariant("focal", "fp16", 0, 64)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert registry.kernel_of(variant) is focal_tiles.focal_kernel
+    monkeypatch.setattr(triton, "__version__", "3.6.0+git")
+    assert registry.kernel_of(variant) is focal.focal_kernel
+    with pytest.raises(
+        MissingCapabilityError, match=r"compiled with Triton 3\.9 or later, and 3\.6\.0\+git is installed"
+    ):
+        compile_variant(variant, [0], tmp_path)
