@@ -110,7 +110,7 @@ def command(
     picture = plot or output.with_suffix(".png")
     for path in (output, picture):
         check_writable(path)
-    wish = make_wish(**wishes)
+    wish = make_wish(**wishes, timed=target is not None)
     with progress(quiet) as say:
         say("importing PyTorch")
         import json
@@ -219,8 +219,13 @@ def make_wish(
     no_focal: bool = False,
     whole_blocks: bool | None = None,
     no_corrections: bool = False,
+    timed: bool = False,
 ) -> Wish:
-    """Turn the options into what the planner is asked for."""
+    """Turn the options into what the planner is asked for.
+
+    Where time is what counts, focal attention is tried without hot keys too: finding them takes few products but reads all queries
+    and keys.
+    """
     from dataclasses import replace
 
     from fna.errors import InvalidArgumentError
@@ -229,7 +234,7 @@ def make_wish(
     unknown = [name for name in names or () if name not in options.SAMPLERS]
     if unknown:
         raise InvalidArgumentError(f"sampler {unknown[0]!r} is not known; choose among {', '.join(options.SAMPLERS)}")
-    from fna.validate.planning.candidates import SearchRange
+    from fna.validate.planning.candidates import HOT_COUNTS, SearchRange, focal_candidates
     from fna.validate.planning.goals import parse_goal
     from fna.validate.planning.wish import Wish
 
@@ -239,6 +244,8 @@ def make_wish(
     tried = SearchRange(shared=not own_landmarks, corrections=not no_corrections)
     if names is not None:
         tried = replace(tried, samplers=names)
+    if timed:
+        tried = replace(tried, focal=focal_candidates((0, *HOT_COUNTS)))
     if no_focal:
         tried = replace(tried, focal=())
     return Wish(min_cosine, min_p5, goals, whole_blocks, tried)

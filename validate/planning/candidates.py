@@ -93,6 +93,13 @@ FOCAL_LEVELS: tuple[Levels, ...] = (
 HOT_COUNTS = (16, 64)
 
 
+def focal_candidates(hot_counts: tuple[int, ...] = HOT_COUNTS) -> tuple[FocalCandidate, ...]:
+    """Every tile with all levels and numbers of hot keys."""
+    return tuple(
+        FocalCandidate(tile, levels, hot) for tile in FOCAL_TILES for levels in FOCAL_LEVELS for hot in hot_counts
+    )
+
+
 def planned_samplers() -> tuple[str, ...]:
     """Names of the samplers that are tried where none are named."""
     return tuple(sampler.name for sampler in all_samplers() if sampler.planned)
@@ -118,9 +125,7 @@ class SearchRange:
     shared: bool = True
     corrections: bool = True
     kernel: int = KERNEL
-    focal: tuple[FocalCandidate, ...] = tuple(
-        FocalCandidate(tile, levels, hot) for tile in FOCAL_TILES for levels in FOCAL_LEVELS for hot in HOT_COUNTS
-    )
+    focal: tuple[FocalCandidate, ...] = focal_candidates()
 
     def candidates(self, layout: Layout) -> list[AnyCandidate]:
         """Every combination that fits the model and is worth its products."""

@@ -175,3 +175,9 @@ def test_where_fna_does_not_pay_the_command_says_so(capsys: pytest.CaptureFixtur
     assert code == 0
     assert "at 101 tokens on jetson-agx-orin (fp16) exact attention is faster: break-even is at about" in out
     assert load_plan(tmp_path / "plan.json").blocks == ()
+
+
+def test_focal_attention_without_hot_keys_is_tried_where_time_counts() -> None:
+    assert {candidate.hot for candidate in make_wish().tried.focal} == {16, 64}
+    assert {candidate.hot for candidate in make_wish(timed=True).tried.focal} == {0, 16, 64}
+    assert make_wish(timed=True, no_focal=True).tried.focal == ()
