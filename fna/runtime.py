@@ -41,6 +41,7 @@ def open_session(
     once: bool = False,
     in_file_order: bool = False,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """Open a model in onnxruntime.
 
@@ -55,6 +56,8 @@ def open_session(
         in_file_order: run the operators in the order of the file, as far as that goes.
         weights: values of initializers that a model in memory says lie outside it. They are not copied, and must live as long
             as the session.
+        profile: where the times of operators are written, once the session's `end_profiling` is called; what the file's name begins
+            with.
 
     Raises:
         InputFileError: if onnxruntime cannot load it; the message has onnxruntime's reason.
@@ -79,6 +82,8 @@ def open_session(
         options.add_session_config_entry("session.use_env_allocators", "1")
     if in_file_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if folder is not None and not isinstance(model, Path):

@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -78,12 +77,8 @@ def main() -> None:
 
 def operator_times(model: ModelProto, inputs: dict[str, NDArray[np.float32]], runs: int) -> Counter[str]:
     """Milliseconds of one run by operator, the mean of so many runs after a first."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(model, name="one form", threads=1, profile=Path(folder) / "profile")
         for _ in range(runs + 1):
             session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
