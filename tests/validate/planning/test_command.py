@@ -171,7 +171,7 @@ def test_too_few_images_are_warned_of(capsys: pytest.CaptureFixture[str], folder
 
 def test_where_fna_does_not_pay_the_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["plan", "planfactory:tiny", "-o", tmp_path / "plan.json", "--resolution", "140", "--images", "images"]
-    code, out, _ = call(capsys, *arguments, "--samplers", "lattice", "--target", "jetson-agx-orin")
+    code, out, _ = call(capsys, *arguments, "--samplers", "lattice", "--no-focal", "--target", "jetson-agx-orin")
     assert code == 0
     assert "at 101 tokens on jetson-agx-orin (fp16) exact attention is faster: break-even is at about" in out
     assert load_plan(tmp_path / "plan.json").blocks == ()
