@@ -124,11 +124,6 @@ def _compile(
 
     from fna.plugins.kernels import registry
 
-    if not registry.has_gluon():
-        raise MissingCapabilityError(
-            f"the table is compiled with Triton {'.'.join(map(str, registry.GLUON_SINCE))} or later, and {triton.__version__} is "
-            "installed: pip install -U triton"
-        )
     kernel = registry.kernel_of(variant)
     signature = registry.signature(variant)
     names = list(signature)
