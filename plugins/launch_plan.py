@@ -48,7 +48,7 @@ WAVES = 2
 MAX_MULTIPROCESSORS = 256
 """The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
 
-SPLIT_START, SPLIT_JOINED = 8, 2
+SPLIT_START, SPLIT_JOINED = 8, 1
 """What a split takes beside its keys, and what it adds to a program of the next launch: in tenths of a block of keys, by count."""
 
 SPLIT_SIZES = 32
@@ -224,7 +224,7 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
         return Blocks(s_pad, block_d, step, TILE, 64, 1, step, *cores)
     # Where a program's registers hold only half of the scores at once, landmarks come in tiles of 64.
     held = s_pad if block_d > 64 and s_pad <= 2 * TILE else TILE
-    lengths = {TILE: (94, 24), 2 * TILE: (1390, 49)}.get(s_pad, (0, 0))
+    lengths = {TILE: (93, 22), 2 * TILE: (1390, 46)}.get(s_pad, (0, 0))
     newton_schulz = CoreBlocks(2, True, lengths[0]) if s_pad == TILE else CoreBlocks(5, False, lengths[0])
     chebyshev = CoreBlocks(1, True, lengths[1]) if s_pad <= 2 * TILE else CoreBlocks(2, False, 0)
     # Four warps hold keys and values of 64 landmarks beside 64 queries, not beside 128.

@@ -31,7 +31,7 @@ from fna.plugins.kernels.chebyshev import (
     chebyshev_in_registers,
     chebyshev_through_scratch,
     half_normal,
-    landmark_values,
+    landmark_columns,
     normal_blocked,
     normal_tile,
 )
@@ -215,6 +215,30 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
     return tl.where((row < count)[:, None], acc / total[:, None], 0.0)
 
 
+@triton.jit
+def _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
+    """As `_combine_rows` for all rows of some columns, [COLUMNS, S_PAD]."""
+    maximum = tl.full([S_PAD], float("-inf"), tl.float32)
+    for first in tl.range(0, splits, JOINED, num_stages=1):
+        for place in tl.static_range(JOINED):
+            there = row < tl.where(first + place < splits, S_PAD, 0)
+            maximum = tl.maximum(
+                maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf"))
+            )
+    total = tl.zeros([S_PAD], tl.float32)
+    acc = tl.zeros([COLUMNS, S_PAD], tl.float32)
+    for first in tl.range(0, splits, JOINED, num_stages=1):
+        for place in tl.static_range(JOINED):
+            split = first + place
+            there = row < tl.where(split < splits, S_PAD, 0)
+            # As three dimensions: two-dimensional fp32 is read in vectors as long as those of 16 bits beside it, half a sector a time.
+            part = partial + ((split * S_PAD + row)[None, :] * padded_d + column[:, None])[None, :, :]
+            shrink = tl.exp2(tl.load(stats + split * 2 * S_PAD + row, mask=there, other=float("-inf")) - maximum)
+            total += tl.load(stats + (split * 2 + 1) * S_PAD + row, mask=there, other=0.0) * shrink
+            acc += tl.sum(tl.load(part, mask=there[None, None, :], other=0.0), 0) * shrink[None, :]
+    return acc * tl.where(row < count, 1.0 / total, 0.0)[None, :]
+
+
 @triton.jit(do_not_specialize=_PLAIN_FINISH)
 def finish_kernel(
     partial, stats, matrices, colsum, exact, mixed, mixed_scale, between,
@@ -236,14 +260,14 @@ def finish_kernel(
     mixed += bh * S_PAD * padded_d
     if IN_REGISTERS:
         row = tl.arange(0, S_PAD)
-        cell = row[:, None] * padded_d + column[None, :]
-        known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
+        cell = row[None, :] * padded_d + column[:, None]
+        known = _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD, COLUMNS)
         tl.store(exact + cell, known)
-        unit = power_of_two(tl.max(tl.abs(known), 0))
-        result = last_iteration_in_registers(known / unit[None, :], matrices, S_PAD, COLUMNS)
-        largest = tl.max(tl.abs(result), 0)
+        unit = power_of_two(tl.max(tl.abs(known), 1))
+        result = last_iteration_in_registers(known * (1.0 / unit)[:, None], matrices, S_PAD, COLUMNS)
+        largest = tl.max(tl.abs(result), 1)
         largest = tl.where(largest > 0.0, largest, 1.0)
-        tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
+        tl.store(mixed + cell, (result * (1.0 / largest)[:, None]).to(mixed.dtype.element_ty))
         tl.store(mixed_scale + bh * padded_d + column, largest * unit)
     else:
         between += bh * 2 * S_PAD * padded_d
@@ -286,18 +310,16 @@ def finish_chebyshev_kernel(
     mixed += bh * S_PAD * padded_d
     if IN_REGISTERS:
         row = tl.arange(0, S_PAD)
-        cell = row[:, None] * padded_d + column[None, :]
-        known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
+        cell = row[None, :] * padded_d + column[:, None]
+        known = _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD, COLUMNS)
         tl.store(exact + cell, known)
-        own = landmark_values(value, stride_n, landmarks, row, column, tokens, count, head_size)
+        own = landmark_columns(value, stride_n, landmarks, row, column, tokens, count, head_size)
         correction, unit = chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, middle, ratio, half_width,
                                                   S_PAD, COLUMNS)  # fmt: skip
-        # Read again rather than held in registers through the steps.
-        own = landmark_values(value, stride_n, landmarks, row, column, tokens, count, head_size)
-        result = tl.where((row < count)[:, None], own + unit[None, :] * correction, 0.0)
-        largest = tl.max(tl.abs(result), 0)
+        result = tl.where((row < count)[None, :], own + unit[:, None] * correction, 0.0)
+        largest = tl.max(tl.abs(result), 1)
         largest = tl.where(largest > 0.0, largest, 1.0)
-        tl.store(mixed + cell, (result / largest[None, :]).to(mixed.dtype.element_ty))
+        tl.store(mixed + cell, (result * (1.0 / largest)[:, None]).to(mixed.dtype.element_ty))
         tl.store(mixed_scale + bh * padded_d + column, largest)
     else:
         between += bh * 3 * S_PAD * padded_d

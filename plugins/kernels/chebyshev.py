@@ -41,9 +41,12 @@ def half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matr
         weight = softmax_rows(scores, 0, count, S_PAD)
         whole = weight.to(tl.float16)
         tl.store(a + slot[:, None] * S_PAD + slot[None, :], whole)
-        tl.store(colsum + slot, 1.0 / tl.maximum(tl.sum(weight, 0), FLOOR))
-        tl.debug_barrier()
-        normal = tl.dot(tl.trans(whole), whole, tl.zeros([S_PAD, S_PAD], tl.float32)) * -tl.load(colsum + slot)[:, None]
+        mirrored = tl.trans(whole)
+        normal = tl.dot(mirrored, whole, tl.zeros([S_PAD, S_PAD], tl.float32))
+        # By the tensor cores: as a sum over registers it would go through shared memory, and back for the rows of T.
+        sums = tl.max(tl.dot(mirrored, tl.full([S_PAD, 16], 1.0, tl.float16)), 1)
+        tl.store(colsum + slot, sums)
+        normal *= (-1.0 / tl.maximum(sums, FLOOR))[:, None]
         tl.store(a + (S_PAD + slot[:, None]) * S_PAD + slot[None, :], normal.to(tl.float16))
     else:
         # Beside wider heads, registers hold 64 rows at a time.
@@ -55,15 +58,14 @@ def half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matr
             weight = softmax_rows(scores, first, count, TILE)
             tl.store(a + row[:, None] * S_PAD + slot[None, :], weight.to(tl.float16))
             sums += tl.sum(weight, 0)
-        tl.store(colsum + slot, 1.0 / tl.maximum(sums, FLOOR))
+        tl.store(colsum + slot, sums)
         tl.debug_barrier()
         whole = tl.load(a + slot[:, None] * S_PAD + slot[None, :])
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)
             columns = tl.load(a + slot[:, None] * S_PAD + row[None, :])
-            normal = (
-                tl.dot(tl.trans(columns), whole, tl.zeros([TILE, S_PAD], tl.float32)) * -tl.load(colsum + row)[:, None]
-            )
+            normal = tl.dot(tl.trans(columns), whole, tl.zeros([TILE, S_PAD], tl.float32))
+            normal *= (-1.0 / tl.maximum(tl.load(colsum + row), FLOOR))[:, None]
             tl.store(a + (S_PAD + row[:, None]) * S_PAD + slot[None, :], normal.to(tl.float16))
 
 
@@ -100,31 +102,43 @@ def landmark_values(value, stride_n, landmarks, row, column, tokens, count, head
 
 
 @triton.jit
-def chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, middle, ratio, half_width,
+def landmark_columns(value, stride_n, landmarks, row, column, tokens, count, head_size):
+    """Vp as columns, [len(column), len(row)]."""
+    index = landmark_index(landmarks, row, count, tokens)
+    inside = (row < count)[None, :] & (column < head_size)[:, None]
+    pointer = value + index.to(tl.int64)[None, :] * stride_n + column[:, None]
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def chebyshev_in_registers(known, own, matrices, colsum, column, count, steps, middle, ratio, half_width,
                            S_PAD: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """(mean and correction of the values `own` in units, the unit of each column): M = own + unit * correction."""
-    unit = power_of_two(tl.maximum(tl.max(tl.abs(known), 0), tl.max(tl.abs(own), 0)))
-    per_unit = 1.0 / unit
-    zero = tl.zeros([S_PAD, COLUMNS], tl.float32)
+    """(mean and correction of the values `own` in units, the unit of each column): M = own + unit * correction; all [COLUMNS, S_PAD].
+
+    The first residual is w A^T (known - A own - mean), of which w A^T A own is T own: A is read one way round only.
+    """
+    unit = power_of_two(tl.max(tl.maximum(tl.abs(known), tl.abs(own)), 1))
+    known *= (1.0 / unit)[:, None]
+    own *= (1.0 / unit)[:, None]
+    sums = tl.load(colsum + column)
+    # The rows of A sum to one, so the mean of (known - A own) needs no product; rows of padding are zero.
+    mean = tl.sum(known - sums[None, :] * own, 1) / count
     slot = tl.arange(0, S_PAD)
     cell = matrices.to(tl.pointer_type(tl.float16)) + slot[:, None] * S_PAD + slot[None, :]
-    a = tl.load(cell)
-    residual = known * per_unit[None, :] - tl.dot(a, (own * per_unit[None, :]).to(tl.float16), zero)
-    mean = tl.sum(residual, 0) / count  # rows of padding are zero
-    residual = tl.where((row < count)[:, None], residual - mean[None, :], 0.0)
-    residual = tl.load(colsum + row)[:, None] * tl.dot(tl.trans(a), residual.to(tl.float16), zero)
-    minus_normal = tl.load(cell + S_PAD * S_PAD)
-    step = residual / middle
+    residual = tl.dot(known.to(tl.float16), tl.load(cell), tl.zeros([COLUMNS, S_PAD], tl.float32)) - mean[:, None] * sums[None, :]
+    minus_normal = tl.trans(tl.load(cell + S_PAD * S_PAD))
+    residual = tl.dot(own.to(tl.float16), minus_normal, residual * (1.0 / tl.maximum(sums, FLOOR))[None, :])
+    step = residual * (1.0 / middle)
     total = step
     rho = 1.0 / ratio
     # Steps at a time share -T in registers; with one use in the loop it would be read from shared memory anew for each.
     for _ in tl.range(1, steps, num_stages=1, loop_unroll_factor=STEPS_AT_A_TIME):
-        residual = tl.dot(minus_normal, step.to(tl.float16), residual)
+        residual = tl.dot(step.to(tl.float16), minus_normal, residual)
         following = 1.0 / (2.0 * ratio - rho)
         step = (following * rho) * step + (2.0 * following / half_width) * residual
         total += step
         rho = following
-    return total + mean[None, :], unit
+    return total + mean[:, None], unit
 
 
 @triton.jit

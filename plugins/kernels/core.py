@@ -42,9 +42,11 @@ def core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, firs
         queries = gather_rows(query, stride_n, i, head_size, BLOCK_D)
         keys = gather_rows(key, stride_n, j, head_size, BLOCK_D)
         scores = dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
-    scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
-    scores -= taken_off(key_mask, mask_mode, i, j, row < count, column < count)
-    return tl.where((column < count)[None, :], scores, float("-inf"))
+    offset = tl.load(bias + column, mask=column < count, other=float("-inf")) * LOG2E
+    scores = scores * (scale * LOG2E) + offset[None, :]
+    if mask_mode != 0:
+        scores -= taken_off(key_mask, mask_mode, i, j, row < count, column < count)
+    return scores
 
 
 @triton.jit

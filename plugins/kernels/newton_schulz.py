@@ -129,19 +129,20 @@ def apply_rows(matrix, source, row, column, padded_d, S_PAD: tl.constexpr, COLUM
 
 @triton.jit
 def last_iteration_in_registers(known, matrices, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
-    """Z6 Bv of a whole head's rows, from Bv in units: with R = 1 - A Z, Z6 = Z (1 + R (1 + R (1 + R / 4))), which cancels nothing.
+    """Z6 Bv of a whole head's rows, from Bv in units, both as columns [COLUMNS, S_PAD]: with R = 1 - A Z,
+    Z6 = Z (1 + R (1 + R (1 + R / 4))), which cancels nothing.
 
     The step that Z is applied to is given to twice the precision of fp16.
     """
     slot = tl.arange(0, S_PAD)
     half = matrices.to(tl.pointer_type(tl.float16)) + slot[:, None] * S_PAD + slot[None, :]
-    r, z = tl.load(half + S_PAD * S_PAD), tl.load(half)
-    step = tl.dot(r, (0.25 * known).to(tl.float16), known)
-    step = tl.dot(r, step.to(tl.float16), known)
-    step = tl.dot(r, step.to(tl.float16), known)
+    r, z = tl.trans(tl.load(half + S_PAD * S_PAD)), tl.trans(tl.load(half))
+    step = tl.dot((0.25 * known).to(tl.float16), r, known)
+    step = tl.dot(step.to(tl.float16), r, known)
+    step = tl.dot(step.to(tl.float16), r, known)
     high = step.to(tl.float16)
     return tl.dot(
-        z, (step - high.to(tl.float32)).to(tl.float16), tl.dot(z, high, tl.zeros([S_PAD, COLUMNS], tl.float32))
+        (step - high.to(tl.float32)).to(tl.float16), z, tl.dot(high, z, tl.zeros([COLUMNS, S_PAD], tl.float32))
     )
 
 
