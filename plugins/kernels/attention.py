@@ -354,10 +354,11 @@ def _landmark_mixed(mixed, first, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
 def _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S: tl.constexpr):
     """The bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
     slot = first + tl.arange(0, TILE_S)
-    offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
-    index = landmark_index(landmarks, slot, count, tokens)
-    offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
-    return tl.where(slot < count, offset, float("-inf"))
+    offset = tl.load(bias + slot, mask=slot < count, other=float("-inf")) * LOG2E
+    if hides != 0:
+        index = landmark_index(landmarks, slot, count, tokens)
+        offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
+    return offset
 
 
 @triton.jit
