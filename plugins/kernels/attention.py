@@ -17,7 +17,7 @@ Scratch, per head (`bh` = batch item * heads + head):
     matrices  Newton-Schulz: [bh, 5, S_PAD, S_PAD], Z, W, A, T = 7 W - W W, Y = Z W, with 16-bit inputs as `core.py` lays them out;
               where they fit registers [bh, 4, S_PAD, S_PAD] as fp16, of which Z and R = 1 - A Z.
               Chebyshev: [bh, 2, S_PAD, S_PAD], A and T = w A^T A, as fp16 where they fit registers
-    colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (w itself for Chebyshev in registers)
+    colsum    [bh, S_PAD / 64, S_PAD]         column sums of A by row tile (of all rows for Chebyshev in registers)
     between   [bh, 2 or 3, S_PAD, BLOCK_D]    between the products of the last launch (where they do not fit registers)
     exact     [bh, S_PAD, BLOCK_D]            Bv
     mixed     [bh, S_PAD, BLOCK_D]            M (Z6 Bv) / mixed_scale, in the type of the inputs
@@ -188,9 +188,9 @@ def landmark_kernel(
 
 
 @triton.jit
-def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Join the splits of Bv for a tile of rows and columns; rows of padding are zero.
+def _combine_splits(partial, stats, splits, row, column, padded_d, count, S_PAD: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Join the splits of Bv for some rows and columns, as columns [COLUMNS, ROWS]; rows of padding are zero.
 
     The maximum of all splits comes first: then no split's sums wait for another's, and JOINED of them are on their way at a time.
     """
@@ -202,31 +202,7 @@ def _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD: t
                 maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf"))
             )
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(0, splits, JOINED, num_stages=1):
-        for place in tl.static_range(JOINED):
-            split = first + place
-            there = row < tl.where(split < splits, S_PAD, 0)
-            # As three dimensions: two-dimensional fp32 is read in vectors as long as those of 16 bits beside it, half a sector a time.
-            part = partial + ((split * S_PAD + row)[:, None] * padded_d + column[None, :])[None, :, :]
-            shrink = tl.exp2(tl.load(stats + split * 2 * S_PAD + row, mask=there, other=float("-inf")) - maximum)
-            total += tl.load(stats + (split * 2 + 1) * S_PAD + row, mask=there, other=0.0) * shrink
-            acc += tl.sum(tl.load(part, mask=there[None, :, None], other=0.0), 0) * shrink[:, None]
-    return tl.where((row < count)[:, None], acc / total[:, None], 0.0)
-
-
-@triton.jit
-def _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD: tl.constexpr, COLUMNS: tl.constexpr):
-    """As `_combine_rows` for all rows of some columns, [COLUMNS, S_PAD]."""
-    maximum = tl.full([S_PAD], float("-inf"), tl.float32)
-    for first in tl.range(0, splits, JOINED, num_stages=1):
-        for place in tl.static_range(JOINED):
-            there = row < tl.where(first + place < splits, S_PAD, 0)
-            maximum = tl.maximum(
-                maximum, tl.load(stats + (first + place) * 2 * S_PAD + row, mask=there, other=float("-inf"))
-            )
-    total = tl.zeros([S_PAD], tl.float32)
-    acc = tl.zeros([COLUMNS, S_PAD], tl.float32)
+    acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     for first in tl.range(0, splits, JOINED, num_stages=1):
         for place in tl.static_range(JOINED):
             split = first + place
@@ -261,7 +237,7 @@ def finish_kernel(
     if IN_REGISTERS:
         row = tl.arange(0, S_PAD)
         cell = row[None, :] * padded_d + column[:, None]
-        known = _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD, COLUMNS)
+        known = _combine_splits(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
         tl.store(exact + cell, known)
         unit = power_of_two(tl.max(tl.abs(known), 1))
         result = last_iteration_in_registers(known * (1.0 / unit)[:, None], matrices, S_PAD, COLUMNS)
@@ -275,8 +251,8 @@ def finish_kernel(
         z_scale = inverse_scale(colsum + bh * (S_PAD // TILE) * S_PAD, one_iteration != 0, S_PAD)
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)
-            known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
-            tl.store(exact + row[:, None] * padded_d + column[None, :], known)
+            known = _combine_splits(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
+            tl.store(exact + row[None, :] * padded_d + column[:, None], known)
         largest = last_iteration_through_scratch(exact, even, odd, matrices, z_scale, column, padded_d, S_PAD, COLUMNS)
         largest = tl.where(largest > 0.0, largest, 1.0)
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
@@ -311,7 +287,7 @@ def finish_chebyshev_kernel(
     if IN_REGISTERS:
         row = tl.arange(0, S_PAD)
         cell = row[None, :] * padded_d + column[:, None]
-        known = _combine_columns(partial, stats, splits, row, column, padded_d, count, S_PAD, COLUMNS)
+        known = _combine_splits(partial, stats, splits, row, column, padded_d, count, S_PAD, S_PAD, COLUMNS)
         tl.store(exact + cell, known)
         own = landmark_columns(value, stride_n, landmarks, row, column, tokens, count, head_size)
         correction, unit = chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, middle, ratio, half_width,
@@ -325,8 +301,8 @@ def finish_chebyshev_kernel(
         between += bh * 3 * S_PAD * padded_d
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)
-            known = _combine_rows(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
-            tl.store(exact + row[:, None] * padded_d + column[None, :], known)
+            known = _combine_splits(partial, stats, splits, row, column, padded_d, count, S_PAD, TILE, COLUMNS)
+            tl.store(exact + row[None, :] * padded_d + column[:, None], known)
         largest = chebyshev_through_scratch(value, stride_n, landmarks, exact, between, matrices, colsum, column, tokens, count,
                                             head_size, padded_d, steps, middle, ratio, half_width, S_PAD, COLUMNS)  # fmt: skip
         largest = tl.where(largest > 0.0, largest, 1.0)

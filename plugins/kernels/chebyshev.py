@@ -111,7 +111,7 @@ def landmark_columns(value, stride_n, landmarks, row, column, tokens, count, hea
 
 
 @triton.jit
-def chebyshev_in_registers(known, own, matrices, colsum, column, count, steps, middle, ratio, half_width,
+def chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, middle, ratio, half_width,
                            S_PAD: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """(mean and correction of the values `own` in units, the unit of each column): M = own + unit * correction; all [COLUMNS, S_PAD].
 
@@ -120,7 +120,7 @@ def chebyshev_in_registers(known, own, matrices, colsum, column, count, steps, m
     unit = power_of_two(tl.max(tl.maximum(tl.abs(known), tl.abs(own)), 1))
     known *= (1.0 / unit)[:, None]
     own *= (1.0 / unit)[:, None]
-    sums = tl.load(colsum + column)
+    sums = tl.load(colsum + row)
     # The rows of A sum to one, so the mean of (known - A own) needs no product; rows of padding are zero.
     mean = tl.sum(known - sums[None, :] * own, 1) / count
     slot = tl.arange(0, S_PAD)
