@@ -156,7 +156,7 @@ def landmark_kernel(
                         S_PAD, BLOCK_D, UPCAST)  # fmt: skip
         elif IN_REGISTERS:
             scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
-                                 S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+                                 S_PAD, S_PAD, BLOCK_D, False, UPCAST)  # fmt: skip
             a = softmax_rows(scores, 0, count, S_PAD)
             newton_registers(a, matrices, full_iterations, step, S_PAD)
         elif S_PAD <= 2 * TILE:
@@ -327,14 +327,22 @@ def _landmark_mixed(mixed, first, TILE_S: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S: tl.constexpr):
-    """The bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks."""
+def _landmark_offset(
+    bias, landmarks, key_mask, hides, first, tokens, count, TILE_S: tl.constexpr, BRANCH: tl.constexpr
+):
+    """The bias (base 2, -inf on padding, less where `hides`) of a tile of landmarks. BRANCH: as of `core_scores`."""
     slot = first + tl.arange(0, TILE_S)
-    offset = tl.load(bias + slot, mask=slot < count, other=float("-inf")) * LOG2E
-    if hides != 0:
+    if BRANCH:
+        offset = tl.load(bias + slot, mask=slot < count, other=float("-inf")) * LOG2E
+        if hides != 0:
+            index = landmark_index(landmarks, slot, count, tokens)
+            offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
+        return offset
+    else:
+        offset = tl.load(bias + slot, mask=slot < count, other=0.0) * LOG2E
         index = landmark_index(landmarks, slot, count, tokens)
         offset -= mask_flags(key_mask, hides, index, slot < count) * (MASKED * LOG2E)
-    return offset
+        return tl.where(slot < count, offset, float("-inf"))
 
 
 @triton.jit
@@ -344,7 +352,7 @@ def _output_from_registers(query, keys, values, landmarks, bias, key_mask, mixed
     """Tiles of queries from `low` to `high` over one tile of landmarks, whose keys and values stay in registers."""
     column = tl.arange(0, BLOCK_D)
     in_head = column < head_size
-    offset = _landmark_offset(bias, landmarks, key_mask, mask_mode % 2, 0, tokens, count, TILE_S)
+    offset = _landmark_offset(bias, landmarks, key_mask, mask_mode % 2, 0, tokens, count, TILE_S, True)
     scale_of_column = tl.load(mixed_scale + column)
     start = low
     # Into a loop with `for`, Triton moves what turns keys and values into operands: they would be read for every tile again.
@@ -423,7 +431,7 @@ def output_kernel(
                 queries = tl.load(own, mask=mask, other=0.0)
                 scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
                 # Offsets are read for every tile of queries: held, they would take as many registers as a tile's weights.
-                offset = _landmark_offset(bias, landmarks, key_mask, hides, 0, tokens, count, TILE_S)
+                offset = _landmark_offset(bias, landmarks, key_mask, hides, 0, tokens, count, TILE_S, BLOCK_D == TILE)
                 scores = scores * (scale * LOG2E) + offset[None, :]
                 maximum = tl.max(scores, 1)
                 weight = tl.exp2(scores - maximum[:, None])
@@ -431,7 +439,9 @@ def output_kernel(
                 acc = dot_input(weight.to(values.dtype), values, acc, UPCAST)
                 if S_PAD > TILE_S:
                     scores = dot_input(queries, more_keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
-                    more_offset = _landmark_offset(bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S)
+                    more_offset = _landmark_offset(
+                        bias, landmarks, key_mask, hides, TILE_S, tokens, count, TILE_S, BLOCK_D == TILE
+                    )
                     scores = scores * (scale * LOG2E) + more_offset[None, :]
                     maximum, total, acc = attend_further(scores, more_values, maximum, total, acc, UPCAST)
             else:
@@ -449,7 +459,7 @@ def output_kernel(
                         queries = tl.load(own, mask=mask, other=0.0)
                         scores = dot_input(queries, keys, tl.zeros([BLOCK_M, TILE_S], tl.float32), UPCAST)
                     values = _landmark_mixed(mixed, first, TILE_S, BLOCK_D)
-                    offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S)
+                    offset = _landmark_offset(bias, landmarks, key_mask, hides, first, tokens, count, TILE_S, False)
                     scores = scores * (scale * LOG2E) + offset[None, :]
                     maximum, total, acc = attend_further(scores, values, maximum, total, acc, UPCAST)
             result = acc / total[:, None] * tl.load(mixed_scale + bh * BLOCK_D + column)[None, :]

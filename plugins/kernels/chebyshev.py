@@ -37,7 +37,7 @@ def half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matr
     a = matrices.to(tl.pointer_type(tl.float16))
     if BLOCK_D <= TILE:
         scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 0, 0, tokens, count, head_size, scale,
-                             S_PAD, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+                             S_PAD, S_PAD, BLOCK_D, True, UPCAST)  # fmt: skip
         weight = softmax_rows(scores, 0, count, S_PAD)
         whole = weight.to(tl.float16)
         tl.store(a + slot[:, None] * S_PAD + slot[None, :], whole)
@@ -54,7 +54,7 @@ def half_normal(query, key, stride_n, landmarks, bias, key_mask, mask_mode, matr
         for first in tl.range(0, S_PAD, TILE, num_stages=1):
             row = first + tl.arange(0, TILE)
             scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, 0, tokens, count, head_size,
-                                 scale, TILE, S_PAD, BLOCK_D, UPCAST)  # fmt: skip
+                                 scale, TILE, S_PAD, BLOCK_D, True, UPCAST)  # fmt: skip
             weight = softmax_rows(scores, first, count, TILE)
             tl.store(a + row[:, None] * S_PAD + slot[None, :], weight.to(tl.float16))
             sums += tl.sum(weight, 0)
@@ -125,7 +125,10 @@ def chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, midd
     mean = tl.sum(known - sums[None, :] * own, 1) / count
     slot = tl.arange(0, S_PAD)
     cell = matrices.to(tl.pointer_type(tl.float16)) + slot[:, None] * S_PAD + slot[None, :]
-    residual = tl.dot(known.to(tl.float16), tl.load(cell), tl.zeros([COLUMNS, S_PAD], tl.float32)) - mean[:, None] * sums[None, :]
+    residual = (
+        tl.dot(known.to(tl.float16), tl.load(cell), tl.zeros([COLUMNS, S_PAD], tl.float32))
+        - mean[:, None] * sums[None, :]
+    )
     minus_normal = tl.trans(tl.load(cell + S_PAD * S_PAD))
     residual = tl.dot(own.to(tl.float16), minus_normal, residual * (1.0 / tl.maximum(sums, FLOOR))[None, :])
     step = residual * (1.0 / middle)

@@ -30,8 +30,12 @@ HALF_Z = tl.constexpr(8)
 
 @triton.jit
 def core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, first, left, tokens, count, head_size, scale,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Scores (base 2) of landmark rows from `first` on against columns from `left` on; -inf on padding columns."""
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BRANCH: tl.constexpr,
+                 UPCAST: tl.constexpr):  # fmt: skip
+    """Scores (base 2) of landmark rows from `first` on against columns from `left` on; -inf on padding columns.
+
+    BRANCH: pass the mask by where there is none, which saves moving it between lanes; other kernels would spill.
+    """
     row, column = first + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
     i = landmark_index(landmarks, row, count, tokens)
     j = landmark_index(landmarks, column, count, tokens)
@@ -42,11 +46,16 @@ def core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, firs
         queries = gather_rows(query, stride_n, i, head_size, BLOCK_D)
         keys = gather_rows(key, stride_n, j, head_size, BLOCK_D)
         scores = dot_input(queries, tl.trans(keys), tl.zeros([ROWS, COLUMNS], tl.float32), UPCAST)
-    offset = tl.load(bias + column, mask=column < count, other=float("-inf")) * LOG2E
-    scores = scores * (scale * LOG2E) + offset[None, :]
-    if mask_mode != 0:
+    if BRANCH:
+        offset = tl.load(bias + column, mask=column < count, other=float("-inf")) * LOG2E
+        scores = scores * (scale * LOG2E) + offset[None, :]
+        if mask_mode != 0:
+            scores -= taken_off(key_mask, mask_mode, i, j, row < count, column < count)
+        return scores
+    else:
+        scores = (scores * scale + tl.load(bias + column, mask=column < count, other=0.0)[None, :]) * LOG2E
         scores -= taken_off(key_mask, mask_mode, i, j, row < count, column < count)
-    return scores
+        return tl.where((column < count)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -68,7 +77,7 @@ def core_to_scratch(query, key, stride_n, landmarks, bias, key_mask, mask_mode, 
     a = matrices if CHEBYSHEV else matrices + (MATRIX_W if HALF else MATRIX_A) * size
     for left in tl.range(0, S_PAD, TILE, num_stages=1):
         scores = core_scores(query, key, stride_n, landmarks, bias, key_mask, mask_mode, row, left, tokens, count, head_size, scale,
-                              TILE, TILE, BLOCK_D, UPCAST)  # fmt: skip
+                              TILE, TILE, BLOCK_D, False, UPCAST)  # fmt: skip
         tl.store(matrix_tile(a, row, left, S_PAD), scores)
     tl.debug_barrier()
     sums = tl.zeros([S_PAD], tl.float32)
