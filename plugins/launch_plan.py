@@ -48,7 +48,7 @@ WAVES = 2
 MAX_MULTIPROCESSORS = 256
 """The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
 
-SPLIT_START, SPLIT_JOINED = 8, 1
+SPLIT_START, SPLIT_JOINED = 8, 2
 """What a split takes beside its keys, and what it adds to a program of the next launch: in tenths of a block of keys, by count."""
 
 SPLIT_SIZES = 32
