@@ -210,6 +210,21 @@ def test_masked_keys_agree_with_the_twin_with_the_chebyshev_core(attend, dtype, 
     assert relative_error(kept[..., :32], mixed) < RELATIVE[dtype]
 
 
+def test_landmarks_that_nobody_attends_to_keep_the_mean_correction(attend) -> None:
+    """Where the floor of the column sums binds, the steps no longer solve for a constant: the residual's mean must be right."""
+    call = make_call(torch.float16, 1, 1, 90, 40, 32)
+    bias = call.bias.clone()
+    bias[:, 0] += 8
+    hub = Call(call.query, call.key, call.value + 3, call.landmarks, bias)
+    found = attend(hub, chebyshev=ChebyshevSteps(8, 0.05))
+    core, _ = core_twin(hub.query.double(), hub.key.double(), hub.landmarks, bias.double(), scale=hub.scale)
+    assert (core.sum(-2) < 0.1).any()
+    known = found["exact"].view(1, 1, 64, 64)[:, :, :40, :32].double()
+    mixed = chebyshev_core(core, known, gather_landmarks(hub.value.double(), hub.landmarks), 8, 0.05)
+    kept = found["mixed"].view(1, 1, 64, 64)[:, :, :40].double() * found["mixed_scale"].view(1, 1, 1, 64)
+    assert relative_error(kept[..., :32], mixed) < RELATIVE[torch.float16]
+
+
 def test_values_beyond_the_range_of_fp16_step_in_their_own_units(attend) -> None:
     call = make_call(torch.bfloat16, 1, 1, 90, 70, 32)
     large = Call(call.query, call.key, call.value * 2.0**100, call.landmarks, call.bias)
