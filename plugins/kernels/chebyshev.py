@@ -116,17 +116,18 @@ def chebyshev_in_registers(known, own, matrices, colsum, row, count, steps, midd
     """(mean and correction of the values `own` in units, the unit of each column): M = own + unit * correction; all [COLUMNS, S_PAD].
 
     The first residual is w A^T (known - A own - mean), of which w A^T A own is T own: A is read one way round only. What it takes
-    off from each other is as large as the values, so both are less a constant first, the mean of A own, which it is blind to.
+    off from each other is as large as the values, so both are less a constant first, to which it is blind: the rows of A sum to one.
     """
     sums = tl.load(colsum + row)
-    # The rows of A sum to one, so these means need no product; rows of padding are zero.
-    centre = tl.sum(sums[None, :] * own, 1) / count
-    mean = tl.sum(known, 1) / count - centre
-    known = tl.where((row < count)[None, :], known - centre[:, None], 0.0)
-    own = tl.where((row < count)[None, :], own - centre[:, None], 0.0)
-    unit = power_of_two(tl.max(tl.maximum(tl.abs(known), tl.abs(own)), 1))
-    known *= (1.0 / unit)[:, None]
-    own *= (1.0 / unit)[:, None]
+    # So the mean needs no product either. No sum here is of products: lanes that hold it twice would contract it differently.
+    mean = tl.sum(known - sums[None, :] * own, 1) / count
+    inside = (row < count)[None, :]
+    highest = tl.max(tl.where(inside, tl.maximum(known, own), float("-inf")), 1)
+    lowest = tl.min(tl.where(inside, tl.minimum(known, own), float("inf")), 1)
+    centre = 0.5 * highest + 0.5 * lowest
+    unit = power_of_two(0.5 * highest - 0.5 * lowest)
+    known = tl.where(inside, known - centre[:, None], 0.0) * (1.0 / unit)[:, None]
+    own = tl.where(inside, own - centre[:, None], 0.0) * (1.0 / unit)[:, None]
     mean *= 1.0 / unit
     slot = tl.arange(0, S_PAD)
     cell = matrices.to(tl.pointer_type(tl.float16)) + slot[:, None] * S_PAD + slot[None, :]
