@@ -69,7 +69,6 @@ def _body(
     query_landmarks = op.GatherElements(query_float, rows, axis=2, name="query_landmarks")
     key_landmarks = op.GatherElements(key_float, rows, axis=2, name="key_landmarks")
     key_columns = op.Transpose(op.Mul(key_landmarks, scale), perm=_SWAP_LAST)
-    query_columns = op.Transpose(op.Mul(query_landmarks, scale), perm=_SWAP_LAST)
     bias = op.Unsqueeze(landmark_bias, axes=[1, 2])
     drops = None if key_mask is None else _drops(op, size, count, landmarks, key_mask, bool(sink))
 
@@ -78,7 +77,8 @@ def _body(
 
     core_scores = op.Add(op.MatMul(query_landmarks, key_columns, name="core_scores"), bias)
     matrix = op.Softmax(drop(core_scores, drops and drops.core), axis=-1, name="core")  # A
-    exact_scores = op.Transpose(op.MatMul(key_float, query_columns, name="exact_scores"), perm=_SWAP_LAST)
+    key_columns_of_all = op.Transpose(key_float, perm=_SWAP_LAST)  # [B, H, D, N]
+    exact_scores = op.MatMul(op.Mul(query_landmarks, scale), key_columns_of_all, name="exact_scores")
     exact_weights = op.Softmax(drop(exact_scores, drops and drops.exact), axis=-1, name="exact_weights")
     exact = op.MatMul(exact_weights, value_float, name="exact")  # Bv
     if core == CHEBYSHEV:

@@ -78,7 +78,6 @@ class DoublingConvolution(nn.Module):
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # [C_out]
         bias = (transposed.bias - norm.running_mean) * scale + norm.bias
         weight = transposed.weight * scale[None, :, None, None]  # [C_in, C_out, 4, 4]
-        assert (transposed.kernel_size, transposed.stride, transposed.padding) == ((4, 4), (2, 2), (1, 1))
         kinds = [weight[:, :, rows, :][..., columns] for rows in self.TAPS for columns in self.TAPS]
         self.convolution = nn.Conv2d(weight.shape[0], 4 * weight.shape[1], 2, padding=1)
         self.convolution.weight = nn.Parameter(torch.cat(kinds, dim=1).transpose(0, 1).contiguous())
@@ -89,16 +88,46 @@ class DoublingConvolution(nn.Module):
         features: Tensor,  # [B, C_in, h, w]
     ) -> Tensor:  # [B, C_out, 2h, 2w]
         """Double the height and width of a map of features."""
-        batch, _, height, width = features.shape
-        kinds = self.convolution(features)  # [B, 4 C_out, h+1, w+1]
-        channels = kinds.shape[1] // 4
-        parts = [
-            kinds[:, kind * channels : (kind + 1) * channels, row : row + height, column : column + width]
-            for kind, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1)))
-        ]
-        top, low = torch.stack(parts[:2], dim=-1), torch.stack(parts[2:], dim=-1)
-        rows = torch.stack((top, low), dim=3)  # [B, C_out, h, 2, w, 2]
-        return rows.reshape(batch, channels, 2 * height, 2 * width)
+        return interleave_kinds(self.convolution(features))
+
+
+class ConvolutionOfKinds(nn.Module):
+    """A convolution of kernel 1 on the four kinds of output pixels before they are interleaved, all by one convolution.
+
+    What follows it is interleaved instead: one channel here, where the features have 64.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        assert convolution.kernel_size == (1, 1)
+        assert convolution.bias is not None
+        out_channels, channels = convolution.weight.shape[:2]
+        self.convolution = nn.Conv2d(4 * channels, 4 * out_channels, 1)
+        of_each = [convolution.weight[:, :, 0, 0]] * 4
+        self.convolution.weight = nn.Parameter(torch.block_diag(*of_each)[:, :, None, None])
+        self.convolution.bias = nn.Parameter(convolution.bias.repeat(4))
+
+    def forward(
+        self,
+        kinds: Tensor,  # [B, 4 C_in, h+1, w+1]
+    ) -> Tensor:  # [B, C_out, 2h, 2w]
+        """Convolve the kinds, and interleave them."""
+        return interleave_kinds(self.convolution(kinds))
+
+
+def interleave_kinds(
+    kinds: Tensor,  # [B, 4 C, h+1, w+1]
+) -> Tensor:  # [B, C, 2h, 2w]
+    """Put the four kinds of pixels that `DoublingConvolution` computes, (even, even) to (odd, odd), to their places."""
+    batch, all_channels, height, width = kinds.shape
+    channels, height, width = all_channels // 4, height - 1, width - 1
+    parts = [
+        kinds[:, kind * channels : (kind + 1) * channels, row : row + height, column : column + width]
+        for kind, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1)))
+    ]
+    top, low = torch.stack(parts[:2], dim=-1), torch.stack(parts[2:], dim=-1)
+    rows = torch.stack((top, low), dim=3)  # [B, C, h, 2, w, 2]
+    return rows.reshape(batch, channels, 2 * height, 2 * width)
 
 
 class DinoSaliency(nn.Module):
@@ -145,6 +174,9 @@ def load_dino_saliency() -> DinoSaliency:
         doubling = DoublingConvolution(getattr(decoder, f"upconv{stage}"), getattr(decoder, f"bn{stage}"))
         setattr(decoder, f"upconv{stage}", doubling)
         setattr(decoder, f"bn{stage}", nn.Identity())
+    # The pixels of the last one are interleaved once a single channel is left of them.
+    decoder.upconv3 = decoder.upconv3.convolution
+    decoder.final_conv = ConvolutionOfKinds(decoder.final_conv)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fna.export.sources.dino_saliency import DoublingConvolution
+from fna.export.sources.dino_saliency import ConvolutionOfKinds, DoublingConvolution
 
 
 @pytest.mark.parametrize("size", [(5, 5), (3, 8), (1, 1)])
@@ -21,4 +21,16 @@ def test_the_doubling_convolution_is_the_transposed_one_with_its_batch_norm(size
         features = torch.randn(2, 6, *size, generator=generator)
         expected = norm(transposed(features))
         actual = DoublingConvolution(transposed, norm)(features)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (3, 8), (1, 1)])
+def test_a_convolution_of_kinds_is_the_one_of_interleaved_pixels(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    doubling = DoublingConvolution(nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1), nn.BatchNorm2d(3).eval())
+    convolution = nn.Conv2d(3, 2, 1)
+    features = torch.randn(2, 6, *size)
+    with torch.no_grad():
+        expected = convolution(torch.relu(doubling(features)))
+        actual = ConvolutionOfKinds(convolution)(torch.relu(doubling.convolution(features)))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
