@@ -69,17 +69,27 @@ def has_gluon() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= GLUON_SINCE
 
 
-def kernel_of(variant: KernelVariant) -> Any:
-    """The kernel that a variant is compiled from. The interpreter has no Gluon."""
-    if variant.kernel == "focal" and variant.dtype != "fp32" and has_gluon() and not triton.knobs.runtime.interpret:
-        from fna.plugins.kernels import focal_tiles
+def kernel_of(variant: KernelVariant, sm: int = OLDEST_CHIP) -> Any:
+    """The kernel that a variant is compiled from for a chip (`sm` as of `options`). The interpreter has no Gluon."""
+    if variant.dtype != "fp32" and has_gluon() and not triton.knobs.runtime.interpret:
+        if variant.kernel == "focal":
+            from fna.plugins.kernels import focal_tiles
 
-        return focal_tiles.focal_kernel
+            return focal_tiles.focal_kernel
+        if variant.kernel == "landmark" and _two_warps_hold(variant, sm):
+            from fna.plugins.kernels import landmark_tiles
+
+            return landmark_tiles.landmark_kernel
     return KERNELS[variant.kernel]
 
 
-def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]:
-    """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
+def constants(variant: KernelVariant, sm: int = OLDEST_CHIP, *, upcast: bool = False) -> dict[str, Any]:
+    """The constexpr parameters of a variant's kernel for a chip. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
+    taken = {parameter.name for parameter in kernel_of(variant, sm).params if parameter.is_constexpr}
+    return {name: number for name, number in _all_constants(variant, upcast).items() if name in taken}
+
+
+def _all_constants(variant: KernelVariant, upcast: bool) -> dict[str, Any]:
     half = variant.dtype != "fp32"
     if variant.landmarks:
         blocks = blocks_of(variant.dtype, variant.landmarks, variant.head_size or HEAD_PADDINGS[0])
@@ -111,6 +121,12 @@ def _holds_landmarks(variant: KernelVariant) -> bool:
     return variant.dtype != "fp32" and variant.landmarks <= 2 * TILE
 
 
+def _two_warps_hold(variant: KernelVariant, sm: int) -> bool:
+    """Whether two warps hold what the landmark kernel needs; from Hopper on products take four at a time."""
+    small = variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0]
+    return variant.dtype != "fp32" and small and sm < HOPPER
+
+
 def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bool]:
     """Warps and pipeline stages, chosen by registers and shared memory (no spills, and at most 99 KB), and rounding.
 
@@ -122,11 +138,10 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
     round it differently (`fma(d, d, shuffled)`), and one of them is stored.
     """
     wide = variant.dtype == "fp32"
-    two_hold_64 = not wide and variant.landmarks == TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER
     four_hold_128 = variant.landmarks == 2 * TILE and variant.head_size == HEAD_PADDINGS[0] and sm < HOPPER
     if variant.kernel.startswith("landmark"):
         warps = 4 if not wide and (variant.landmarks == TILE or four_hold_128) else 8
-        warps = 2 if two_hold_64 else warps
+        warps = 2 if _two_warps_hold(variant, sm) else warps
         # Here 8 warps spill 72 to 152 bytes a thread, 4 at most 48 (ptxas 12.9, and 13.4 for sm_110).
         if wide and variant.kernel == "landmark" and variant.landmarks == 2 * TILE and sm > HOPPER:
             warps = 4
@@ -146,12 +161,12 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not exact_ties}
 
 
-def signature(variant: KernelVariant) -> dict[str, str]:
-    """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
+def signature(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, str]:
+    """Triton's type of each parameter, `constexpr` among them, in the order of the kernel for a chip."""
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
     kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
     kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | dict.fromkeys(("scale", "middle", "ratio", "half_width"), "fp32")
-    parameters = kernel_of(variant).params
+    parameters = kernel_of(variant, sm).params
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 
 

@@ -61,11 +61,11 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
             f"the table is compiled with Triton {'.'.join(map(str, registry.GLUON_SINCE))} or later, and {triton.__version__} is "
             "installed: pip install -U triton"
         )
-    kernel = registry.kernel_of(variant)
-    constants, options = registry.constants(variant), registry.options(variant, target)
+    kernel = registry.kernel_of(variant, target)
+    constants, options = registry.constants(variant, target), registry.options(variant, target)
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
-    signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
+    signature, aligned = registry.signature(variant, target), registry.multiples_of_16(variant)
     # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
     key = json.dumps(
         [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__]
@@ -124,8 +124,8 @@ def _compile(
 
     from fna.plugins.kernels import registry
 
-    kernel = registry.kernel_of(variant)
-    signature = registry.signature(variant)
+    kernel = registry.kernel_of(variant, target)
+    signature = registry.signature(variant, target)
     names = list(signature)
     with _assembler(target):
         built = triton.compile(
