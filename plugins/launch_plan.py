@@ -48,8 +48,8 @@ WAVES = 2
 MAX_MULTIPROCESSORS = 256
 """The split of the keys counts no more, so that scratch can be sized without knowing the GPU."""
 
-SPLIT_START, SPLIT_JOINED = 8, 2
-"""What a split takes beside its keys, and what it adds to a program of the next launch: in tenths of a block of keys, by count."""
+SPLIT_JOINED = 2
+"""What a split adds to a program of the launch after it: in tenths of a block of keys, by count."""
 
 SPLIT_SIZES = 32
 """Sizes of a split that are weighed against one another."""
@@ -175,12 +175,14 @@ class CoreBlocks:
     on in registers, where it fits, or through that scratch.
 
     `length` is what its program of the first launch takes, in tenths of a block of keys: by count (`fna.plugins.programs`), at D =
-    64 and six iterations. It is 0 where the core takes more than one launch.
+    64 and six iterations. It is 0 where the core takes more than one launch. `split_start` is what a split beside it takes besides
+    its keys, likewise: nothing where tensor cores bound it.
     """
 
     matrices: int
     in_registers: bool
     length: int
+    split_start: int = 8
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,8 @@ def blocks_of(dtype: Dtype, s_pad: int, block_d: int) -> Blocks:
     held = s_pad if block_d > 64 and s_pad <= 2 * TILE else TILE
     lengths = {TILE: (93, 22), 2 * TILE: (1390, 46)}.get(s_pad, (0, 0))
     newton_schulz = CoreBlocks(2, True, lengths[0]) if s_pad == TILE else CoreBlocks(5, False, lengths[0])
+    if s_pad == block_d == TILE:
+        newton_schulz = CoreBlocks(2, True, 115, 0)  # `landmark_tiles`
     chebyshev = CoreBlocks(1, True, lengths[1]) if s_pad <= 2 * TILE else CoreBlocks(2, False, 0)
     # Four warps hold keys and values of 64 landmarks beside 64 queries, not beside 128.
     queries, prologue = (TILE, 4) if s_pad == block_d == TILE else (2 * TILE if block_d == TILE else TILE, 1)
@@ -292,20 +296,20 @@ def split_keys(shape: AttentionShape, multiprocessors: int, *, chebyshev: bool =
     key_blocks = -(-shape.tokens // blocks.key_block)
     there = min(multiprocessors, MAX_MULTIPROCESSORS)
     heads = shape.batch * shape.heads
-    core = (blocks.chebyshev if chebyshev else blocks.newton_schulz).length
-    most = -(-WAVES * (MAX_MULTIPROCESSORS if core else there) // (heads * blocks.row_tiles))
+    core = blocks.chebyshev if chebyshev else blocks.newton_schulz
+    most = -(-WAVES * (MAX_MULTIPROCESSORS if core.length else there) // (heads * blocks.row_tiles))
     joining = -(-heads * (blocks.head_size // (CHEBYSHEV_COLUMNS if chebyshev else FINISH_COLUMNS)) // there)
 
     def end(per_split: int) -> float:
         splits = -(-key_blocks // per_split)
-        whole, last = (SPLIT_START + 10 * keys for keys in (per_split, key_blocks - (splits - 1) * per_split))
+        whole, last = (core.split_start + 10 * keys for keys in (per_split, key_blocks - (splits - 1) * per_split))
         programs = heads * blocks.row_tiles
-        launch = ((heads, core), (programs * (splits - 1), whole), (programs, last))
+        launch = ((heads, core.length), (programs * (splits - 1), whole), (programs, last))
         return end_of_programs(launch, there) + SPLIT_JOINED * splits * joining
 
     shortest = -(-key_blocks // min(key_blocks, max(1, most)))
     step = -(-key_blocks // SPLIT_SIZES)
-    per_split = min(range(key_blocks, shortest - 1, -step), key=end) if core else shortest
+    per_split = min(range(key_blocks, shortest - 1, -step), key=end) if core.length else shortest
     return -(-key_blocks // per_split), per_split * blocks.key_block
 
 

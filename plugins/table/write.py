@@ -79,7 +79,6 @@ def launch_constants() -> str:
         "FinishColumns": launch_plan.FINISH_COLUMNS,
         "ChebyshevColumns": launch_plan.CHEBYSHEV_COLUMNS,
         "Waves": launch_plan.WAVES,
-        "SplitStart": launch_plan.SPLIT_START,
         "SplitJoined": launch_plan.SPLIT_JOINED,
         "SplitSizes": launch_plan.SPLIT_SIZES,
         "MaxMultiprocessors": launch_plan.MAX_MULTIPROCESSORS,

@@ -55,18 +55,18 @@ std::pair<int64_t, int64_t> splitKeys(AttentionShape const& shape, bool chebyshe
     int64_t const there = std::min(multiprocessors, kMaxMultiprocessors);
     int64_t const heads = shape.batch * shape.heads;
     int64_t const programs = heads * rowTiles(blocks);
-    int64_t const core = (chebyshev ? blocks.chebyshev : blocks.newtonSchulz).length;
-    int64_t const most = divideUp(kWaves * (core != 0 ? kMaxMultiprocessors : there), programs);
+    CoreBlocks const& core = chebyshev ? blocks.chebyshev : blocks.newtonSchulz;
+    int64_t const most = divideUp(kWaves * (core.length != 0 ? kMaxMultiprocessors : there), programs);
     int64_t const joining = divideUp(heads * (blocks.headSize / (chebyshev ? kChebyshevColumns : kFinishColumns)), there);
     auto const end = [&](int64_t perSplit) {
         int64_t const splits = divideUp(keyBlocks, perSplit);
-        int64_t const whole = kSplitStart + 10 * perSplit;
-        int64_t const last = kSplitStart + 10 * (keyBlocks - (splits - 1) * perSplit);
-        return endOfPrograms({{heads, core}, {programs * (splits - 1), whole}, {programs, last}}, there)
+        int64_t const whole = core.splitStart + 10 * perSplit;
+        int64_t const last = core.splitStart + 10 * (keyBlocks - (splits - 1) * perSplit);
+        return endOfPrograms({{heads, core.length}, {programs * (splits - 1), whole}, {programs, last}}, there)
             + kSplitJoined * splits * joining;
     };
     int64_t const shortest = divideUp(keyBlocks, std::min(keyBlocks, most));
-    int64_t best = core != 0 ? keyBlocks : shortest;
+    int64_t best = core.length != 0 ? keyBlocks : shortest;
     int64_t const step = divideUp(keyBlocks, kSplitSizes);
     for (int64_t perSplit = best - step; perSplit >= shortest; perSplit -= step)
     {
