@@ -190,14 +190,37 @@ def test_a_triton_without_all_of_gluon_has_the_plain_kernel_and_makes_no_table(
     needs_triton()
     import triton
 
-    from fna.plugins.kernels import focal, focal_tiles, registry
+    from fna.plugins.kernels import attention, focal, focal_tiles, landmark_tiles, registry
 
     variant = KernelVariant("focal", "fp16", 0, 64)
+    landmark = KernelVariant("landmark", "fp16", 64, 64)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert registry.kernel_of(variant) is focal_tiles.focal_kernel
+    assert registry.kernel_of(landmark) is landmark_tiles.landmark_kernel
     monkeypatch.setattr(triton, "__version__", "3.6.0+git")
     assert registry.kernel_of(variant) is focal.focal_kernel
+    assert registry.kernel_of(landmark) is attention.landmark_kernel
     with pytest.raises(
         MissingCapabilityError, match=r"compiled with Triton 3\.9 or later, and 3\.6\.0\+git is installed"
     ):
         compile_variant(variant, [0], tmp_path)
+
+
+def test_the_landmark_launch_is_in_gluon_where_two_warps_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_triton()
+    import triton
+
+    from fna.plugins.kernels import attention, landmark_tiles, registry
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    small = KernelVariant("landmark", "bf16", 64, 64)
+    assert registry.kernel_of(small, 87) is landmark_tiles.landmark_kernel
+    elsewhere = [
+        (small, 90),
+        (KernelVariant("landmark", "fp32", 64, 64), 87),
+        (KernelVariant("landmark", "bf16", 128, 64), 87),
+        (KernelVariant("landmark", "bf16", 64, 128), 87),
+        (KernelVariant("landmark_chebyshev", "bf16", 64, 64), 87),
+    ]
+    for variant, sm in elsewhere:
+        assert registry.kernel_of(variant, sm) is attention.landmark_kernel
