@@ -150,7 +150,7 @@ def _core(query, key, stride_n, landmarks, bias, key_mask, mask_mode, tokens, co
 @gluon.jit
 def _turned(matrix, layout: gl.constexpr):
     """The transpose of a square matrix, in the same layout."""
-    # Sixteen lanes write rows side by side, and all 32 read columns: no two of either wait for one bank.
+    # Swizzled: without, the lanes that read a column would wait for one bank.
     turning: gl.constexpr = gl.SwizzledSharedLayout(CHANNELS, 1, 8, [1, 0])
     held = gl.allocate_shared_memory(gl.float32, matrix.shape, turning, matrix)
     return held.permute((1, 0)).load(layout)
