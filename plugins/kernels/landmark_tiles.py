@@ -75,9 +75,7 @@ def _exact_split(query, key, value, stride_n, landmarks, key_mask, mask_mode, pa
     asked = _landmark_index(landmarks, gl.arange(0, S_PAD, gl.SliceLayout(1, query_layout)), count, tokens)
     queries = _read_queries(query, asked, stride_n, head_size, BLOCK_D, query_layout)
     row = gl.arange(0, S_PAD, gl.SliceLayout(1, mma))
-    ordinary = 1.0 - _mask_flags(
-        key_mask, mask_mode // 2, _landmark_index(landmarks, row, count, tokens), row < count
-    )
+    ordinary = 1.0 - _mask_flags(key_mask, mask_mode // 2, _landmark_index(landmarks, row, count, tokens), row < count)
     low = split * split_tokens
     high = gl.minimum(low + split_tokens, tokens)
     key_place = gl.arange(0, STEP, gl.SliceLayout(0, key_layout))
@@ -130,7 +128,9 @@ def _core(query, key, stride_n, landmarks, bias, key_mask, mask_mode, tokens, co
     asked = _landmark_index(landmarks, gl.arange(0, S_PAD, gl.SliceLayout(1, query_layout)), count, tokens)
     queries = _read_queries(query, asked, stride_n, head_size, BLOCK_D, query_layout)
     slot = gl.arange(0, S_PAD, gl.SliceLayout(0, key_layout))
-    keys = _read_keys(key, _landmark_index(landmarks, slot, count, tokens), slot < S_PAD, stride_n, head_size, BLOCK_D, key_layout)
+    keys = _read_keys(
+        key, _landmark_index(landmarks, slot, count, tokens), slot < S_PAD, stride_n, head_size, BLOCK_D, key_layout
+    )
     scores = mma_v2(queries, keys, gl.zeros([S_PAD, S_PAD], gl.float32, mma))
     column = gl.arange(0, S_PAD, gl.SliceLayout(0, mma))
     row = gl.arange(0, S_PAD, gl.SliceLayout(1, mma))
