@@ -284,7 +284,7 @@ def launch_jit(plan: LaunchPlan, tensors: dict[str, Tensor], workspace: Tensor, 
     sm = _capability(workspace.device.index) if workspace.is_cuda else OLDEST_CHIP
     for launch in plan.launches:
         arguments = [every[a] if isinstance(a, str) else a for a in launch.arguments]
-        blocks = constants(launch.variant, sm, upcast=upcast)
+        blocks = constants(launch.variant, upcast=upcast)
         kernel_of(launch.variant, sm)[launch.grid](*arguments, **blocks, **options(launch.variant, sm))
 
 

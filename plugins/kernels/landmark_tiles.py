@@ -201,9 +201,11 @@ def landmark_kernel(
     query, key, value, landmarks, bias, key_mask, partial, stats, matrices, colsum,
     heads, tokens, count, head_size, stride_b, stride_h, stride_n, landmark_stride, bias_stride, mask_stride, mask_mode,
     splits, split_tokens, first_job, step, full_iterations, scale,
-    S_PAD: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, MATRICES: gl.constexpr,
+    S_PAD: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, MATRICES: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, CHEBYSHEV: gl.constexpr, HALF: gl.constexpr, UPCAST: gl.constexpr,
 ):  # fmt: skip
-    """As `fna.plugins.kernels.attention.landmark_kernel` with the core in registers. Grid: (B * H, 1 + splits)."""
+    """As `fna.plugins.kernels.attention.landmark_kernel` with Newton-Schulz in registers. Grid: (B * H, 1 + splits)."""
+    gl.static_assert(IN_REGISTERS and HALF and not CHEBYSHEV and not UPCAST and BLOCK_S == S_PAD)
     warps: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
     shared: gl.constexpr = gl.SwizzledSharedLayout(CHANNELS, 1, 8, [1, 0])

@@ -83,13 +83,8 @@ def kernel_of(variant: KernelVariant, sm: int = OLDEST_CHIP) -> Any:
     return KERNELS[variant.kernel]
 
 
-def constants(variant: KernelVariant, sm: int = OLDEST_CHIP, *, upcast: bool = False) -> dict[str, Any]:
-    """The constexpr parameters of a variant's kernel for a chip. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
-    taken = {parameter.name for parameter in kernel_of(variant, sm).params if parameter.is_constexpr}
-    return {name: number for name, number in _all_constants(variant, upcast).items() if name in taken}
-
-
-def _all_constants(variant: KernelVariant, upcast: bool) -> dict[str, Any]:
+def constants(variant: KernelVariant, *, upcast: bool = False) -> dict[str, Any]:
+    """The constexpr parameters of a variant. `upcast`: products of bf16 in fp32, for Triton's interpreter."""
     half = variant.dtype != "fp32"
     if variant.landmarks:
         blocks = blocks_of(variant.dtype, variant.landmarks, variant.head_size or HEAD_PADDINGS[0])
@@ -161,12 +156,12 @@ def options(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, int | bo
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not exact_ties}
 
 
-def signature(variant: KernelVariant, sm: int = OLDEST_CHIP) -> dict[str, str]:
-    """Triton's type of each parameter, `constexpr` among them, in the order of the kernel for a chip."""
+def signature(variant: KernelVariant) -> dict[str, str]:
+    """Triton's type of each parameter, `constexpr` among them, in the kernel's order."""
     typed = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[variant.dtype]
     kinds = dict.fromkeys(_TYPED, typed) | dict.fromkeys(_INT_POINTERS, "*i32")
     kinds |= dict.fromkeys(_FLOAT_POINTERS, "*fp32") | dict.fromkeys(("scale", "middle", "ratio", "half_width"), "fp32")
-    parameters = kernel_of(variant, sm).params
+    parameters = kernel_of(variant).params
     return {p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters}
 
 

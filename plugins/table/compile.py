@@ -62,10 +62,10 @@ def compile_variant(variant: KernelVariant, chips: Sequence[int], cache: Path) -
             "installed: pip install -U triton"
         )
     kernel = registry.kernel_of(variant, target)
-    constants, options = registry.constants(variant, target), registry.options(variant, target)
+    constants, options = registry.constants(variant), registry.options(variant, target)
     if target == FALLBACK_TARGET:
         options["ptx_version"] = FALLBACK_PTX_VERSION
-    signature, aligned = registry.signature(variant, target), registry.multiples_of_16(variant)
+    signature, aligned = registry.signature(variant), registry.multiples_of_16(variant)
     # Triton's key of a kernel covers its source, that of every function it calls, and the constants that they use.
     key = json.dumps(
         [kernel.cache_key, variant.name, target, constants, options, signature, aligned, triton.__version__]
@@ -125,7 +125,7 @@ def _compile(
     from fna.plugins.kernels import registry
 
     kernel = registry.kernel_of(variant, target)
-    signature = registry.signature(variant, target)
+    signature = registry.signature(variant)
     names = list(signature)
     with _assembler(target):
         built = triton.compile(
