@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from fna.errors import InvalidArgumentError
+from fna.validate.planning.alone import with_losses_run_alone
 from fna.validate.planning.cache import digest_pixels
 from fna.validate.planning.clock import CpuCost
 from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity
-from fna.validate.planning.planner import Fits, PickedHeads, Planner, Scales
+from fna.validate.planning.planner import ALONE_IMAGES, Fits, PickedHeads, Planner, Scales
 from fna.validate.planning.result import FrontPlan, Planned
 from fna.validate.planning.search import BlockChoices, BlockOption, find_front
 
 TYPICAL_COSINE = 0.99
 """Where the search starts if only a task metric is asked for."""
+
+BINS, FINE_BINS = 16_000, 64_000
+"""Steps of the largest loss in a search; finer where the losses of single blocks are real."""
 
 ROUNDS = 8
 SHOWN = (0.999, 0.995, 0.99, 0.98)
@@ -40,11 +44,15 @@ def make_best_plan(planner: Planner) -> Planned:
     if any(bool((fit.effects > 0).any()) for fit in fits.values()):
         scales: Scales = {}
     else:
-        scales = planner.cached(f"scales-{digest_pixels(np.stack(planner.images[:2]))}", lambda: planner.scales(fits))
+        scales = planner.cached(f"scales-{digest_pixels(np.stack(planner.images[:ALONE_IMAGES]))}", lambda: planner.scales(fits))
     options = planner.options(fits, scales)
     allowed = 1 - (planner.wish.min_cosine or TYPICAL_COSINE)
+    bins = BINS
+    if planner.cost.unit == "seconds":
+        bins = FINE_BINS
+        options = with_losses_run_alone(planner, options, fits, allowed, bins)
     say("searching")
-    front = find_front(options, largest_loss=40 * allowed, bins=16000)
+    front = find_front(options, largest_loss=40 * allowed, bins=bins)
     if len(front) == 1:
         nearest = [
             option for block_options in options for option in block_options if option.choice.candidate is not None

@@ -53,6 +53,9 @@ REFERENCE = 64
 RUN_IMAGES, FEW_TOKENS = 4, 2500
 """At most so many planning images are really run by plans; where there are more tokens than that, losses are measured on them only."""
 
+ALONE_IMAGES = 2
+"""Planning images that single blocks are really run on."""
+
 TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
 
@@ -66,6 +69,11 @@ class PickedHeads:
 
     candidate: AnyCandidate | None = None
     heads: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Of its attention."""
+        return "exact" if self.candidate is None else self.candidate.kind
 
 
 class Planner:
@@ -193,13 +201,11 @@ class Planner:
         For subjects without gradients: what an error does on its way to the output is not known then.
         """
         scales: Scales = {}
-        exact = [PickedHeads()] * self.layout.num_blocks
         for number, kind in dict.fromkeys((number, candidate.kind) for number, candidate in fits):
             self.say(f"running block {number} alone, {kind}")
             candidate = self._middling([c for b, c in fits if (b, c.kind) == (number, kind)])
             pick = PickedHeads(candidate, tuple(range(self.layout.heads)))
-            plan = self.make_plan([*exact[:number], pick, *exact[number + 1 :]], fits)
-            loss = self.run(plan, self.images[:2]).loss
+            loss = self.run_alone(number, pick, fits).loss
             scales[number, kind] = max(loss, 1e-7) / max(float(fits[number, candidate].losses.sum()), 1e-9)
         return scales
 
@@ -217,13 +223,16 @@ class Planner:
         return by_cost[len(by_cost) // 2]
 
     def options(self, fits: Fits, scales: Scales) -> list[list[BlockOption[PickedHeads]]]:
-        """What each block could be: exact, focal, or FNA on all heads; where heads may be split, also on those it hurts least."""
+        """What each block could be: focal, or FNA on all heads; where heads may be split, also on those it hurts least; last, exact.
+
+        What is both dearer and worse than another of its kind is left out, and what is dearer than exact.
+        """
         heads = self.layout.heads
         result = []
         own = self.layout.own_blocks
         for number in range(self.layout.num_blocks):
-            exact = self.cost.exact(heads) if number in own else 0.0
-            options: list[BlockOption[PickedHeads]] = [BlockOption(exact, 0.0, PickedHeads())]
+            exact = BlockOption(self.cost.exact(heads) if number in own else 0.0, 0.0, PickedHeads())
+            options: dict[str, list[BlockOption[PickedHeads]]] = {}
             for (block, candidate), fit in fits.items():
                 if block != number:
                     continue
@@ -233,8 +242,10 @@ class Planner:
                 for count in range(1, heads + 1) if splits else [heads]:
                     chosen = tuple(sorted(order[:count]))
                     cost = self._cost(candidate, count)
-                    options.append(BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen)))
-            result.append(drop_dominated(options))
+                    if cost < exact.cost:
+                        option = BlockOption(cost, float(losses[list(chosen)].sum()), PickedHeads(candidate, chosen))
+                        options.setdefault(candidate.kind, []).append(option)
+            result.append([*(each for kind in options.values() for each in drop_dominated(kind)), exact])
         return result
 
     def make_plan(self, picks: Sequence[PickedHeads], fits: Fits) -> Plan:
@@ -297,6 +308,12 @@ class Planner:
     def some_images(self) -> Sequence[Pixels]:
         """Planning images that plans are really run on, from all parts of the list."""
         return self.images[:: -(-len(self.images) // RUN_IMAGES)]
+
+    def run_alone(self, number: int, pick: PickedHeads, fits: Fits) -> Fidelity:
+        """Really run one block by a choice, the others exact, on two of the planning images."""
+        exact = [PickedHeads()] * self.layout.num_blocks
+        plan = self.make_plan([*exact[:number], pick, *exact[number + 1 :]], fits)
+        return self.run(plan, self.images[:ALONE_IMAGES])
 
     def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         """Really run a plan and compare with exact attention; a run found in the cache is not made again."""
