@@ -44,7 +44,9 @@ def make_best_plan(planner: Planner) -> Planned:
     if any(bool((fit.effects > 0).any()) for fit in fits.values()):
         scales: Scales = {}
     else:
-        scales = planner.cached(f"scales-{digest_pixels(np.stack(planner.images[:ALONE_IMAGES]))}", lambda: planner.scales(fits))
+        scales = planner.cached(
+            f"scales-{digest_pixels(np.stack(planner.images[:ALONE_IMAGES]))}", lambda: planner.scales(fits)
+        )
     options = planner.options(fits, scales)
     allowed = 1 - (planner.wish.min_cosine or TYPICAL_COSINE)
     bins = BINS
