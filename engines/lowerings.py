@@ -13,7 +13,7 @@ from fna.engines.targets import Flavour, Target
 from fna.export.operators.registry import OPERATORS, fna_nodes
 from fna.export.passes import Lowering
 
-Runtime = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+Runtime = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-cpu"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LoweringRule:
     """What a runtime is given from one of its versions on.
 
     Attributes:
-        runtime: TensorRT, TensorRT-RTX, or what runs ONNX files here and behind Triton.
+        runtime: TensorRT, TensorRT-RTX, or what runs ONNX files here and behind Triton, on a processor alone or wherever.
         since: the first version, as in `10.14`.
         lowering: where there is no plugin.
         kernels: where the plugin has kernels for all targets.
@@ -56,6 +56,10 @@ LOWERING_RULES = (
     LoweringRule(
         "onnxruntime", "0", "onnxruntime", "onnxruntime",
         "timed with 1.32 on a CPU: its own MultiHeadAttention is the fastest form of exact attention at 1370 and 5330 tokens",
+    ),
+    LoweringRule(
+        "onnxruntime-cpu", "0", "onnxruntime-cpu", "onnxruntime-cpu",
+        "timed with 1.32: focal attention in pieces is faster at 1370 and 5330 tokens; on a GPU its operators would be too small",
     ),
 )  # fmt: skip
 

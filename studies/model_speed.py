@@ -53,7 +53,7 @@ def main() -> None:
                 export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
             if not arguments.runs:
                 continue
-            for lowering in EXACT_FORMS if text == "exact" else ("onnxruntime",):
+            for lowering in EXACT_FORMS if text == "exact" else ("onnxruntime-cpu",):
                 threads = 1 if arguments.processor else 0
                 session = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
                 sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session

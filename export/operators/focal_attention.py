@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from fna.export.operators.builder import Builder
@@ -34,8 +35,12 @@ def _body(
     *,
     prefix_tokens: int,
     hot: int,
+    cuts: tuple[int, ...] = (),
 ) -> str:  # [B, H, N, D] T
-    """Write focal attention: everything inside is fp32; one Gather each takes queries, keys and values to the tiles."""
+    """Write focal attention: everything inside is fp32; one Gather each takes queries, keys and values to the tiles.
+
+    With `cuts` it does so for the tiles of one piece after the other: what one operator writes the next finds in the caches.
+    """
     query_float, key_float, value_float = (op.as_float(tensor) for tensor in (query, key, value))
     scaled = op.Mul(query_float, op.attribute("scale"))
     taken_off = None
@@ -65,12 +70,24 @@ def _body(
         all_keys, all_values = key_float, value_float
         if taken_off is not None:
             bias = op.Sub(bias, op.Gather(taken_off, tile_keys, axis=2))
-    query_tiles = op.Gather(scaled, tile_queries, axis=2, name="query_tiles")  # [B, H, T, Q, D]
-    keys = op.Gather(all_keys, tile_keys, axis=2, name="key_tiles")  # [B, H, T, K + hot, D]
-    values = op.Gather(all_values, tile_keys, axis=2, name="value_tiles")
-    scores = op.MatMul(query_tiles, op.Transpose(keys, perm=(0, 1, 2, 4, 3)), name="scores")
-    weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, axes=[3])), axis=-1, name="weights")
-    tiles = op.MatMul(weights, values)
+
+    def attend(queries_of: str, keys_of: str, bias: str) -> str:  # [B, H, T, Q, D]
+        query_tiles = op.Gather(scaled, queries_of, axis=2, name="query_tiles")  # [B, H, T, Q, D]
+        keys = op.Gather(all_keys, keys_of, axis=2, name="key_tiles")  # [B, H, T, K + hot, D]
+        values = op.Gather(all_values, keys_of, axis=2, name="value_tiles")
+        scores = op.MatMul(query_tiles, op.Transpose(keys, perm=(0, 1, 2, 4, 3)), name="scores")
+        weights = op.Softmax(op.Add(scores, op.Unsqueeze(bias, axes=[3])), axis=-1, name="weights")
+        return str(op.MatMul(weights, values))
+
+    if cuts:
+        sizes = [end - start for start, end in pairwise(cuts)]
+        parts = (
+            op.Split(tensor, sizes, axis=axis, outputs=len(sizes), name=name)
+            for tensor, axis, name in ((tile_queries, 0, "queries_of"), (tile_keys, 0, "keys_of"), (bias, 2, "bias_of"))
+        )
+        tiles = op.Concat(*(attend(*piece) for piece in zip(*parts, strict=True)), axis=2)
+    else:
+        tiles = attend(tile_queries, tile_keys, bias)
     size = op.Shape(query)
     flat = op.Reshape(tiles, op.Concat(op.Gather(size, [0, 1]), [-1], op.Gather(size, [3]), axis=0))
     patches = op.Gather(flat, places, axis=2, name="patches")
@@ -211,5 +228,6 @@ FOCAL_ATTENTION = Operator(
     attends=True,
     approximates=True,
     typed=True,
+    cuts=True,
     since=FOCAL_DOMAIN_VERSION,
 )

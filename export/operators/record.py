@@ -109,6 +109,7 @@ class Operator:
         attends: whether it is a block's attention; every other operator chooses what attention looks at.
         approximates: whether it takes the place of exact attention.
         typed: whether the body is written for one type of `T`, where that is known.
+        cuts: whether the body can be written in pieces, for a processor's caches: it takes where they begin and end, `cuts`.
         since: the version of the domain that it came with.
     """
 
@@ -123,6 +124,7 @@ class Operator:
     attends: bool = False
     approximates: bool = False
     typed: bool = False
+    cuts: bool = False
     since: int = DOMAIN_VERSION
 
     def version(self, inputs: Sequence[str], attributes: Mapping[str, Any]) -> int:
@@ -242,6 +244,7 @@ class FunctionVariant:
         element_type: of the inputs of type `T`; undefined for a body that takes any.
         settings: the attributes that the body is written for, and their values.
         absent: optional inputs of this version that are left out.
+        cuts: where the pieces that the body works in begin and end; empty for a body in one.
     """
 
     operator: Operator
@@ -249,6 +252,7 @@ class FunctionVariant:
     element_type: int
     settings: tuple[tuple[str, int | float | str], ...]
     absent: tuple[str, ...] = ()
+    cuts: tuple[int, ...] = ()
 
     @property
     def overload(self) -> str:
@@ -256,7 +260,8 @@ class FunctionVariant:
         kind = "any" if self.element_type == TensorProto.UNDEFINED else TensorProto.DataType.Name(self.element_type)
         without = [f"no_{name}" for name in self.absent]
         settings = [f"{name}{value}" for name, value in self.settings]
-        return "_".join([kind.lower(), f"v{self.version}", *without, *settings])
+        pieces = [f"cut{'_'.join(map(str, self.cuts))}"] if self.cuts else []
+        return "_".join([kind.lower(), f"v{self.version}", *without, *settings, *pieces])
 
     def make_function(self, opset: int, overload: str = "", *, fused: bool = False) -> FunctionProto:
         """Return the function for one opset, with the operator's fused body where it has one and `fused` is set.
@@ -277,7 +282,8 @@ class FunctionVariant:
         op = Builder(opset, types=types, taken=set(outputs))
         values = [formal.name if formal in present else None for formal in operator.inputs]
         body = operator.fused_body if fused and operator.fused_body else operator.body
-        results = body(op, *values, **dict(self.settings))
+        cuts = {"cuts": self.cuts} if self.cuts else {}
+        results = body(op, *values, **dict(self.settings), **cuts)
         for value, name in zip([results] if isinstance(results, str) else results, outputs, strict=True):
             op.rename(value, name)
         function = onnx.helper.make_function(

@@ -7,6 +7,7 @@ function's place (`fna.export.passes.lower`). Softmax, sums and Newton-Schulz ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -57,6 +58,7 @@ def attach_functions(
     element_types: Mapping[str, int] | None = None,
     *,
     fused: bool = False,
+    cuts: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Add to `model`, in place, the functions that its `fna` nodes call, in the model's own opset.
 
@@ -70,6 +72,7 @@ def attach_functions(
         element_type: the ONNX type of the nodes' floating-point inputs; undefined writes bodies that take any type.
         element_types: the same for single nodes, by node name, where they differ.
         fused: with ONNX Attention inside, for a model of opset 23 or later.
+        cuts: where the pieces begin and end that a node's body works in, by node name; others work in one.
 
     Raises:
         InvalidArgumentError: for an opset outside 14 to 24, or an operator that is not one of ours.
@@ -79,6 +82,8 @@ def attach_functions(
     callers: dict[str, dict[FunctionVariant, list[NodeProto]]] = {}
     for node in fna_nodes(model.graph):
         variant = variant_of(node, types.get(node.name, element_type))
+        if cuts and variant.operator.cuts:
+            variant = replace(variant, cuts=cuts.get(node.name, ()))
         _add_plugin_fields(node, variant)
         callers.setdefault(node.op_type, {}).setdefault(variant, []).append(node)
     kept = [function for function in model.functions if function.domain != DOMAIN]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Lowering = Literal["portable", "fused", "decomposed", "plugin", "onnxruntime"]
+Lowering = Literal["portable", "fused", "decomposed", "plugin", "onnxruntime", "onnxruntime-cpu"]
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 """The forms that a file can be given; see `fna.export.passes.lower`."""
 

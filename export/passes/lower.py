@@ -1,6 +1,6 @@
-"""Five forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
+"""Six forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
 rows), `decomposed` (exact attention as TensorRT without such an operator fuses it), `plugin` (custom nodes for TensorRT, and the
-same) and `onnxruntime` (with onnxruntime's own MultiHeadAttention).
+same), `onnxruntime` (with onnxruntime's own MultiHeadAttention) and `onnxruntime-cpu` (with focal attention in pieces, besides).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -12,6 +12,7 @@ import onnx.inliner
 from onnx import FunctionProto, ModelProto, TensorProto, helper
 
 from fna.errors import InvalidArgumentError
+from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.onnx_attention import ATTENTION_OPSET
 from fna.export.operators.record import DOMAIN
 from fna.export.operators.registry import (
@@ -22,6 +23,7 @@ from fna.export.operators.registry import (
     plugin_operators,
 )
 from fna.export.passes import LOWERINGS, Lowering
+from fna.export.passes.cut_into_pieces import cut_into_pieces
 from fna.export.passes.fuse_exact import decompose_exact_attention, fuse_exact_attention
 from fna.export.passes.multi_head_attention import ONNXRUNTIME_DOMAIN, fuse_multi_head_attention
 from fna.export.passes.raise_opset import raise_opset
@@ -37,7 +39,8 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
             where it is below, and fuses the exact attention of files that this project traced; `plugin` keeps the nodes that a
             plugin implements and strips their functions; `decomposed` inlines every function; both write the exact attention of
             traced files as TensorRT's own fusion knows it; `onnxruntime` inlines every function and makes the exact attention of files
-            that this project traced onnxruntime's own operator.
+            that this project traced onnxruntime's own operator; `onnxruntime-cpu` is that with focal attention cut into pieces that
+            stay in a processor's caches.
         fuse_exact: treat exact attention of grafted files, which otherwise stays as it came, like that of traced ones.
 
     Raises:
@@ -61,6 +64,8 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
         return _fused(model, fuse_exact)
     if lowering == "onnxruntime":
         return _own_operators(model)
+    if lowering == "onnxruntime-cpu":
+        return _own_operators(cut_into_pieces(_inlined(model, (FOCAL_ATTENTION.name,))))
     if lowering == "portable":
         return _inlined(model, ())
     types = tensor_types(model)

@@ -121,7 +121,7 @@ target: Option = partial(click.option, "--target", help="The device, as in jetso
 lowering: Option = partial(
     click.option,
     "--lowering",
-    type=click.Choice([lowering for lowering in LOWERINGS if lowering != "onnxruntime"]),
+    type=click.Choice([lowering for lowering in LOWERINGS if not lowering.startswith("onnxruntime")]),
     help="Form of the file.  [default: what docs/engines.md says of the runtime, its version and the target]",
 )
 plot: Option = partial(click.option, "--plot", type=PATH, help="The picture to draw: .svg, .png or .pdf.")

@@ -70,7 +70,8 @@ class Form:
 def forms_of(backend: Backend, model: LoadedModel) -> tuple[Form, ...]:
     """Return the forms of exact attention that a backend offers: the fastest one is the baseline."""
     if backend in ("onnxruntime", "onnxruntime-cuda"):
-        return tuple(Form(name, lowering) for lowering, name in EXACT_FORMS.items())
+        given: dict[Lowering, Lowering] = {"onnxruntime": "onnxruntime-cpu"} if backend == "onnxruntime" else {}
+        return tuple(Form(name, given.get(lowering, lowering)) for lowering, name in EXACT_FORMS.items())
     if backend in ("torch", "torch-compile"):
         attention = getattr(getattr(model.module, "config", None), "_attn_implementation", None) or "the model's own"
         return (Form(f"PyTorch, {attention} attention" + (", compiled" if backend == "torch-compile" else "")),)

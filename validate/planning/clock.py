@@ -21,7 +21,7 @@ from fna.samplers import DEFAULT_SAMPLER, find_sampler
 from fna.validate.planning.cache import load_or_make
 from fna.validate.planning.candidates import AnyCandidate, Candidate, FocalCandidate
 from fna.validate.planning.cost import share_of_choice
-from fna.validate.planning.one_block import EXACT_FORMS, exact_block, planned_block
+from fna.validate.planning.one_block import EXACT_FORMS, PLANNED_FORM, exact_block, planned_block
 from fna.validate.planning.subject import Layout
 
 CPU = "cpu"
@@ -51,7 +51,7 @@ class CpuCost:
         self._usual = Candidate(count, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
         machine = (describe_machine(), tool_versions("onnxruntime"))
         sizes = (layout.tokens, layout.heads, layout.head_size, layout.prefix_tokens, layout.patches)
-        self._settings = (*machine, *sizes)
+        self._settings = (*machine, *sizes, PLANNED_FORM)
 
     def exact(self, heads: int) -> float:
         """See `CostModel.exact`: whole blocks in the fastest form, as MatMul, Softmax, MatMul where heads are split."""
