@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from fna.export.operators.registry import attach_functions, fna_nodes, node_attributes, node_inputs
-from fna.export.types import infer_types
 
 PIECE_BYTES = 5 * 2**20
 """Of a piece's keys and values, fp32: some of the third-level cache of one processor core; half and double take about as long."""
@@ -22,19 +21,19 @@ USUAL_WIDTH = 6 * 64
 """Heads times head size where the file does not say them."""
 
 
-def cut_into_pieces(model: ModelProto) -> ModelProto:
+def cut_into_pieces(model: ModelProto, inferred: GraphProto) -> ModelProto:
     """Return a copy whose FocalAttention nodes call functions that work through their tiles in pieces.
 
     Args:
         model: whose only `fna` nodes call FocalAttention; those without a name stay as they are. Tensors may be left out.
+        inferred: the model's graph as inference annotates it, with all functions there.
     """
-    graph = infer_types(model)
-    values = (*graph.input, *graph.value_info, *graph.output)
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
     shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in values}
     shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     kinds = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = list(fna_nodes(model.graph))
-    types = {node.name: kinds.get(node.input[0], TensorProto.UNDEFINED) for node in nodes}
+    types = {node.name: max(kinds.get(name, TensorProto.UNDEFINED) for name in node.input[:3]) for node in nodes}
     cut = ModelProto()
     cut.CopyFrom(model)
     attach_functions(cut, element_types=types, cuts={node.name: _cuts(node, shapes) for node in nodes if node.name})

@@ -27,7 +27,7 @@ from fna.export.passes.cut_into_pieces import cut_into_pieces
 from fna.export.passes.fuse_exact import decompose_exact_attention, fuse_exact_attention
 from fna.export.passes.multi_head_attention import ONNXRUNTIME_DOMAIN, fuse_multi_head_attention
 from fna.export.passes.raise_opset import raise_opset
-from fna.export.types import tensor_types
+from fna.export.types import infer_types, tensor_types
 
 
 def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) -> ModelProto:
@@ -65,7 +65,7 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
     if lowering == "onnxruntime":
         return _own_operators(model)
     if lowering == "onnxruntime-cpu":
-        return _own_operators(cut_into_pieces(_inlined(model, (FOCAL_ATTENTION.name,))))
+        return _own_operators(cut_into_pieces(_inlined(model, (FOCAL_ATTENTION.name,)), infer_types(model)))
     if lowering == "portable":
         return _inlined(model, ())
     types = tensor_types(model)

@@ -24,6 +24,7 @@ from fna.export.operators.registry import attach_functions
         ("tensorrt", "10.3.0", "t4", "decomposed"),
         ("tensorrt", "11.4.0.106", "l4,t4", "fused"),
         ("onnxruntime", "1.26.0", "l4", "onnxruntime"),
+        ("onnxruntime-cpu", "1.26.0", "l4", "onnxruntime-cpu"),
     ],
 )
 def test_the_lowering_follows_runtime_version_and_target(
