@@ -1,8 +1,8 @@
 """One block's attention on this machine's onnxruntime, by form: `python -m studies.block_speed --resolution 518`.
 
 Processor time of one thread, which can be had beside other work; the shape is DINOv2-S's: 6 heads of 64. All take turns in one
-process. Milliseconds, median (fastest to slowest), and the share of the fastest exact form; with --operators also what each of a
-form's operators takes, by onnxruntime's own profile.
+process; focal attention in pieces, as onnxruntime is given it on a processor, and in one. Milliseconds, median (fastest to slowest),
+and the share of the fastest exact form; with --operators also what each of a form's operators takes, by onnxruntime's own profile.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.chebyshev import CHEBYSHEV, default_core
+from fna.export.passes.lower import lower
 from fna.focal_keys import Levels
 from fna.plan import BlockPlan, FocalBlockPlan, Plan
 from fna.runtime import open_session
+from fna.validate.planning.clock import FORM
 from fna.validate.planning.one_block import EXACT_FORMS, exact_block, planned_block
 from fna.validate.planning.subject import Layout
 
@@ -49,7 +51,9 @@ def main() -> None:
     models = {f"exact, {form}": exact_block(layout, form) for form in EXACT_FORMS}
     for name, (tile, levels, hot) in FOCAL.items():
         focal = FocalBlockPlan(block=0, tile=tile, levels=levels, hot=hot)
-        models[f"focal, {name}, {hot} hot keys"] = planned_block(layout, planned(focal=[focal]))
+        model = planned_block(layout, planned(focal=[focal]))
+        models[f"focal, {name}, {hot} hot keys, in one piece"] = model
+        models[f"focal, {name}, {hot} hot keys"] = lower(model, FORM)
     for landmarks in (64, 128):
         block = BlockPlan(block=0, landmarks=landmarks)
         models[f"FNA, S={landmarks}, Newton-Schulz"] = planned_block(layout, planned(blocks=[block]))

@@ -9,7 +9,6 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fna.export import passes
-from fna.export.passes.lower import lower
 from fna.export.surgery.graft import GraftOptions, graft
 from fna.files import load_onnx, save_model
 from fna.plan import Plan
@@ -17,9 +16,6 @@ from fna.validate.planning.subject import Layout
 
 EXACT_FORMS = tuple(passes.EXACT_FORMS.values())
 """The first is what traced and grafted files hold."""
-
-PLANNED_FORM: passes.Lowering = "onnxruntime-cpu"
-"""Of a block by a plan: what onnxruntime is given on a processor."""
 
 _ATTENTION_OPSET = 23
 
@@ -71,9 +67,9 @@ def exact_block(layout: Layout, form: str = EXACT_FORMS[0]) -> ModelProto:
 
 
 def planned_block(layout: Layout, plan: Plan) -> ModelProto:
-    """The same block by a plan of one block, in `PLANNED_FORM`."""
+    """The same block by a plan of one block."""
     with tempfile.TemporaryDirectory(prefix="fna-block-") as folder:
         exact, planned = (Path(folder) / name for name in ("exact.onnx", "planned.onnx"))
         save_model(exact_block(layout), exact)
         graft(exact, planned, GraftOptions(plan=plan, check=False))
-        return lower(load_onnx(planned), PLANNED_FORM)
+        return load_onnx(planned)
