@@ -12,7 +12,7 @@ from fna.validate.planning.cache import digest_pixels
 from fna.validate.planning.clock import CpuCost
 from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity
-from fna.validate.planning.planner import ALONE_IMAGES, Fits, PickedHeads, Planner, Scales
+from fna.validate.planning.planner import Fits, PickedHeads, Planner, Scales
 from fna.validate.planning.result import FrontPlan, Planned
 from fna.validate.planning.search import BlockChoices, BlockOption, find_front
 
@@ -44,9 +44,7 @@ def make_best_plan(planner: Planner) -> Planned:
     if any(bool((fit.effects > 0).any()) for fit in fits.values()):
         scales: Scales = {}
     else:
-        scales = planner.cached(
-            f"scales-{digest_pixels(np.stack(planner.images[:ALONE_IMAGES]))}", lambda: planner.scales(fits)
-        )
+        scales = planner.cached(f"scales-{digest_pixels(np.stack(planner.few_images))}", lambda: planner.scales(fits))
     options = planner.options(fits, scales)
     allowed = 1 - (planner.wish.min_cosine or TYPICAL_COSINE)
     bins = BINS

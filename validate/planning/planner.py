@@ -53,9 +53,6 @@ REFERENCE = 64
 RUN_IMAGES, FEW_TOKENS = 4, 2500
 """At most so many planning images are really run by plans; where there are more tokens than that, losses are measured on them only."""
 
-ALONE_IMAGES = 2
-"""Planning images that single blocks are really run on."""
-
 TRIAL_IMAGES = 1
 """Images on which every candidate is measured."""
 
@@ -309,11 +306,16 @@ class Planner:
         """Planning images that plans are really run on, from all parts of the list."""
         return self.images[:: -(-len(self.images) // RUN_IMAGES)]
 
+    @property
+    def few_images(self) -> Sequence[Pixels]:
+        """Planning images that single blocks are really run on: one where there are many tokens, or twenty runs would take long."""
+        return self.images[: 2 if self.layout.tokens <= FEW_TOKENS else 1]
+
     def run_alone(self, number: int, pick: PickedHeads, fits: Fits) -> Fidelity:
-        """Really run one block by a choice, the others exact, on two of the planning images."""
+        """Really run one block by a choice, the others exact, on a few of the planning images."""
         exact = [PickedHeads()] * self.layout.num_blocks
         plan = self.make_plan([*exact[:number], pick, *exact[number + 1 :]], fits)
-        return self.run(plan, self.images[:ALONE_IMAGES])
+        return self.run(plan, self.few_images)
 
     def run(self, plan: Plan, images: Sequence[Pixels]) -> Fidelity:
         """Really run a plan and compare with exact attention; a run found in the cache is not made again."""
