@@ -28,10 +28,11 @@ class ExactAttention:
 
 
 class GraphIndex:
-    """Who makes each value, and how many read it."""
+    """Who makes each value, who reads it first, and how many do."""
 
     def __init__(self, graph: GraphProto) -> None:
         self.makers = {output: node for node in graph.node for output in node.output}
+        self.first_reader = {name: node for node in reversed(graph.node) for name in node.input}
         self.readers = Counter(name for node in graph.node for name in node.input)
         self.readers.update(value.name for value in graph.output)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -46,8 +47,8 @@ class GraphIndex:
 
     def only_reader(self, value: str, op_type: str) -> NodeProto | None:
         """Return the node of that kind that alone reads a value."""
-        readers = [node for node in self.makers.values() if value in node.input]
-        return readers[0] if self.readers[value] == 1 and readers and readers[0].op_type == op_type else None
+        reader = self.first_reader.get(value)
+        return reader if self.readers[value] == 1 and reader is not None and reader.op_type == op_type else None
 
     def past_casts(self, value: str, gone: list[NodeProto]) -> str:
         """Follow a value back through Casts that nothing else reads."""
@@ -142,7 +143,9 @@ def _reader_past_casts(graph: GraphIndex, softmax: NodeProto, gone: list[NodePro
     """Return the MatMul whose first operand a softmax is, through Casts."""
     value = softmax.output[0]
     while graph.readers[value] == 1:
-        reader = next(node for node in graph.makers.values() if value in node.input)
+        reader = graph.first_reader.get(value)
+        if reader is None:
+            return None
         if reader.op_type == "MatMul" and reader.input[0] == value:
             return reader
         if reader.op_type != "Cast":

@@ -10,6 +10,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto
 from operator_files import run
 
+from fna.export.passes.fuse_exact import fuse_exact_attention
 from fna.export.passes.lower import lower
 from fna.export.passes.precision import cast_model
 from fna.export.sources.loading import LoadedModel
@@ -150,3 +151,15 @@ def test_no_product_with_a_row_for_each_token_is_fp32_in_a_half_precision_file(t
 
     assert len(wide_products(lower(half, "portable"))) == 2 * 4
     assert wide_products(lower(half, "fused")) == []
+
+
+def test_weights_that_a_file_hands_out_and_nothing_reads_are_not_attention() -> None:
+    info = onnx.helper.make_tensor_value_info
+    nodes = [
+        onnx.helper.make_node("MatMul", ["query", "key"], ["scores"]),
+        onnx.helper.make_node("Softmax", ["scores"], ["weights"], axis=-1),
+    ]
+    shapes = {"query": [1, 2, 8, 4], "key": [1, 2, 4, 8]}
+    inputs = [info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [info("weights", TensorProto.FLOAT, [1, 2, 8, 8])])
+    assert fuse_exact_attention(graph) == 0
