@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from fna.engines.targets import Flavour, Target
 from fna.export.operators.registry import OPERATORS, fna_nodes
-from fna.export.passes import Lowering
+from fna.export.passes import CPU_FORM, Lowering
 
 Runtime = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-cpu"]
 
@@ -58,7 +58,7 @@ LOWERING_RULES = (
         "timed with 1.32 on a CPU: its own MultiHeadAttention is the fastest form of exact attention at 1370 and 5330 tokens",
     ),
     LoweringRule(
-        "onnxruntime-cpu", "0", "onnxruntime-cpu", "onnxruntime-cpu",
+        "onnxruntime-cpu", "0", CPU_FORM, CPU_FORM,
         "timed with 1.32: focal attention in pieces is faster at 1370 and 5330 tokens; on a GPU its operators would be too small",
     ),
 )  # fmt: skip

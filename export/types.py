@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
 
 from fna.precision import Precision
 
@@ -31,6 +33,11 @@ def infer_types(model: ModelProto) -> GraphProto:
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="left-out")
     return onnx.shape_inference.infer_shapes(skeleton).graph
+
+
+def static_shapes(values: Iterable[ValueInfoProto]) -> dict[str, list[int]]:
+    """Return the sides of each value by its name, 0 for those that are open."""
+    return {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in values}
 
 
 def tensor_types(model: ModelProto) -> dict[str, int]:

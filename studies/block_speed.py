@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.chebyshev import CHEBYSHEV, default_core
+from fna.export.passes import CPU_FORM
 from fna.export.passes.lower import lower
 from fna.focal_keys import Levels
 from fna.plan import BlockPlan, FocalBlockPlan, Plan
 from fna.runtime import open_session
-from fna.validate.planning.clock import FORM
 from fna.validate.planning.one_block import EXACT_FORMS, exact_block, planned_block
 from fna.validate.planning.subject import Layout
 
@@ -53,7 +53,7 @@ def main() -> None:
         focal = FocalBlockPlan(block=0, tile=tile, levels=levels, hot=hot)
         model = planned_block(layout, planned(focal=[focal]))
         models[f"focal, {name}, {hot} hot keys, in one piece"] = model
-        models[f"focal, {name}, {hot} hot keys"] = lower(model, FORM)
+        models[f"focal, {name}, {hot} hot keys"] = lower(model, CPU_FORM)
     for landmarks in (64, 128):
         block = BlockPlan(block=0, landmarks=landmarks)
         models[f"FNA, S={landmarks}, Newton-Schulz"] = planned_block(layout, planned(blocks=[block]))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fna.export.passes import EXACT_FORMS
+from fna.export.passes import CPU_FORM, EXACT_FORMS
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import load_model
 from fna.export.trace import INPUT_NAME, TraceOptions, export_onnx
@@ -53,7 +53,7 @@ def main() -> None:
                 export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
             if not arguments.runs:
                 continue
-            for lowering in EXACT_FORMS if text == "exact" else ("onnxruntime-cpu",):
+            for lowering in EXACT_FORMS if text == "exact" else (CPU_FORM,):
                 threads = 1 if arguments.processor else 0
                 session = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
                 sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session

@@ -228,6 +228,5 @@ FOCAL_ATTENTION = Operator(
     attends=True,
     approximates=True,
     typed=True,
-    cuts=True,
     since=FOCAL_DOMAIN_VERSION,
 )

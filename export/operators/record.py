@@ -109,7 +109,6 @@ class Operator:
         attends: whether it is a block's attention; every other operator chooses what attention looks at.
         approximates: whether it takes the place of exact attention.
         typed: whether the body is written for one type of `T`, where that is known.
-        cuts: whether the body can be written in pieces, for a processor's caches: it takes where they begin and end, `cuts`.
         since: the version of the domain that it came with.
     """
 
@@ -124,7 +123,6 @@ class Operator:
     attends: bool = False
     approximates: bool = False
     typed: bool = False
-    cuts: bool = False
     since: int = DOMAIN_VERSION
 
     def version(self, inputs: Sequence[str], attributes: Mapping[str, Any]) -> int:

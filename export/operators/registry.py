@@ -82,7 +82,7 @@ def attach_functions(
     callers: dict[str, dict[FunctionVariant, list[NodeProto]]] = {}
     for node in fna_nodes(model.graph):
         variant = variant_of(node, types.get(node.name, element_type))
-        if cuts and variant.operator.cuts:
+        if cuts:
             variant = replace(variant, cuts=cuts.get(node.name, ()))
         _add_plugin_fields(node, variant)
         callers.setdefault(node.op_type, {}).setdefault(variant, []).append(node)

@@ -8,6 +8,9 @@ Lowering = Literal["portable", "fused", "decomposed", "plugin", "onnxruntime", "
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 """The forms that a file can be given; see `fna.export.passes.lower`."""
 
+CPU_FORM: Lowering = "onnxruntime-cpu"
+"""What onnxruntime is given on a processor."""
+
 EXACT_FORMS: dict[Lowering, str] = {
     "portable": "MatMul, Softmax, MatMul",
     "fused": "ONNX Attention",

@@ -1,7 +1,8 @@
 """Focal attention in pieces, for a processor: what one operator writes the next finds in the caches.
 
 In one piece the keys, values and scores of all tiles are written to memory and read back between operators. In pieces a block of
-tiles of 8 takes a fifth to a third less time, one of tiles of 4 half (docs/notes/benchmarks.md); a GPU would rather have one.
+tiles of 8 takes a seventh to a third less time, one of tiles of 4 a third to nearly half (docs/notes/benchmarks.md); a GPU would
+rather have one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import math
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from fna.export.operators.registry import attach_functions, fna_nodes, node_attributes, node_inputs
+from fna.export.types import static_shapes
 
 PIECE_BYTES = 5 * 2**20
-"""Of a piece's keys and values, fp32: some of the third-level cache of one processor core; half and double take about as long."""
+"""Of a piece's keys and values, fp32: some of a processor's third-level cache. Less takes as long, twice as much a little longer."""
 
 FLOAT_BYTES = 4
 
@@ -29,7 +31,7 @@ def cut_into_pieces(model: ModelProto, inferred: GraphProto) -> ModelProto:
         inferred: the model's graph as inference annotates it, with all functions there.
     """
     values = (*inferred.input, *inferred.value_info, *inferred.output)
-    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in values}
+    shapes = static_shapes(values)
     shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     kinds = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = list(fna_nodes(model.graph))

@@ -65,7 +65,7 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
     if lowering == "onnxruntime":
         return _own_operators(model)
     if lowering == "onnxruntime-cpu":
-        return _own_operators(cut_into_pieces(_inlined(model, (FOCAL_ATTENTION.name,)), infer_types(model)))
+        return _own_operators(_in_pieces(model))
     if lowering == "portable":
         return _inlined(model, ())
     types = tensor_types(model)
@@ -93,6 +93,12 @@ def _own_operators(model: ModelProto) -> ModelProto:
     if _was_traced(lowered) and fuse_multi_head_attention(lowered.graph):
         lowered.opset_import.append(helper.make_opsetid(ONNXRUNTIME_DOMAIN, 1))
     return lowered
+
+
+def _in_pieces(model: ModelProto) -> ModelProto:
+    if not any(FOCAL_ATTENTION.is_called_by(node) for node in fna_nodes(model.graph)):
+        return model
+    return cut_into_pieces(_inlined(model, (FOCAL_ATTENTION.name,)), infer_types(model))
 
 
 def _was_traced(model: ModelProto) -> bool:

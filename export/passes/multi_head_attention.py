@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from onnx import GraphProto, NodeProto, helper
 
 from fna.export.passes.fuse_exact import ExactAttention, GraphIndex, find_exact_attention, replace_nodes
+from fna.export.types import static_shapes
 
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 _SWAP_HEADS = [0, 2, 1, 3]
@@ -32,7 +33,7 @@ def fuse_multi_head_attention(graph: GraphProto) -> int:
         How many were replaced. Attention on some of the heads stays as it is.
     """
     index = GraphIndex(graph)
-    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    shapes = static_shapes(graph.value_info)
     count = 0
     for match in find_exact_attention(graph, index):
         tokens = _tokens(index, shapes, match)

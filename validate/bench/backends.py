@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fna.errors import MissingCapabilityError
-from fna.export.passes import EXACT_FORMS, Lowering
+from fna.export.passes import CPU_FORM, EXACT_FORMS, Lowering
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, TraceOptions, export_onnx
@@ -70,8 +70,8 @@ class Form:
 def forms_of(backend: Backend, model: LoadedModel) -> tuple[Form, ...]:
     """Return the forms of exact attention that a backend offers: the fastest one is the baseline."""
     if backend in ("onnxruntime", "onnxruntime-cuda"):
-        given: dict[Lowering, Lowering] = {"onnxruntime": "onnxruntime-cpu"} if backend == "onnxruntime" else {}
-        return tuple(Form(name, given.get(lowering, lowering)) for lowering, name in EXACT_FORMS.items())
+        own: Lowering = CPU_FORM if backend == "onnxruntime" else "onnxruntime"
+        return tuple(Form(name, own if form == "onnxruntime" else form) for form, name in EXACT_FORMS.items())
     if backend in ("torch", "torch-compile"):
         attention = getattr(getattr(model.module, "config", None), "_attn_implementation", None) or "the model's own"
         return (Form(f"PyTorch, {attention} attention" + (", compiled" if backend == "torch-compile" else "")),)

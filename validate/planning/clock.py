@@ -14,7 +14,7 @@ from onnx import ModelProto
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import CHEBYSHEV
 from fna.correction import Correction
-from fna.export.passes import Lowering
+from fna.export.passes import CPU_FORM
 from fna.export.passes.lower import lower
 from fna.machine import describe_machine, tool_versions
 from fna.plan import BlockPlan, Plan
@@ -28,9 +28,6 @@ from fna.validate.planning.subject import Layout
 
 CPU = "cpu"
 """The target that is this machine's processor."""
-
-FORM: Lowering = "onnxruntime-cpu"
-"""What onnxruntime is given here."""
 
 RUNS, MOST_SECONDS = 6, 0.6
 """Runs of one operator after the first, which is not counted, until they took so long together; the fastest counts."""
@@ -56,7 +53,7 @@ class CpuCost:
         self._usual = Candidate(count, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
         machine = (describe_machine(), tool_versions("onnxruntime"))
         sizes = (layout.tokens, layout.heads, layout.head_size, layout.prefix_tokens, layout.patches)
-        self._settings = (*machine, *sizes, FORM)
+        self._settings = (*machine, *sizes, CPU_FORM)
 
     def exact(self, heads: int) -> float:
         """See `CostModel.exact`: whole blocks in the fastest form, as MatMul, Softmax, MatMul where heads are split."""
@@ -140,7 +137,7 @@ class CpuCost:
 
 def _fastest(model: ModelProto, layout: Layout) -> float:
     """Seconds of the fastest run."""
-    session = open_session(lower(model, FORM), name="one block")
+    session = open_session(lower(model, CPU_FORM), name="one block")
     hidden = np.random.default_rng(0).standard_normal((1, layout.tokens, layout.heads * layout.head_size))
     inputs = {"hidden": hidden.astype(np.float32)}
     run_session(session, inputs)

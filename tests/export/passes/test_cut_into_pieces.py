@@ -17,6 +17,7 @@ from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.registry import attach_functions
 from fna.export.passes import cut_into_pieces as module
 from fna.export.passes.lower import lower
+from fna.export.types import static_shapes
 from fna.focal import focal_attention
 from fna.focal_keys import Levels, focal_keys
 
@@ -76,8 +77,7 @@ def twin(inputs: dict[str, Any], hot: int) -> Any:
 
 def pieces(model: ModelProto) -> list[int]:
     """Tiles of each piece, block after block."""
-    shapes = onnx.shape_inference.infer_shapes(model).graph.value_info
-    sizes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in shapes}
+    sizes = static_shapes(onnx.shape_inference.infer_shapes(model).graph.value_info)
     return [sizes[node.output[0]][2] for node in model.graph.node if node.name.split("/")[-1].startswith("key_tiles")]
 
 
