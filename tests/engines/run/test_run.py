@@ -28,7 +28,7 @@ from fna.export.passes.precision import cast_model
 from fna.export.preprocessing import Preprocessing
 from fna.files import file_sha256, load_onnx, save_model
 from fna.plan import Plan
-from fna.runtime import open_session, run_session
+from fna.runtime import Provider, open_session, run_session
 
 Find = Callable[[str], Path]
 
@@ -161,6 +161,17 @@ def test_an_opened_file_is_given_the_form_of_onnxruntime_and_gives_what_the_file
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, atol=2e-5)
     assert "MultiHeadAttention" in {node.op_type for node in asked[0].graph.node}
+
+
+@pytest.mark.parametrize(("provider", "form"), [("cpu", "onnxruntime-cpu"), ("cuda", "onnxruntime")])
+def test_a_processor_is_given_a_form_of_its_own(
+    provider: Provider, form: str, tiny_file: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(model_module, "lower", lambda model, lowering: asked.append(lowering) or model)
+    monkeypatch.setattr(model_module, "open_session", lambda model, **_settings: None)
+    OnnxModel(tiny_file("traced"), provider=provider)
+    assert asked == [form]
 
 
 def test_a_file_of_another_project_is_opened_as_it_is(tiny_file: Find, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from fna.arithmetic import exact_products, nystrom_products, saved_part
 from fna.cli import main
 from fna.correction import Correction
 from fna.engines.device import find_gpu
+from fna.export.passes import Lowering
 from fna.export.sources.loading import load_model
 from fna.plan import BlockPlan, FocalBlockPlan, Plan, uniform_plan
-from fna.validate.bench.backends import OPENERS
+from fna.validate.bench import Backend
+from fna.validate.bench.backends import OPENERS, forms_of
 from fna.validate.bench.counts import count, total_flop
 from fna.validate.bench.models import BenchRow, bench, bench_quickly, find_break_even, read_bench
 from fna.validate.bench.output import draw, dump_csv
@@ -138,6 +140,12 @@ def test_a_quick_bench_leaves_out_sizes_that_a_focal_plan_does_not_fit(tiny, mon
         plan = Plan(num_blocks=3, focal=(focal,), prefix_tokens=1)
         found = bench_quickly(load_model("validate_tiny:tiny"), plan, (112, 112), lambda *_: None)
         assert [row["tokens"] for row in found["rows"]] == tokens
+
+
+@pytest.mark.parametrize(("backend", "own"), [("onnxruntime", "onnxruntime-cpu"), ("onnxruntime-cuda", "onnxruntime")])
+def test_a_processor_is_timed_in_the_form_that_it_is_given(backend: Backend, own: Lowering, tiny) -> None:
+    forms = forms_of(backend, load_model("validate_tiny:tiny"))
+    assert [form.lowering for form in forms] == ["portable", "fused", own]
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
