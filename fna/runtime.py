@@ -42,6 +42,7 @@ def open_session(
     in_file_order: bool = False,
     weights: Mapping[str, NDArray[Any]] | None = None,
     profile: Path | None = None,
+    operators: Path | None = None,
 ) -> Any:
     """Open a model in onnxruntime.
 
@@ -58,10 +59,11 @@ def open_session(
             as the session.
         profile: where the times of operators are written, once the session's `end_profiling` is called; what the file's name begins
             with.
+        operators: library of operators beyond onnxruntime's own that the model may call.
 
     Raises:
         InputFileError: if onnxruntime cannot load it; the message has onnxruntime's reason.
-        MissingCapabilityError: if this onnxruntime has no such provider, or it does not start.
+        MissingCapabilityError: if this onnxruntime has no such provider, it does not start, or the library does not load.
     """
     import onnxruntime
 
@@ -91,6 +93,12 @@ def open_session(
     if weights:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
+    if operators is not None:
+        try:
+            options.register_custom_ops_library(str(operators))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise MissingCapabilityError(f"{operators} does not load into onnxruntime: {reason}") from None
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
         session = onnxruntime.InferenceSession(source, options, providers=[wanted])

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fna.export.passes import CPU_FORM, EXACT_FORMS
+from fna.engines.lowerings import processor_form
+from fna.export.passes import EXACT_FORMS
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import load_model
 from fna.export.trace import INPUT_NAME, TraceOptions, export_onnx
@@ -45,6 +46,7 @@ def main() -> None:
     subject = TorchSubject(load_model(arguments.model), side, side)
     plans = {"exact": uniform_plan(subject.layout.num_blocks, layers="none")}
     plans |= {text: read_plan(text, subject) for text in arguments.plans}
+    own = processor_form()
     sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for text, plan in plans.items():
@@ -53,9 +55,10 @@ def main() -> None:
                 export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
             if not arguments.runs:
                 continue
-            for lowering in EXACT_FORMS if text == "exact" else (CPU_FORM,):
+            for lowering in EXACT_FORMS if text == "exact" else (own.lowering,):
                 threads = 1 if arguments.processor else 0
-                session = open_session(lower(load_onnx(path), lowering), name=text, threads=threads)
+                model = lower(load_onnx(path), lowering)
+                session = open_session(model, name=text, threads=threads, operators=own.library)
                 sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session
     if not arguments.runs:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from fna.engines.lowerings import Runtime, choose_lowering
+from fna.engines.lowerings import choose_lowering, processor_form
 from fna.engines.run.engine import Engine
 from fna.engines.run.latency import Latency, seconds_of, summarise
 from fna.export.metadata import has_metadata
@@ -35,10 +35,15 @@ class OnnxModel:
         import onnxruntime
 
         model = load_onnx(path, tensors=False)
-        runtime: Runtime = "onnxruntime-cpu" if provider == "cpu" else "onnxruntime"
-        if has_metadata(model):
-            model = lower(model, choose_lowering(runtime, onnxruntime.__version__))
-        self._session = open_session(model, name=str(path), folder=path.parent, threads=threads, provider=provider)
+        library: Path | None = None
+        if has_metadata(model) and provider == "cpu":
+            form = processor_form()
+            model, library = lower(model, form.lowering), form.library
+        elif has_metadata(model):
+            model = lower(model, choose_lowering("onnxruntime", onnxruntime.__version__))
+        self._session = open_session(
+            model, name=str(path), folder=path.parent, threads=threads, provider=provider, operators=library
+        )
         self._name = path.name
         self._provider = provider
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Lowering = Literal["portable", "fused", "decomposed", "plugin", "onnxruntime", "onnxruntime-cpu"]
+Lowering = Literal["portable", "fused", "decomposed", "plugin", "onnxruntime", "onnxruntime-cpu", "onnxruntime-kernels"]
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 """The forms that a file can be given; see `fna.export.passes.lower`."""
 
-CPU_FORM: Lowering = "onnxruntime-cpu"
-"""What onnxruntime is given on a processor."""
+KERNEL_FORM: Lowering = "onnxruntime-kernels"
+"""What runs with this project's library of onnxruntime operators alone."""
 
 EXACT_FORMS: dict[Lowering, str] = {
     "portable": "MatMul, Softmax, MatMul",

@@ -1,6 +1,7 @@
-"""Six forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
+"""Seven forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
 rows), `decomposed` (exact attention as TensorRT without such an operator fuses it), `plugin` (custom nodes for TensorRT, and the
-same), `onnxruntime` (with onnxruntime's own MultiHeadAttention) and `onnxruntime-cpu` (with focal attention in pieces, besides).
+same), `onnxruntime` (with onnxruntime's own MultiHeadAttention), `onnxruntime-cpu` (with focal attention in pieces, besides) and
+`onnxruntime-kernels` (with focal attention as an operator of this project's library for processors).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -22,10 +23,11 @@ from fna.export.operators.registry import (
     model_opset,
     plugin_operators,
 )
-from fna.export.passes import LOWERINGS, Lowering
+from fna.export.passes import KERNEL_FORM, LOWERINGS, Lowering
 from fna.export.passes.cut_into_pieces import cut_into_pieces
 from fna.export.passes.fuse_exact import decompose_exact_attention, fuse_exact_attention
 from fna.export.passes.multi_head_attention import ONNXRUNTIME_DOMAIN, fuse_multi_head_attention
+from fna.export.passes.processor_kernels import name_processor_kernels
 from fna.export.passes.raise_opset import raise_opset
 from fna.export.types import infer_types, tensor_types
 
@@ -40,7 +42,8 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
             plugin implements and strips their functions; `decomposed` inlines every function; both write the exact attention of
             traced files as TensorRT's own fusion knows it; `onnxruntime` inlines every function and makes the exact attention of files
             that this project traced onnxruntime's own operator; `onnxruntime-cpu` is that with focal attention cut into pieces that
-            stay in a processor's caches.
+            stay in a processor's caches; `onnxruntime-kernels` is `onnxruntime` with focal attention in fp32 as one node, which runs
+            with the library of `fna.plugins.processor_library` alone.
         fuse_exact: treat exact attention of grafted files, which otherwise stays as it came, like that of traced ones.
 
     Raises:
@@ -66,6 +69,8 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
         return _own_operators(model)
     if lowering == "onnxruntime-cpu":
         return _own_operators(_in_pieces(model))
+    if lowering == KERNEL_FORM:
+        return _own_operators(_in_pieces(name_processor_kernels(model)))
     if lowering == "portable":
         return _inlined(model, ())
     types = tensor_types(model)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fna.engines.lowerings import processor_form
 from fna.errors import MissingCapabilityError
-from fna.export.passes import CPU_FORM, EXACT_FORMS, Lowering
+from fna.export.passes import EXACT_FORMS, KERNEL_FORM, Lowering
 from fna.export.passes.lower import lower
 from fna.export.sources.loading import LoadedModel
 from fna.export.trace import INPUT_NAME, TORCH_TYPES, TraceOptions, export_onnx
@@ -70,7 +71,7 @@ class Form:
 def forms_of(backend: Backend, model: LoadedModel) -> tuple[Form, ...]:
     """Return the forms of exact attention that a backend offers: the fastest one is the baseline."""
     if backend in ("onnxruntime", "onnxruntime-cuda"):
-        own: Lowering = CPU_FORM if backend == "onnxruntime" else "onnxruntime"
+        own: Lowering = processor_form().lowering if backend == "onnxruntime" else "onnxruntime"
         return tuple(Form(name, own if form == "onnxruntime" else form) for form, name in EXACT_FORMS.items())
     if backend in ("torch", "torch-compile"):
         attention = getattr(getattr(model.module, "config", None), "_attn_implementation", None) or "the model's own"
@@ -106,7 +107,8 @@ def _open_onnxruntime(provider: Literal["cpu", "cuda"]) -> Opener:
         path = exported.with_name(f"{exported.stem}-{form.lowering}.onnx")
         save_model(lower(load_onnx(exported), form.lowering), path)
         with peak_memory() as peak:
-            session = open_session(path, provider=provider)
+            library = processor_form().library if form.lowering == KERNEL_FORM else None
+            session = open_session(path, provider=provider, operators=library)
             inputs = {INPUT_NAME: setting.pixels}
             run_session(session, inputs)
         return OpenModel(lambda: clocked(lambda: run_session(session, inputs)), peak.mib if provider == "cpu" else None)

@@ -14,7 +14,7 @@ from onnx import ModelProto
 from fna.attention import NEWTON_SCHULZ_ITERATIONS
 from fna.chebyshev import CHEBYSHEV
 from fna.correction import Correction
-from fna.export.passes import CPU_FORM
+from fna.engines.lowerings import processor_form
 from fna.export.passes.lower import lower
 from fna.machine import describe_machine, tool_versions
 from fna.plan import BlockPlan, Plan
@@ -53,7 +53,8 @@ class CpuCost:
         self._usual = Candidate(count, DEFAULT_SAMPLER, False, NEWTON_SCHULZ_ITERATIONS)
         machine = (describe_machine(), tool_versions("onnxruntime"))
         sizes = (layout.tokens, layout.heads, layout.head_size, layout.prefix_tokens, layout.patches)
-        self._settings = (*machine, *sizes, CPU_FORM)
+        form = processor_form()
+        self._settings = (*machine, *sizes, form.lowering, form.library and form.library.parent.name)
 
     def exact(self, heads: int) -> float:
         """See `CostModel.exact`: whole blocks in the fastest form, as MatMul, Softmax, MatMul where heads are split."""
@@ -137,7 +138,8 @@ class CpuCost:
 
 def _fastest(model: ModelProto, layout: Layout) -> float:
     """Seconds of the fastest run."""
-    session = open_session(lower(model, CPU_FORM), name="one block")
+    form = processor_form()
+    session = open_session(lower(model, form.lowering), name="one block", operators=form.library)
     hidden = np.random.default_rng(0).standard_normal((1, layout.tokens, layout.heads * layout.head_size))
     inputs = {"hidden": hidden.astype(np.float32)}
     run_session(session, inputs)
