@@ -20,7 +20,9 @@ from typing import Any
 from fna.engines.device import NoGpuError, read_gpu
 from fna.engines.flavours import FLAVOURS, default_plugin, how_to_install
 from fna.engines.targets import TARGETS, Target
+from fna.errors import FnaError
 from fna.machine import command_output, memory_gib, power_mode, processor_name, read_lines, tool_versions
+from fna.plugins.processor_library import build_processor_library
 
 PACKAGES = (
     "torch",
@@ -56,6 +58,7 @@ def diagnose() -> dict[str, Any]:
             ("tensorrt", lambda: _import_flavour("tensorrt")),
             ("tensorrt-rtx", lambda: _import_flavour("tensorrt-rtx")),
             ("onnxruntime providers", _providers),
+            ("onnxruntime kernels", _processor_kernels),
             ("trtexec", _trtexec),
             ("plugin", _plugin),
             ("tools", _tools),
@@ -156,6 +159,14 @@ def _providers() -> str:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
     )
     return done.stdout.strip() if done.returncode == 0 else (done.stderr.strip().splitlines() or ["unknown"])[-1]
+
+
+def _processor_kernels() -> str:
+    """Of this processor: `fna run`, `fna bench` and `fna plan --target cpu` have them compiled once."""
+    try:
+        return str(build_processor_library())
+    except FnaError as error:
+        return f"none, so standard operators are taken: {error}"
 
 
 def _trtexec() -> str:

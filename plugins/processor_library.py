@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parent / "processor"
 LIBRARY = "libfna_processor.so"
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast")
-_TILES = {
+_TILES: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "wide": ("-mavx512f", "-mavx512dq", "-mfma", "-DFNA_LANES=16", "-DFNA_REGISTERS=32"),
         "middle": ("-mavx2", "-mfma", "-DFNA_LANES=8", "-DFNA_REGISTERS=16"),
@@ -64,7 +64,14 @@ def build_processor_library(folder: Path | None = None, *, flags: tuple[str, ...
         )
     sources = sorted(SOURCES.glob("*.?pp"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [version, machine, *_FLAGS, *flags, repr(_TILES), *(source.read_text(encoding="utf-8") for source in sources)]
+    parts = [
+        version,
+        machine,
+        *_FLAGS,
+        *flags,
+        repr(_TILES),
+        *(source.read_text(encoding="utf-8") for source in sources),
+    ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = (folder or cache_folder() / "processor") / digest / LIBRARY
     if not library.is_file():
@@ -77,14 +84,15 @@ def build_processor_library(folder: Path | None = None, *, flags: tuple[str, ...
 
 def _compile(compiler: str, flags: tuple[str, ...], tiles: dict[str, tuple[str, ...]], library: Path) -> Path:
     objects = {name: ("tiles.cpp", (f"-DFNA_KIND={name}", *own)) for name, own in tiles.items()}
-    objects |= {name: (f"{name}.cpp", ()) for name in ("focal_attention", "operators")}
+    objects |= {name: (f"{name}.cpp", ()) for name in ("focal_attention", "nystrom_attention", "operators")}
     commands = [
         [compiler, *flags, *own, "-c", str(SOURCES / source), "-o", str(library.with_name(f"{name}.o"))]
         for name, (source, own) in objects.items()
     ]
     commands.append([compiler, *flags, "-shared", *(command[-1] for command in commands), "-o", str(library)])
     running = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for command in commands[:-1]
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands[:-1]
     ]
     said = [process.communicate()[1] for process in running]
     failed = any(process.returncode for process in running)

@@ -1,41 +1,43 @@
-"""Focal attention as an operator of this project's own in onnxruntime: one node a block, compiled for the processor.
+"""FNA and focal attention as operators of this project's own in onnxruntime: one node a block, compiled for the processor.
 
-The library that has it is `fna.plugins.processor_library`; sessions must be given it.
+The library that has them is `fna.plugins.processor_library`; sessions must be given it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from fna.chebyshev import chebyshev_coefficients
+from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
-from fna.export.operators.registry import fna_nodes, node_attributes
+from fna.export.operators.registry import fna_nodes, node_attributes, node_inputs
 from fna.export.passes.fuse_exact import GraphIndex
 from fna.export.types import tensor_types
+from fna.plan import ITERATIONS_OF_VERSION_1
 
 PROCESSOR_DOMAIN = "fna.processor"
 """Another one than the operators of files have: these nodes run with the library alone."""
 
 _SWAP_HEADS = [0, 2, 1, 3]
-_ATTRIBUTES = ("scale", "prefix_tokens", "hot")
 
 
 def name_processor_kernels(model: ModelProto) -> ModelProto:
-    """Return a copy in which focal attention in fp32 is `fna.processor::FocalAttention`; the functions stay.
+    """Return a copy in which attention in fp32 that the library has is of its domain; the functions stay.
 
     Args:
-        model: whose `fna` nodes have functions. Nodes of other types stay as they are.
+        model: whose `fna` nodes have functions. Nodes of other types, and FNA with a key mask, stay as they are.
     """
     types = tensor_types(model)
     named = ModelProto()
     named.CopyFrom(model)
     index = GraphIndex(named.graph)
     found = [
-        node
-        for node in fna_nodes(named.graph)
-        if FOCAL_ATTENTION.is_called_by(node) and types.get(node.input[0]) == TensorProto.FLOAT
+        node for node in fna_nodes(named.graph) if _has_kernel(node) and types.get(node.input[0]) == TensorProto.FLOAT
     ]
     for node in found:
-        attributes = {name: value for name, value in node_attributes(node).items() if name in _ATTRIBUTES}
+        attributes = _kernel_attributes(node)
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         node.domain = PROCESSOR_DOMAIN
@@ -44,6 +46,24 @@ def name_processor_kernels(model: ModelProto) -> ModelProto:
     if found:
         named.opset_import.append(helper.make_opsetid(PROCESSOR_DOMAIN, 1))
     return named
+
+
+def _has_kernel(node: NodeProto) -> bool:
+    return FOCAL_ATTENTION.is_called_by(node) or (
+        FAST_NYSTROM_ATTENTION.is_called_by(node) and "key_mask" not in node_inputs(node)
+    )
+
+
+def _kernel_attributes(node: NodeProto) -> dict[str, Any]:
+    given = node_attributes(node)
+    if FOCAL_ATTENTION.is_called_by(node):
+        return {name: given[name] for name in ("scale", "prefix_tokens", "hot") if name in given}
+    attributes = {name: given[name] for name in ("scale", "exact_rows") if name in given}
+    core = core_of(given)
+    if core is None:
+        return attributes | {"iterations": given.get("iterations", ITERATIONS_OF_VERSION_1)}
+    alphas, betas = zip(*chebyshev_coefficients(core.steps, core.low), strict=True)
+    return attributes | {"alphas": alphas, "betas": betas}
 
 
 def _take_heads_last(graph: GraphProto, index: GraphIndex, node: NodeProto) -> None:

@@ -71,6 +71,7 @@ struct Functions {
         output(function<decltype(output)>(table, 91)),
         release_status(function<decltype(release_status)>(table, 93)),
         release_shape(function<decltype(release_shape)>(table, 99)),
+        float_attributes(function<decltype(float_attributes)>(table, 162)),
         parallel_for(function<decltype(parallel_for)>(table, 274)) {}
 
   Status* (*make_status)(int code, const char* message);
@@ -88,6 +89,7 @@ struct Functions {
   Status* (*output)(Context*, std::size_t, const std::int64_t* sizes, std::size_t count, Value**);
   void (*release_status)(Status*);
   void (*release_shape)(Shape*);
+  Status* (*float_attributes)(const Info*, const char* name, float*, std::size_t* count);
   Status* (*parallel_for)(const Context*, void (*step)(void*, std::size_t), std::size_t steps, std::size_t batches, void*);
 };
 

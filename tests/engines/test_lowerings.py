@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from fna.engines.lowerings import LOWERING_RULES, check_fused, choose_lowering, find_rule, rules_for
+from fna.engines import lowerings as module
+from fna.engines.lowerings import (
+    LOWERING_RULES,
+    ProcessorForm,
+    check_fused,
+    choose_lowering,
+    find_rule,
+    processor_form,
+    rules_for,
+)
 from fna.engines.targets import find_targets
 from fna.export.operators.farthest_point_sampling import FARTHEST_POINT_SAMPLING
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION
@@ -24,13 +35,22 @@ from fna.export.operators.registry import attach_functions
         ("tensorrt", "10.3.0", "t4", "decomposed"),
         ("tensorrt", "11.4.0.106", "l4,t4", "fused"),
         ("onnxruntime", "1.26.0", "l4", "onnxruntime"),
-        ("onnxruntime-cpu", "1.26.0", "l4", "onnxruntime-cpu"),
     ],
 )
 def test_the_lowering_follows_runtime_version_and_target(
     runtime: str, version: str, targets: str, lowering: str
 ) -> None:
     assert choose_lowering(runtime, version, find_targets(targets)) == lowering  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("library", "lowering"), [(Path("a.so"), "onnxruntime-kernels"), (None, "onnxruntime-cpu")])
+def test_a_processor_is_given_kernels_where_they_can_be_compiled(
+    library: Path | None, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find_processor_library", lambda: library)
+    processor_form.cache_clear()
+    assert processor_form() == ProcessorForm(lowering, library)  # type: ignore[arg-type]
+    processor_form.cache_clear()
 
 
 def test_a_device_is_given_a_rule_for_each_version_that_it_may_have() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -42,9 +43,11 @@ def one_node_model(
     return model
 
 
-def run(model: ModelProto, inputs: dict[str, Any]) -> list[Any]:
-    """The file's outputs on onnxruntime."""
+def run(model: ModelProto, inputs: dict[str, Any], library: Path | None = None) -> list[Any]:
+    """The file's outputs on onnxruntime, with a library of operators where it needs one."""
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.log_severity_level = 3
     outputs: list[Any] = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, inputs)
     return outputs

@@ -17,6 +17,7 @@ from tiny_files import SIDE
 
 from fna.cli import main
 from fna.engines.device import Gpu
+from fna.engines.lowerings import ProcessorForm
 from fna.engines.manifest import Manifest, ShapeRange, manifest_path, write_manifest
 from fna.engines.run import engine as run
 from fna.engines.run import model as model_module
@@ -163,15 +164,28 @@ def test_an_opened_file_is_given_the_form_of_onnxruntime_and_gives_what_the_file
     assert "MultiHeadAttention" in {node.op_type for node in asked[0].graph.node}
 
 
-@pytest.mark.parametrize(("provider", "form"), [("cpu", "onnxruntime-cpu"), ("cuda", "onnxruntime")])
+@pytest.mark.parametrize(("provider", "form"), [("cpu", "onnxruntime-kernels"), ("cuda", "onnxruntime")])
 def test_a_processor_is_given_a_form_of_its_own(
     provider: Provider, form: str, tiny_file: Find, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
+    given: list[Path | None] = []
     monkeypatch.setattr(model_module, "lower", lambda model, lowering: asked.append(lowering) or model)
-    monkeypatch.setattr(model_module, "open_session", lambda model, **_settings: None)
+    monkeypatch.setattr(model_module, "open_session", lambda model, **settings: given.append(settings["operators"]))
     OnnxModel(tiny_file("traced"), provider=provider)
     assert asked == [form]
+    assert [library is not None for library in given] == [form == "onnxruntime-kernels"]
+
+
+def test_without_a_compiler_a_processor_is_given_standard_operators(
+    tiny_file: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "processor_form", lambda: ProcessorForm("onnxruntime-cpu", None))
+    pixels = np.random.default_rng(0).standard_normal((1, 3, SIDE, SIDE), dtype=np.float32)
+    found = OnnxModel(tiny_file("traced")).run({"pixel_values": pixels})
+    monkeypatch.undo()
+    for name, array in OnnxModel(tiny_file("traced")).run({"pixel_values": pixels}).items():
+        np.testing.assert_allclose(found[name], array, atol=2e-5)
 
 
 def test_a_file_of_another_project_is_opened_as_it_is(tiny_file: Find, tmp_path: Path) -> None:

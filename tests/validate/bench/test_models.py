@@ -142,7 +142,9 @@ def test_a_quick_bench_leaves_out_sizes_that_a_focal_plan_does_not_fit(tiny, mon
         assert [row["tokens"] for row in found["rows"]] == tokens
 
 
-@pytest.mark.parametrize(("backend", "own"), [("onnxruntime", "onnxruntime-cpu"), ("onnxruntime-cuda", "onnxruntime")])
+@pytest.mark.parametrize(
+    ("backend", "own"), [("onnxruntime", "onnxruntime-kernels"), ("onnxruntime-cuda", "onnxruntime")]
+)
 def test_a_processor_is_timed_in_the_form_that_it_is_given(backend: Backend, own: Lowering, tiny) -> None:
     forms = forms_of(backend, load_model("validate_tiny:tiny"))
     assert [form.lowering for form in forms] == ["portable", "fused", own]
