@@ -15,7 +15,7 @@ from fna import machine
 from fna.cli import main
 from fna.engines import device, doctor, flavours
 from fna.engines.targets import TARGETS
-from fna.plugins import built, carried
+from fna.plugins import built, carried, processor_library
 from fna.plugins.table import kernel_file
 
 
@@ -96,7 +96,7 @@ def test_it_imports_the_standard_library_alone() -> None:
     """In an interpreter that has no site-packages at all."""
     folder = Path(doctor.__file__).parent
     files = [folder / f"{name}.py" for name in ("doctor", "device", "flavours", "targets")]
-    for path in (*files, *(Path(module.__file__) for module in (machine, built, carried, kernel_file))):
+    for path in (*files, *(Path(module.__file__) for module in (machine, built, carried, kernel_file, processor_library))):
         tree = ast.parse(path.read_text())
         tree.body = [
             node for node in tree.body if not isinstance(node, ast.FunctionDef) or node.name != "describe_machine"
@@ -112,6 +112,7 @@ def test_it_imports_the_standard_library_alone() -> None:
             "fna.machine",
             "fna.plugins.built",
             "fna.plugins.carried",
+            "fna.plugins.processor_library",
             "fna.plugins.table.kernel_file",
             "fna.engines.device",
             "fna.engines.flavours",
