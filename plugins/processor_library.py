@@ -34,7 +34,13 @@ _TILES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @cache
 def find_processor_library() -> Path | None:
-    """Return the library, compiled if it has to be; None where this machine cannot have it (`fna doctor` says why)."""
+    """Return the library, compiled if it has to be; None where this machine cannot have it (`fna doctor` says why).
+
+    The environment's FNA_INSTRUCTIONS is the best kind of instructions to be used: `wide`, `middle`, `narrow`, or `none` for no
+    library.
+    """
+    if os.environ.get("FNA_INSTRUCTIONS") == "none":
+        return None
     try:
         return build_processor_library()
     except FnaError:

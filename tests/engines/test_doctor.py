@@ -96,7 +96,10 @@ def test_it_imports_the_standard_library_alone() -> None:
     """In an interpreter that has no site-packages at all."""
     folder = Path(doctor.__file__).parent
     files = [folder / f"{name}.py" for name in ("doctor", "device", "flavours", "targets")]
-    for path in (*files, *(Path(module.__file__) for module in (machine, built, carried, kernel_file, processor_library))):
+    for path in (
+        *files,
+        *(Path(module.__file__) for module in (machine, built, carried, kernel_file, processor_library)),
+    ):
         tree = ast.parse(path.read_text())
         tree.body = [
             node for node in tree.body if not isinstance(node, ast.FunctionDef) or node.name != "describe_machine"

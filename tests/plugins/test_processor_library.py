@@ -35,6 +35,15 @@ def test_without_a_compiler_it_says_how_to_have_one(tmp_path: Path, monkeypatch:
     find_processor_library.cache_clear()
 
 
+def test_the_environment_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_processor_library.cache_clear()
+    assert find_processor_library() is not None
+    find_processor_library.cache_clear()
+    monkeypatch.setenv("FNA_INSTRUCTIONS", "none")
+    assert find_processor_library() is None
+    find_processor_library.cache_clear()
+
+
 def test_on_another_processor_it_says_which_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
     with pytest.raises(MissingCapabilityError, match="'riscv64'; there are for x86_64 and aarch64"):

@@ -109,6 +109,8 @@ def bisect(chain: Chain, images: Sequence[tuple[str, Pixels]], failing: Mapping[
 
 def why_not_located(chain: Chain, step: str) -> str | None:
     """Say why a step that was measured cannot be looked into; None where it can be."""
+    if step == "processor":
+        return "the file with this processor's kernels hands out its outputs only; FNA_INSTRUCTIONS=none runs it without them"
     if step == "plugin":
         return "the emulated file hands out its outputs only; its kernels are checked one by one: python -m fna.plugins.ptx check"
     if step != "engine" or chain.engine is None or chain.engine.manifest.debug_tensors is not None:

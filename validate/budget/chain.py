@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fna.engines.bundle.format import Bundle, is_bundle, open_bundle
+from fna.engines.lowerings import processor_form
 from fna.engines.manifest import Manifest, read_manifest
 from fna.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
 from fna.export.metadata import FileMetadata, read_metadata
+from fna.export.operators.registry import fna_nodes
+from fna.export.passes.lower import lower
+from fna.export.passes.processor_kernels import PROCESSOR_DOMAIN
 from fna.export.sources.loading import LoadedModel, check_resolution, load_model
 from fna.export.sources.running import patched, run_torch
 from fna.export.trace import TraceOptions, trace_model
@@ -33,6 +37,9 @@ Say = Callable[..., None]
 EXACT, FNA, PORTABLE, DEPLOYED, ENGINE = "exact", "fna", "portable", "deployed", "engine"
 PLUGIN = "plugin"
 """The file with the real plugin library in its FNA nodes, emulated. It stands beside the chain, not in it: nothing follows from it."""
+
+PROCESSOR = "processor"
+"""The file as `fna run` has it on this machine's processor, where that is with kernels of this project's own. Beside the chain, too."""
 
 EMULATED_IMAGES = 1
 """An emulated image takes minutes."""
@@ -219,6 +226,8 @@ def open_chain(
     """
     chain = _open_traced(file, resolution, say) if file.original is None else _open_grafted(file, resolution, say)
     reference = DEPLOYED if DEPLOYED in chain.stages else PORTABLE
+    if file.kind == "onnx":
+        _add_processor(chain, reference, say)
     if emulation is not None:
         _add_plugin(chain, reference, emulation, say)
     if file.engine is not None:
@@ -234,6 +243,20 @@ def open_chain(
             chain.stages[ENGINE] = lambda pixels: engine.run({name: pixels})
             chain.comparisons.append(Comparison("engine", compares, reference, ENGINE))
     return chain
+
+
+def _add_processor(chain: Chain, reference: str, say: Say) -> None:
+    form = processor_form()
+    if form.library is None or not any(True for _ in fna_nodes(chain.proto.graph)):
+        return
+    lowered = lower(chain.proto, form.lowering)
+    if not any(node.domain == PROCESSOR_DOMAIN for node in lowered.graph.node):
+        return
+    say("opening it with this processor's kernels")
+    name = f"{chain.file.onnx.name} with this processor's kernels"
+    chain.stages[PROCESSOR] = OnnxRunner(lowered, chain.folder, name, operators=form.library).run
+    compares = "the file as fna run has it here, with kernels for the processor, against the ONNX file"
+    chain.comparisons.append(Comparison(PROCESSOR, compares, reference, PROCESSOR))
 
 
 def _add_plugin(chain: Chain, reference: str, emulation: ProcessPoolExecutor, say: Say) -> None:

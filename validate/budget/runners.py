@@ -29,7 +29,9 @@ class OnnxRunner:
         width: of the input; None where it is open.
     """
 
-    def __init__(self, model: ModelProto | Path, folder: Path, name: str, *, optimise: bool = True) -> None:
+    def __init__(
+        self, model: ModelProto | Path, folder: Path, name: str, *, optimise: bool = True, operators: Path | None = None
+    ) -> None:
         """Open a session.
 
         Args:
@@ -37,11 +39,12 @@ class OnnxRunner:
             folder: where the model's external data lies, if it has any.
             name: says in errors which file it is.
             optimise: let ONNX Runtime fuse operators; off where every tensor must be as the file says.
+            operators: library of operators beyond ONNX Runtime's own that the model calls.
 
         Raises:
             InputFileError: if ONNX Runtime cannot load it, or its input is no batch of RGB images.
         """
-        self._session = open_session(model, name=name, folder=folder, optimise=optimise)
+        self._session = open_session(model, name=name, folder=folder, optimise=optimise, operators=operators)
         self._name = name
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._input, self._batch, self._channels_last = _check_inputs(self._session.get_inputs(), name)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from fna.errors import InvalidArgumentError
 
-STEPS = ("approximation", "export", "precision", "plugin", "engine")
+STEPS = ("approximation", "export", "precision", "processor", "plugin", "engine")
 
 TOLERANCES: Mapping[str, Mapping[str, float | None]] = MappingProxyType(
     {
@@ -17,6 +17,8 @@ TOLERANCES: Mapping[str, Mapping[str, float | None]] = MappingProxyType(
         "export": MappingProxyType({"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-3, "fp8": 1e-3}),
         # 11 and 8 significant bits in weights and activations; 8 bits are measured, not derived, and depend on calibration.
         "precision": MappingProxyType({"fp32": None, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "fp8": 1e-1}),
+        # The same arithmetic in another order, fp32 inside.
+        "processor": MappingProxyType({"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-3, "fp8": 1e-3}),
         # The kernels' products take fp16 or bf16 where the file's operators compute in fp32 inside, and sum in another order.
         "plugin": MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "fp8": 5e-2}),
         # Another implementation of the same arithmetic at the same precision.

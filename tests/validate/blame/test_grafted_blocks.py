@@ -68,7 +68,7 @@ def regraft(tiny, folder: Path, plan: Plan) -> Path:
 def test_a_file_with_exact_attention_in_all_nodes_is_the_original_again(tiny, tmp_path: Path, plan: Plan) -> None:
     path = regraft(tiny, tmp_path, plan)
     result, _ = validate_file(path, tiny.images[:1], original=tiny.file("dense"))
-    approximation, export = result.steps
+    approximation, export, _ = result.steps
     assert all(error.relative_l2 > 1e-3 for error in approximation.errors)
     assert all(error.relative_l2 < 1e-5 for error in export.errors)
     assert "with exact attention in its nodes, the file against dense.onnx" in export.compares
@@ -167,7 +167,8 @@ def test_a_broken_block_of_a_grafted_file_is_caught_and_named(
     assert (found.step, found.block, found.part) == ("export", block, part)
     assert cause in str(found.cause)
     assert f"fna_block_{block}" in str(found.cause)
-    assert document.failures()[-1].startswith(f"export: first divergence in block {block}, ")
+    named = f"export: first divergence in block {block}, "
+    assert any(line.startswith(named) for line in document.failures())
 
 
 def test_bisecting_a_grafted_file_measures_its_blocks_in_every_step(tiny) -> None:
@@ -183,7 +184,7 @@ def test_bisecting_a_grafted_file_measures_its_blocks_in_every_step(tiny) -> Non
     assert all(place.relative_l2 < 1e-5 for place in found.places["export"])
     assert {effect.block for effect in found.effects} == {1, 2}
     assert "making block" in document.summary()[0]
-    assert found.not_measured == {}
+    assert found.not_measured.keys() == {"processor"}
 
 
 def test_a_grafted_file_in_fp16_is_undone_as_well(tiny, tmp_path: Path) -> None:

@@ -9,15 +9,20 @@ import numpy as np
 import onnx
 import pytest
 from broken_files import break_file, change_weight, set_weight_to_nan
+from onnx import ModelProto
 from PIL import Image
 
+from fna.engines.lowerings import ProcessorForm
 from fna.errors import InputFileError, InvalidArgumentError
 from fna.export.metadata import read_metadata, write_metadata
+from fna.export.passes import Lowering
 from fna.export.passes.lower import lower
 from fna.export.passes.precision import cast_model
+from fna.export.passes.processor_kernels import PROCESSOR_DOMAIN
 from fna.export.passes.quantize import quantize_model
 from fna.export.preprocessing import bundled_photographs
 from fna.files import load_onnx, save_model
+from fna.validate.budget import chain as chain_module
 from fna.validate.budget.measure import StepError, validate_file
 from fna.validate.metrics import measure
 from fna.validate.report.overlay import draw_overlay
@@ -27,11 +32,12 @@ def test_the_steps_of_the_real_model(exported: Path, tmp_path: Path) -> None:
     photographs = bundled_photographs()[:2]
     seen: list[tuple] = []
     result, outputs = validate_file(exported, photographs, on_step=lambda *progress: seen.append(progress))
-    approximation, export = result.steps
-    assert [step.step for step in result.steps] == ["approximation", "export"]
+    approximation, export, processor = result.steps
+    assert [step.step for step in result.steps] == ["approximation", "export", "processor"]
     tokens = {error.output: error for error in approximation.errors}["tokens"]
     assert 0.9 < tokens.cosine_patches < 0.99999
     assert all(error.relative_l2 < 1e-4 for error in export.errors)
+    assert all(0 < error.relative_l2 < 1e-4 for error in processor.errors)
     assert result.failures() == []
     assert ("comparing on coffee", 1, 2) in seen
     assert [block.fna for block in result.blocks] == [False] * 6 + [True] * 6
@@ -43,6 +49,28 @@ def test_the_steps_of_the_real_model(exported: Path, tmp_path: Path) -> None:
     with Image.open(picture) as image:
         assert image.width > 400
         assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 50
+
+
+def test_a_kernel_of_the_processor_that_computes_something_else_is_caught(
+    tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_scale(model: ModelProto, lowering: Lowering) -> ModelProto:
+        lowered = lower(model, lowering)
+        for node in lowered.graph.node:
+            for attribute in node.attribute:
+                if node.domain == PROCESSOR_DOMAIN and attribute.name == "scale":
+                    attribute.f *= 1.2
+        return lowered
+
+    monkeypatch.setattr(chain_module, "lower", wrong_scale)
+    result, _ = validate_file(tiny.file("fp32"), tiny.images[:1])
+    assert {line.split(":")[0] for line in result.failures()} == {"processor"}
+
+
+def test_without_kernels_for_the_processor_there_is_no_such_step(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_module, "processor_form", lambda: ProcessorForm("onnxruntime-cpu", None))
+    result, _ = validate_file(tiny.file("fp32"), tiny.images[:1])
+    assert [step.step for step in result.steps] == ["approximation", "export"]
 
 
 @pytest.mark.parametrize(("precision", "digits"), [("fp16", 11), ("bf16", 8)])
@@ -87,7 +115,7 @@ def test_portable_and_plugin_lowered_files_are_as_good_as_the_one_they_came_from
 
 def test_a_grafted_file_is_compared_with_its_own_original(tiny) -> None:
     result, _ = validate_file(tiny.file("grafted"), tiny.images)
-    approximation, export = result.steps
+    approximation, export, _ = result.steps
     assert result.original is not None
     assert result.original.endswith("dense.onnx")
     traced, _ = validate_file(tiny.file("fp32"), tiny.images)

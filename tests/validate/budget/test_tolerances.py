@@ -28,7 +28,7 @@ def test_texts_name_a_step_or_mean_export() -> None:
     [
         (
             "speed=1",
-            "'speed=1' names no step; write STEP=NUMBER, STEP one of approximation, export, precision, plugin, engine",
+            "'speed=1' names no step; write STEP=NUMBER, STEP one of approximation, export, precision, processor, plugin, engine",
         ),
         ("export=small", "'export=small' cannot be read; a positive number is needed, as in export=1e-3"),
         ("export=0", "a positive number"),
