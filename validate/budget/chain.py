@@ -39,7 +39,7 @@ PLUGIN = "plugin"
 """The file with the real plugin library in its FNA nodes, emulated. It stands beside the chain, not in it: nothing follows from it."""
 
 PROCESSOR = "processor"
-"""The file as `fna run` has it on this machine's processor, where that is with kernels of this project's own. Beside the chain, too."""
+"""The file as `fna run` has it on this machine's processor, with this project's own kernels. It stands beside the chain, too."""
 
 EMULATED_IMAGES = 1
 """An emulated image takes minutes."""
