@@ -1,5 +1,6 @@
 #include "focal_attention.hpp"
 
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -68,7 +69,8 @@ void FocalCall::choose(std::size_t pair) {
   }
   for (float& number : mean) number *= inputs_.scale / static_cast<float>(patches);
   for (std::int32_t token = first; token < sizes_.tokens; token++) {
-    scores[token] = product(mean.data(), key.first + token * key.step, sizes_.head_size) - taken_off(pair, token);
+    const float score = product(mean.data(), key.first + token * key.step, sizes_.head_size) - taken_off(pair, token);
+    scores[token] = score == score ? score : -INFINITY;  // NaN has no place in an order
   }
   std::vector<std::int32_t> order(patches);
   std::iota(order.begin(), order.end(), first);
