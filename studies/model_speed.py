@@ -1,10 +1,10 @@
 """Whole models on this machine's onnxruntime, plans against the fastest exact form: `python -m studies.model_speed PLAN...`.
 
 Exact attention is timed in each form that onnxruntime has, a plan in the form that onnxruntime is given (docs/engines.md), all taking
-turns in one process, batch 1, fp32. A PLAN is as `studies.outside_photographs` has it. With --processor the time is the process's
-own, with one thread: it can be had beside other work, which a clock cannot. With --files the exported files are kept in a folder and
-found there again, so that they can be made before the machine is quiet; --runs 0 only makes them. Milliseconds, median (fastest to
-slowest).
+turns in one process, batch 1, fp32: three runs a turn, as of one camera's frames, after one that does not count. A PLAN is as
+`studies.outside_photographs` has it. With --processor the time is the process's own, with one thread: it can be had beside other
+work, which a clock cannot. With --files the exported files are kept in a folder and found there again, so that they can be made
+before the machine is quiet; --turns 0 only makes them. Milliseconds, median (fastest to slowest).
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from fna.runtime import open_session
 from fna.validate.planning.subject import TorchSubject
 from studies.outside_photographs import read_plan
 
+RUNS = 3
+"""Of a turn, after the first, which finds the caches as another model left them."""
+
 
 def main() -> None:
     """Command line."""
@@ -37,7 +40,7 @@ def main() -> None:
     parser.add_argument("plans", nargs="*")
     parser.add_argument("--model", default="dinov2-small-saliency")
     parser.add_argument("--resolution", type=int, default=518)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
     parser.add_argument("--processor", action="store_true", help="processor time of one thread")
     arguments = parser.parse_args()
@@ -53,14 +56,14 @@ def main() -> None:
             path = (arguments.files or Path(folder)) / f"{side}-{re.sub('[^a-z0-9]+', '-', text)}.onnx"
             if not path.is_file():
                 export_onnx(subject.model, plan, TraceOptions(side, side, batch=1), path)
-            if not arguments.runs:
+            if not arguments.turns:
                 continue
             for lowering in EXACT_FORMS if text == "exact" else (own.lowering,):
                 threads = 1 if arguments.processor else 0
                 model = lower(load_onnx(path), lowering)
                 session = open_session(model, name=text, threads=threads, operators=own.library)
                 sessions[f"exact, {EXACT_FORMS[lowering]}" if text == "exact" else text] = session
-    if not arguments.runs:
+    if not arguments.turns:
         return
     pixels = {INPUT_NAME: np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)}
     outputs = {name: session.run(None, pixels)[0] for name, session in sessions.items()}
@@ -68,11 +71,13 @@ def main() -> None:
     for name in forms[1:]:
         np.testing.assert_allclose(outputs[name], outputs[forms[0]], atol=2e-3)
     times: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(arguments.runs):
+    for _ in range(arguments.turns):
         for name, session in sessions.items():
-            start = clock()
             session.run(None, pixels)
-            times[name].append(1e3 * (clock() - start))
+            for _ in range(RUNS):
+                start = clock()
+                session.run(None, pixels)
+                times[name].append(1e3 * (clock() - start))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     baseline = min(forms, key=medians.__getitem__)
     for name, taken in times.items():

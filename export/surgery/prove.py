@@ -7,8 +7,7 @@ rewritten file runs on random input and every FNA node's output is compared with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fna.export.surgery.graph.view import GraphView, all_inputs, output_names
 from fna.export.surgery.recognise.rows import Attention
 from fna.export.surgery.rewrite.rewrite import Replacement, Rewritten
 from fna.runtime import open_session, run_session
+from fna.threads import one_thread
 
 TOLERANCE = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2, TensorProto.BFLOAT16: 5e-2}
 """Largest error over largest value, by element type."""
@@ -163,7 +163,7 @@ def _compare_with_torch(replacement: Replacement, values: Sequence[NDArray[Any]]
             return masked_attention(*operands, key_mask, scale, sink).to(query.dtype)
         return torch.nn.functional.scaled_dot_product_attention(*operands, scale=scale).to(query.dtype)
 
-    with _one_thread():
+    with one_thread():
         if lists:
             tile_queries, tile_keys, tile_bias, places = lists
             expected = focal_attention_reference(
@@ -301,23 +301,10 @@ def exact_attention(
     """softmax(scale * Q K^T) V in fp32, whatever the type of the operands."""
     import torch
 
-    with _one_thread():
+    with one_thread():
         q, k, v = (torch.from_numpy(np.ascontiguousarray(array, np.float32)) for array in (query, key, value))
         result: NDArray[np.float32] = (torch.softmax(scale * (q @ k.mT), dim=-1) @ v).numpy()
     return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small products gain nothing from threads, and lose much where the machine is shared."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _needed(nodes: Sequence[NodeProto], names: Sequence[str]) -> list[NodeProto]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from fna.errors import InvalidArgumentError
+from fna.threads import one_thread
 from fna.validate.planning.alone import with_losses_run_alone
 from fna.validate.planning.cache import digest_pixels
 from fna.validate.planning.clock import CpuCost
 from fna.validate.planning.cost import MOST_TOKENS, TimeCost, find_break_even
 from fna.validate.planning.fidelity import Fidelity
-from fna.validate.planning.planner import Fits, PickedHeads, Planner, Scales
+from fna.validate.planning.planner import FEW_TOKENS, Fits, PickedHeads, Planner, Scales
 from fna.validate.planning.result import FrontPlan, Planned
 from fna.validate.planning.search import BlockChoices, BlockOption, find_front
 
@@ -37,7 +39,16 @@ KEEP_BELOW = 0.97
 
 
 def make_best_plan(planner: Planner) -> Planned:
-    """Plan: see `Planner`."""
+    """Plan: see `Planner`.
+
+    Where there are few tokens PyTorch takes one thread, unless OMP_NUM_THREADS says how many: at 518 pixels two wait for one another
+    longer than they save, at 1022 they halve the time (docs/notes/planning.md).
+    """
+    with one_thread(planner.layout.tokens <= FEW_TOKENS and "OMP_NUM_THREADS" not in os.environ):
+        return _plan(planner)
+
+
+def _plan(planner: Planner) -> Planned:
     say = planner.say
     measurement = planner.measure()
     fits = planner.with_dependence(planner.fits(measurement))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fna.validate.planning.cost import ProductCost, TimeCost, device_of
 from fna.validate.planning.fidelity import Fidelity
 from fna.validate.planning.goals import TaskGoal
 from fna.validate.planning.onnx_subject import OnnxSubject
-from fna.validate.planning.planner import PickedHeads, Planner
+from fna.validate.planning.planner import FEW_TOKENS, PickedHeads, Planner
 from fna.validate.planning.result import Planned
 from fna.validate.planning.subject import Layout, Subject, TorchSubject
 from fna.validate.planning.uniform import run_uniform_settings
@@ -390,3 +391,18 @@ def test_an_onnx_file_shows_what_its_pytorch_model_shows(
     file = OnnxSubject(planned_file, None)
     theirs, ours = file.tokens(file.run(pictures[0], None)), subject.tokens(subject.run(pictures[0], None))
     np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "told", "threads"), [(1370, None, 1), (FEW_TOKENS + 1, None, 2), (1370, "2", 2)])
+def test_few_tokens_are_planned_for_in_one_thread_unless_told(
+    tokens: int, told: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(best_plan, "_plan", lambda _planner: torch.get_num_threads())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    planner = SimpleNamespace(layout=SimpleNamespace(tokens=tokens))
+    assert make_best_plan(planner) == threads  # type: ignore[comparison-overlap, arg-type]
+    torch.set_num_threads(before)
