@@ -55,7 +55,7 @@ def build_processor_library(folder: Path | None = None, *, flags: tuple[str, ...
         flags: further ones for the compiler, as for its sanitizers.
 
     Raises:
-        MissingCapabilityError: for another kind of processor, or without a C++ compiler; says how to have one.
+        MissingCapabilityError: for another kind of processor, without a C++ compiler, or where the folder cannot be written to.
         BuildError: if the compiler fails; with what it said first.
     """
     machine = platform.machine()
@@ -81,10 +81,15 @@ def build_processor_library(folder: Path | None = None, *, flags: tuple[str, ...
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = (folder or cache_folder() / "processor") / digest / LIBRARY
     if not library.is_file():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # others may be compiling the same: each in a folder of its own, and the last one stays
-        with tempfile.TemporaryDirectory(dir=library.parent) as place:
-            _compile(compiler, (*_FLAGS, *flags), _TILES[machine], Path(place) / LIBRARY).replace(library)
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # others may be compiling the same: each in a folder of its own, and the last one stays
+            with tempfile.TemporaryDirectory(dir=library.parent) as place:
+                _compile(compiler, (*_FLAGS, *flags), _TILES[machine], Path(place) / LIBRARY).replace(library)
+        except OSError as error:
+            raise MissingCapabilityError(
+                f"the kernels for this processor cannot be kept in {library.parent} ({error.strerror}); make it writable"
+            ) from error
     return library
 
 

@@ -50,6 +50,12 @@ def test_on_another_processor_it_says_which_there_are(tmp_path: Path, monkeypatc
         build_processor_library(tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(MissingCapabilityError, match="cannot be kept in .*taken.*Not a directory"):
+        build_processor_library(tmp_path / "taken")
+
+
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="do not compile with .*error.*no-such-flag"):
         build_processor_library(tmp_path, flags=("-fno-such-flag",))
