@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from fna.chebyshev import chebyshev_coefficients
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
-from fna.export.operators.registry import fna_nodes, node_attributes, node_inputs
+from fna.export.operators.registry import node_attributes, node_inputs
 from fna.export.passes.fuse_exact import GraphIndex
 from fna.export.types import tensor_types
 from fna.plan import ITERATIONS_OF_VERSION_1
@@ -27,22 +27,23 @@ def name_processor_kernels(model: ModelProto) -> ModelProto:
     """Return a copy in which attention in fp32 that the library has is of its domain; the functions stay.
 
     Args:
-        model: whose `fna` nodes have functions. Nodes of other types, and FNA with a key mask, stay as they are.
+        model: whose `fna` nodes have functions. Nodes of other types or in bodies, and FNA with a key mask, stay as they are.
     """
     types = tensor_types(model)
     named = ModelProto()
     named.CopyFrom(model)
     index = GraphIndex(named.graph)
-    found = [
-        node for node in fna_nodes(named.graph) if _has_kernel(node) and types.get(node.input[0]) == TensorProto.FLOAT
-    ]
+    nodes = list(named.graph.node)
+    found = [node for node in nodes if _has_kernel(node) and types.get(node.input[0]) == TensorProto.FLOAT]
+    has_bodies = any(attribute.type == AttributeProto.GRAPH for node in nodes for attribute in node.attribute)
     for node in found:
         attributes = _kernel_attributes(node)
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         node.domain = PROCESSOR_DOMAIN
         node.ClearField("overload")
-        _take_heads_last(named.graph, index, node)
+        if not has_bodies:  # which could read what is turned
+            _take_heads_last(named.graph, index, node)
     if found:
         named.opset_import.append(helper.make_opsetid(PROCESSOR_DOMAIN, 1))
     return named
@@ -75,10 +76,11 @@ def _take_heads_last(graph: GraphProto, index: GraphIndex, node: NodeProto) -> N
     if before is not None and list(before.attribute[0].ints) == _SWAP_HEADS:
         node.attribute.append(helper.make_attribute("query_heads_last", 1))
         node.input[0] = before.input[0]
+        index.readers[before.output[0]] -= 1
+        if not index.readers[before.output[0]]:
+            graph.node.remove(before)
     after = index.only_reader(node.output[0], "Transpose")
     if after is not None and list(after.attribute[0].ints) == _SWAP_HEADS:
         node.attribute.append(helper.make_attribute("out_heads_last", 1))
         node.output[0] = after.output[0]
         graph.node.remove(after)
-    if before is not None and not any(before.output[0] in other.input for other in graph.node):
-        graph.node.remove(before)

@@ -102,6 +102,38 @@ def test_a_turn_that_others_read_stays(library: Path) -> None:
     np.testing.assert_allclose(run(lowered, given, library)[0], twin(inputs, 0), rtol=0, atol=4e-6)
 
 
+def test_a_turn_that_is_an_output_stays(library: Path) -> None:
+    model = turned(two_blocks(hot=0), "query")
+    model.graph.output.append(helper.make_tensor_value_info("query", TensorProto.FLOAT, None))
+    inputs = tensors()
+    given = inputs | {"query_tokens": np.ascontiguousarray(inputs["query"].swapaxes(1, 2))}
+    del given["query"]
+    out, query = run(lower(model, "onnxruntime-kernels"), given, library)
+    np.testing.assert_array_equal(query, inputs["query"])
+    np.testing.assert_allclose(out, twin(inputs, 0), rtol=0, atol=4e-6)
+
+
+def test_nothing_is_turned_where_a_body_could_read_it(library: Path) -> None:
+    model = turned(two_blocks(hot=0), "query")
+    negative = helper.make_node("Neg", ["query"], ["negative"])
+    bodies = [
+        helper.make_graph([node], "body", [], [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)])
+        for node in (negative, helper.make_node("Identity", ["query"], ["same"]))
+    ]
+    choice = helper.make_tensor("choice", TensorProto.BOOL, [], [True])
+    model.graph.initializer.append(choice)
+    model.graph.node.append(
+        helper.make_node("If", ["choice"], ["chosen"], then_branch=bodies[0], else_branch=bodies[1])
+    )
+    model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None))
+    inputs = tensors()
+    given = inputs | {"query_tokens": np.ascontiguousarray(inputs["query"].swapaxes(1, 2))}
+    del given["query"]
+    out, chosen = run(lower(model, "onnxruntime-kernels"), given, library)
+    np.testing.assert_array_equal(chosen, -inputs["query"])
+    np.testing.assert_allclose(out, twin(inputs, 0), rtol=0, atol=4e-6)
+
+
 def test_other_types_stay_in_pieces() -> None:
     lowered = lower(two_blocks(element=TensorProto.FLOAT16), "onnxruntime-kernels")
     assert {node.domain for node in lowered.graph.node} == {""}
