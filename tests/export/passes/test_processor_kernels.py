@@ -284,3 +284,19 @@ def test_landmarks_that_are_not_there_are_refused(token: int, library: Path) -> 
     inputs["landmarks"][1, 7] = token
     with pytest.raises(Exception, match="FastNystromAttention: landmarks names a token that is not there"):
         run(model, inputs, library)
+
+
+def test_a_landmark_that_nobody_attends_to_is_not_weighted_without_bound(library: Path) -> None:
+    inputs = landmark_tensors(20)
+    inputs["landmark_bias"][:, 3] = -8.0
+    found, wanted = nystrom_pair(inputs, library, **STEPS)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
+
+
+def test_landmarks_of_another_number_of_images_are_refused(library: Path) -> None:
+    model = lower(nystrom_file(**NEWTON), "onnxruntime-kernels")
+    with pytest.raises(Exception, match="landmarks must have a row, or one for each image"):
+        run(model, landmark_tensors(20, rows=3), library)
+    inputs = landmark_tensors(20)
+    with pytest.raises(Exception, match="landmark_bias must have a row, or one for each image, of all landmarks"):
+        run(model, inputs | {"landmark_bias": inputs["landmark_bias"][:, :7]}, library)
