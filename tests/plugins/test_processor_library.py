@@ -76,7 +76,7 @@ def test_kinds_of_instructions_share_no_function(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.long
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = build_processor_library(tmp_path, flags=flags)
     # with the C++ library before Python, or the sanitizer does not find how exceptions are thrown
     preload = [
