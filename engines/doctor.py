@@ -163,8 +163,6 @@ def _providers() -> str:
 
 def _processor_kernels() -> str:
     """Of this processor: `fna run`, `fna bench` and `fna plan --target cpu` have them compiled once."""
-    if os.environ.get("FNA_INSTRUCTIONS") == "none":
-        return "none, so standard operators are taken: FNA_INSTRUCTIONS is none"
     try:
         return str(build_processor_library())
     except FnaError as error:

@@ -39,8 +39,6 @@ def find_processor_library() -> Path | None:
     The environment's FNA_INSTRUCTIONS is the best kind of instructions to be used: `wide`, `middle`, `narrow`, or `none` for no
     library.
     """
-    if os.environ.get("FNA_INSTRUCTIONS") == "none":
-        return None
     try:
         return build_processor_library()
     except FnaError:
@@ -55,9 +53,12 @@ def build_processor_library(folder: Path | None = None, *, flags: tuple[str, ...
         flags: further ones for the compiler, as for its sanitizers.
 
     Raises:
-        MissingCapabilityError: for another kind of processor, without a C++ compiler, or where the folder cannot be written to.
+        MissingCapabilityError: for another kind of processor, without a C++ compiler, where the folder cannot be written to, or where
+            the environment asks for none.
         BuildError: if the compiler fails; with what it said first.
     """
+    if os.environ.get("FNA_INSTRUCTIONS") == "none":
+        raise MissingCapabilityError("FNA_INSTRUCTIONS is none")
     machine = platform.machine()
     if machine not in _TILES:
         raise MissingCapabilityError(

@@ -27,6 +27,15 @@ class ExactAttention:
     replaced: tuple[NodeProto, ...]
 
 
+SWAP_HEADS = [0, 2, 1, 3]
+"""The Transpose between `[B, N, H, D]` and `[B, H, N, D]`, either way."""
+
+
+def swaps_heads(node: NodeProto | None) -> bool:
+    """Whether a Transpose is there and takes heads to where tokens were."""
+    return node is not None and list(node.attribute[0].ints) == SWAP_HEADS
+
+
 class GraphIndex:
     """Who makes each value, who reads it first, and how many do."""
 

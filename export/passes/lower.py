@@ -1,7 +1,7 @@
 """Seven forms of a file with `fna` nodes: `portable` (standard operators only), `fused` (with ONNX Attention for every product with N
 rows), `decomposed` (exact attention as TensorRT without such an operator fuses it), `plugin` (custom nodes for TensorRT, and the
 same), `onnxruntime` (with onnxruntime's own MultiHeadAttention), `onnxruntime-cpu` (with focal attention in pieces, besides) and
-`onnxruntime-kernels` (with focal attention as an operator of this project's library for processors).
+`onnxruntime-kernels` (with FNA and focal attention as operators of this project's library for processors).
 
 Builders lower by themselves and never leave it to a parser: TensorRT up to 10.6 takes a function's body although a plugin
 of the same name is registered, from 10.7 on it takes the plugin.
@@ -42,8 +42,8 @@ def lower(model: ModelProto, lowering: Lowering, *, fuse_exact: bool = False) ->
             plugin implements and strips their functions; `decomposed` inlines every function; both write the exact attention of
             traced files as TensorRT's own fusion knows it; `onnxruntime` inlines every function and makes the exact attention of files
             that this project traced onnxruntime's own operator; `onnxruntime-cpu` is that with focal attention cut into pieces that
-            stay in a processor's caches; `onnxruntime-kernels` is `onnxruntime` with focal attention in fp32 as one node, which runs
-            with the library of `fna.plugins.processor_library` alone.
+            stay in a processor's caches; `onnxruntime-kernels` is `onnxruntime` with FNA and focal attention in fp32 as one node
+            each, which runs with the library of `fna.plugins.processor_library` alone.
         fuse_exact: treat exact attention of grafted files, which otherwise stays as it came, like that of traced ones.
 
     Raises:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from onnx import GraphProto, NodeProto, helper
 
-from fna.export.passes.fuse_exact import ExactAttention, GraphIndex, find_exact_attention, replace_nodes
+from fna.export.passes.fuse_exact import ExactAttention, GraphIndex, find_exact_attention, replace_nodes, swaps_heads
 from fna.export.types import static_shapes
 
 ONNXRUNTIME_DOMAIN = "com.microsoft"
-_SWAP_HEADS = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def _tokens(index: GraphIndex, shapes: dict[str, list[int]], match: ExactAttenti
     operands = [_before_split(index, shapes, value) for value in (match.query, match.key, match.value)]
     swap = index.only_reader(match.last.output[0], "Transpose")
     joined = None if swap is None else index.only_reader(swap.output[0], "Reshape")
-    if match.swap or not heads or swap is None or joined is None or list(swap.attribute[0].ints) != _SWAP_HEADS:
+    if match.swap or not heads or swap is None or joined is None or not swaps_heads(swap):
         return None
     query, key, value = operands
     if query is None or key is None or value is None or len(shapes.get(joined.output[0], ())) != len("BNC"):
@@ -65,6 +64,6 @@ def _before_split(index: GraphIndex, shapes: dict[str, list[int]], value: str) -
     """Return the `[B, N, H D]` that `[B, H, N, D]` was split from."""
     swap = index.made_by(value, "Transpose")
     split = None if swap is None else index.made_by(swap.input[0], "Reshape")
-    if swap is None or split is None or list(swap.attribute[0].ints) != _SWAP_HEADS:
+    if swap is None or split is None or not swaps_heads(swap):
         return None
     return str(split.input[0]) if len(shapes.get(split.input[0], ())) == len("BNC") else None

@@ -13,22 +13,22 @@ from fna.chebyshev import chebyshev_coefficients
 from fna.export.operators.fast_nystrom_attention import FAST_NYSTROM_ATTENTION, core_of
 from fna.export.operators.focal_attention import FOCAL_ATTENTION
 from fna.export.operators.registry import node_attributes, node_inputs
-from fna.export.passes.fuse_exact import GraphIndex
+from fna.export.passes.fuse_exact import GraphIndex, swaps_heads
 from fna.export.types import tensor_types
 from fna.plan import ITERATIONS_OF_VERSION_1
 
 PROCESSOR_DOMAIN = "fna.processor"
 """Another one than the operators of files have: these nodes run with the library alone."""
 
-_SWAP_HEADS = [0, 2, 1, 3]
-
 
 def name_processor_kernels(model: ModelProto) -> ModelProto:
-    """Return a copy in which attention in fp32 that the library has is of its domain; the functions stay.
+    """Return the model with attention in fp32 that the library has in its domain, a copy where there is any; the functions stay.
 
     Args:
         model: whose `fna` nodes have functions. Nodes of other types or in bodies, and FNA with a key mask, stay as they are.
     """
+    if not any(_has_kernel(node) for node in model.graph.node):
+        return model  # without inference, which opening every other file would wait for
     types = tensor_types(model)
     named = ModelProto()
     named.CopyFrom(model)
@@ -73,14 +73,14 @@ def _take_heads_last(graph: GraphProto, index: GraphIndex, node: NodeProto) -> N
     Keys and values stay turned: the kernel reads them again and again, and they are better close together.
     """
     before = index.made_by(node.input[0], "Transpose")
-    if before is not None and list(before.attribute[0].ints) == _SWAP_HEADS:
+    if before is not None and swaps_heads(before):
         node.attribute.append(helper.make_attribute("query_heads_last", 1))
         node.input[0] = before.input[0]
         index.readers[before.output[0]] -= 1
         if not index.readers[before.output[0]]:
             graph.node.remove(before)
     after = index.only_reader(node.output[0], "Transpose")
-    if after is not None and list(after.attribute[0].ints) == _SWAP_HEADS:
+    if after is not None and swaps_heads(after):
         node.attribute.append(helper.make_attribute("out_heads_last", 1))
         node.output[0] = after.output[0]
         graph.node.remove(after)

@@ -74,6 +74,12 @@ class Kernel {
     return static_cast<std::int32_t>(value);
   }
 
+  template <typename Settings>
+  void read_layouts(const Info* info, Settings& settings) const {
+    settings.query_layout = {integer(info, "query_heads_last", 0) != 0};
+    settings.out_layout = {integer(info, "out_heads_last", 0) != 0};
+  }
+
   // Empty where the attribute is absent.
   std::vector<float> list(const Info* info, const char* name) const {
     std::size_t count = 0;
@@ -183,8 +189,7 @@ class FocalKernel : public Kernel {
     settings_.scale = number(info, "scale");
     settings_.prefix_tokens = integer(info, "prefix_tokens", 0);
     settings_.hot = integer(info, "hot", 0);
-    settings_.query_layout = {integer(info, "query_heads_last", 0) != 0};
-    settings_.out_layout = {integer(info, "out_heads_last", 0) != 0};
+    read_layouts(info, settings_);
   }
 
   void compute(Context* context) const override {
@@ -234,8 +239,7 @@ class NystromKernel : public Kernel {
     settings_.alphas = list(info, "alphas");
     settings_.betas = list(info, "betas");
     if (settings_.alphas.size() != settings_.betas.size()) throw std::invalid_argument("alphas and betas must be as many");
-    settings_.query_layout = {integer(info, "query_heads_last", 0) != 0};
-    settings_.out_layout = {integer(info, "out_heads_last", 0) != 0};
+    read_layouts(info, settings_);
   }
 
   void compute(Context* context) const override {
